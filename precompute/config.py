@@ -1,0 +1,260 @@
+"""Configuration: TOML into frozen pydantic models, and the sections that the offline stage reads.
+
+Precedence: defaults < file < `--set section.key=value`. An unknown key is an error that names the nearest
+right one. Every default stands here (or in `trainer/config.py`) and nowhere else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from store.errors import ConfigError
+
+BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+
+AnswerForm = Literal["boxed", "answer_tags"]
+"""How a final answer is marked: `\\boxed{42}` or `<answer>42</answer>`."""
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen table of the config; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ProblemsConfig(Section):
+    """[problems]: where the problems are."""
+
+    train: str = ""
+    """Parquet or JSONL with the problems that teachers solve and the student trains on."""
+    eval: str = ""
+    """Held-out problems; empty switches evaluation during training off."""
+    question_column: str | None = None
+    """None: the first of `question`, `problem`, `prompt` that the file has."""
+    answer_column: str | None = None
+    """None: the first of `answer`, `gold`, `reward_model.ground_truth` that the file has."""
+
+
+class StoreConfig(Section):
+    """[store]: where the traces are."""
+
+    path: str = "traces"
+    part_traces: Positive = 512
+    """A part file is written after this many verified traces..."""
+    part_seconds: Annotated[float, Field(gt=0)] = 15.0
+    """...or this many seconds, whichever comes first. Smaller parts lose less work to a crash."""
+
+
+class VerifyConfig(Section):
+    """[verify]: the judge of teacher and student alike."""
+
+    workers: Positive = 2
+    """Worker processes; each parses one answer at a time."""
+    timeout: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds from dispatch until a worker is killed and the verdict is `timeout`."""
+    memory_mb: Annotated[int, Field(ge=256)] = 2048
+    """Address-space limit of a worker, in MiB."""
+
+
+class TeacherConfig(Section):
+    """One [[teachers]] table."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """What the store files its traces under."""
+    model: str
+    """A directory or a hub name."""
+    revision: str | None = None
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """auto: vllm where it is installed and there is an accelerator, transformers otherwise."""
+    samples: Positive = 1
+    """Samples of each problem."""
+    until_verified: Positive | None = None
+    """Stop sampling a problem once it has this many verified traces; None: always take `samples`."""
+    max_samples: Positive | None = None
+    """With `until_verified`: the most samples of a problem; None: `samples`."""
+    system_prompt: str | None = BOXED_INSTRUCTION
+    """None: the problem's own system turn, where it brought one. An empty string: no system turn."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Passed to the chat template, e.g. {enable_thinking = false}."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_p: Share = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0: off."""
+    max_tokens: Positive = 8192
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    batch_size: Positive = 64
+    """Sequences at once (transformers: rows of a batch; vllm: max_num_seqs)."""
+    gpu_memory_utilization: Share = 0.9
+    """vllm alone."""
+
+    @model_validator(mode="after")
+    def _sampling_plan_holds(self) -> Self:
+        if self.max_samples is not None and self.until_verified is None:
+            raise ValueError("max_samples needs until_verified; use samples for a fixed number")
+        return self
+
+    @property
+    def sample_budget(self) -> int:
+        """The most samples that one problem may get."""
+        return self.max_samples or self.samples
+
+
+class PrecomputeConfig(Section):
+    """The sections that `ampo precompute teachers` reads."""
+
+    problems: ProblemsConfig = ProblemsConfig()
+    store: StoreConfig = StoreConfig()
+    verify: VerifyConfig = VerifyConfig()
+    teachers: tuple[TeacherConfig, ...] = ()
+
+    @field_validator("teachers")
+    @classmethod
+    def _names_are_unique(cls, teachers: tuple[TeacherConfig, ...]) -> tuple[TeacherConfig, ...]:
+        names = [teacher.name for teacher in teachers]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"the name {twice[0]!r} stands twice; every teacher needs its own")
+        return teachers
+
+
+C = TypeVar("C", bound=Section)
+
+
+def load_config(schema: type[C], path: str | None, overrides: list[str]) -> C:
+    """Reads `path` (None: defaults alone), applies `section.key=value` overrides, validates.
+
+    Raises ConfigError with one line that names the key, the value and what would be right.
+    """
+    tree = read_toml(path) if path else {}
+    for override in overrides:
+        set_key(tree, override)
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(explain(schema, error)) from None
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    """The file's tables."""
+    try:
+        with Path(path).open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise ConfigError(f"no config file at {Path(path).absolute()}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{Path(path).absolute()} is a directory; --config takes a TOML file") from None
+    except PermissionError:
+        raise ConfigError(f"no permission to read {Path(path).absolute()}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{Path(path).absolute()} is not valid TOML: {error}") from None
+
+
+def set_key(tree: dict[str, Any], override: str) -> None:
+    """Applies one `section.key=value`; `teachers.NAME.key=value` reaches into a [[teachers]] table."""
+    dotted, equals, raw = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise ConfigError(f"--set {override!r}: write section.key=value, e.g. --set train.max_steps=100")
+    table: Any = tree
+    for depth, key in enumerate(keys[:-1]):
+        table = _descend(table, key, ".".join(keys[: depth + 1]))
+    table[keys[-1]] = _parse_value(raw.strip())
+
+
+def _descend(table: dict[str, Any], key: str, dotted: str) -> Any:
+    below = table.setdefault(key, {})
+    if isinstance(below, list):
+        return {row.get("name"): row for row in below if isinstance(row, dict)}
+    if not isinstance(below, dict):
+        raise ConfigError(f"--set: {dotted} is a value, not a section")
+    return below
+
+
+def _parse_value(raw: str) -> Any:
+    """A TOML value; a bare word is a string, so that `--set guidance.select=random` needs no quotes."""
+    if re.fullmatch(r"none|null", raw, re.IGNORECASE):
+        return None
+    try:
+        return tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return raw
+
+
+def explain(schema: type[Section], error: ValidationError) -> str:
+    """One line for the first thing that is wrong."""
+    first = error.errors(include_url=False)[0]
+    where = _dotted(first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _keys_beside(schema, first["loc"])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {where} = {_short(first['input'])}; {hint}"
+    if first["type"] == "missing":
+        return f"{where} is missing; it has no default"
+    reason = str(first["msg"]).removeprefix("Value error, ")
+    return f"{where} = {_short(first['input'])}: {reason[:1].lower()}{reason[1:]}"
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return text.lstrip(".")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _keys_beside(schema: type[Section], location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = schema
+    for part in location[:-1]:
+        if isinstance(part, str):
+            model = _section_of(model, part)
+    return sorted(model.model_fields)
+
+
+def _section_of(model: type[BaseModel], key: str) -> type[BaseModel]:
+    annotation = model.model_fields[key].annotation
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return model
+
+
+def toml_of(config: BaseModel) -> str:
+    """The resolved config as TOML that `load_config` reads back to the same config."""
+    lines: list[str] = []
+    for name, value in config.model_dump(mode="json", exclude_none=True).items():
+        for table in value if isinstance(value, list) else [value]:
+            lines.append(f"[[{name}]]" if isinstance(value, list) else f"[{name}]")
+            lines.extend(f"{key} = {_toml_value(item)}" for key, item in table.items())
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return _toml_string(value)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_string(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
+    return repr(value)
+
+
+def _toml_string(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda m: f"\\u{ord(m[0]):04x}", escaped) + '"'

@@ -1,0 +1,65 @@
+"""Engines: anything that turns prompt ids into sampled completions.
+
+    requests (prompt ids, a seed each)  --generate-->  completions, in the order in which they finish
+
+One Protocol, one file an engine; each heavy import lives in its engine's file alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn."""
+
+    temperature: float
+    """0: greedy."""
+    top_p: float
+    top_k: int
+    """0: off."""
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One sample to draw. The same request gives the same completion in any batch."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    """[P], special tokens and generation prompt included: ids in, ids out."""
+    seed: int
+    """Below 2**31, and its own for each sample: a shared seed gives n identical samples."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What an engine drew for one request."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    """[T], without the prompt; ends with the EOS id when finish_reason is `stop`."""
+    logprobs: tuple[float, ...]
+    """[T], log-probability of each token at temperature 1, before top_p and top_k."""
+    finish_reason: str
+    """`stop` or `length` (store.records.FINISH_REASONS)."""
+    text: str
+    """The token ids decoded, special tokens left out."""
+
+
+class Engine(Protocol):
+    """Draws completions. A caller may stop iterating at any time; `close` frees the model."""
+
+    name: str
+    version: str
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
+        """Yields one completion a request, in the order in which they finish."""
+        ...
+
+    def close(self) -> None:
+        """Frees the model's memory."""
+        ...

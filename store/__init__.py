@@ -1,0 +1,1 @@
+"""The trace store: verified teacher solutions as plain Parquet, found through a disposable DuckDB index."""

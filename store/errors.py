@@ -1,0 +1,65 @@
+"""What can go wrong, in the user's words.
+
+UserError                    anything a user can mend: one line, exit code 2
+  ConfigError                a config key, value or file
+  ProblemsError              a problem file or a row of it
+  EngineError                an engine that cannot be used here, or a model that cannot be loaded
+  StoreError                 the trace store
+    StoreMissingError        no store at that path
+    StoreForeignError        a directory that is no trace store
+    StoreNewerError          written by a later version of ampo
+    StoreDamagedError        a file of the store cannot be read
+    StoreBusyError           another process is writing
+    RecipeChangedError       one teacher name, two generation recipes
+  RunError                   a run directory: missing, foreign, or not resumable
+
+Every message is one line that names the culprit, its value and what would be right.
+"""
+
+
+class UserError(Exception):
+    """Something the user can mend; the command line prints it as one line and exits with 2."""
+
+
+class ConfigError(UserError):
+    """A key, a value or a file of the configuration."""
+
+
+class ProblemsError(UserError):
+    """A problem file that cannot be read, or a row of it that is no problem."""
+
+
+class EngineError(UserError):
+    """An engine that cannot be used here, or a model that cannot be loaded."""
+
+
+class StoreError(UserError):
+    """The trace store cannot do what was asked."""
+
+
+class StoreMissingError(StoreError):
+    """There is no store at the path."""
+
+
+class StoreForeignError(StoreError):
+    """The directory holds something that is no trace store."""
+
+
+class StoreNewerError(StoreError):
+    """The store was written by a later version with a schema this one does not know."""
+
+
+class StoreDamagedError(StoreError):
+    """A file of the store cannot be read; the message names it and the way out."""
+
+
+class StoreBusyError(StoreError):
+    """Another process holds the store's write lock."""
+
+
+class RecipeChangedError(StoreError):
+    """The store already holds traces of this teacher name made with another recipe."""
+
+
+class RunError(UserError):
+    """A run directory is missing, foreign, or cannot be resumed."""
