@@ -1,0 +1,121 @@
+"""Files that appear whole or not at all, and locks that die with their process."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from store.errors import StoreError
+
+TMP_MARK = ".tmp-"
+"""Begins the name of every file that is still being written; no reader looks at such a file."""
+
+WRITE_LOCK = ".write.lock"
+INDEX_LOCK = ".index.lock"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that takes its place at `path` when the block ends, durable, or never.
+
+    Raises StoreError when the disk is full or the directory may not be written.
+    """
+    tmp = path.with_name(f"{TMP_MARK}{secrets.token_hex(4)}-{path.name}")
+    try:
+        with tmp.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        tmp.replace(path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            tmp.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    # Without this the rename itself may be lost with the power.
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_orphans(root: Path) -> list[Path]:
+    """Removes what killed writers left half-written below `root`; only the holder of the write lock may."""
+    orphans = sorted(root.rglob(f"{TMP_MARK}*"))
+    for orphan in orphans:
+        orphan.unlink(missing_ok=True)
+    return orphans
+
+
+def is_bookkeeping(name: str) -> bool:
+    """Whether a store that was never finished being created may hold this file already."""
+    return name in (WRITE_LOCK, INDEX_LOCK) or name.startswith(TMP_MARK)
+
+
+class FileLock:
+    """An exclusive lock on a file, by flock: the kernel drops it when the process dies, however it dies.
+
+    A forked child (a verifier's worker, say) does not hold it: else a killed parent would leave it behind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def acquire(self, *, wait: bool) -> bool:
+        """True once it is held; False when somebody else has it and `wait` is off. Raises OSError."""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+        self._descriptor = descriptor
+        _HELD.add(descriptor)
+        return True
+
+    def holder(self) -> int | None:
+        """The pid that the holder wrote; None when it has not come to that yet."""
+        text = self.path.read_text().strip()
+        return int(text) if text.isdecimal() else None
+
+    def release(self) -> None:
+        """Lets go; harmless when not held."""
+        if self._descriptor in _HELD:
+            _HELD.discard(self._descriptor)
+            os.close(self._descriptor)
+        self._descriptor = None
+
+    def __enter__(self) -> Self:
+        self.acquire(wait=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+_HELD: set[int] = set()
+
+
+def _let_go_in_child() -> None:
+    for descriptor in _HELD:
+        os.close(descriptor)
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)

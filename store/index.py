@@ -1,0 +1,287 @@
+"""The disposable index: where in the parts each trace lies.
+
+    traces(trace_id, problem_id, teacher, sample_index, verdict, is_correct, n_tokens, part, row_group, row)
+    parts(part, size, mtime_ns, rows, error)       error: why a part could not be read; null for a whole one
+
+It is built aside and renamed, and only ever opened for reading after that, so that DuckDB's rule of one
+writer or many readers never reaches anybody. A store that cannot be written gets its index in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import duckdb
+import pyarrow as pa
+
+from store.errors import StoreError
+from store.files import INDEX_LOCK, FileLock
+from store.manifest import INDEX, PARTS, read_manifest
+from store.parts import READ_ERRORS, DamagedPart, PartStamp, list_parts, one_line, open_part
+
+Progress = Callable[[int, int], None]
+"""Called with (parts done, parts in all)."""
+
+BUILDING = ".building-index.duckdb"
+"""Its name while it is built; the index lock is held, so one is enough."""
+
+KEY_COLUMNS = ["trace_id", "problem_id", "teacher", "sample_index", "verdict", "is_correct", "n_tokens"]
+
+_TABLES = """
+    CREATE TABLE idx.parts (part VARCHAR, size BIGINT, mtime_ns BIGINT, rows BIGINT, error VARCHAR);
+    CREATE TABLE idx.traces (
+        trace_id VARCHAR, problem_id VARCHAR, teacher VARCHAR, sample_index INTEGER, verdict VARCHAR,
+        is_correct BOOLEAN, n_tokens INTEGER, part VARCHAR, row_group INTEGER, row INTEGER);
+    CREATE TEMP TABLE found AS FROM idx.traces;
+"""
+
+# Parts copied in by hand may hold a trace twice; the first part's counts.
+_SORT = """
+    INSERT INTO idx.traces FROM found
+    QUALIFY row_number() OVER (PARTITION BY problem_id, teacher, sample_index
+                               ORDER BY part, row_group, row) = 1
+    ORDER BY problem_id, teacher, sample_index
+"""
+
+# A part that lost a doubled trace is read anew: the part with the other one may be gone.
+_REUSABLE = """
+    SELECT part, size, mtime_ns, rows FROM old.parts AS p
+    WHERE error IS NULL AND rows = (SELECT count(*) FROM old.traces AS t WHERE t.part = p.part)
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexReport:
+    """What an index was built from."""
+
+    parts: int
+    """Whole parts."""
+    reused: int
+    """Parts among them whose rows came from the index before, unread."""
+    traces: int
+    doubled: int
+    """Rows left out because their (problem, teacher, sample_index) stands in an earlier part."""
+    damaged: tuple[DamagedPart, ...]
+    seconds: float
+
+
+class Index:
+    """An index opened for reading."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
+        self._connection = connection
+
+    def rows(self, sql: str, parameters: Mapping[str, object] | None = None) -> list[dict[str, Any]]:
+        """The rows of a query over `idx.traces` and `idx.parts`, each as column -> value."""
+        result = self._connection.execute(sql, parameters)
+        names = [column[0] for column in result.description or ()]
+        return [dict(zip(names, row, strict=True)) for row in result.fetchall()]
+
+    def add_table(self, name: str, table: pa.Table) -> None:
+        """Lets queries read an Arrow table under a name."""
+        self._connection.register(name, table)
+
+    def stamps(self) -> dict[str, PartStamp]:
+        """The parts, damaged ones too, as they were when the index was built."""
+        rows = self.rows("SELECT part, size, mtime_ns FROM idx.parts")
+        return {row["part"]: PartStamp(size=row["size"], mtime_ns=row["mtime_ns"]) for row in rows}
+
+    def damaged(self) -> tuple[DamagedPart, ...]:
+        """The parts that the index does without."""
+        rows = self.rows("SELECT part, error FROM idx.parts WHERE error IS NOT NULL ORDER BY part")
+        return tuple(DamagedPart(part=row["part"], reason=row["error"]) for row in rows)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def reindex(path: str | os.PathLike[str], *, progress: Progress | None = None) -> IndexReport:
+    """Builds the index of the store at `path` from its parts alone, whatever index was there.
+
+    Raises StoreMissingError, StoreForeignError, StoreNewerError, and StoreError when the directory
+    cannot be written.
+    """
+    root = Path(path).absolute()
+    read_manifest(root)
+    try:
+        with FileLock(root / INDEX_LOCK):
+            return _replace(root, list_parts(root), old=None, progress=progress)
+    except (OSError, duckdb.IOException) as error:
+        raise StoreError(f"cannot write {root / INDEX}: {one_line(error)}") from error
+
+
+def refresh_index(root: Path) -> None:
+    """Brings the index up to the parts; a directory that cannot be written keeps the one it has."""
+    open_index(root).close()
+
+
+def open_index(root: Path) -> Index:
+    """An index of exactly the parts that are there now, built first where need be."""
+    index = _open_current(root)
+    if index is not None:
+        return index
+    try:
+        with FileLock(root / INDEX_LOCK):
+            # Whoever held the lock before may have built it.
+            index = _open_current(root)
+            if index is None:
+                _replace(root, list_parts(root), old=root / INDEX)
+                index = _attach(root / INDEX)
+    except (OSError, duckdb.IOException):
+        return _in_memory(root)
+    return index or _in_memory(root)
+
+
+def _open_current(root: Path) -> Index | None:
+    index = _attach(root / INDEX)
+    if index is not None and index.stamps() != list_parts(root):
+        index.close()
+        return None
+    return index
+
+
+def _attach(path: Path) -> Index | None:
+    """The index at `path`; None when there is none that this version of DuckDB and of ampo can read."""
+    if not path.exists():
+        return None
+    connection = _connect()
+    try:
+        # Attached, not connected to: `duckdb.connect` would hand out the file that an earlier connection
+        # of this process still has open under the same name.
+        connection.execute(f"ATTACH {_quoted(path)} AS idx (READ_ONLY)")
+        index = Index(connection)
+        index.rows(f"SELECT {', '.join(KEY_COLUMNS)}, part, row_group, row FROM idx.traces LIMIT 0")
+        index.rows("SELECT part, size, mtime_ns, rows, error FROM idx.parts LIMIT 0")
+    except duckdb.Error:
+        connection.close()
+        return None
+    return index
+
+
+def _connect() -> duckdb.DuckDBPyConnection:
+    # One thread: the look-ups are small, and the trainer next door wants the others.
+    return duckdb.connect(config={"threads": 1})
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("'", "''") + "'"
+
+
+def _replace(
+    root: Path, parts: Mapping[str, PartStamp], *, old: Path | None, progress: Progress | None = None
+) -> IndexReport:
+    building = root / BUILDING
+    for leftover in (building, building.with_name(BUILDING + ".wal")):
+        leftover.unlink(missing_ok=True)
+    with ExitStack() as stack:
+        connection = _connect()
+        stack.callback(connection.close)
+        connection.execute(f"ATTACH {_quoted(building)} AS idx")
+        report = _fill(connection, root, parts, old=old, progress=progress)
+        connection.execute("DETACH idx")
+    building.replace(root / INDEX)
+    return report
+
+
+def _in_memory(root: Path) -> Index:
+    connection = _connect()
+    connection.execute("ATTACH ':memory:' AS idx")
+    _fill(connection, root, list_parts(root), old=root / INDEX)
+    return Index(connection)
+
+
+def _fill(
+    connection: duckdb.DuckDBPyConnection,
+    root: Path,
+    parts: Mapping[str, PartStamp],
+    *,
+    old: Path | None,
+    progress: Progress | None = None,
+) -> IndexReport:
+    """Fills the attached database `idx`."""
+    began = time.perf_counter()
+    connection.execute(_TABLES)
+    reused = _reuse(connection, parts, old) if old is not None else {}
+    damaged: list[DamagedPart] = []
+    rows = sum(reused.values())
+    for done, (part, stamp) in enumerate(parts.items(), start=1):
+        if part not in reused:
+            count, error = _add_part(connection, root, part)
+            rows += count
+            damaged += [DamagedPart(part=part, reason=error)] if error else []
+            values = [part, stamp.size, stamp.mtime_ns, count, error]
+            connection.execute("INSERT INTO idx.parts VALUES (?, ?, ?, ?, ?)", values)
+        if progress is not None:
+            progress(done, len(parts))
+    connection.execute(_SORT)
+    kept = _count(connection, "idx.traces")
+    return IndexReport(
+        parts=len(parts) - len(damaged),
+        reused=len(reused),
+        traces=kept,
+        doubled=rows - kept,
+        damaged=tuple(damaged),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _reuse(
+    connection: duckdb.DuckDBPyConnection, parts: Mapping[str, PartStamp], old: Path
+) -> dict[str, int]:
+    """Takes the rows of unaltered parts from the old index; returns those parts with their row counts."""
+    if not old.exists():
+        return {}
+    reused: dict[str, int] = {}
+    with suppress(duckdb.Error):  # an index that cannot be read is as good as none
+        connection.execute(f"ATTACH {_quoted(old)} AS old (READ_ONLY)")
+        candidates = connection.execute(_REUSABLE).fetchall()
+        same = [row for row in candidates if parts.get(row[0]) == PartStamp(size=row[1], mtime_ns=row[2])]
+        names = [row[0] for row in same]
+        connection.execute("BEGIN")
+        connection.execute("INSERT INTO found FROM old.traces WHERE part IN (SELECT unnest(?))", [names])
+        connection.execute("INSERT INTO idx.parts FROM old.parts WHERE part IN (SELECT unnest(?))", [names])
+        connection.execute("COMMIT")
+        reused = {row[0]: row[3] for row in same}
+    return reused
+
+
+def _add_part(connection: duckdb.DuckDBPyConnection, root: Path, part: str) -> tuple[int, str | None]:
+    """Adds the rows of one part; returns their number, and why it could not be read."""
+    try:
+        with open_part(root / PARTS / part) as file:
+            table = file.read(columns=KEY_COLUMNS, use_threads=False)
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    except READ_ERRORS as error:
+        return 0, one_line(error)
+    places = [(group, row) for group, size in enumerate(sizes) for row in range(size)]
+    table = table.append_column("part", pa.array([part] * len(places), pa.string()))
+    table = table.append_column("row_group", pa.array([group for group, _ in places], pa.int32()))
+    table = table.append_column("row", pa.array([row for _, row in places], pa.int32()))
+    connection.register("part_rows", table)
+    connection.execute(
+        f"INSERT INTO found SELECT {', '.join(KEY_COLUMNS)}, part, row_group, row FROM part_rows"
+    )
+    connection.unregister("part_rows")
+    return len(places), None
+
+
+def _count(connection: duckdb.DuckDBPyConnection, table: str) -> int:
+    row: Sequence[int] | None = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
+    assert row is not None
+    return row[0]

@@ -1,0 +1,36 @@
+"""The small files of a store: problems and teachers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from store.errors import StoreDamagedError
+from store.manifest import PROBLEMS, TEACHERS
+from store.parts import damage_named, one_line, open_part
+from store.records import Problem, TeacherRecord
+from store.schema import problem_of, teacher_of
+
+
+def read_problems(root: Path) -> list[Problem]:
+    """Every problem, in order of arrival; [] before the first was written. Raises StoreDamagedError."""
+    path = root / PROBLEMS
+    if not path.exists():
+        return []
+    with damage_named(path), open_part(path) as file:
+        return [problem_of(row) for row in file.read(use_threads=False).to_pylist()]
+
+
+def read_teachers(root: Path) -> dict[str, TeacherRecord]:
+    """Every registered teacher by name, in order of the name. Raises StoreDamagedError."""
+    records = {}
+    for path in sorted((root / TEACHERS).glob("*.json")):
+        try:
+            record = teacher_of(json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise StoreDamagedError(
+                f"{path} cannot be read: {one_line(error)}; "
+                "remove it and run `ampo precompute teachers` again"
+            ) from error
+        records[record.name] = record
+    return records

@@ -1,0 +1,119 @@
+"""The columns on disk, and the way from records to rows and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from datetime import UTC
+from typing import Any
+
+import pyarrow as pa
+
+from store.records import Problem, TeacherRecord, Trace
+
+SCHEMA_VERSION = 1
+"""Raised whenever an older reader could misread what a newer writer wrote."""
+
+ROW_GROUP_ROWS = 8
+"""What fetching a few traces must decompress beside them; docs: DESIGN 6 has the measurements."""
+
+TOKEN_COLUMNS = ("token_ids", "logprobs")
+"""Two thirds of a row's bytes; read on demand only."""
+
+TRACE_SCHEMA = pa.schema(
+    [
+        ("trace_id", pa.string()),
+        ("problem_id", pa.string()),
+        ("teacher", pa.string()),
+        ("sample_index", pa.int32()),
+        ("text", pa.string()),
+        ("answer", pa.string()),
+        ("answer_start", pa.int32()),
+        ("n_tokens", pa.int32()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float32())),
+        ("finish_reason", pa.string()),
+        ("verdict", pa.string()),
+        ("is_correct", pa.bool_()),
+        ("seed", pa.int64()),
+        ("generation_fingerprint", pa.string()),
+        ("created_at", pa.timestamp("us", tz="UTC")),
+    ]
+)
+
+PROBLEM_SCHEMA = pa.schema(
+    [
+        ("problem_id", pa.string()),
+        ("question", pa.string()),
+        ("answer", pa.string()),
+        ("source", pa.string()),
+        ("system_prompt", pa.string()),
+    ]
+)
+
+PARQUET_OPTIONS: dict[str, Any] = {
+    "compression": "zstd",
+    "row_group_size": ROW_GROUP_ROWS,
+    # Groups this small pay for a dictionary page and win nothing by it.
+    "use_dictionary": False,
+    # Minima and maxima of texts and tokens are a quarter of the footer, and no query asks for them.
+    "write_statistics": ["problem_id"],
+    "write_page_checksum": True,
+}
+
+
+def traces_table(traces: Sequence[Trace]) -> pa.Table:
+    """One row a trace, in the order given."""
+    return _table(traces, TRACE_SCHEMA)
+
+
+def problems_table(problems: Sequence[Problem]) -> pa.Table:
+    """One row a problem, in the order given."""
+    return _table(problems, PROBLEM_SCHEMA)
+
+
+def _table(records: Sequence[Any], schema: pa.Schema) -> pa.Table:
+    columns = [[getattr(record, name) for record in records] for name in schema.names]
+    return pa.table(
+        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema
+    )
+
+
+def trace_of(row: Mapping[str, Any]) -> Trace:
+    """The record of a row; `token_ids` and `logprobs` are () where the row comes without them.
+
+    Raises ValueError when the content does not hash to the row's own trace_id.
+    """
+    fields = {name: value for name, value in row.items() if name != "trace_id"}
+    fields["token_ids"] = tuple(row.get("token_ids") or ())
+    fields["logprobs"] = tuple(row.get("logprobs") or ())
+    fields["created_at"] = row["created_at"].astimezone(UTC)
+    trace = Trace(**fields)
+    if trace.trace_id != row["trace_id"]:
+        raise ValueError(f"trace_id {row['trace_id']} does not fit its content, which gives {trace.trace_id}")
+    return trace
+
+
+def problem_of(row: Mapping[str, Any]) -> Problem:
+    """The record of a row. Raises ValueError when the content does not hash to the row's problem_id."""
+    problem = Problem(**{name: value for name, value in row.items() if name != "problem_id"})
+    if problem.problem_id != row["problem_id"]:
+        raise ValueError(
+            f"problem_id {row['problem_id']} does not fit its content, which gives {problem.problem_id}"
+        )
+    return problem
+
+
+def teacher_json(record: TeacherRecord) -> dict[str, Any]:
+    """What `teachers/<name>.json` holds: the record, and the fingerprint that its traces carry."""
+    fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    fields["chat_template_kwargs"] = dict(record.chat_template_kwargs)
+    fields["sampling"] = dict(record.sampling)
+    return {**fields, "generation_fingerprint": record.generation_fingerprint}
+
+
+def teacher_of(content: Mapping[str, Any]) -> TeacherRecord:
+    """The record that `teacher_json` wrote. Raises TypeError when fields are missing or unknown."""
+    return TeacherRecord(
+        **{name: value for name, value in content.items() if name != "generation_fingerprint"}
+    )

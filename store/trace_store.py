@@ -1,0 +1,116 @@
+"""The reading side: what the trainer asks, and what `ampo inspect store` shows.
+
+with TraceStore("traces") as store:
+    store.candidates(["5f0c...", "91ab..."])      {"5f0c...": [Trace, Trace], "91ab...": []}
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from store.index import Index, open_index
+from store.manifest import Manifest, read_manifest
+from store.parts import DamagedPart, Location, PartReader
+from store.reading import read_problems, read_teachers
+from store.records import Problem, TeacherRecord, Trace
+
+_CANDIDATES = """
+    SELECT part, row_group, row FROM idx.traces
+    WHERE is_correct AND problem_id IN (SELECT unnest($problem_ids::VARCHAR[]))
+      AND ($teachers::VARCHAR[] IS NULL OR list_contains($teachers::VARCHAR[], teacher))
+    ORDER BY problem_id, teacher, sample_index, trace_id
+"""
+
+_TRACES = """
+    SELECT part, row_group, row FROM idx.traces
+    WHERE ($problem_id::VARCHAR IS NULL OR problem_id = $problem_id)
+      AND ($teacher::VARCHAR IS NULL OR teacher = $teacher)
+      AND ($verdict::VARCHAR IS NULL OR verdict = $verdict)
+    ORDER BY problem_id, teacher, sample_index, trace_id LIMIT $limit
+"""
+
+
+class TraceStore:
+    """A store opened for reading; any number of processes may, while one writes.
+
+    It sees the parts that were there when it was opened or last refreshed. One thread at a time.
+    Raises StoreMissingError, StoreForeignError, StoreNewerError or StoreDamagedError. A damaged part is
+    left out and listed in `damaged`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        self.manifest: Manifest = read_manifest(self.path)
+        self.index: Index = open_index(self.path)
+        self._reader = PartReader(self.path)
+
+    @property
+    def damaged(self) -> tuple[DamagedPart, ...]:
+        """The parts that could not be read."""
+        return self.index.damaged()
+
+    def candidates(
+        self, problem_ids: Sequence[str], *, teachers: Sequence[str] | None = None, tokens: bool = False
+    ) -> dict[str, list[Trace]]:
+        """The verified traces of each problem: every asked id is a key, [] where there is none.
+
+        In order of teacher, sample_index, trace_id. `teachers`: None for all. Without `tokens` the
+        traces come with empty `token_ids` and `logprobs`, and cost a third of the reading.
+        Raises StoreDamagedError when a part broke since it was indexed.
+        """
+        found: dict[str, list[Trace]] = {problem_id: [] for problem_id in problem_ids}
+        asked = {
+            "problem_ids": list(found),
+            "teachers": None if teachers is None else list(teachers),
+        }
+        for trace in self._read(_CANDIDATES, asked, tokens=tokens):
+            found[trace.problem_id].append(trace)
+        return found
+
+    def traces(
+        self,
+        *,
+        problem_id: str | None = None,
+        teacher: str | None = None,
+        verdict: str | None = None,
+        limit: int | None = None,
+        tokens: bool = False,
+    ) -> list[Trace]:
+        """Traces of any verdict, in order of problem_id, teacher, sample_index; None: no filter."""
+        asked = {"problem_id": problem_id, "teacher": teacher, "verdict": verdict, "limit": limit}
+        return self._read(_TRACES, asked, tokens=tokens)
+
+    def _read(self, sql: str, parameters: Mapping[str, object], *, tokens: bool) -> list[Trace]:
+        locations = [Location(**row) for row in self.index.rows(sql, parameters)]
+        return self._reader.read(locations, tokens=tokens)
+
+    def teachers(self) -> dict[str, TeacherRecord]:
+        """Every registered teacher, by name."""
+        return read_teachers(self.path)
+
+    def problems(self) -> list[Problem]:
+        """Every problem, in order of arrival."""
+        return read_problems(self.path)
+
+    def refresh(self) -> None:
+        """Takes up the parts that came, or went, since the store was opened."""
+        index = open_index(self.path)
+        self.close()
+        self.index = index
+
+    def close(self) -> None:
+        """Closes every file."""
+        self.index.close()
+        self._reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
