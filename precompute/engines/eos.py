@@ -1,0 +1,37 @@
+"""Where a completion ends: the EOS ids that every engine stops at, and the length that a model can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from precompute.engines import Request, Sampling
+from store.errors import EngineError
+
+
+def eos_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends a completion, ascending: the generation config may list several, and chat models
+    often end a turn with one that the tokenizer does not name.
+
+    Raises EngineError when there is none: no completion could ever end by itself.
+    """
+    listed = getattr(generation_config, "eos_token_id", None)
+    ids = {listed} if isinstance(listed, int) else set(listed or ())
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    if not ids:
+        raise EngineError("neither generation_config.json nor the tokenizer names an eos_token_id; set one")
+    return tuple(sorted(int(i) for i in ids))
+
+
+def check_lengths(requests: Sequence[Request], sampling: Sampling, context_length: int | None) -> None:
+    """Raises EngineError when a request does not fit into `context_length` positions (None: no limit)."""
+    longest = max((len(request.prompt_ids) for request in requests), default=0)
+    if context_length is not None and longest + sampling.max_tokens > context_length:
+        raise EngineError(
+            f"max_tokens = {sampling.max_tokens} and a prompt of {longest} tokens exceed the model's "
+            f"{context_length} positions; max_tokens may be {max(context_length - longest, 0)} at most"
+        )
+    empty = next((request.request_id for request in requests if not request.prompt_ids), None)
+    if empty is not None:
+        raise EngineError(f"request {empty} has an empty prompt; a prompt needs one token at least")

@@ -1,0 +1,332 @@
+"""The transformers engine: draws that depend on the request alone, completions that end where they should."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from precompute.engines import Completion, Request, Sampling
+from precompute.engines.eos import eos_ids
+from precompute.engines.transformers_engine import (
+    TransformersEngine,
+    inverse_cdf,
+    keep_top_k,
+    keep_top_p,
+    uniforms,
+)
+from store.errors import EngineError
+
+END = 2
+OTHER_END = 40
+CONTEXT = 96
+
+
+def random_model(eos: int | list[int] = END) -> Any:
+    """Two layers with weights wide enough that some tokens are likely and others are not."""
+    torch.manual_seed(5)
+    config = Qwen2Config(
+        vocab_size=103,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=eos,
+        pad_token_id=0,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """A model this small only waits for its other threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """Three special tokens and a hundred characters, one token each."""
+    tokens = ["<pad>", "<start>", "<end>", *(chr(number) for number in range(0x100, 0x100 + 100))]
+    backend = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
+    backend.decoder = decoders.Fuse()
+    special = {"pad_token": "<pad>", "bos_token": "<start>", "eos_token": "<end>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer: Any) -> TransformersEngine:
+    return TransformersEngine(random_model(), tokenizer, batch_size=16)
+
+
+def sampling(**changes: Any) -> Sampling:
+    return Sampling(**({"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 24} | changes))
+
+
+def request(number: int, *, length: int = 0, seed: int | None = None) -> Request:
+    """A prompt of its own for each number; lengths 3 to 12 unless one is given."""
+    generator = torch.Generator().manual_seed(number)
+    ids = torch.randint(7, 100, (length or 3 + number % 10,), generator=generator).tolist()
+    return Request(
+        request_id=f"r{number}", prompt_ids=tuple(ids), seed=1000 + number if seed is None else seed
+    )
+
+
+def by_id(completions: Any) -> dict[str, Completion]:
+    return {completion.request_id: completion for completion in completions}
+
+
+def forward_logits(model: Any, request: Request, completion: Completion) -> torch.Tensor:
+    """[T, V]: one forward over prompt and completion; row t predicts completion token t."""
+    ids = torch.tensor([[*request.prompt_ids, *completion.token_ids]])
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=ids).logits[0]
+    return logits[len(request.prompt_ids) - 1 : -1]
+
+
+def test_a_request_gives_the_same_completion_alone_and_in_any_batch(engine: TransformersEngine) -> None:
+    requests = [request(number) for number in range(40)]
+    together = by_id(engine.generate(requests, sampling()))
+    shuffled = by_id(engine.generate(requests[::-1][3:], sampling()))
+    assert len(together) == 40
+    for each in requests[:8]:
+        (alone,) = engine.generate([each], sampling())
+        assert alone.token_ids == together[each.request_id].token_ids == shuffled[each.request_id].token_ids
+        assert alone.logprobs == pytest.approx(together[each.request_id].logprobs, abs=1e-4)
+
+
+def test_a_seed_decides_the_sample(engine: TransformersEngine) -> None:
+    same = [request(1, seed=7), request(1, seed=7), *(request(1, seed=seed) for seed in range(8, 20))]
+    first, second, *others = [c.token_ids for c in engine.generate(same, sampling())]
+    assert first == second
+    assert len({first, *others}) == 13
+
+
+def test_logprobs_are_those_of_a_forward_at_temperature_1(tokenizer: Any) -> None:
+    model = random_model()
+    engine = TransformersEngine(model, tokenizer, batch_size=16)
+    requests = [request(number) for number in range(12)]
+    found = by_id(engine.generate(requests, sampling(temperature=0.7, top_p=0.9, top_k=20)))
+    for each in requests:
+        completion = found[each.request_id]
+        logprobs = forward_logits(model, each, completion).log_softmax(-1)
+        expected = logprobs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_a_completion_ends_behind_its_first_eos_of_any_kind(tokenizer: Any) -> None:
+    engine = TransformersEngine(random_model(eos=[OTHER_END, END]), tokenizer, batch_size=64)
+    found = list(engine.generate([request(number) for number in range(64)], sampling(max_tokens=40)))
+    stopped = [c for c in found if c.finish_reason == "stop"]
+    cut = [c for c in found if c.finish_reason == "length"]
+    assert {c.token_ids[-1] for c in stopped} == {END, OTHER_END}
+    assert all(not {END, OTHER_END} & set(c.token_ids[:-1]) for c in stopped)
+    assert cut
+    assert all(len(c.token_ids) == 40 and not {END, OTHER_END} & set(c.token_ids) for c in cut)
+    assert all(len(c.logprobs) == len(c.token_ids) for c in found)
+
+
+def test_the_tokenizers_eos_counts_beside_the_configs(tokenizer: Any) -> None:
+    assert eos_ids(random_model(eos=OTHER_END).generation_config, tokenizer) == (END, OTHER_END)
+    engine = TransformersEngine(random_model(eos=OTHER_END), tokenizer, batch_size=64)
+    found = engine.generate([request(number) for number in range(64)], sampling(max_tokens=40))
+    assert END in {c.token_ids[-1] for c in found if c.finish_reason == "stop"}
+
+
+def test_padding_with_the_eos_id_changes_nothing(tokenizer: Any) -> None:
+    requests = [request(number) for number in range(32)]
+    own = by_id(TransformersEngine(random_model(), tokenizer).generate(requests, sampling()))
+    model = random_model()
+    model.generation_config.pad_token_id = END
+    model.config.pad_token_id = END
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    assert by_id(TransformersEngine(model, tokenizer).generate(requests, sampling())) == own
+    assert len({len(c.token_ids) for c in own.values()}) > 3
+
+
+def test_text_leaves_special_tokens_out(engine: TransformersEngine, tokenizer: Any) -> None:
+    found = list(engine.generate([request(number) for number in range(32)], sampling()))
+    for completion in found:
+        plain = [i for i in completion.token_ids if i not in tokenizer.all_special_ids]
+        assert completion.text == "".join(tokenizer.convert_ids_to_tokens(plain))
+
+
+def test_temperature_0_takes_the_likeliest_token(tokenizer: Any) -> None:
+    model = random_model()
+    requests = [request(number) for number in range(6)]
+    found = by_id(TransformersEngine(model, tokenizer).generate(requests, sampling(temperature=0.0)))
+    for each in requests:
+        completion = found[each.request_id]
+        assert forward_logits(model, each, completion).argmax(-1).tolist() == list(completion.token_ids)
+
+
+def test_top_k_and_top_p_bound_every_draw(tokenizer: Any) -> None:
+    model = random_model()
+    requests = [request(number) for number in range(24)]
+    engine = TransformersEngine(model, tokenizer)
+    for completion in engine.generate(requests, sampling(top_k=3)):
+        each = requests[int(completion.request_id[1:])]
+        ranks = forward_logits(model, each, completion).argsort(-1, descending=True)[:, :3].tolist()
+        assert all(token in best for token, best in zip(completion.token_ids, ranks, strict=True))
+    for completion in engine.generate(requests, sampling(top_p=0.5)):
+        each = requests[int(completion.request_id[1:])]
+        probs = forward_logits(model, each, completion).softmax(-1)
+        drawn = probs.gather(1, torch.tensor(completion.token_ids)[:, None])
+        likelier = torch.where(probs > drawn, probs, 0.0).sum(-1)
+        assert bool((likelier < 0.5 + 1e-5).all())
+
+
+def test_keep_top_p_keeps_the_fewest_that_hold_the_share() -> None:
+    # Sorted: 0.5, 0.3, 0.15, 0.05. A share of 0.7 needs the first two (0.5 < 0.7 <= 0.8); 0.81 a third.
+    probs = torch.tensor([[0.3, 0.05, 0.5, 0.15]])
+    assert keep_top_p(probs, 0.7).tolist() == [pytest.approx([0.3, 0.0, 0.5, 0.0])]
+    assert keep_top_p(probs, 0.81).tolist() == [pytest.approx([0.3, 0.0, 0.5, 0.15])]
+    assert keep_top_p(probs, 0.01).tolist() == [pytest.approx([0.0, 0.0, 0.5, 0.0])]
+
+
+def test_keep_top_k_keeps_ties_with_the_kth() -> None:
+    probs = torch.tensor([[0.2, 0.1, 0.5, 0.2]])
+    assert keep_top_k(probs, 2).tolist() == [pytest.approx([0.2, 0.0, 0.5, 0.2])]
+    assert keep_top_k(probs, 9).tolist() == [pytest.approx([0.2, 0.1, 0.5, 0.2])]
+
+
+def test_inverse_cdf_draws_the_bin_that_holds_the_uniform() -> None:
+    # Edges 0.25, 0.25, 0.75, 1.0: token 1 has an empty bin; a bin holds its lower edge, not its upper one.
+    probs = torch.tensor([[0.25, 0.0, 0.5, 0.25]], dtype=torch.float64)
+    drawn = [
+        int(inverse_cdf(probs, torch.tensor([[u]], dtype=torch.float64))) for u in (0.0, 0.2, 0.25, 0.7, 0.75)
+    ]
+    assert drawn == [0, 0, 2, 2, 3]
+    # Twice the mass draws the same.
+    assert int(inverse_cdf(2 * probs, torch.tensor([[0.7]], dtype=torch.float64))) == 2
+
+
+@given(st.integers(0, 2**31 - 1), st.lists(st.integers(0, 2**31 - 1), max_size=4))
+def test_a_rows_uniforms_depend_on_its_seed_alone(seed: int, others: list[int]) -> None:
+    alone = uniforms([seed], 8)[0]
+    assert torch.equal(uniforms([*others, seed], 8)[-1], alone)
+    assert torch.equal(uniforms([seed], 5)[0], alone[:5])
+    assert bool(((alone >= 0) & (alone < 1)).all())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+def test_draws_follow_the_softmax(tokenizer: Any, temperature: float) -> None:
+    model = random_model()
+    requests = [request(3, seed=seed) for seed in range(4000)]
+    found = TransformersEngine(model, tokenizer, batch_size=1000).generate(
+        requests, sampling(temperature=temperature, max_tokens=1)
+    )
+    counts = torch.bincount(torch.tensor([c.token_ids[0] for c in found]), minlength=103).double()
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([requests[0].prompt_ids])).logits[0, -1]
+    expected = 4000 * (logits / temperature).softmax(-1).double()
+    likely = expected >= 5
+    observed = torch.cat([counts[likely], counts[~likely].sum()[None]])
+    wanted = torch.cat([expected[likely], expected[~likely].sum()[None]])
+    # Chi-square with n bins has mean n - 1 and standard deviation sqrt(2 (n - 1)); five of them is far out.
+    chi_square = float(((observed - wanted) ** 2 / wanted).sum())
+    freedom = len(wanted) - 1
+    assert freedom >= 5
+    assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_the_models_own_generation_defaults_stay_out_and_come_back(tokenizer: Any) -> None:
+    requests = [request(number) for number in range(8)]
+    plain = by_id(TransformersEngine(random_model(), tokenizer).generate(requests, sampling()))
+    model = random_model()
+    model.generation_config.update(
+        repetition_penalty=3.0, temperature=0.1, top_k=1, max_length=7, do_sample=True
+    )
+    model.generation_config.suppress_tokens = list(range(7, 50))
+    engine = TransformersEngine(model, tokenizer)
+    defaults = model.generation_config
+    assert by_id(engine.generate(requests, sampling())) == plain
+    assert model.generation_config is defaults
+    assert defaults.repetition_penalty == 3.0
+
+
+def test_a_model_in_training_comes_back_as_it_was(tokenizer: Any) -> None:
+    model = random_model().train()
+    model.config.use_cache = False
+    modes: list[bool] = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    completions = TransformersEngine(model, tokenizer, batch_size=1).generate(
+        [request(1), request(2)], sampling()
+    )
+    next(completions)
+    assert model.training
+    list(completions)
+    assert model.training
+    assert model.config.use_cache is False
+    assert not any(modes)
+    # The weights can still be trained: nothing was made under inference mode.
+    model(input_ids=torch.tensor([[7, 8, 9]])).logits.sum().backward()
+
+
+def test_a_batch_is_handed_over_before_the_next_one_starts(tokenizer: Any) -> None:
+    model = random_model()
+    rows: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[1]))
+    completions = TransformersEngine(model, tokenizer, batch_size=2).generate(
+        [request(number, length=3 + number) for number in range(6)], sampling()
+    )
+    next(completions)
+    # One prompt pass (more than one column), however many token passes: only the first batch has run.
+    assert len([width for width in rows if width > 1]) == 1
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_before_anything_runs(engine: TransformersEngine) -> None:
+    with pytest.raises(
+        EngineError, match=r"max_tokens = 90 and a prompt of 10 tokens .* 96 positions; .* 86 at most"
+    ):
+        engine.generate([request(1, length=10)], sampling(max_tokens=90))
+    assert len(list(engine.generate([request(1, length=90)], sampling(max_tokens=6)))) == 1
+    with pytest.raises(EngineError, match="request r5 has an empty prompt"):
+        engine.generate([Request(request_id="r5", prompt_ids=(), seed=1)], sampling())
+
+
+def test_logits_that_are_not_finite_are_named(tokenizer: Any) -> None:
+    model = random_model()
+    torch.nn.init.constant_(model.model.norm.weight, math.nan)
+    with pytest.raises(EngineError, match="logits are not finite"):
+        list(TransformersEngine(model, tokenizer).generate([request(1)], sampling()))
+
+
+def test_a_model_that_cannot_be_loaded_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    for model in (str(tmp_path), str(tmp_path / "absent")):
+        with pytest.raises(EngineError, match=f"model {model!r} cannot be loaded: ") as caught:
+            TransformersEngine.load(model, tokenizer)
+        assert "\n" not in str(caught.value)
+    broken = tmp_path / "broken"
+    random_model().save_pretrained(broken)
+    (broken / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(EngineError, match="broken' cannot be loaded"):
+        TransformersEngine.load(str(broken), tokenizer)
+
+
+def test_a_loaded_model_draws_what_the_one_in_memory_drew(tokenizer: Any, tmp_path: Path) -> None:
+    model = random_model()
+    model.save_pretrained(tmp_path)
+    requests = [request(number) for number in range(4)]
+    loaded = TransformersEngine.load(str(tmp_path), tokenizer, batch_size=4)
+    assert by_id(loaded.generate(requests, sampling())) == by_id(
+        TransformersEngine(model, tokenizer).generate(requests, sampling())
+    )
+    loaded.close()
