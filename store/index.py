@@ -21,7 +21,7 @@ from typing import Any, Self
 import duckdb
 import pyarrow as pa
 
-from store.errors import StoreError
+from store.errors import StoreDamagedError, StoreError
 from store.files import INDEX_LOCK, FileLock
 from store.manifest import INDEX, PARTS, read_manifest
 from store.parts import READ_ERRORS, DamagedPart, PartStamp, list_parts, one_line, open_part
@@ -31,6 +31,8 @@ Progress = Callable[[int, int], None]
 
 BUILDING = ".building-index.duckdb"
 """Its name while it is built; the index lock is held, so one is enough."""
+
+WAY_OUT = "make it anew with `ampo store reindex`"
 
 KEY_COLUMNS = ["trace_id", "problem_id", "teacher", "sample_index", "verdict", "is_correct", "n_tokens"]
 
@@ -75,14 +77,23 @@ class IndexReport:
 class Index:
     """An index opened for reading."""
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
+    def __init__(self, connection: duckdb.DuckDBPyConnection, name: str) -> None:
         self._connection = connection
+        self.name = name
 
     def rows(self, sql: str, parameters: Mapping[str, object] | None = None) -> list[dict[str, Any]]:
-        """The rows of a query over `idx.traces` and `idx.parts`, each as column -> value."""
-        result = self._connection.execute(sql, parameters)
-        names = [column[0] for column in result.description or ()]
-        return [dict(zip(names, row, strict=True)) for row in result.fetchall()]
+        """The rows of a query over `idx.traces` and `idx.parts`, each as column -> value.
+
+        Raises StoreDamagedError when the index file is broken.
+        """
+        try:
+            result = self._connection.execute(sql, parameters)
+            names = [column[0] for column in result.description or ()]
+            return [dict(zip(names, row, strict=True)) for row in result.fetchall()]
+        except duckdb.ProgrammingError:
+            raise
+        except duckdb.Error as error:
+            raise StoreDamagedError(f"{self.name} is broken: {one_line(error)}; {WAY_OUT}") from error
 
     def add_table(self, name: str, table: pa.Table) -> None:
         """Lets queries read an Arrow table under a name."""
@@ -111,8 +122,11 @@ class Index:
         self.close()
 
 
-def reindex(path: str | os.PathLike[str], *, progress: Progress | None = None) -> IndexReport:
-    """Builds the index of the store at `path` from its parts alone, whatever index was there.
+def reindex(
+    path: str | os.PathLike[str], *, reuse: bool = False, progress: Progress | None = None
+) -> IndexReport:
+    """Builds the index of the store at `path` from its parts alone, whatever index was there; with
+    `reuse` the rows of unaltered parts are taken from the index that is there.
 
     Raises StoreMissingError, StoreForeignError, StoreNewerError, and StoreError when the directory
     cannot be written.
@@ -121,7 +135,8 @@ def reindex(path: str | os.PathLike[str], *, progress: Progress | None = None) -
     read_manifest(root)
     try:
         with FileLock(root / INDEX_LOCK):
-            return _replace(root, list_parts(root), old=None, progress=progress)
+            old = root / INDEX if reuse else None
+            return _replace(root, list_parts(root), old=old, progress=progress)
     except (OSError, duckdb.IOException) as error:
         raise StoreError(f"cannot write {root / INDEX}: {one_line(error)}") from error
 
@@ -150,10 +165,13 @@ def open_index(root: Path) -> Index:
 
 def _open_current(root: Path) -> Index | None:
     index = _attach(root / INDEX)
-    if index is not None and index.stamps() != list_parts(root):
-        index.close()
+    if index is None:
         return None
-    return index
+    with suppress(StoreDamagedError):
+        if index.stamps() == list_parts(root):
+            return index
+    index.close()
+    return None
 
 
 def _attach(path: Path) -> Index | None:
@@ -165,10 +183,10 @@ def _attach(path: Path) -> Index | None:
         # Attached, not connected to: `duckdb.connect` would hand out the file that an earlier connection
         # of this process still has open under the same name.
         connection.execute(f"ATTACH {_quoted(path)} AS idx (READ_ONLY)")
-        index = Index(connection)
+        index = Index(connection, str(path))
         index.rows(f"SELECT {', '.join(KEY_COLUMNS)}, part, row_group, row FROM idx.traces LIMIT 0")
         index.rows("SELECT part, size, mtime_ns, rows, error FROM idx.parts LIMIT 0")
-    except duckdb.Error:
+    except (duckdb.Error, StoreDamagedError):
         connection.close()
         return None
     return index
@@ -203,7 +221,7 @@ def _in_memory(root: Path) -> Index:
     connection = _connect()
     connection.execute("ATTACH ':memory:' AS idx")
     _fill(connection, root, list_parts(root), old=root / INDEX)
-    return Index(connection)
+    return Index(connection, f"the index in memory of {root}")
 
 
 def _fill(
@@ -247,18 +265,21 @@ def _reuse(
     """Takes the rows of unaltered parts from the old index; returns those parts with their row counts."""
     if not old.exists():
         return {}
-    reused: dict[str, int] = {}
-    with suppress(duckdb.Error):  # an index that cannot be read is as good as none
+    try:
         connection.execute(f"ATTACH {_quoted(old)} AS old (READ_ONLY)")
+        connection.execute("BEGIN")
         candidates = connection.execute(_REUSABLE).fetchall()
         same = [row for row in candidates if parts.get(row[0]) == PartStamp(size=row[1], mtime_ns=row[2])]
         names = [row[0] for row in same]
-        connection.execute("BEGIN")
         connection.execute("INSERT INTO found FROM old.traces WHERE part IN (SELECT unnest(?))", [names])
         connection.execute("INSERT INTO idx.parts FROM old.parts WHERE part IN (SELECT unnest(?))", [names])
         connection.execute("COMMIT")
-        reused = {row[0]: row[3] for row in same}
-    return reused
+    except duckdb.Error:
+        # An index that cannot be read is as good as none.
+        with suppress(duckdb.Error):
+            connection.execute("ROLLBACK")
+        return {}
+    return {row[0]: row[3] for row in same}
 
 
 def _add_part(connection: duckdb.DuckDBPyConnection, root: Path, part: str) -> tuple[int, str | None]:

@@ -18,7 +18,7 @@ from store.manifest import PARTS
 from store.records import Trace, content_hash
 from store.schema import PARQUET_OPTIONS, TOKEN_COLUMNS, TRACE_SCHEMA, trace_of, traces_table
 
-OPEN_PARTS = 64
+OPEN_PARTS = 128
 """Parts whose footers stay in memory, at about 0.6 MB for 512 traces."""
 
 READ_ERRORS = (OSError, ValueError, TypeError, pa.ArrowException)

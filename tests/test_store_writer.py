@@ -1,0 +1,315 @@
+"""The writing side: what is on disk after whatever happened."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from store_examples import (
+    JUDGE,
+    NOON,
+    append_for_ever,
+    die_before_rename,
+    fork_and_be_killed,
+    make_store,
+    problem,
+    teacher,
+    trace,
+    wrong,
+)
+
+from store.errors import RecipeChangedError, StoreBusyError, StoreError, StoreForeignError, UserError
+from store.files import TMP_MARK
+from store.records import FINISH_REASONS, VERDICTS, Problem, Trace
+from store.schema import TRACE_SCHEMA, teacher_json
+from store.trace_store import TraceStore
+from store.writer import StoreWriter, recipe_changes
+
+spawn = multiprocessing.get_context("spawn")
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+singles = st.floats(max_value=0, width=32, allow_nan=False)
+
+
+@st.composite
+def traces(draw: st.DrawFn) -> Trace:
+    """Any trace of the teacher `ada`."""
+    n_tokens = draw(st.integers(0, 5))
+    return Trace(
+        problem_id=draw(st.sampled_from([problem(number).problem_id for number in range(3)])),
+        teacher="ada",
+        sample_index=draw(st.integers(0, 2**31 - 1)),
+        text=draw(texts),
+        answer=draw(st.none() | texts),
+        answer_start=draw(st.none() | st.integers(0, 2**31 - 1)),
+        n_tokens=n_tokens,
+        token_ids=tuple(draw(st.lists(st.integers(0, 2**31 - 1), min_size=n_tokens, max_size=n_tokens))),
+        logprobs=tuple(draw(st.lists(singles, min_size=n_tokens, max_size=n_tokens))),
+        finish_reason=draw(st.sampled_from(FINISH_REASONS)),
+        verdict=draw(st.sampled_from(VERDICTS)),
+        is_correct=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**63 - 1)),
+        generation_fingerprint=teacher("ada").generation_fingerprint,
+        created_at=draw(st.datetimes(datetime(1970, 1, 1), datetime(2100, 1, 1), timezones=st.just(UTC))),
+    )
+
+
+def whole_numbers(root: Path) -> list[int]:
+    """Rows of each part, read to the end."""
+    return [pq.ParquetFile(part).read().num_rows for part in sorted(root.rglob("part-*.parquet"))]
+
+
+def tmp_files(root: Path) -> list[Path]:
+    return list(root.rglob(f"{TMP_MARK}*"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(traces(), min_size=1, max_size=12, unique_by=lambda t: (t.problem_id, t.sample_index)))
+def test_a_trace_comes_back_as_it_went_in(batch: list[Trace]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        root = make_store(Path(directory) / "traces", batch)
+        with TraceStore(root) as store:
+            back = store.traces(tokens=True)
+    assert back == sorted(batch, key=lambda t: (t.problem_id, t.sample_index))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.builds(Problem, question=texts, answer=texts, source=texts, system_prompt=st.none() | texts))
+)
+def test_a_problem_comes_back_as_it_went_in(problems: list[Problem]) -> None:
+    newest = {problem.problem_id: problem for problem in problems}
+    with tempfile.TemporaryDirectory() as directory:
+        with StoreWriter.open(directory, **JUDGE) as writer:
+            writer.write_problems(problems)
+        with TraceStore(directory) as store:
+            assert store.problems() == list(newest.values())
+
+
+def test_problems_merge_by_id_and_keep_their_order(tmp_path: Path) -> None:
+    renewed = dataclasses.replace(problem(0), source="aime")
+    with StoreWriter.open(tmp_path, **JUDGE) as writer:
+        writer.write_problems([problem(0), problem(1)])
+        writer.write_problems([problem(2), renewed])
+    with TraceStore(tmp_path) as store:
+        assert store.problems() == [renewed, problem(1), problem(2)]
+
+
+def test_a_part_is_plain_parquet_sorted_by_problem_in_groups_of_eight(tmp_path: Path) -> None:
+    root = make_store(tmp_path / "traces", [trace(number, "ada") for number in range(20)])
+    (part,) = root.rglob("part-*.parquet")
+    file = pq.ParquetFile(part)
+    assert file.schema_arrow == TRACE_SCHEMA
+    assert [file.metadata.row_group(group).num_rows for group in range(3)] == [8, 8, 4]
+    ids = file.read(columns=["problem_id"])["problem_id"].to_pylist()
+    assert ids == sorted(ids)
+    assert part.relative_to(root).parts[:2] == ("parts", "ada")
+
+
+def test_done_reads_the_parts_not_the_index(tmp_path: Path) -> None:
+    root = make_store(tmp_path / "traces", [trace(0, "ada"), wrong(0, "ada", 1)], [wrong(1, "ada", 3)])
+    (root / "index.duckdb").write_bytes(b"nonsense")
+    with StoreWriter.open(root, **JUDGE) as writer:
+        assert writer.done("ada") == {
+            problem(0).problem_id: {0: True, 1: False},
+            problem(1).problem_id: {3: False},
+        }
+        assert writer.done("bob") == {}
+
+
+def test_a_damaged_part_counts_as_not_done_and_is_named(tmp_path: Path) -> None:
+    root = make_store(tmp_path / "traces", [trace(0, "ada")], [trace(1, "ada")])
+    first, _ = sorted(root.rglob("part-*.parquet"))
+    os.truncate(first, first.stat().st_size // 2)
+    with StoreWriter.open(root, **JUDGE) as writer:
+        assert writer.done("ada") == {problem(1).problem_id: {0: True}}
+        assert [broken.part for broken in writer.damaged("ada")] == [f"ada/{first.name}"]
+        new = writer.append([trace(0, "ada")])
+        assert new is not None
+        assert new.name.startswith("part-000003-")
+
+
+def test_kill_at_any_moment_leaves_whole_parts_and_no_rest(tmp_path: Path) -> None:
+    root = tmp_path / "traces"
+    before = 0
+    for round_ in range(3):
+        child = spawn.Process(target=append_for_ever, args=(root,))
+        child.start()
+        while sum(1 for _ in root.rglob("part-*.parquet")) < before + 3:
+            assert child.is_alive()
+        time.sleep(0.003 * round_)
+        child.kill()
+        child.join()
+        parts = whole_numbers(root)
+        assert set(parts) == {20}
+        with StoreWriter.open(root, **JUDGE) as writer:
+            assert tmp_files(root) == []
+            assert len(writer.done("ada")) == 20 * len(parts)
+        before = len(parts)
+
+
+def test_a_part_that_was_not_renamed_was_never_there(tmp_path: Path) -> None:
+    root = make_store(tmp_path / "traces", [trace(9, "ada")])
+    child = spawn.Process(target=die_before_rename, args=(root,))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert len(tmp_files(root)) == 1
+    with TraceStore(root) as store:
+        assert [t.problem_id for t in store.traces()] == [problem(9).problem_id]
+    with StoreWriter.open(root, **JUDGE) as writer:
+        assert tmp_files(root) == []
+        assert list(writer.done("ada")) == [problem(9).problem_id]
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    root = make_store(tmp_path / "traces", [trace(0, "ada")])
+    with StoreWriter.open(root, **JUDGE) as writer:
+        with pytest.raises(UnicodeEncodeError):
+            writer.append([trace(1, "ada", text="\ud800")])
+        assert tmp_files(root) == []
+        assert whole_numbers(root) == [1]
+
+
+def test_a_store_half_created_by_a_killed_process_is_finished(tmp_path: Path) -> None:
+    (tmp_path / ".write.lock").write_text("123\n")
+    (tmp_path / f"{TMP_MARK}0f-manifest.json").write_text("{")
+    with StoreWriter.open(tmp_path, **JUDGE) as writer:
+        assert writer.manifest.verifier_version == "0.9.0"
+    assert tmp_files(tmp_path) == []
+
+
+def test_a_second_writer_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
+    root = tmp_path / "traces"
+    child = spawn.Process(target=append_for_ever, args=(root,))
+    child.start()
+    while not any(root.rglob("part-*.parquet")):
+        assert child.is_alive()
+    with pytest.raises(StoreBusyError, match=f"process {child.pid};"):
+        StoreWriter.open(root, **JUDGE)
+    child.kill()
+    child.join()
+    StoreWriter.open(root, **JUDGE).close()
+
+
+def test_the_lock_holds_within_one_process_too(tmp_path: Path) -> None:
+    with StoreWriter.open(tmp_path, **JUDGE), pytest.raises(StoreBusyError, match=str(os.getpid())):
+        StoreWriter.open(tmp_path, **JUDGE)
+
+
+def test_a_forked_worker_does_not_hold_the_lock_of_its_killed_parent(tmp_path: Path) -> None:
+    root = tmp_path / "traces"
+    child = spawn.Process(target=fork_and_be_killed, args=(root,))
+    child.start()
+    child.join()
+    worker = int((tmp_path / "worker.pid").read_text())
+    os.kill(worker, 0)  # still there
+    try:
+        StoreWriter.open(root, **JUDGE).close()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_another_recipe_under_one_name_is_refused_with_the_difference(tmp_path: Path) -> None:
+    root = make_store(tmp_path / "traces", [trace(0, "ada")])
+    warmer = teacher("ada", sampling={"temperature": 0.7, "top_p": 1.0, "max_tokens": 64}, revision="v2")
+    with (
+        StoreWriter.open(root, **JUDGE) as writer,
+        pytest.raises(RecipeChangedError) as refusal,
+    ):
+        writer.register_teacher(warmer)
+    message = str(refusal.value)
+    assert "revision None -> 'v2'; sampling.temperature 1.0 -> 0.7; give" in message
+    assert "top_p" not in message
+    assert str(root / "parts" / "ada") in message
+    with TraceStore(root) as store:
+        assert store.teachers() == {"ada": teacher("ada")}
+
+
+def test_another_recipe_is_refused_even_when_the_record_is_gone(tmp_path: Path) -> None:
+    root = make_store(tmp_path / "traces", [trace(0, "ada")])
+    (root / "teachers" / "ada.json").unlink()
+    with StoreWriter.open(root, **JUDGE) as writer:
+        with pytest.raises(RecipeChangedError, match="generation_fingerprint"):
+            writer.register_teacher(teacher("ada", model="models/other"))
+        writer.register_teacher(teacher("ada"))
+
+
+def test_the_way_out_that_the_refusal_names_works(tmp_path: Path) -> None:
+    root = make_store(tmp_path / "traces", [trace(0, "ada")])
+    for part in (root / "parts" / "ada").iterdir():
+        part.unlink()
+    (root / "parts" / "ada").rmdir()
+    other = teacher("ada", model="models/other")
+    with StoreWriter.open(root, **JUDGE) as writer:
+        writer.register_teacher(other)
+    with TraceStore(root) as store:
+        assert store.teachers() == {"ada": other}
+        assert store.traces() == []
+
+
+def test_the_same_recipe_from_another_engine_goes_on(tmp_path: Path) -> None:
+    root = make_store(tmp_path / "traces", [trace(0, "ada")])
+    with StoreWriter.open(root, **JUDGE) as writer:
+        writer.register_teacher(teacher("ada", engine="vllm"))
+        writer.append([trace(1, "ada")])
+    assert json.loads((root / "teachers" / "ada.json").read_text())["engine"] == "vllm"
+
+
+def test_a_long_template_is_shown_where_it_differs() -> None:
+    # 100 letters in common: the window of 40 starts a quarter before the difference, at letter 90.
+    (change,) = recipe_changes({"chat_template": "a" * 100 + "X"}, {"chat_template": "a" * 100 + "Y"})
+    assert change == "chat_template ...'aaaaaaaaaaX' -> ...'aaaaaaaaaaY'"
+
+
+def test_a_part_takes_one_registered_teacher_and_its_recipe(tmp_path: Path) -> None:
+    with StoreWriter.open(tmp_path, **JUDGE) as writer:
+        writer.register_teacher(teacher("ada"))
+        with pytest.raises(ValueError, match="ada, bob"):
+            writer.append([trace(0, "ada"), trace(0, "bob")])
+        with pytest.raises(ValueError, match="'bob' is registered with None"):
+            writer.append([trace(0, "bob")])
+        with pytest.raises(ValueError, match="cannot be a file name"):
+            writer.register_teacher(teacher("../ada"))
+        assert writer.append([]) is None
+    assert whole_numbers(tmp_path) == []
+
+
+def test_another_verifier_is_refused(tmp_path: Path) -> None:
+    make_store(tmp_path / "traces", [trace(0, "ada")])
+    with pytest.raises(StoreError, match=r"verdicts of math-verify 0.9.0, this is math-verify 0.9.1; "):
+        StoreWriter.open(tmp_path / "traces", verifier="math-verify", verifier_version="0.9.1")
+
+
+def test_a_foreign_directory_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(StoreForeignError, match=r"holds thesis\.tex but no manifest\.json"):
+        StoreWriter.open(tmp_path, **JUDGE)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(StoreForeignError, match="is a file"):
+        StoreWriter.open(tmp_path / "thesis.tex", **JUDGE)
+
+
+def test_a_place_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Not a directory"):
+        StoreWriter.open(tmp_path / "file" / "traces", **JUDGE)
+
+
+def test_a_teacher_file_holds_the_record_and_its_fingerprint(tmp_path: Path) -> None:
+    root = make_store(tmp_path / "traces", [trace(0, "ada")])
+    content = json.loads((root / "teachers" / "ada.json").read_text())
+    assert content == teacher_json(teacher("ada"))
+    assert content["generation_fingerprint"] == trace(0, "ada").generation_fingerprint
+    assert NOON.tzinfo is UTC
