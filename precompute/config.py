@@ -83,7 +83,7 @@ class TeacherConfig(Section):
     """With `until_verified`: the most samples of a problem; None: `samples`."""
     system_prompt: str | None = BOXED_INSTRUCTION
     """None: the problem's own system turn, where it brought one. An empty string: no system turn."""
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the chat template, e.g. {enable_thinking = false}."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Share = 1.0

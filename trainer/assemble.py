@@ -1,0 +1,178 @@
+"""Puts a run together: loads and checks everything a step needs, before the first step."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from precompute.engines.transformers_engine import TransformersEngine
+from precompute.problems import load_problems, split_by_gold
+from precompute.prompts import tokenizer_fingerprint
+from precompute.verify import Verifier
+from store.errors import ConfigError, StoreError
+from store.records import Problem, content_hash
+from store.trace_store import TraceStore
+from trainer.config import Config
+from trainer.evaluation import Evaluation
+from trainer.groups import Group
+from trainer.guidance import Guide, check_teacher_ratio
+from trainer.optimizer import make_optimizer
+from trainer.policy import Policy, load_policy
+from trainer.rewards import Judge
+from trainer.rollout import Prompt, demanded_form, student_prompts
+from trainer.run_files import RunFiles
+from trainer.step import Updater
+
+
+class TrainReporter(Protocol):
+    """What a person sees while training."""
+
+    def started(self, *, run: Path, step: int, max_steps: int) -> None: ...
+
+    def stepped(self, row: dict[str, Any], groups: list[Group]) -> None: ...
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None: ...
+
+    def saved(self, path: Path) -> None: ...
+
+    def warned(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Everything a step needs, put together once."""
+
+    config: Config
+    run: RunFiles
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    engine: TransformersEngine
+    judge: Judge
+    guide: Guide
+    updater: Updater
+    train_prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    problems_fingerprint: str
+    reporter: TrainReporter
+
+
+def assemble(
+    config: Config, run: RunFiles, weights: Path | None, reporter: TrainReporter, stack: ExitStack
+) -> Parts:
+    """Loads and checks everything; what must be closed is closed by `stack`."""
+    verifier = stack.enter_context(
+        Verifier(
+            workers=config.verify.workers, timeout=config.verify.timeout, memory_mb=config.verify.memory_mb
+        )
+    )
+    problems = usable_problems(config, "train", verifier, reporter)
+    held_out = usable_problems(config, "eval", verifier, reporter) if config.eval.every else []
+    store = open_store(config, stack)
+    policy = load_policy(config.student, temperature=config.rollout.temperature, weights=weights)
+    if store is not None and config.guidance.ratio == "teacher":
+        check_teacher_ratio(
+            store.teachers(), tokenizer_fingerprint(policy.tokenizer), config.guidance.teachers
+        )
+    judge = Judge(
+        verifier,
+        answer_form=demanded_form(config.student, problems),
+        format_weight=config.train.format_weight,
+    )
+    optimizer = make_optimizer(policy.model, config.train)
+    return Parts(
+        config=config,
+        run=run,
+        policy=policy,
+        optimizer=optimizer,
+        engine=TransformersEngine(policy.model, policy.tokenizer, batch_size=config.rollout.batch_size),
+        judge=judge,
+        guide=make_guide(config, store, policy, judge),
+        updater=Updater(
+            policy,
+            optimizer,
+            config.train,
+            config.guidance,
+            max_completion_length=config.rollout.max_completion_length,
+            reference=_reference(config),
+        ),
+        train_prompts=_fitting_prompts(config, problems, policy, reporter),
+        eval_prompts=_fitting_prompts(config, held_out, policy, reporter) if held_out else [],
+        problems_fingerprint=content_hash([problem.problem_id for problem in problems]),
+        reporter=reporter,
+    )
+
+
+def make_guide(config: Config, store: TraceStore | None, policy: Policy, judge: Judge) -> Guide:
+    """The guide with the config's rule."""
+    return Guide(
+        config.guidance,
+        store,
+        policy,
+        judge,
+        max_completion_length=config.rollout.max_completion_length,
+        max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
+        seed=config.train.seed,
+    )
+
+
+def open_store(config: Config, stack: ExitStack) -> TraceStore | None:
+    """The store, unless nothing will be asked; StoreError when a wanted teacher is not in it."""
+    if config.guidance.trigger == "never":
+        return None
+    store = stack.enter_context(TraceStore(config.store.path))
+    missing = sorted(set(config.guidance.teachers) - set(store.teachers()))
+    if missing:
+        known = ", ".join(sorted(store.teachers())) or "none"
+        raise StoreError(f"guidance.teachers names {missing[0]!r}; {store.path} has: {known}")
+    return store
+
+
+def usable_problems(config: Config, which: str, verifier: Verifier, reporter: TrainReporter) -> list[Problem]:
+    """The problems of `problems.train` or `problems.eval` whose gold answers can be parsed."""
+    path = getattr(config.problems, which)
+    if not path:
+        if which == "eval":
+            return []
+        raise ConfigError("problems.train is not set: give a Parquet or JSONL file of problems")
+    loaded = load_problems(
+        path,
+        question_column=config.problems.question_column,
+        answer_column=config.problems.answer_column,
+    )
+    usable, unparseable = split_by_gold(loaded.problems, verifier)
+    for problem in unparseable:
+        reporter.warned(
+            f"{path}: gold answer {problem.answer!r} of {problem.problem_id} cannot be parsed; left out"
+        )
+    return list(usable)
+
+
+def _fitting_prompts(
+    config: Config, problems: list[Problem], policy: Policy, reporter: TrainReporter
+) -> list[Prompt]:
+    prompts, too_long = student_prompts(
+        problems,
+        policy.tokenizer,
+        config.student,
+        max_prompt_length=config.rollout.max_prompt_length,
+    )
+    if too_long:
+        limit = config.rollout.max_prompt_length
+        reporter.warned(
+            f"{too_long} problems have prompts over rollout.max_prompt_length = {limit}; left out"
+        )
+    return prompts
+
+
+def _reference(config: Config) -> Policy | None:
+    """The student as it was before training, for the KL; loaded only where beta asks for it."""
+    if config.train.beta == 0:
+        return None
+    reference = load_policy(config.student, temperature=config.rollout.temperature)
+    reference.model.requires_grad_(False)
+    reference.model.eval()
+    return reference

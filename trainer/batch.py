@@ -1,0 +1,96 @@
+"""Sequences into micro-batches: sorted by length, filled to a token budget, padded on the right.
+
+Pure. How a step is cut changes memory and speed, never loss or gradient (see `objective`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSequence:
+    """One prompt and response that trains."""
+
+    prompt_ids: tuple[int, ...]
+    """[P]"""
+    response_ids: tuple[int, ...]
+    """[R], at least one token."""
+    advantage: float
+    is_teacher: bool
+    teacher_logprobs: tuple[float, ...] | None = None
+    """[R], for `ratio = "teacher"` alone."""
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenBatch:
+    """Padded ids, and which of them are asked about."""
+
+    input_ids: Tensor
+    """[B, L]"""
+    attention_mask: Tensor
+    """[B, L] 1 on real tokens, which stand first; 0 on padding."""
+    asked: Tensor
+    """[B, L] bool, true on the tokens whose log-probability is wanted (response, or gold answer)."""
+
+
+def fill(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices cut into micro-batches: longest first, rows * longest <= max_tokens.
+
+    A sequence longer than the budget gets a micro-batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batches: list[list[int]] = []
+    for index in order:
+        fits = bool(batches) and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens
+        if fits:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def pad(
+    rows: Sequence[Sequence[int]], asked: Sequence[int], *, pad_id: int, device: torch.device
+) -> TokenBatch:
+    """Right-padded ids; the last `asked[b]` tokens of row b are asked about.
+
+    Padding stands on the right, so every row keeps its natural positions 0..L-1 without position ids.
+    """
+    longest = max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    asked_mask = torch.zeros((len(rows), longest), dtype=torch.bool)
+    for b, (row, last) in enumerate(zip(rows, asked, strict=True)):
+        input_ids[b, : len(row)] = torch.tensor(row, dtype=torch.long)
+        attention_mask[b, : len(row)] = 1
+        asked_mask[b, len(row) - last : len(row)] = True
+    return TokenBatch(
+        input_ids=input_ids.to(device),
+        attention_mask=attention_mask.to(device),
+        asked=asked_mask.to(device),
+    )
+
+
+def place_values(values: Sequence[Sequence[float] | None], asked: Tensor) -> Tensor:
+    """[B, L] float32 with each row's values on its asked tokens and 0 elsewhere; None leaves a row at 0."""
+    placed = torch.zeros(asked.shape, dtype=torch.float32)
+    mask = asked.cpu()
+    for b, row in enumerate(values):
+        if row is not None:
+            placed[b, mask[b]] = torch.tensor(row, dtype=torch.float32)
+    return placed.to(asked.device)
+
+
+def train_batch(sequences: Sequence[TrainSequence], *, pad_id: int, device: torch.device) -> TokenBatch:
+    """Prompt and response of each sequence, the response asked about."""
+    rows = [(*sequence.prompt_ids, *sequence.response_ids) for sequence in sequences]
+    return pad(rows, [len(sequence.response_ids) for sequence in sequences], pad_id=pad_id, device=device)

