@@ -1,0 +1,293 @@
+"""The judge of teacher and student alike: is the final answer of a response equal to the gold answer?
+
+    response --(solution.find_answer, linear)--> answer --(worker process, math-verify)--> Verdict
+
+Parsing mathematics that a model wrote may take for ever or all memory (2^{2^{2^{...}}}), and no signal and
+no thread can stop it. So it happens in worker processes of our own (precompute/verify_process.py): one item
+at a time each, killed at a deadline and replaced, with a limit on their memory. This process never parses
+mathematics.
+
+The deadline counts from the moment at which a worker that is ready takes the item, so neither the queue nor a
+worker's start (some two seconds of imports) is held against an answer. Any thread may call, under asyncio and
+pytest too; the workers never import `__main__`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from importlib.metadata import version
+from types import TracebackType
+from typing import Self, TypeVar
+
+from precompute.config import AnswerForm, VerifyConfig
+from precompute.solution import Solution, find_answer
+from precompute.verify_process import Outcome, Pair, WorkerProcess
+from store.errors import EngineError
+
+VERIFIER_NAME = "math-verify"
+VERIFIER_VERSION = f"{version('math-verify')}+ampo.1"
+"""math-verify's version and the revision of our rules around it (precompute/verify_worker.py)."""
+
+MAX_ANSWER_CHARS = 10_000
+"""A longer answer is a mismatch unread, a longer gold unparseable: no problem of ours has one."""
+CACHED_OUTCOMES = 65_536
+
+_DEFAULTS = VerifyConfig()
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the judge says about one response. That it was cut at the length limit is the caller's matter."""
+
+    is_correct: bool
+    """reason == "match"."""
+    reason: str
+    """One of store.records.VERDICTS."""
+    answer: str | None
+    """The final answer, as it stands in the response; None when there is none."""
+    answer_start: int | None
+    """Character offset at which the answer begins: z_c is `response[:answer_start]`."""
+    n_answers: int
+    """Complete final answers in the response; the last opening alone decides."""
+    detail: str = ""
+    """Why, in words, where the reason alone does not say it."""
+
+
+def verify_answer(
+    *, response: str, gold: str, timeout: float = _DEFAULTS.timeout, answer_form: AnswerForm | None = None
+) -> Verdict:
+    """The verdict on one response, by workers that start with the first call and end with the process.
+
+    `timeout` in seconds; `answer_form` None takes `\\boxed{}` and `<answer>` alike. Safe from any thread.
+    Raises EngineError when no worker can be started.
+    """
+    return _shared_verifier().submit(response, gold, answer_form, timeout=timeout).result()
+
+
+class Verifier:
+    """Worker processes that judge answers. A context manager; every method may be called from any thread.
+
+    `timeout` is in seconds from dispatch, `memory_mb` the address space of a worker in MiB. Equal (answer,
+    gold) pairs are judged once: while one waits the next joins it, afterwards a cache of CACHED_OUTCOMES
+    answers. Timeouts and errors are not remembered.
+    """
+
+    def __init__(
+        self,
+        workers: int = _DEFAULTS.workers,
+        timeout: float = _DEFAULTS.timeout,
+        memory_mb: int = _DEFAULTS.memory_mb,
+    ) -> None:
+        self._timeout = timeout
+        self._memory_mb = memory_mb
+        self._lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._waiting: dict[tuple[Pair, float], Future[Outcome]] = {}
+        self._known: OrderedDict[Pair, Outcome] = OrderedDict()
+        self._closed = False
+        self._failure: EngineError | None = None
+        self._workers: list[WorkerProcess] = []
+        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(workers)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(
+        self,
+        response: str,
+        gold: str,
+        answer_form: AnswerForm | None = None,
+        *,
+        opens_think: bool = False,
+        timeout: float | None = None,
+    ) -> Future[Verdict]:
+        """Starts judging. `opens_think`: the prompt ended inside a `<think>` block.
+
+        The future raises EngineError when no worker can be started, and is cancelled by `close(cancel=True)`.
+        """
+        solution = find_answer(response, form=answer_form, opens_think=opens_think)
+        if solution.answer is None:
+            why = "the last opening is never closed or holds nothing" if solution.broken else ""
+            return _done(_verdict(solution, ("no_answer", why)))
+        if len(solution.answer) > MAX_ANSWER_CHARS:
+            why = f"the answer has {len(solution.answer)} characters, more than {MAX_ANSWER_CHARS}"
+            return _done(_verdict(solution, ("mismatch", why)))
+        outcome = self._judge(
+            (gold.strip(), solution.answer.strip()), self._timeout if timeout is None else timeout
+        )
+        return _then(outcome, lambda known: _verdict(solution, known))
+
+    def verify_all(
+        self, pairs: Iterable[tuple[str, str]], answer_form: AnswerForm | None = None
+    ) -> list[Verdict]:
+        """The verdicts on (response, gold) pairs, in their order."""
+        futures = [self.submit(response, gold, answer_form) for response, gold in pairs]
+        return [future.result() for future in futures]
+
+    def check_golds(self, golds: Iterable[str]) -> list[bool]:
+        """For each gold answer: can it be parsed? One that cannot never earns a reward."""
+        futures = [self._judge((gold.strip(), None), self._timeout) for gold in golds]
+        return [future.result()[0] == "parsed" for future in futures]
+
+    def close(self, *, cancel: bool = False) -> None:
+        """Ends the workers, after all that was submitted is judged; with `cancel`, at once."""
+        with self._lock:
+            self._closed = True
+            while cancel and not self._jobs.empty():
+                if job := self._jobs.get():
+                    job.outcome.cancel()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for worker in self._workers if cancel else ():
+            worker.interrupt()
+        for thread in self._threads:
+            thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(cancel=kind is not None)
+
+    def _judge(self, pair: Pair, timeout: float) -> Future[Outcome]:
+        if len(pair[0]) > MAX_ANSWER_CHARS:
+            return _done(("gold_unparseable", f"the gold has more than {MAX_ANSWER_CHARS} characters"))
+        with self._lock:
+            if pair in self._known:
+                self._known.move_to_end(pair)
+                return _done(self._known[pair])
+            if (pair, timeout) in self._waiting:
+                return self._waiting[pair, timeout]
+            if self._closed:
+                raise RuntimeError("the verifier is closed")
+            job = _Job(pair, timeout)
+            if self._failure is not None:
+                job.outcome.set_exception(self._failure)
+                return job.outcome
+            self._waiting[pair, timeout] = job.outcome
+            self._jobs.put(job)
+        # Outside the lock: the callback takes it, and runs here when the job is done by now.
+        job.outcome.add_done_callback(lambda outcome: self._remember(job, outcome))
+        return job.outcome
+
+    def _remember(self, job: _Job, outcome: Future[Outcome]) -> None:
+        with self._lock:
+            self._waiting.pop((job.pair, job.timeout), None)
+            failed = outcome.cancelled() or outcome.exception() is not None
+            if not failed and outcome.result()[0] not in ("timeout", "error"):
+                self._known[job.pair] = outcome.result()
+                if len(self._known) > CACHED_OUTCOMES:
+                    self._known.popitem(last=False)
+
+    def _serve(self) -> None:
+        """A worker's own thread, which starts it, too: Linux ends it together with the thread it came from."""
+        worker = WorkerProcess(self._memory_mb)
+        self._workers.append(worker)
+        try:
+            while True:
+                # Ready before it takes a job, so that a job never waits for a start beside an idle worker.
+                worker.wait_until_ready()
+                job = self._jobs.get()
+                if job is None:
+                    return
+                if job.outcome.set_running_or_notify_cancel():
+                    self._answer(job, worker)
+        except EngineError as failure:
+            self._fail(failure)
+        finally:
+            worker.kill()
+
+    def _answer(self, job: _Job, worker: WorkerProcess) -> None:
+        try:
+            job.outcome.set_result(worker.ask(job.pair, job.timeout))
+        except EngineError as failure:
+            job.outcome.set_exception(failure)
+            raise
+
+    def _fail(self, failure: EngineError) -> None:
+        waiting = []
+        with self._lock:
+            self._failure = failure
+            while not self._jobs.empty():
+                waiting.append(self._jobs.get())
+        for job in waiting:
+            if job is None:
+                self._jobs.put(None)
+            elif job.outcome.set_running_or_notify_cancel():
+                job.outcome.set_exception(failure)
+
+
+class _Job:
+    """A pair on its way to a worker."""
+
+    def __init__(self, pair: Pair, timeout: float) -> None:
+        self.pair = pair
+        self.timeout = timeout
+        self.outcome: Future[Outcome] = Future()
+
+
+def _verdict(solution: Solution, outcome: Outcome) -> Verdict:
+    return Verdict(
+        is_correct=outcome[0] == "match",
+        reason=outcome[0],
+        answer=solution.answer,
+        answer_start=solution.answer_start,
+        n_answers=solution.count,
+        detail=outcome[1],
+    )
+
+
+def _done(value: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future
+
+
+def _then(outcome: Future[Outcome], make: Callable[[Outcome], T]) -> Future[T]:
+    """A future of its own for each caller: one who cancels leaves the others theirs."""
+    result: Future[T] = Future()
+
+    def finish(done: Future[Outcome]) -> None:
+        if done.cancelled():
+            result.cancel()
+        if not result.set_running_or_notify_cancel():
+            return
+        if error := done.exception():
+            result.set_exception(error)
+        else:
+            result.set_result(make(done.result()))
+
+    outcome.add_done_callback(finish)
+    return result
+
+
+_shared: Verifier | None = None
+_shared_lock = threading.Lock()
+
+
+def _shared_verifier() -> Verifier:
+    global _shared
+    with _shared_lock:
+        if _shared is None:
+            _shared = Verifier()
+            atexit.register(_shared.close, cancel=True)
+        return _shared
+
+
+def _forget_after_fork() -> None:
+    """A forked child has none of the parent's threads: it needs workers of its own."""
+    global _shared, _shared_lock
+    _shared, _shared_lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
