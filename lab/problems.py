@@ -1,0 +1,107 @@
+"""Problems of the lab: chains of single-digit additions and subtractions, worked from the left.
+
+    12+3-4+5  ->  16
+
+The start and every running total have two digits, so that all chains of n operations are equally long.
+Everything here is pure and seeded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from random import Random
+
+LOWEST_TOTAL, HIGHEST_TOTAL = 10, 99
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """A start number and n signed single-digit terms."""
+
+    start: int
+    """10 to 99."""
+    terms: tuple[int, ...]
+    """Length n; each -9 to 9 and never 0, e.g. (3, -4, 5) for `12+3-4+5`."""
+
+    @property
+    def question(self) -> str:
+        """`12+3-4+5`: what the user turn says."""
+        return str(self.start) + "".join(f"{term:+d}" for term in self.terms)
+
+    @property
+    def totals(self) -> tuple[int, ...]:
+        """Running totals, [n + 1]; the first is the start, the last the answer."""
+        return tuple(accumulate(self.terms, initial=self.start))
+
+    @property
+    def answer(self) -> int:
+        """The last running total."""
+        return self.totals[-1]
+
+    def cut(self, n: int) -> Chain:
+        """The chain of the first n operations alone."""
+        return Chain(start=self.start, terms=self.terms[:n])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProblemSet:
+    """What one problem file holds."""
+
+    name: str
+    """File stem, e.g. `train`."""
+    counts: Mapping[int, int]
+    """Problems of each number of operations n."""
+
+
+def draw_chain(rng: Random, n: int) -> Chain:
+    """A random chain of n operations whose totals stay within two digits."""
+    start = total = rng.randint(LOWEST_TOTAL, HIGHEST_TOTAL)
+    terms: list[int] = []
+    while len(terms) < n:
+        term = rng.choice((-1, 1)) * rng.randint(1, 9)
+        if LOWEST_TOTAL <= total + term <= HIGHEST_TOTAL:
+            terms.append(term)
+            total += term
+    return Chain(start=start, terms=tuple(terms))
+
+
+def draw_unseen(rng: Random, n: int, seen: AbstractSet[str]) -> Chain:
+    """A random chain whose question is not among `seen`."""
+    while (chain := draw_chain(rng, n)).question in seen:
+        pass
+    return chain
+
+
+def draw_sets(plans: Sequence[ProblemSet], *, seed: int) -> dict[str, list[Chain]]:
+    """The chains of every set, in a shuffled order; no question stands in two sets, or twice in one."""
+    rng = Random(f"problems {seed}")
+    seen: set[str] = set()
+    sets: dict[str, list[Chain]] = {}
+    for plan in plans:
+        chains = list(_draw_set(rng, plan.counts, seen))
+        rng.shuffle(chains)
+        sets[plan.name] = chains
+    return sets
+
+
+def _draw_set(rng: Random, counts: Mapping[int, int], seen: set[str]) -> Iterator[Chain]:
+    for n, count in counts.items():
+        for _ in range(count):
+            chain = draw_unseen(rng, n, seen)
+            seen.add(chain.question)
+            yield chain
+
+
+def write_jsonl(path: Path, chains: Sequence[Chain]) -> None:
+    """One row a chain: `{"question": "12+3-4+5", "answer": "16", "source": "lab-n3"}`."""
+    rows = (
+        {"question": chain.question, "answer": str(chain.answer), "source": f"lab-n{len(chain.terms)}"}
+        for chain in chains
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
