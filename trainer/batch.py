@@ -81,11 +81,16 @@ def pad(
 
 
 def place_values(values: Sequence[Sequence[float] | None], asked: Tensor) -> Tensor:
-    """[B, L] float32 with each row's values on its asked tokens and 0 elsewhere; None leaves a row at 0."""
+    """[B, L] float32 with each row's values on its asked tokens and 0 elsewhere; None leaves a row at 0.
+
+    Raises ValueError when a row has another number of values than asked tokens.
+    """
     placed = torch.zeros(asked.shape, dtype=torch.float32)
     mask = asked.cpu()
     for b, row in enumerate(values):
         if row is not None:
+            if len(row) != int(mask[b].sum()):
+                raise ValueError(f"row {b}: {len(row)} values for {int(mask[b].sum())} tokens")
             placed[b, mask[b]] = torch.tensor(row, dtype=torch.float32)
     return placed.to(asked.device)
 

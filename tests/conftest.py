@@ -1,0 +1,71 @@
+"""Tiny real models for tests, made in a moment: random weights, a real tokenizer, a real chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from trainer.policy import Policy
+
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789+-=*/.,;:?!'\"()[]{}\\<>_ \nABCDEFGHIJKLMNOPQRSTUVWXYZ$^"
+SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>", "<unk>"]
+TEMPLATE = (
+    "{% for message in messages %}{{ '<user>' if message['role'] != 'assistant' else '<assistant>' }}"
+    "{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tiny_tokenizer() -> Any:
+    """One token a character."""
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *CHARACTERS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>"]})
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def tiny_model(seed: int = 0, **changes: Any) -> Any:
+    """A random Qwen2 of about 60,000 parameters, its head not near uniform, so that scores differ."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        **{
+            "vocab_size": len(SPECIAL) + len(CHARACTERS),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.2,
+            "bos_token_id": None,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+            **changes,
+        }
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture
+def policy() -> Policy:
+    """A student of random weights."""
+    return Policy(tiny_model(), tiny_tokenizer(), dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny student saved as an ordinary transformers directory."""
+    path = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path

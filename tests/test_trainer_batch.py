@@ -1,0 +1,50 @@
+"""Micro-batches: every sequence once, no budget exceeded, values where they belong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.batch import TrainSequence, fill, pad, place_values, train_batch
+
+CPU = torch.device("cpu")
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 200))
+def test_every_sequence_stands_in_one_micro_batch_within_the_budget(lengths: list[int], budget: int) -> None:
+    batches = fill(lengths, budget)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= budget
+
+
+def test_filling_sorts_by_length_so_that_little_is_padded() -> None:
+    # Longest first: 9; 8 does not fit beside it (2 * 9 > 16), but 8 and 2 do (2 * 8 = 16); 1 is left over.
+    assert fill([1, 9, 2, 8], 16) == [[1], [3, 2], [0]]
+
+
+def test_rows_are_padded_on_the_right_and_their_last_tokens_asked_about() -> None:
+    batch = pad([(5, 6, 7), (8,)], [2, 1], pad_id=0, device=CPU)
+    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.asked.tolist() == [[False, True, True], [True, False, False]]
+
+
+def test_a_training_batch_asks_about_the_response() -> None:
+    sequence = TrainSequence(prompt_ids=(1, 2), response_ids=(3, 4), advantage=1.0, is_teacher=False)
+    batch = train_batch([sequence], pad_id=0, device=CPU)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4]]
+    assert batch.asked.tolist() == [[False, False, True, True]]
+
+
+def test_values_land_on_their_rows_asked_tokens() -> None:
+    asked = torch.tensor([[False, True, True], [True, False, False]])
+    placed = place_values([(0.5, 0.25), None], asked)
+    assert placed.tolist() == [[0.0, 0.5, 0.25], [0.0, 0.0, 0.0]]
+
+
+def test_values_that_do_not_fit_a_row_are_refused() -> None:
+    with pytest.raises(ValueError, match="row 0: 1 values for 2 tokens"):
+        place_values([(0.5,)], torch.tensor([[True, True]]))

@@ -1,0 +1,130 @@
+"""The policy's log-probabilities, against the model's own logits."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+
+from store.errors import EngineError
+from trainer import policy as policy_module
+from trainer.batch import pad
+from trainer.config import StudentConfig
+from trainer.objective import token_logprobs
+from trainer.policy import Policy, load_policy
+
+ROWS = [(2, 10, 11, 12, 13, 1), (2, 20, 21, 1)]
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def test_statistics_agree_with_full_logits(policy: Policy) -> None:
+    batch = pad(ROWS, [3, 2], pad_id=0, device=CPU)
+    logits = policy.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    expected = token_logprobs(logits, batch.input_ids).masked_fill(~batch.asked, 0.0)
+    found = policy.statistics(batch)
+    torch.testing.assert_close(found.logprobs, expected, rtol=1e-5, atol=1e-5)
+    # Entropy of the distribution that token 3 of row 0 was drawn from: row 2 of the logits.
+    p = logits[0, 2].softmax(-1)
+    assert found.entropy[0, 3].item() == pytest.approx(float(-(p * p.log()).sum()), rel=1e-4)
+    assert found.entropy[0, 1].item() == 0.0
+
+
+def test_logits_in_chunks_give_the_same_values_and_gradients(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = pad(ROWS, [3, 2], pad_id=0, device=CPU)
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        policy.model.zero_grad()
+        stats = policy.statistics(batch)
+        (stats.logprobs.sum() + stats.entropy.sum()).backward()
+        return stats.logprobs.detach(), policy.model.get_input_embeddings().weight.grad.clone()
+
+    whole_values, whole_gradient = run()
+    monkeypatch.setattr(policy_module, "LOGITS_PER_CHUNK", 2 * policy.model.config.vocab_size)  # 2 tokens
+    values, gradient = run()
+    torch.testing.assert_close(values, whole_values)
+    torch.testing.assert_close(gradient, whole_gradient)
+
+
+@torch.no_grad()
+def test_padding_does_not_change_a_row(policy: Policy) -> None:
+    alone = policy.statistics(pad([ROWS[1]], [2], pad_id=0, device=CPU)).logprobs
+    beside = policy.statistics(pad(ROWS, [3, 2], pad_id=0, device=CPU)).logprobs
+    torch.testing.assert_close(beside[1, :4], alone[0], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_log_probabilities_are_those_of_the_sampling_temperature() -> None:
+    model, batch = tiny_model(), pad(ROWS, [3, 2], pad_id=0, device=CPU)
+    warm = Policy(model, tiny_tokenizer(), dtype=torch.float32, temperature=2.0).statistics(batch)
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    expected = (logits[0, 4] / 2.0).log_softmax(-1)[1]
+    assert warm.logprobs[0, 5].item() == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_bfloat16_computes_but_keeps_float32_weights(model_dir: Path) -> None:
+    student = StudentConfig(model=str(model_dir), dtype="bfloat16", device="cpu")
+    loaded = load_policy(student, temperature=1.0)
+    stats = loaded.statistics(pad(ROWS, [3, 2], pad_id=0, device=CPU))
+    stats.logprobs.sum().backward()
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+    exact = load_policy(StudentConfig(model=str(model_dir), device="cpu"), temperature=1.0)
+    difference = stats.logprobs - exact.statistics(pad(ROWS, [3, 2], pad_id=0, device=CPU)).logprobs
+    assert 0 < difference.abs().max().item() < 0.2
+
+
+def test_a_head_that_does_more_than_a_matrix_is_refused(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A model whose logits are scaled after the head (as Granite's are) must not train on wrong numbers.
+    forward = type(tiny_model()).forward
+
+    def scaled(self: object, *args: object, **kwargs: object) -> object:
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits / 3
+        return output
+
+    monkeypatch.setattr(type(tiny_model()), "forward", scaled)
+    with pytest.raises(EngineError, match="Qwen2ForCausalLM is not supported"):
+        load_policy(StudentConfig(model=str(model_dir), device="cpu"), temperature=1.0)
+
+
+def test_dropout_is_switched_off(tmp_path: Path) -> None:
+    tiny_model(attention_dropout=0.5).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    loaded = load_policy(StudentConfig(model=str(tmp_path), device="cpu"), temperature=1.0)
+    loaded.model.train()
+    batch = pad(ROWS, [3, 2], pad_id=0, device=CPU)
+    first, second = loaded.statistics(batch).logprobs, loaded.statistics(batch).logprobs
+    assert torch.equal(first, second)
+
+
+def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(EngineError) as error:
+        load_policy(StudentConfig(model=str(tmp_path / "nothing")), temperature=1.0)
+    assert "nothing" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_cuda_where_there_is_none_is_refused(model_dir: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(EngineError, match="no CUDA device"):
+        load_policy(StudentConfig(model=str(model_dir), device="cuda"), temperature=1.0)
+
+
+def test_gradient_checkpointing_changes_memory_not_gradients(model_dir: Path) -> None:
+    gradients = []
+    for switch in (False, True):
+        student = StudentConfig(model=str(model_dir), device="cpu", gradient_checkpointing=switch)
+        loaded = load_policy(student, temperature=1.0)
+        loaded.model.train()
+        loaded.statistics(pad(ROWS, [3, 2], pad_id=0, device=CPU)).logprobs.sum().backward()
+        gradients.append(loaded.model.get_input_embeddings().weight.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert math.isfinite(float(gradients[0].sum()))

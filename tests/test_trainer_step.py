@@ -1,0 +1,223 @@
+"""An optimizer step: what enters it, and that it does not depend on how it is cut."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from store.records import Problem
+from trainer.batch import TrainSequence
+from trainer.config import GuidanceConfig, TrainConfig
+from trainer.groups import Group, Sample, place_guidance
+from trainer.objective import LOSS_TYPES
+from trainer.optimizer import make_optimizer
+from trainer.policy import Policy
+from trainer.step import Updater, UpdateReport, member_advantages, sequences_of
+
+PROBLEM = Problem(question="2+2", answer="4")
+
+
+def updater(train: TrainConfig, *, ratio: str = "student", reference: Policy | None = None) -> Updater:
+    policy = Policy(tiny_model(), tiny_tokenizer(), dtype=torch.float32)
+    return Updater(
+        policy,
+        make_optimizer(policy.model, train),
+        train,
+        GuidanceConfig(ratio=ratio),  # type: ignore[arg-type]
+        max_completion_length=32,
+        reference=reference,
+    )
+
+
+def sequences(seed: int, *, teacher_logprobs: bool = False) -> list[TrainSequence]:
+    """Six sequences of 1 to 12 tokens, two of them traces."""
+    rng = Random(seed)
+    found = []
+    for index in range(6):
+        length = rng.randint(1, 12)
+        ids = tuple(rng.randrange(5, 90) for _ in range(length))
+        known = tuple(-rng.random() for _ in ids) if teacher_logprobs and index < 2 else None
+        found.append(
+            TrainSequence(
+                prompt_ids=(2, *(rng.randrange(5, 90) for _ in range(rng.randint(0, 6))), 3),
+                response_ids=ids,
+                advantage=rng.uniform(-1, 1),
+                is_teacher=index < 2,
+                teacher_logprobs=known,
+            )
+        )
+    return found
+
+
+def gradient(made: Updater) -> torch.Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in made.policy.model.parameters()])
+
+
+@given(
+    seed=st.integers(0, 1000),
+    budget=st.integers(1, 150),
+    loss_type=st.sampled_from(sorted(LOSS_TYPES)),
+    ratio=st.sampled_from(["student", "teacher"]),
+)
+@settings(max_examples=12, deadline=None)
+def test_loss_and_gradient_do_not_depend_on_the_micro_batch_budget(
+    seed: int, budget: int, loss_type: str, ratio: str
+) -> None:
+    rows = sequences(seed, teacher_logprobs=ratio == "teacher")
+    reports, gradients = [], []
+    for tokens in (10_000, budget):
+        made = updater(
+            TrainConfig(loss_type=loss_type, max_tokens_per_microbatch=tokens, beta=0.0),  # type: ignore[arg-type]
+            ratio=ratio,
+        )
+        old = [torch.full((len(row.response_ids),), -2.0) for row in rows]
+        reports.append(made.optimizer_step(rows, old))
+        gradients.append(gradient(made))
+    assert reports[1].loss == pytest.approx(reports[0].loss, rel=1e-5, abs=1e-7)
+    assert reports[1].grad_norm == pytest.approx(reports[0].grad_norm, rel=1e-5)
+    assert reports[1].entropy == pytest.approx(reports[0].entropy, rel=1e-5)
+    difference = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    assert difference.item() < 1e-5
+
+
+def test_the_loss_of_a_step_by_hand() -> None:
+    # On the first optimizer step rho = 1, so a student token's term is A. One student sequence of 2 tokens
+    # with A = 0.5 and one of 4 with A = -0.25, no teacher, no entropy bonus; N = 2, T = 6.
+    # ampo: weights N_on / (N T_on) = 2 / (2 * 6) = 1/6: -(2 * 0.5 - 4 * 0.25) / 6 = 0.
+    # grpo: -(0.5 - 0.25) / 2 = -0.125.   dr_grpo: -(1 - 1) / (2 * 32) = 0.
+    rows = [
+        TrainSequence(prompt_ids=(2,), response_ids=(9, 1), advantage=0.5, is_teacher=False),
+        TrainSequence(prompt_ids=(2,), response_ids=(9, 8, 7, 1), advantage=-0.25, is_teacher=False),
+    ]
+    for loss_type, expected in [("ampo", 0.0), ("grpo", -0.125), ("dr_grpo", 0.0)]:
+        train = TrainConfig(loss_type=loss_type, entropy_coef=0.0)  # type: ignore[arg-type]
+        assert updater(train).optimizer_step(rows).loss == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_long_trace_beside_another_long_one_weighs_as_much_as_alone() -> None:
+    # The published code divides by the micro-batch's tokens, so a packed trace weighs up to nine times less.
+    made = updater(TrainConfig(entropy_coef=0.0))
+    long_one = TrainSequence(prompt_ids=(2,), response_ids=(9,) * 20, advantage=1.0, is_teacher=True)
+    short = TrainSequence(prompt_ids=(2,), response_ids=(9,), advantage=1.0, is_teacher=True)
+    pair_cut = updater(TrainConfig(entropy_coef=0.0, max_tokens_per_microbatch=1))
+    together = made.optimizer_step([long_one, long_one, short])
+    apart = pair_cut.optimizer_step([long_one, long_one, short])
+    assert apart.loss == pytest.approx(together.loss, rel=1e-5)
+
+
+def sample(reward: float, *, trace_id: str | None = None) -> Sample:
+    return Sample(
+        token_ids=(9, 1),
+        text="x",
+        finish_reason="stop",
+        is_correct=reward > 0.5,
+        has_format=True,
+        reward=reward,
+        trace_id=trace_id,
+    )
+
+
+def group(*rewards: float) -> Group:
+    return Group(problem=PROBLEM, prompt_ids=(2, 3), samples=tuple(map(sample, rewards)))
+
+
+def test_a_group_of_equal_rewards_is_left_out_of_every_count() -> None:
+    groups = [group(0.1, 0.1), group(1.0, 0.1), group(1.0, 1.0)]
+    rows = sequences_of(groups, member_advantages(groups, scale="none"))
+    assert [round(row.advantage, 4) for row in rows] == [0.45, -0.45]
+
+
+def test_a_step_without_a_difference_updates_nothing() -> None:
+    made = updater(TrainConfig(problems_per_step=2, mini_batch_problems=1))
+    before = [parameter.clone() for parameter in made.policy.model.parameters()]
+    groups = [group(0.1, 0.1), group(1.0, 1.0)]
+    report = made.update(groups, member_advantages(groups, scale="none"))
+    assert report.optimizer_steps == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, made.policy.model.parameters(), strict=True))
+
+
+def test_guidance_makes_a_dead_group_alive() -> None:
+    # Rewards (0.1, 1.0): mean 0.55, so the trace gets +0.45 and the failed sample -0.45.
+    guided = place_guidance(group(0.1, 0.1), [sample(1.0, trace_id="t")], Random(0))
+    rows = sequences_of([guided], member_advantages([guided], scale="none"))
+    assert sorted((row.is_teacher, round(row.advantage, 4)) for row in rows) == [(False, -0.45), (True, 0.45)]
+
+
+def test_each_mini_batch_is_an_optimizer_step_and_later_ones_are_off_policy() -> None:
+    train = TrainConfig(
+        problems_per_step=2, mini_batch_problems=1, learning_rate=0.05, eps_low=0.01, eps_high=0.01
+    )
+    groups = [group(1.0, 0.1), group(1.0, 0.1)]
+    report = updater(train).update(groups, member_advantages(groups, scale="none"))
+    assert report.optimizer_steps == 2
+    # The first step is on-policy (no ratio leaves the band); the big first update moves the second out of it.
+    assert report.clip_low + report.clip_high > 0
+    one = updater(train.model_copy(update={"mini_batch_problems": 2}))
+    assert one.update(groups, member_advantages(groups, scale="none")).clip_high == 0
+
+
+@pytest.mark.parametrize(
+    ("advantage", "is_teacher", "rises"), [(0.5, False, True), (-0.5, False, False), (0.5, True, True)]
+)
+def test_a_sequence_becomes_likelier_by_the_sign_of_its_advantage(
+    advantage: float, is_teacher: bool, rises: bool
+) -> None:
+    made = updater(TrainConfig(learning_rate=1e-3, entropy_coef=0.0))
+    row = TrainSequence(prompt_ids=(2, 40), response_ids=(9, 1), advantage=advantage, is_teacher=is_teacher)
+    before = float(made._old_logprobs([row])[0].sum())
+    made.optimizer_step([row])
+    assert (float(made._old_logprobs([row])[0].sum()) > before) is rises
+
+
+def test_the_entropy_bonus_raises_entropy() -> None:
+    row = TrainSequence(prompt_ids=(2,), response_ids=(9, 1), advantage=1e-9, is_teacher=False)
+    made = updater(TrainConfig(learning_rate=1e-2, entropy_coef=1.0))
+    before = made.optimizer_step([row]).entropy
+    for _ in range(3):
+        report = made.optimizer_step([row])
+    assert report.entropy > before
+
+
+def test_beta_pulls_towards_the_reference() -> None:
+    train = TrainConfig(beta=0.5, entropy_coef=0.0)
+    reference = Policy(tiny_model(seed=1), tiny_tokenizer(), dtype=torch.float32)
+    made = updater(train.model_copy(update={"learning_rate": 1e-2}), reference=reference)
+    row = TrainSequence(prompt_ids=(2,), response_ids=(9, 1), advantage=0.0, is_teacher=False)
+    reports = [made.optimizer_step([row]) for _ in range(8)]
+    assert reports[0].kl > 0
+    assert reports[-1].kl < reports[0].kl
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update() -> None:
+    made = updater(TrainConfig())
+    before = [parameter.clone() for parameter in made.policy.model.parameters()]
+    row = replace(sequences(0)[0], advantage=float("nan"))
+    with pytest.raises(FloatingPointError, match="nothing was updated"):
+        made.optimizer_step([row])
+    assert all(torch.equal(a, b) for a, b in zip(before, made.policy.model.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
+def test_every_optimizer_really_steps(optim: str) -> None:
+    made = updater(TrainConfig(optim=optim, learning_rate=1e-3))  # type: ignore[arg-type]
+    before = made.policy.model.get_input_embeddings().weight.clone()
+    report = made.optimizer_step(sequences(0))
+    assert isinstance(report, UpdateReport)
+    assert not torch.equal(before, made.policy.model.get_input_embeddings().weight)
+
+
+def test_the_8_bit_optimizer_keeps_its_state_in_8_bits() -> None:
+    # bitsandbytes keeps tensors below 4,096 elements in 32 bits: this embedding has 4,096 * 32.
+    big = Policy(tiny_model(vocab_size=4096), tiny_tokenizer(), dtype=torch.float32)
+    optimizer = make_optimizer(big.model, TrainConfig(optim="adamw_8bit"))
+    for parameter in big.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert optimizer.state[big.model.get_input_embeddings().weight]["state1"].dtype == torch.uint8
