@@ -190,7 +190,7 @@ class Verifier:
                     self._known.popitem(last=False)
 
     def _serve(self) -> None:
-        """A worker's own thread, which starts it, too: Linux ends it together with the thread it came from."""
+        """One worker's thread. It starts it, too: Linux ends a worker together with the thread it came from."""
         worker = WorkerProcess(self._memory_mb)
         self._workers.append(worker)
         try:
