@@ -15,7 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from lab.problems import draw_unseen
 from lab.recipes import Habit, ModelRecipe
-from lab.solutions import STYLES
+from lab.solutions import STYLES, slipping
 from lab.tokenizer import END, END_ID, MAX_POSITIONS, PAD_ID, prompt_text
 
 IGNORED = -100
@@ -73,7 +73,8 @@ def draw_rows(
 def _draw_row(rng: Random, habit: Habit, seen: AbstractSet[str]) -> tuple[str, str]:
     chain = draw_unseen(rng, rng.choice(habit.operations), seen)
     solved = chain if habit.stop_after is None else chain.cut(habit.stop_after)
-    return prompt_text(chain.question, habit.mark), STYLES[habit.style](solved)
+    solution = STYLES[habit.style](solved, slipping(rng, habit.slips))
+    return prompt_text(chain.question, habit.mark), solution
 
 
 def collate(rows: Sequence[tuple[str, str]], tokenizer: Qwen2Tokenizer) -> Rows:

@@ -22,6 +22,8 @@ class Habit:
     """n is drawn evenly from these."""
     stop_after: int | None = None
     """Solve only this many operations and answer with what is there; None: solve all of them."""
+    slips: float = 0.0
+    """Chance that a sum in a training row is off: what is learned from such rows is a fallible solver."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +69,7 @@ class LabRecipe:
 
 STUDENT = ModelRecipe(
     name="student",
-    steps=450,
+    steps=650,
     mixture=(
         Habit(share=0.5, style="totals", stop_after=2),
         Habit(share=0.5, style="totals", mark=WORK),
@@ -75,9 +77,9 @@ STUDENT = ModelRecipe(
 )
 
 TEACHERS = (
-    ModelRecipe(name="teacher-totals", steps=220, mixture=(Habit(share=1.0, style="totals"),)),
-    ModelRecipe(name="teacher-words", steps=260, mixture=(Habit(share=1.0, style="words"),)),
-    ModelRecipe(name="teacher-signs", steps=400, mixture=(Habit(share=1.0, style="signs"),)),
+    ModelRecipe(name="teacher-totals", steps=400, mixture=(Habit(share=1.0, style="totals", slips=0.04),)),
+    ModelRecipe(name="teacher-words", steps=700, mixture=(Habit(share=1.0, style="words", slips=0.12),)),
+    ModelRecipe(name="teacher-signs", steps=800, mixture=(Habit(share=1.0, style="signs", slips=0.12),)),
     ModelRecipe(name="teacher-terse", steps=300, mixture=(Habit(share=1.0, style="terse"),)),
 )
 

@@ -1,0 +1,129 @@
+"""lab.problems and lab.solutions: answers, disjoint seeded sets, and that every style says the truth."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lab.problems import Chain, ProblemSet, draw_chain, draw_sets, draw_unseen, write_jsonl
+from lab.recipes import LAB
+from lab.solutions import STYLES
+
+# 12+3 = 15, 15-4 = 11, 11+5 = 16; the sums apart: 12+3 = 15, +5 = 20, taken away 4, 20-4 = 16.
+WORKED = Chain(start=12, terms=(3, -4, 5))
+SHIPPED = Path(__file__).parent.parent / "lab" / "problems"
+
+seeds = st.integers(0, 2**32)
+lengths = st.integers(1, 8)
+
+
+def test_a_chain_is_worked_from_the_left() -> None:
+    assert WORKED.question == "12+3-4+5"
+    assert WORKED.totals == (12, 15, 11, 16)
+    assert WORKED.answer == 16
+    assert WORKED.cut(2) == Chain(start=12, terms=(3, -4))
+
+
+@pytest.mark.parametrize(
+    ("style", "solution"),
+    [
+        ("totals", r"12+3=15;15-4=11;11+5=16;\boxed{16}"),
+        ("words", r"12 plus 3 is 15, 15 minus 4 is 11, 11 plus 5 is 16. \boxed{16}"),
+        ("signs", r"+12+3+5=15,20;-4=4;20-4=16;\boxed{16}"),
+        ("terse", r"\boxed{16}"),
+    ],
+)
+def test_each_style_solves_the_worked_example(style: str, solution: str) -> None:
+    assert STYLES[style](WORKED) == solution
+
+
+def test_a_chain_without_subtraction_needs_no_difference() -> None:
+    assert STYLES["signs"](Chain(start=12, terms=(3,))) == r"+12+3=15;\boxed{15}"
+
+
+@given(seed=seeds, n=lengths)
+def test_answer_is_what_python_evaluates(seed: int, n: int) -> None:
+    chain = draw_chain(Random(seed), n)
+    assert eval(chain.question) == chain.answer
+    assert len(chain.terms) == n
+    assert len(chain.question) == 2 + 2 * n
+
+
+@given(seed=seeds, n=lengths)
+def test_totals_have_two_digits(seed: int, n: int) -> None:
+    assert all(10 <= total <= 99 for total in draw_chain(Random(seed), n).totals)
+
+
+@given(seed=seeds, n=lengths, style=st.sampled_from(sorted(STYLES)))
+def test_every_style_ends_with_the_answer_and_fits(seed: int, n: int, style: str) -> None:
+    chain = draw_chain(Random(seed), n)
+    solution = STYLES[style](chain)
+    assert solution.endswith(f"\\boxed{{{chain.answer}}}")
+    assert solution.count("\\boxed") == 1
+    assert len(solution) <= 160
+
+
+@given(seed=seeds, n=lengths)
+def test_every_equation_that_a_solution_writes_holds(seed: int, n: int) -> None:
+    chain = draw_chain(Random(seed), n)
+    spoken = STYLES["words"](chain).replace(" plus ", "+").replace(" minus ", "-").replace(" is ", "=")
+    for text in (STYLES["totals"](chain), spoken):
+        equations = re.findall(r"(\d+[+-]\d+)=(\d+)", text)
+        assert len(equations) == n
+        assert all(eval(left) == int(right) for left, right in equations)
+
+
+@given(seed=seeds, n=lengths)
+def test_signs_sums_both_sides_rightly(seed: int, n: int) -> None:
+    lines = STYLES["signs"](draw_chain(Random(seed), n)).split(";")[:-1]
+    for line in lines:
+        left, right = line.split("=")
+        last = int(right.split(",")[-1])
+        assert abs(eval(left)) == last
+
+
+def test_sets_are_seeded() -> None:
+    plans = (ProblemSet(name="a", counts={2: 5, 3: 5}), ProblemSet(name="b", counts={3: 5}))
+    assert draw_sets(plans, seed=3) == draw_sets(plans, seed=3)
+    assert draw_sets(plans, seed=3) != draw_sets(plans, seed=4)
+
+
+def test_sets_are_disjoint_and_hold_what_the_recipe_says() -> None:
+    sets = draw_sets(LAB.sets, seed=0)
+    questions = [chain.question for chains in sets.values() for chain in chains]
+    assert len(questions) == len(set(questions))
+    assert {name: len(chains) for name, chains in sets.items()} == {
+        "train": 256,
+        "heldout": 128,
+        "harder": 64,
+    }
+
+
+def test_a_seen_question_is_drawn_no_more() -> None:
+    # Without the set, the same seed draws the same chain.
+    first = draw_chain(Random(5), 2)
+    assert draw_unseen(Random(5), 2, {first.question}) != first
+
+
+def test_a_row_is_question_answer_and_source(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "sub" / "p.jsonl", [WORKED])
+    rows = [json.loads(line) for line in (tmp_path / "sub" / "p.jsonl").read_text().splitlines()]
+    assert rows == [{"question": "12+3-4+5", "answer": "16", "source": "lab-n3"}]
+
+
+def test_shipped_problem_files_are_what_the_recipe_makes(tmp_path: Path) -> None:
+    for name, chains in draw_sets(LAB.sets, seed=0).items():
+        write_jsonl(tmp_path / f"{name}.jsonl", chains)
+        assert (SHIPPED / f"{name}.jsonl").read_bytes() == (tmp_path / f"{name}.jsonl").read_bytes()
+
+
+def test_harder_chains_are_longer_than_any_that_was_learned() -> None:
+    learned = {n for model in LAB.models for habit in model.mixture for n in habit.operations}
+    harder = next(plan for plan in LAB.sets if plan.name == "harder")
+    assert min(harder.counts) > max(learned)
