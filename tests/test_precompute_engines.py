@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from precompute.engines import Completion, Request, Sampling
-from precompute.engines.eos import eos_ids
+from precompute.engines.checks import eos_ids
 from precompute.engines.transformers_engine import (
     TransformersEngine,
     inverse_cdf,

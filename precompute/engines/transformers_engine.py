@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from precompute.engines import Completion, Request, Sampling
-from precompute.engines.eos import check_lengths, eos_ids
+from precompute.engines.checks import cannot_load, check_lengths, eos_ids
 from store.errors import EngineError
 
 
@@ -61,7 +61,7 @@ class TransformersEngine:
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(model_path, revision=revision, dtype=kind)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise EngineError(f"model {model_path!r} cannot be loaded: {first_line(error)}") from error
+            raise cannot_load(model_path, error) from error
         return cls(model.to(place), tokenizer, batch_size=batch_size)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
@@ -204,11 +204,6 @@ def left_padded(rows: Sequence[Sequence[int]], *, pad_id: int) -> tuple[torch.Te
     ids = [[pad_id] * (width - len(row)) + list(row) for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(ids), torch.tensor(mask)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line that says something: library errors run over many."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _base_model(model: Any) -> Any:

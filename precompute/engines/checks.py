@@ -1,4 +1,4 @@
-"""Where a completion ends: the EOS ids that every engine stops at, and the length that a model can hold."""
+"""What engines settle before they draw: where a completion ends, what fits, why a model failed to load."""
 
 from __future__ import annotations
 
@@ -35,3 +35,9 @@ def check_lengths(requests: Sequence[Request], sampling: Sampling, context_lengt
     empty = next((request.request_id for request in requests if not request.prompt_ids), None)
     if empty is not None:
         raise EngineError(f"request {empty} has an empty prompt; a prompt needs one token at least")
+
+
+def cannot_load(model: str, error: BaseException | str) -> EngineError:
+    """One line that names the model, out of a library error that runs over many."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return EngineError(f"model {model!r} cannot be loaded: {reason[:300]}")

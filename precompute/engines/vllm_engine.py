@@ -1,0 +1,220 @@
+"""vLLM's offline engine, in a process of its own (precompute/engines/vllm_process.py).
+
+A process of its own because nothing else gives back all of a model's memory before the next teacher comes,
+keeps vLLM's environment, thread pinning and global seeds to itself, and dies with its parent however the
+parent dies: vLLM's own engine process outlives a parent that was killed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from transformers import AutoConfig, GenerationConfig
+
+from precompute.engines import Completion, Request, Sampling
+from precompute.engines.checks import cannot_load, check_lengths, eos_ids
+from precompute.engines.vllm_process import STOP, Finished
+from store.errors import EngineError
+
+DEFAULT_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+"""What holds unless the environment says otherwise; the first in GiB."""
+
+
+class VllmEngine:
+    """Draws completions from a model that vLLM has loaded."""
+
+    name = "vllm"
+
+    def __init__(
+        self, process: VllmProcess, tokenizer: Any, *, stop_ids: Sequence[int], max_length: int
+    ) -> None:
+        self.version = vllm_version()
+        self._process = process
+        self._tokenizer = tokenizer
+        self._stop_ids = list(stop_ids)
+        self._max_length = max_length
+
+    @classmethod
+    def load(
+        cls,
+        model_path: str,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        revision: str | None = None,
+        dtype: str = "auto",
+        batch_size: int = 64,
+        gpu_memory_utilization: float = 0.9,
+    ) -> VllmEngine:
+        """Starts vLLM with room for `max_length` tokens of prompt and completion, `batch_size` at once.
+
+        On the CPU `dtype = "auto"` is float32. Raises EngineError that names the model when it cannot be
+        loaded, and when `max_length` exceeds the model's positions.
+        """
+        stop_ids = _stop_ids(model_path, revision, tokenizer, max_length)
+        on_cpu = not torch.cuda.is_available()
+        process = VllmProcess()
+        process.load(
+            {
+                "model": model_path,
+                "revision": revision,
+                "dtype": "float32" if dtype == "auto" and on_cpu else dtype,
+                "max_model_len": max_length,
+                "max_num_seqs": batch_size,
+                "enforce_eager": on_cpu,
+                "skip_tokenizer_init": True,
+                "generation_config": "vllm",  # the model's own sampling defaults stay out
+            }
+            | ({} if on_cpu else {"gpu_memory_utilization": gpu_memory_utilization})
+        )
+        return cls(process, tokenizer, stop_ids=stop_ids, max_length=max_length)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
+        """Yields one completion a request, each as soon as it is finished.
+
+        Raises EngineError at once when a prompt and `max_tokens` together exceed `max_length`.
+        """
+        check_lengths(requests, sampling, self._max_length)
+        return map(self._completion, self._process.generate(requests, sampling, self._stop_ids))
+
+    def close(self) -> None:
+        """Ends the process, and with it all that the model took."""
+        self._process.close()
+
+    def _completion(self, finished: Finished) -> Completion:
+        request_id, token_ids, logprobs, finish_reason = finished
+        return Completion(
+            request_id=request_id,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=finish_reason,
+            text=self._tokenizer.decode(list(token_ids), skip_special_tokens=True),
+        )
+
+
+class VllmProcess:
+    """The process that holds the model, seen from the parent."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        self._connection: Connection[Any, Any] = Connection(ours.detach())
+        # A session of its own keeps the terminal's Ctrl-C away from it.
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                "-P",
+                "-W",
+                "ignore",
+                "-m",
+                "precompute.engines.vllm_process",
+                str(theirs.fileno()),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=_log(),
+            stderr=_log(),
+            env=_environment(),
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+        )
+        theirs.close()
+
+    def load(self, options: dict[str, Any]) -> None:
+        """Returns when the model is loaded; EngineError, with the process ended, when it cannot be."""
+        try:
+            self._connection.send(options)
+            failure = self._receive()
+        except BaseException:
+            self.close()
+            raise
+        if failure is not None:
+            self.close()
+            raise cannot_load(options["model"], failure)
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, stop_ids: list[int]
+    ) -> Iterator[Finished]:
+        """What finishes, as it finishes. Left early, it clears the scheduler."""
+        self._connection.send((list(requests), sampling, stop_ids))
+        try:
+            while (finished := self._receive()) is not None:
+                yield finished
+        except GeneratorExit:
+            self._connection.send(STOP)
+            while self._receive() is not None:
+                pass
+            raise
+        except BaseException:
+            # Ctrl-C may have cut a message in two: nothing more can be read from this process.
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the process at once. Harmless when it has ended."""
+        self._process.kill()
+        self._process.wait()
+        self._connection.close()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+    def _receive(self) -> Any:
+        try:
+            return self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            code = self._process.wait()
+            raise EngineError(
+                f"the vllm process ended with exit code {code} (-9: out of memory?); "
+                "set VLLM_LOGGING_LEVEL=INFO in the environment to see its log"
+            ) from None
+
+
+def vllm_version() -> str:
+    """The version of vLLM, whichever build of it is installed."""
+    with suppress(PackageNotFoundError):
+        return version("vllm")
+    return version("vllm-cpu")
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment and import path: the working directory plays no part."""
+    return (
+        DEFAULT_ENVIRONMENT
+        | os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            # vLLM in that very process: a further one of its own would outlive a parent that is killed.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }
+    )
+
+
+def _log() -> int | None:
+    """vLLM talks a lot; who sets its log level wants to hear it."""
+    return None if "VLLM_LOGGING_LEVEL" in os.environ else subprocess.DEVNULL
+
+
+def _stop_ids(model: str, revision: str | None, tokenizer: Any, max_length: int) -> tuple[int, ...]:
+    """The EOS ids. EngineError when there is no such model, or `max_length` exceeds its positions."""
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise cannot_load(model, error) from error
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise EngineError(
+            f"the longest prompt and max_tokens make {max_length} tokens; "
+            f"model {model!r} has {positions} positions"
+        )
+    try:
+        generation_config = GenerationConfig.from_pretrained(model, revision=revision or "main")
+    except OSError:
+        generation_config = GenerationConfig.from_model_config(config)
+    return eos_ids(generation_config, tokenizer)
