@@ -22,12 +22,14 @@ INDEX_LOCK = ".index.lock"
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes its place at `path` when the block ends, durable, or never.
+    """A file to write to that takes its place at `path` when the block ends, durable, or never; its
+    directory is made where need be.
 
     Raises StoreError when the disk is full or the directory may not be written.
     """
     tmp = path.with_name(f"{TMP_MARK}{secrets.token_hex(4)}-{path.name}")
     try:
+        _make_directory(path.parent)
         with tmp.open("xb") as file:
             yield file
             file.flush()
@@ -39,6 +41,13 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             tmp.unlink(missing_ok=True)
+
+
+def _make_directory(directory: Path) -> None:
+    if not directory.is_dir():
+        _make_directory(directory.parent)
+        directory.mkdir(exist_ok=True)
+        _sync_directory(directory.parent)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -58,7 +58,6 @@ def write_part(root: Path, traces: Sequence[Trace]) -> Path:
     """One part with the traces of one teacher, sorted by problem; it appears whole or not at all."""
     ordered = sorted(traces, key=lambda trace: (trace.problem_id, trace.sample_index))
     directory = root / PARTS / ordered[0].teacher
-    directory.mkdir(parents=True, exist_ok=True)
     fingerprint = content_hash(*(trace.trace_id for trace in ordered))[:8]
     path = directory / f"part-{_next_number(directory):06d}-{fingerprint}.parquet"
     table = traces_table(ordered)

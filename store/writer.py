@@ -76,7 +76,6 @@ class StoreWriter:
         if record.name != Path(record.name).name or record.name.startswith("."):
             raise ValueError(f"teacher name {record.name!r} cannot be a file name")
         self._check_recipe(record)
-        (self.path / TEACHERS).mkdir(exist_ok=True)
         with whole_file(self.path / TEACHERS / f"{record.name}.json") as file:
             file.write((json.dumps(teacher_json(record), indent=2, ensure_ascii=False) + "\n").encode())
         self._fingerprints[record.name] = record.generation_fingerprint

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import tempfile
 import time
@@ -175,11 +176,21 @@ def test_a_part_that_was_not_renamed_was_never_there(tmp_path: Path) -> None:
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     root = make_store(tmp_path / "traces", [trace(0, "ada")])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with StoreWriter.open(root, **JUDGE) as writer:
         with pytest.raises(UnicodeEncodeError):
             writer.append([trace(1, "ada", text="\ud800")])
+        # The nearest thing to a full disk that a test can have: no file may grow beyond 1000 bytes.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            with pytest.raises(StoreError, match=r"cannot write .*part-000002-.*\.parquet: File too large"):
+                writer.append([trace(1, "ada")])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert tmp_files(root) == []
         assert whole_numbers(root) == [1]
+        writer.append([trace(1, "ada")])
+    assert whole_numbers(root) == [1, 1]
 
 
 def test_a_store_half_created_by_a_killed_process_is_finished(tmp_path: Path) -> None:
