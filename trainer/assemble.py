@@ -42,6 +42,28 @@ class TrainReporter(Protocol):
     def warned(self, text: str) -> None: ...
 
 
+class SilentReporter:
+    """Keeps warnings and shows nothing."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def started(self, *, run: Path, step: int, max_steps: int) -> None:
+        pass
+
+    def stepped(self, row: dict[str, Any], groups: list[Group]) -> None:
+        pass
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        pass
+
+    def saved(self, path: Path) -> None:
+        pass
+
+    def warned(self, text: str) -> None:
+        self.warnings.append(text)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """Everything a step needs, put together once."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import comb
 
 from precompute.engines import Engine, Sampling
+from trainer.config import EvalConfig, RolloutConfig
 from trainer.groups import Group
 from trainer.rewards import Judge
 from trainer.rollout import Prompt, sample_groups
@@ -48,6 +49,16 @@ def pass_at_k(*, samples: int, correct: int, k: int) -> float:
     if not 0 <= correct <= samples or not 1 <= k <= samples:
         raise ValueError(f"pass@{k} of {correct} correct in {samples} samples does not exist")
     return 1.0 - comb(samples - correct, k) / comb(samples, k)
+
+
+def eval_sampling(config: EvalConfig, rollout: RolloutConfig) -> Sampling:
+    """How evaluations sample: the evaluation's temperature, the rollouts' length."""
+    return Sampling(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=0,
+        max_tokens=rollout.max_completion_length,
+    )
 
 
 def evaluate(

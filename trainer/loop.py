@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from precompute.engines import Sampling
 from store.errors import RunError
 from trainer import checkpoint
 from trainer.assemble import Parts, TrainReporter, assemble
 from trainer.checkpoint import TrainState
 from trainer.config import Config
-from trainer.evaluation import evaluate
+from trainer.evaluation import eval_sampling, evaluate
 from trainer.groups import Group
 from trainer.interrupt import StopRequest, stop_on_signals
 from trainer.metrics import step_metrics
@@ -125,18 +124,12 @@ def train_step(parts: Parts, step: int) -> tuple[dict[str, Any], list[Group]]:
 
 def _evaluate(parts: Parts, step: int) -> dict[str, float]:
     config = parts.config
-    sampling = Sampling(
-        temperature=config.eval.temperature,
-        top_p=config.eval.top_p,
-        top_k=0,
-        max_tokens=config.rollout.max_completion_length,
-    )
     with parts.policy.computing():
         evaluation = evaluate(
             parts.engine,
             parts.judge,
             parts.eval_prompts,
-            sampling,
+            eval_sampling(config.eval, config.rollout),
             samples=config.eval.samples,
             k=config.eval.k,
             seed=config.train.seed,

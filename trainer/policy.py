@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from store.errors import EngineError
 from trainer.batch import TokenBatch
@@ -103,6 +104,7 @@ def load_policy(config: StudentConfig, *, temperature: float, weights: Path | No
     Raises EngineError when the model cannot be loaded, or its logits are not what its head makes of its
     hidden states (a head of another make would train on wrong numbers in silence).
     """
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = pick_device(config.device)
     source, revision = (str(weights), None) if weights else (config.model, config.revision)
     tokenizer = load_tokenizer(source, revision)
@@ -115,7 +117,7 @@ def load_policy(config: StudentConfig, *, temperature: float, weights: Path | No
     _switch_dropout_off(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(model, tokenizer, dtype=_compute_dtype(config, device), temperature=temperature)
+    policy = Policy(model, tokenizer, dtype=compute_dtype(config, device), temperature=temperature)
     _check_head(policy)
     return policy
 
@@ -137,7 +139,8 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _compute_dtype(config: StudentConfig, device: torch.device) -> torch.dtype:
+def compute_dtype(config: StudentConfig, device: torch.device) -> torch.dtype:
+    """What the forward pass computes in on that device."""
     if config.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]

@@ -32,6 +32,7 @@ class PendingSample:
     finish_reason: str
     verdict: Future[Verdict] | None
     """None: the response was cut, so nothing about its answer matters."""
+    opens_think: bool = False
     trace_id: str | None = None
     teacher: str | None = None
 
@@ -52,17 +53,24 @@ class Judge:
         token_ids: tuple[int, ...],
         finish_reason: str,
         logprobs: tuple[float, ...] | None = None,
+        opens_think: bool = False,
         trace_id: str | None = None,
         teacher: str | None = None,
     ) -> PendingSample:
-        """Starts verification and returns at once, so that sampling goes on meanwhile."""
-        verdict = self.verifier.submit(text, gold) if finish_reason == "stop" else None
+        """Starts verification and returns at once, so that sampling goes on meanwhile.
+
+        `opens_think`: the prompt ended inside a `<think>` block, so the response begins as thought.
+        """
+        verdict = None
+        if finish_reason == "stop":
+            verdict = self.verifier.submit(text, gold, opens_think=opens_think)
         return PendingSample(
             token_ids=token_ids,
             logprobs=logprobs,
             text=text,
             finish_reason=finish_reason,
             verdict=verdict,
+            opens_think=opens_think,
             trace_id=trace_id,
             teacher=teacher,
         )
@@ -70,7 +78,9 @@ class Judge:
     def settle(self, pending: PendingSample) -> Sample:
         """Waits for the verdict and applies the reward rule."""
         is_correct = pending.verdict is not None and pending.verdict.result().is_correct
-        well_formed = pending.finish_reason == "stop" and has_format(pending.text, form=self.answer_form)
+        well_formed = pending.finish_reason == "stop" and has_format(
+            pending.text, form=self.answer_form, opens_think=pending.opens_think
+        )
         return Sample(
             token_ids=pending.token_ids,
             text=pending.text,

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from precompute.config import AnswerForm
 from precompute.engines import Completion, Engine, Request, Sampling
-from precompute.prompts import answer_form_of, render_prompt
+from precompute.prompts import answer_form_of, render_prompt, system_turn
 from store.errors import ProblemsError
 from store.records import Problem, content_hash
 from trainer.config import RolloutConfig, StudentConfig
 from trainer.groups import Group
-from trainer.rewards import Judge
+from trainer.rewards import Judge, PendingSample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,10 +28,12 @@ class Prompt:
     text: str
     ids: tuple[int, ...]
     """[P]"""
+    opens_think: bool
+    """It ends inside a `<think>` block."""
 
 
 def student_prompts(
-    problems: Sequence[Problem], tokenizer: object, student: StudentConfig, *, max_prompt_length: int
+    problems: Sequence[Problem], tokenizer: Any, student: StudentConfig, *, max_prompt_length: int
 ) -> tuple[list[Prompt], int]:
     """Prompts of all problems that fit, and how many are too long.
 
@@ -44,7 +47,9 @@ def student_prompts(
             system_prompt=student.system_prompt,
             chat_template_kwargs=student.chat_template_kwargs,
         )
-        prompts.append(Prompt(problem=problem, text=rendered.text, ids=rendered.ids))
+        prompts.append(
+            Prompt(problem=problem, text=rendered.text, ids=rendered.ids, opens_think=rendered.opens_think)
+        )
     fitting = [prompt for prompt in prompts if len(prompt.ids) <= max_prompt_length]
     if not fitting:
         raise ProblemsError(
@@ -57,8 +62,7 @@ def demanded_form(student: StudentConfig, problems: Sequence[Problem]) -> Answer
     """The form in which the student must answer."""
     if student.answer_form != "auto":
         return student.answer_form
-    system_prompt = student.system_prompt if student.system_prompt is not None else problems[0].system_prompt
-    return answer_form_of(system_prompt)
+    return answer_form_of(system_turn(problems[0], student.system_prompt))
 
 
 def seed_of(*parts: object) -> int:
@@ -92,16 +96,17 @@ def sample_groups(
         seed: the run's seed.
         key: what the samples are for, e.g. `step 12`; another key draws other samples.
     """
-    pending = {
-        completion.request_id: judge.submit(
+    pending: dict[str, PendingSample] = {}
+    for completion in _completions(engine, prompts, sampling, samples=samples, seed=seed, key=key):
+        prompt = prompts[int(completion.request_id.partition("/")[0])]
+        pending[completion.request_id] = judge.submit(
             text=completion.text,
-            gold=prompts[_place(completion.request_id)[0]].problem.answer,
+            gold=prompt.problem.answer,
             token_ids=completion.token_ids,
             finish_reason=completion.finish_reason,
             logprobs=completion.logprobs,
+            opens_think=prompt.opens_think,
         )
-        for completion in _completions(engine, prompts, sampling, samples=samples, seed=seed, key=key)
-    }
     return [
         Group(
             problem=prompt.problem,
@@ -125,8 +130,3 @@ def _completions(
         for s in range(samples)
     ]
     return engine.generate(requests, sampling)
-
-
-def _place(request_id: str) -> tuple[int, int]:
-    prompt, _, sample = request_id.partition("/")
-    return int(prompt), int(sample)

@@ -1,0 +1,105 @@
+"""What `ampo inspect store` and `ampo store` draw: reports in, rich tables out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from store.records import VERDICTS
+from store.report import StoreReport
+
+
+def summary_tables(report: StoreReport) -> Group:
+    """Teachers x verdicts, coverage, totals."""
+    return Group(_teachers(report), coverage_table(report.coverage), Text(_totals(report)))
+
+
+def _teachers(report: StoreReport) -> Table:
+    seen = [verdict for verdict in VERDICTS if any(t.verdicts.get(verdict) for t in report.teachers)]
+    table = Table(title=f"teachers in {report.path}", title_justify="left")
+    table.add_column("teacher")
+    for name in ("problems", "covered", "traces", "verified", *seen, "mean tokens"):
+        table.add_column(name, justify="right")
+    for teacher in report.teachers:
+        table.add_row(
+            teacher.teacher,
+            f"{teacher.problems:,}",
+            f"{teacher.covered:,}",
+            f"{teacher.traces:,}",
+            f"{teacher.verified_share:.1%}",
+            *(f"{teacher.verdicts.get(verdict, 0):,}" for verdict in seen),
+            f"{teacher.mean_tokens:.1f}",
+        )
+    return table
+
+
+def coverage_table(coverage: Mapping[int, int]) -> Table:
+    """How many problems have 0, 1, 2, ... teachers with a verified trace."""
+    total = sum(coverage.values())
+    table = Table(title="coverage: teachers with a verified trace", title_justify="left")
+    for name in ("teachers", "problems", "share"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for teachers, problems in sorted(coverage.items()):
+        share = problems / total if total else 0.0
+        table.add_row(str(teachers), f"{problems:,}", f"{share:.1%}", "█" * round(30 * share))
+    return table
+
+
+def _totals(report: StoreReport) -> str:
+    damaged = f"; {len(report.damaged)} damaged parts left out" if report.damaged else ""
+    return (
+        f"{report.problems:,} problems, {report.traces:,} traces ({report.verified:,} verified), "
+        f"{report.tokens:,} tokens, {report.parts} parts, {report.bytes / 2**20:.1f} MiB{damaged}; "
+        f"judged by {report.manifest.verifier} {report.manifest.verifier_version}"
+    )
+
+
+def problems_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Hardest first."""
+    table = Table()
+    table.add_column("problem_id", no_wrap=True)
+    for name in ("question", "answer", "source"):
+        table.add_column(name, overflow="fold")
+    table.add_column("verified", justify="right")
+    table.add_column("teachers that solved it")
+    for row in rows:
+        table.add_row(
+            row["problem_id"],
+            escape(_clip(row["question"], 160)),
+            escape(_clip(row["answer"], 40)),
+            escape(row["source"]),
+            f"{row['verified']}/{row['traces']}",
+            ", ".join(row["teachers"]) or "[red]none[/]",
+        )
+    return table
+
+
+def traces_table(rows: Sequence[Mapping[str, Any]], *, full: bool) -> Table:
+    """Traces side by side; `full` shows their whole text."""
+    table = Table(show_lines=full)
+    table.add_column("problem_id", no_wrap=True)
+    for name in ("teacher", "sample", "verdict", "answer", "tokens", "text"):
+        table.add_column(name, overflow="fold", justify="right" if name in ("sample", "tokens") else "left")
+    for row in rows:
+        colour = "green" if row["is_correct"] else "red"
+        table.add_row(
+            row["problem_id"],
+            row["teacher"],
+            str(row["sample_index"]),
+            f"[{colour}]{row['verdict']}[/]",
+            escape(_clip(row["answer"] or "-", 40)),
+            str(row["n_tokens"]),
+            escape(row["text"] if full else _clip(row["text"], 200)),
+        )
+    return table
+
+
+def _clip(text: str, length: int) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= length else flat[: length - 1] + "…"

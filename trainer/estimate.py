@@ -1,0 +1,110 @@
+"""What a step will need, from config and model shape alone: memory by part, and a lower bound in time.
+
+Pure arithmetic over `ModelShape`; weights are never loaded. Activations follow Korthikanti et al. 2022
+(arXiv 2205.05198), about 34 bytes a token, hidden unit and layer in 16 bits with fused attention.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from store.errors import EngineError
+from trainer.config import Config
+from trainer.policy import LOGITS_PER_CHUNK, pick_device
+
+OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
+"""Bytes of state for each weight that trains."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """What memory and time depend on."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    kv_width: int
+    """Key-value heads times head size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Bytes by part, and seconds of arithmetic of one step."""
+
+    memory: dict[str, int]
+    seconds: float
+    """When every response has the maximum length and nothing but matrix products costs time."""
+
+    @property
+    def peak(self) -> int:
+        """Sampling and updating never overlap: the larger of the two on top of what always stays."""
+        stays = sum(self.memory[part] for part in ("weights", "optimizer", "reference"))
+        update = sum(self.memory[part] for part in ("gradients", "activations", "logits"))
+        return stays + max(update, self.memory["kv cache"])
+
+
+def shape_of(model: str, revision: str | None) -> ModelShape:
+    """Reads the model's config and counts its parameters without making them."""
+    try:
+        config: Any = AutoConfig.from_pretrained(model, revision=revision)
+        with torch.device("meta"):
+            skeleton: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise EngineError(f"student.model = {model!r} cannot be loaded: {first}") from error
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return ModelShape(
+        parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        kv_width=heads * size,
+    )
+
+
+def estimate(config: Config, shape: ModelShape, *, flops: float, bytes_per_value: int) -> Estimate:
+    """Memory and time of a training step.
+
+    Args:
+        flops: what the device reaches, in floating-point operations a second.
+        bytes_per_value: of the compute dtype, 2 or 4.
+    """
+    rollout, train = config.rollout, config.train
+    longest = rollout.max_prompt_length + rollout.max_completion_length
+    rows = min(rollout.batch_size, train.problems_per_step * rollout.num_generations)
+    layers = 1 if config.student.gradient_checkpointing else shape.layers
+    kept = 2 * shape.layers if config.student.gradient_checkpointing else 0
+    tokens = max(train.max_tokens_per_microbatch, longest)
+    memory = {
+        "weights": 4 * shape.parameters,
+        "gradients": 4 * shape.parameters,
+        "optimizer": OPTIMIZER_BYTES[train.optim] * shape.parameters,
+        "reference": 4 * shape.parameters if train.beta else 0,
+        "activations": tokens * shape.hidden * bytes_per_value * (17 * layers + kept),
+        "logits": 3 * 4 * LOGITS_PER_CHUNK,
+        "kv cache": rows * longest * 2 * shape.layers * shape.kv_width * bytes_per_value,
+    }
+    responses = train.problems_per_step * rollout.num_generations
+    passes = 8 if config.student.gradient_checkpointing else 6
+    work = responses * longest * shape.parameters * (2 + passes)
+    return Estimate(memory=memory, seconds=work / flops)
+
+
+def measured_flops(device_name: str, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a square matrix product on the device, best of five."""
+    device = pick_device(device_name)
+    n = 4096 if device.type == "cuda" else 512
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        product = a @ a
+        float(product[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * n**3 / best

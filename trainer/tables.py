@@ -1,0 +1,124 @@
+"""What `ampo inspect` and `ampo eval` draw of runs: records in, rich tables out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from trainer.evaluation import Evaluation
+from trainer.inspection import QuerySummary, Question, curve, evaluation_rows
+from trainer.plot import sparkline
+
+CURVES = (
+    "reward",
+    "accuracy",
+    "groups/all_fail",
+    "groups/all_solved",
+    "groups/mixed",
+    "store/queries",
+    "store/hit_rate",
+    "comprehension/selected_mean",
+    "comprehension/rejected_mean",
+    "entropy",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "grad_norm",
+)
+
+
+def queries_table(questions: Sequence[Question], problem_texts: Mapping[str, str]) -> Table:
+    """A block a question: its candidates, best first, and which of them were used."""
+    table = Table(title="what the trainer asked the store", title_justify="left")
+    table.add_column("step", justify="right")
+    table.add_column("problem", overflow="fold")
+    table.add_column("teacher")
+    for name in ("rank", "r_p = exp(s)", "score s", "tokens"):
+        table.add_column(name, justify="right")
+    table.add_column("used")
+    for question in questions:
+        text = problem_texts.get(question.problem_id)
+        shown = question.problem_id if text is None else f"{question.problem_id}  {_clip(text)}"
+        heads = [(str(question.step), escape(shown))] + [("", "")] * max(len(question.candidates) - 1, 0)
+        for (step, problem), row in zip(heads, question.candidates or ({},), strict=True):
+            table.add_row(step, problem, *_candidate_cells(row))
+        table.add_section()
+    return table
+
+
+def _candidate_cells(row: Mapping[str, Any]) -> list[str]:
+    if not row:
+        return ["[red]no trace[/]", "-", "-", "-", "-", ""]
+    score = row["score"]
+    return [
+        row["teacher"],
+        str(row["rank"]),
+        "-" if score is None else f"{math.exp(score):.4f}",
+        "-" if score is None else f"{score:.4f}",
+        str(row["n_tokens"]),
+        "[green]used[/]" if row["selected"] else "",
+    ]
+
+
+def summary_line(summary: QuerySummary) -> str:
+    """Hit rate and share of each teacher in one line."""
+    if not summary.questions:
+        return "the store was not asked"
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in summary.share.items()) or "none"
+    return (
+        f"asked {summary.questions} times for {summary.problems} problems; "
+        f"hit rate {summary.hit_rate:.1%}; {summary.used} traces used: {shares}; "
+        f"median latency {summary.median_latency_ms:.1f} ms a step"
+    )
+
+
+def curves_table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """The run's curves as lines of text: first and last value, and the shape between."""
+    table = Table(title=f"run {name}", title_justify="left")
+    table.add_column("metric")
+    for column in ("first", "last", "min", "max"):
+        table.add_column(column, justify="right")
+    table.add_column("curve")
+    for metric in CURVES:
+        _, values = curve(rows, metric)
+        if values:
+            ends = (values[0], values[-1], min(values), max(values))
+            table.add_row(metric, *(f"{value:.4g}" for value in ends), sparkline(values))
+    return table
+
+
+def evaluations_table(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Table:
+    """Held-out evaluations of one or several runs."""
+    found = {name: evaluation_rows(rows) for name, rows in runs.items()}
+    metrics = sorted({key for rows in found.values() for row in rows for key in row} - {"step"})
+    table = Table(title="held-out evaluation", title_justify="left")
+    table.add_column("run")
+    table.add_column("step", justify="right")
+    for metric in metrics:
+        table.add_column(metric.removeprefix("eval/"), justify="right")
+    for name, rows in found.items():
+        for row in rows:
+            table.add_row(name, str(row["step"]), *(_cell(row.get(metric)) for metric in metrics))
+        table.add_section()
+    return table
+
+
+def evaluation_table(model: str, evaluation: Evaluation) -> Table:
+    """One evaluation by `ampo eval`."""
+    table = Table(title=f"{model}: {len(evaluation.groups)} problems", title_justify="left")
+    for metric in evaluation.metrics:
+        table.add_column(metric.removeprefix("eval/"), justify="right")
+    table.add_row(*(_cell(value) for value in evaluation.metrics.values()))
+    return table
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _clip(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= 100 else flat[:99] + "…"
