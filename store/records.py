@@ -102,7 +102,8 @@ class TeacherRecord:
     engine_version: str
     chat_template: str
     """The Jinja source that turned messages into the prompt."""
-    system_prompt: str
+    system_prompt: str | None
+    """None: each problem's own."""
     chat_template_kwargs: Mapping[str, Any]
     sampling: Mapping[str, Any]
     """temperature, top_p, max_tokens."""

@@ -56,6 +56,22 @@ class StoreWriter:
             undo.pop_all()
         return writer
 
+    @classmethod
+    def peek(cls, path: str | os.PathLike[str], *, verifier: str, verifier_version: str) -> Self | None:
+        """For looking only: `done`, `damaged` and `check_recipe` of what `open` would write to, without the
+        lock and without touching anything; None where `open` would make a new store.
+
+        Raises what `open` raises, StoreBusyError apart.
+        """
+        root = Path(path).absolute()
+        if is_fresh(root):
+            _check_writable(root)
+            return None
+        manifest = read_manifest(root)
+        _check_verifier(root, manifest, verifier, verifier_version)
+        _check_writable(root)
+        return cls(root, manifest, FileLock(root / WRITE_LOCK))
+
     def write_problems(self, problems: Sequence[Problem]) -> None:
         """Adds the problems that are not there yet and renews the source and system prompt of those that
         are; the order of arrival stays."""
@@ -75,12 +91,13 @@ class StoreWriter:
         """
         if record.name != Path(record.name).name or record.name.startswith("."):
             raise ValueError(f"teacher name {record.name!r} cannot be a file name")
-        self._check_recipe(record)
+        self.check_recipe(record)
         with whole_file(self.path / TEACHERS / f"{record.name}.json") as file:
             file.write((json.dumps(teacher_json(record), indent=2, ensure_ascii=False) + "\n").encode())
         self._fingerprints[record.name] = record.generation_fingerprint
 
-    def _check_recipe(self, record: TeacherRecord) -> None:
+    def check_recipe(self, record: TeacherRecord) -> None:
+        """Raises RecipeChangedError when there are traces under this name from another recipe."""
         directory = self.path / PARTS / record.name
         made = self._made_with(record.name)
         if made is None or made == record.generation_fingerprint:
@@ -181,6 +198,12 @@ def _lock(root: Path) -> FileLock:
             "wait for it to end, or set store.path to another directory"
         )
     return lock
+
+
+def _check_writable(root: Path) -> None:
+    existing = next(parent for parent in (root, *root.parents) if parent.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise StoreError(f"cannot write to the store at {root}: no permission to write in {existing}")
 
 
 def _check_verifier(root: Path, manifest: Manifest, verifier: str, version: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from precompute.config import TeacherConfig
 from precompute.engines import Engine
+from precompute.engines.checks import cannot_load
 from store.errors import EngineError
 
 ENGINES = ("auto", "vllm", "transformers")
@@ -55,6 +56,24 @@ def load_tokenizer(teacher: TeacherConfig) -> Any:
         raise EngineError(
             f"teacher {teacher.name!r}: model {teacher.model!r} has no usable tokenizer: {reason}"
         ) from error
+
+
+def check_fits(teacher: TeacherConfig, longest_prompt: int) -> None:
+    """Raises EngineError when `longest_prompt` + max_tokens exceed the positions of the teacher's model, or
+    when there is no such model."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(teacher.model, revision=teacher.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise EngineError(f"teacher {teacher.name!r}: {cannot_load(teacher.model, error)}") from error
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest_prompt + teacher.max_tokens > positions:
+        raise EngineError(
+            f"teacher {teacher.name!r}: max_tokens = {teacher.max_tokens} and the longest prompt of "
+            f"{longest_prompt} tokens exceed the {positions} positions of {teacher.model!r}; "
+            f"max_tokens may be {max(positions - longest_prompt, 0)} at most"
+        )
 
 
 def load_engine(

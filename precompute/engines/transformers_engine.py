@@ -16,6 +16,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.utils import logging
 
 from precompute.engines import Completion, Request, Sampling
 from precompute.engines.checks import cannot_load, check_lengths, eos_ids
@@ -59,7 +60,8 @@ class TransformersEngine:
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         kind = "float32" if dtype == "auto" and place.type == "cpu" else dtype
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(model_path, revision=revision, dtype=kind)
+            with _no_bars():
+                model: Any = AutoModelForCausalLM.from_pretrained(model_path, revision=revision, dtype=kind)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise cannot_load(model_path, error) from error
         return cls(model.to(place), tokenizer, batch_size=batch_size)
@@ -204,6 +206,19 @@ def left_padded(rows: Sequence[Sequence[int]], *, pad_id: int) -> tuple[torch.Te
     ids = [[pad_id] * (width - len(row)) + list(row) for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(ids), torch.tensor(mask)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers' progress bars would be drawn across ours."""
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _base_model(model: Any) -> Any:

@@ -58,9 +58,9 @@ class VllmEngine:
         """Starts vLLM with room for `max_length` tokens of prompt and completion, `batch_size` at once.
 
         On the CPU `dtype = "auto"` is float32. Raises EngineError that names the model when it cannot be
-        loaded, and when `max_length` exceeds the model's positions.
+        loaded (a `max_length` beyond its positions is one reason).
         """
-        stop_ids = _stop_ids(model_path, revision, tokenizer, max_length)
+        stop_ids = _stop_ids(model_path, revision, tokenizer)
         on_cpu = not torch.cuda.is_available()
         process = VllmProcess()
         process.load(
@@ -201,20 +201,13 @@ def _log() -> int | None:
     return None if "VLLM_LOGGING_LEVEL" in os.environ else subprocess.DEVNULL
 
 
-def _stop_ids(model: str, revision: str | None, tokenizer: Any, max_length: int) -> tuple[int, ...]:
-    """The EOS ids. EngineError when there is no such model, or `max_length` exceeds its positions."""
+def _stop_ids(model: str, revision: str | None, tokenizer: Any) -> tuple[int, ...]:
+    """The EOS ids. EngineError when there is no such model."""
     try:
-        config = AutoConfig.from_pretrained(model, revision=revision)
+        return eos_ids(GenerationConfig.from_pretrained(model, revision=revision or "main"), tokenizer)
+    except OSError:
+        pass  # the file is optional: the model's config says the same
+    try:
+        return eos_ids(AutoConfig.from_pretrained(model, revision=revision), tokenizer)
     except (OSError, ValueError, KeyError) as error:
         raise cannot_load(model, error) from error
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
-        raise EngineError(
-            f"the longest prompt and max_tokens make {max_length} tokens; "
-            f"model {model!r} has {positions} positions"
-        )
-    try:
-        generation_config = GenerationConfig.from_pretrained(model, revision=revision or "main")
-    except OSError:
-        generation_config = GenerationConfig.from_model_config(config)
-    return eos_ids(generation_config, tokenizer)

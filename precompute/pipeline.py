@@ -1,0 +1,245 @@
+"""`ampo precompute teachers`: problems -> prompts -> engine -> verifier -> store, one teacher at a time.
+
+What is done is what the parts say; a run that was stopped anywhere goes on from there. Samples are seeded
+by what they are, so the run that goes on draws what the other one would have drawn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+from precompute.config import PrecomputeConfig, TeacherConfig
+from precompute.engines.select import engine_version, load_engine, load_tokenizer, resolve_engine
+from precompute.outcome import (
+    PrecomputePlan,
+    PrecomputeReport,
+    ProblemsSummary,
+    TeacherOutcome,
+    TeacherPlan,
+    coverage,
+    stored_counts,
+)
+from precompute.problems import load_problems, split_by_gold
+from precompute.progress import Reporter, SilentReporter
+from precompute.prompts import tokenizer_fingerprint
+from precompute.solving import STAGE_PROBLEMS, Done, Job, TeacherWork, fill_prompts, longest_prompt
+from precompute.verify import VERIFIER_NAME, VERIFIER_VERSION, Verifier
+from precompute.waves import samples_left
+from store.errors import ConfigError, ProblemsError
+from store.records import Problem, TeacherRecord, content_hash
+from store.trace_store import TraceStore
+from store.writer import StoreWriter
+
+
+def run(
+    config: PrecomputeConfig,
+    *,
+    teachers: Sequence[str] | None = None,
+    engine: str | None = None,
+    limit: int | None = None,
+    reporter: Reporter | None = None,
+) -> PrecomputeReport:
+    """Lets the teachers (None: all of the config) solve the problems (None: all; else the first `limit`)
+    and fills the store. `engine` overrides what the teachers' tables say.
+
+    Every recipe and tokenizer is checked before the first model is loaded. Raises UserErrors;
+    KeyboardInterrupt after writing what was verified by then: the same call goes on.
+    """
+    reporter = reporter or SilentReporter()
+    jobs = _jobs(config, teachers, engine)
+    outcomes = []
+    with _verifier(config) as verifier:
+        problems, summary = _problems(config, limit, verifier, reporter)
+        with _open_store(config) as writer:
+            writer.write_problems(problems)
+            for job in jobs:
+                writer.register_teacher(job.record)
+            for job in jobs:
+                outcomes.append(_solve(job, problems, config, writer, verifier, reporter))
+    return _report(config, summary, problems, outcomes)
+
+
+def plan(
+    config: PrecomputeConfig,
+    *,
+    teachers: Sequence[str] | None = None,
+    engine: str | None = None,
+    limit: int | None = None,
+    reporter: Reporter | None = None,
+) -> PrecomputePlan:
+    """What `run` with the same arguments would do; raises what it would raise before a model is loaded.
+
+    Touches nothing.
+    """
+    reporter = reporter or SilentReporter()
+    jobs = _jobs(config, teachers, engine)
+    path = str(Path(config.store.path).absolute())
+    with _verifier(config) as verifier:
+        problems, summary = _problems(config, limit, verifier, reporter)
+    store = StoreWriter.peek(path, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION)
+    plans = []
+    for job in jobs:
+        if store is not None:
+            store.check_recipe(job.record)
+        done = {} if store is None else store.done(job.name)
+        plans.append(_teacher_plan(job, problems, done, reporter))
+    return PrecomputePlan(problems=summary, store=path, store_exists=store is not None, teachers=tuple(plans))
+
+
+def _jobs(config: PrecomputeConfig, names: Sequence[str] | None, engine: str | None) -> list[Job]:
+    known = [teacher.name for teacher in config.teachers]
+    if not known:
+        raise ConfigError("the config names no teacher; add a [[teachers]] table with a name and a model")
+    for name in names or ():
+        if name not in known:
+            raise ConfigError(f"no teacher {name!r} in the config; its teachers: {', '.join(known)}")
+    chosen = [teacher for teacher in config.teachers if not names or teacher.name in names]
+    return [_job(teacher, resolve_engine(engine or teacher.engine)) for teacher in chosen]
+
+
+def _job(teacher: TeacherConfig, engine: str) -> Job:
+    tokenizer = load_tokenizer(teacher)
+    template = tokenizer.chat_template
+    record = TeacherRecord(
+        name=teacher.name,
+        model=teacher.model,
+        revision=teacher.revision,
+        engine=engine,
+        engine_version=engine_version(engine),
+        # A tokenizer may bring none, or several by name.
+        chat_template=template if isinstance(template, str) else content_hash(template),
+        system_prompt=teacher.system_prompt,
+        chat_template_kwargs=teacher.chat_template_kwargs,
+        sampling={
+            "temperature": teacher.temperature,
+            "top_p": teacher.top_p,
+            "top_k": teacher.top_k,
+            "max_tokens": teacher.max_tokens,
+        },
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+    )
+    return Job(config=teacher, engine=engine, tokenizer=tokenizer, record=record)
+
+
+def _problems(
+    config: PrecomputeConfig, limit: int | None, verifier: Verifier, reporter: Reporter
+) -> tuple[tuple[Problem, ...], ProblemsSummary]:
+    """The problems to solve. ProblemsError when no gold answer can be parsed."""
+    if not config.problems.train:
+        raise ConfigError("problems.train is empty; name a Parquet or JSONL file with the problems to solve")
+    found = load_problems(
+        config.problems.train,
+        question_column=config.problems.question_column,
+        answer_column=config.problems.answer_column,
+    )
+    usable, unparseable = _check_golds(found.problems[:limit], verifier, reporter)
+    if not usable:
+        raise ProblemsError(f"{config.problems.train}: no gold answer of its problems can be parsed")
+    if unparseable:
+        shown = ", ".join(f"{problem.problem_id} ({problem.answer[:30]!r})" for problem in unparseable[:3])
+        reporter.message(f"{len(unparseable)} gold answers cannot be parsed; left out: {shown} ...")
+    return usable, ProblemsSummary(
+        path=str(Path(config.problems.train).absolute()),
+        rows=found.rows,
+        duplicates=found.duplicates,
+        unparseable=unparseable,
+        used=len(usable),
+    )
+
+
+def _check_golds(
+    problems: Sequence[Problem], verifier: Verifier, reporter: Reporter
+) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
+    usable: list[Problem] = []
+    unparseable: list[Problem] = []
+    for start in range(0, len(problems), STAGE_PROBLEMS):
+        fine, broken = split_by_gold(problems[start : start + STAGE_PROBLEMS], verifier)
+        usable += fine
+        unparseable += broken
+        reporter.stage("checking gold answers", len(usable) + len(unparseable), len(problems))
+    return tuple(usable), tuple(unparseable)
+
+
+def _teacher_plan(job: Job, problems: Sequence[Problem], done: Done, reporter: Reporter) -> TeacherPlan:
+    prompts = fill_prompts(job, problems, reporter)
+    there = [done.get(problem.problem_id, {}) for problem in problems]
+    left = [samples_left(job.config, samples) for samples in there]
+    return TeacherPlan(
+        name=job.name,
+        model=job.config.model,
+        engine=job.engine,
+        samples_there=sum(map(len, there)),
+        verified_there=sum(sum(samples.values()) for samples in there),
+        problems_left=sum(count > 0 for count in left),
+        samples_left=sum(left),
+        longest_prompt=longest_prompt(prompts),
+        most_tokens=sum(left) * job.config.max_tokens,
+        weight_bytes=_weight_bytes(job.config.model),
+        first_prompt=prompts[problems[0].problem_id].text,
+    )
+
+
+def _weight_bytes(model: str) -> int | None:
+    files = [file for kind in ("*.safetensors", "*.bin") for file in Path(model).glob(kind)]
+    return sum(file.stat().st_size for file in files) if files else None
+
+
+def _solve(
+    job: Job,
+    problems: Sequence[Problem],
+    config: PrecomputeConfig,
+    writer: StoreWriter,
+    verifier: Verifier,
+    reporter: Reporter,
+) -> TeacherOutcome:
+    """Draws, judges and keeps what the store lacks of one teacher. Counts of the store are left at 0."""
+    started = time.monotonic()
+    for damaged in writer.damaged(job.name):
+        reporter.message(f"{damaged.part} cannot be read ({damaged.reason}); its samples are drawn again")
+    work = TeacherWork(job, problems, writer.done(job.name), verifier, reporter)
+    if work.left:
+        work.fill_prompts()
+        reporter.message(f"{job.name}: loading {job.config.model} with {job.engine}")
+        longest = longest_prompt(work.prompts)
+        with closing(load_engine(job.config, job.engine, job.tokenizer, longest_prompt=longest)) as engine:
+            work.run(engine, writer, config.store)
+    progress = work.progress()
+    reporter.finished(progress)
+    return TeacherOutcome(
+        name=job.name,
+        model=job.config.model,
+        engine=job.engine,
+        new_samples=progress.judged,
+        new_tokens=progress.tokens,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _report(
+    config: PrecomputeConfig,
+    summary: ProblemsSummary,
+    problems: Sequence[Problem],
+    outcomes: Sequence[TeacherOutcome],
+) -> PrecomputeReport:
+    ids = [problem.problem_id for problem in problems]
+    with TraceStore(config.store.path) as store:
+        counts = stored_counts(store, ids)
+        return PrecomputeReport(
+            problems=summary,
+            store=str(store.path),
+            teachers=tuple(replace(each, **counts.get(each.name, {})) for each in outcomes),
+            coverage=coverage(store, ids),
+        )
+
+
+def _verifier(config: PrecomputeConfig) -> Verifier:
+    settings = config.verify
+    return Verifier(workers=settings.workers, timeout=settings.timeout, memory_mb=settings.memory_mb)
+
+
+def _open_store(config: PrecomputeConfig) -> StoreWriter:
+    return StoreWriter.open(config.store.path, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION)
