@@ -141,9 +141,10 @@ class Verifier:
         """Ends the workers, after all that was submitted is judged; with `cancel`, at once."""
         with self._lock:
             self._closed = True
-            while cancel and not self._jobs.empty():
-                if job := self._jobs.get():
-                    job.outcome.cancel()
+            dropped = self._take_waiting() if cancel else []
+        # Outside the lock: the callbacks of a cancelled outcome take it.
+        for job in dropped:
+            job.outcome.cancel()
         for _ in self._threads:
             self._jobs.put(None)
         for worker in self._workers if cancel else ():
@@ -190,7 +191,7 @@ class Verifier:
                     self._known.popitem(last=False)
 
     def _serve(self) -> None:
-        """One worker's thread. It starts it, too: Linux ends a worker together with the thread it came from."""
+        """One worker's thread. It starts it, too: Linux ends a worker together with its starting thread."""
         worker = WorkerProcess(self._memory_mb)
         self._workers.append(worker)
         try:
@@ -215,16 +216,21 @@ class Verifier:
             raise
 
     def _fail(self, failure: EngineError) -> None:
-        waiting = []
         with self._lock:
             self._failure = failure
-            while not self._jobs.empty():
-                waiting.append(self._jobs.get())
-        for job in waiting:
-            if job is None:
-                self._jobs.put(None)
-            elif job.outcome.set_running_or_notify_cancel():
+            dropped = self._take_waiting()
+        for job in dropped:
+            if job.outcome.set_running_or_notify_cancel():
                 job.outcome.set_exception(failure)
+
+    def _take_waiting(self) -> list[_Job]:
+        """The jobs that no worker has taken yet; the calls to stop among them stay."""
+        taken = []
+        while not self._jobs.empty():
+            taken.append(self._jobs.get())
+        for _ in range(taken.count(None)):
+            self._jobs.put(None)
+        return [job for job in taken if job is not None]
 
 
 class _Job:

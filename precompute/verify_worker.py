@@ -158,7 +158,9 @@ def _magnitudes(math_object: Any) -> Iterator[Any]:
 
 def _is_vacuous(gold: Any, answer: Any) -> bool:
     """Two different equations without a solution: math-verify finds all of their no solutions equal."""
-    if not all(isinstance(side, sympy.Eq) and isinstance(side.lhs, sympy.Expr) for side in (gold, answer)):
+    if not (isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq)):
+        return False
+    if not all(isinstance(side, sympy.Expr) for side in (*gold.args, *answer.args)):
         return False
     if verify(gold.lhs - gold.rhs, answer.lhs - answer.rhs, timeout_seconds=None):
         return False
