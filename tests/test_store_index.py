@@ -247,12 +247,12 @@ def test_an_index_that_someone_holds_open_for_writing_hinders_nobody(root: Path)
 
 def test_two_readers_while_a_writer_appends(tmp_path: Path) -> None:
     root = make_store(tmp_path / "traces", [trace(number, "ada") for number in range(5)])
-    readers = [spawn.Process(target=read_until, args=(root, 100)) for _ in range(2)]
+    readers = [spawn.Process(target=read_until, args=(root, 60)) for _ in range(2)]
     for reader in readers:
         reader.start()
     with StoreWriter.open(root, **JUDGE) as writer:
         writer.register_teacher(teacher("ada"))
-        for start in range(5, 100, 5):
+        for start in range(5, 60, 5):
             writer.append([trace(number, "ada") for number in range(start, start + 5)])
             with TraceStore(root) as store:
                 assert len(store.traces()) == start + 5

@@ -75,7 +75,7 @@ def tmp_files(root: Path) -> list[Path]:
     return list(root.rglob(f"{TMP_MARK}*"))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(traces(), min_size=1, max_size=12, unique_by=lambda t: (t.problem_id, t.sample_index)))
 def test_a_trace_comes_back_as_it_went_in(batch: list[Trace]) -> None:
     with tempfile.TemporaryDirectory() as directory:
@@ -85,7 +85,7 @@ def test_a_trace_comes_back_as_it_went_in(batch: list[Trace]) -> None:
     assert back == sorted(batch, key=lambda t: (t.problem_id, t.sample_index))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.lists(st.builds(Problem, question=texts, answer=texts, source=texts, system_prompt=st.none() | texts))
 )
