@@ -1,0 +1,189 @@
+"""Problem files in both forms, and what is wrong with a bad one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from precompute.problems import ProblemSet, load_problems, split_by_gold
+from precompute.prompts import answer_form_of
+from precompute.verify import Verifier
+from store.errors import ProblemsError
+from store.records import Problem
+
+SHARED_PROBLEMS = Path(__file__).parents[2] / "shared/data/math/valid.parquet"
+SUM = {"question": "What is 2 + 2?", "answer": "4"}
+VERL = {
+    "data_source": "aime",
+    "prompt": [
+        {"role": "system", "content": "Put it in <answer> </answer> tags."},
+        {"role": "user", "content": "What is 2 + 2?"},
+    ],
+    "reward_model": {"ground_truth": "4", "style": "rule"},
+}
+
+
+def jsonl(folder: Path, *rows: Any, name: str = "problems.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def parquet(folder: Path, *rows: dict[str, Any]) -> Path:
+    path = folder / "problems.parquet"
+    pq.write_table(pa.Table.from_pylist(list(rows)), path)
+    return path
+
+
+@pytest.mark.parametrize("write", [jsonl, parquet])
+@pytest.mark.parametrize("question", ["question", "problem", "prompt"])
+@pytest.mark.parametrize("answer", ["answer", "gold"])
+def test_the_usual_columns_need_no_config(tmp_path: Path, write: Any, question: str, answer: str) -> None:
+    path = write(tmp_path, {question: "What is 2 + 2?", answer: "4", "source": "school"})
+    (problem,) = load_problems(path).problems
+    assert problem == Problem(question="What is 2 + 2?", answer="4", source="school")
+
+
+@pytest.mark.parametrize("write", [jsonl, parquet])
+def test_the_verl_form_brings_its_system_turn(tmp_path: Path, write: Any) -> None:
+    (problem,) = load_problems(write(tmp_path, VERL)).problems
+    assert (problem.question, problem.answer, problem.source) == ("What is 2 + 2?", "4", "aime")
+    assert problem.system_prompt == "Put it in <answer> </answer> tags."
+    # The form a problem comes in is no part of what it is.
+    assert problem.problem_id == Problem(question="What is 2 + 2?", answer="4").problem_id
+
+
+def test_the_last_user_message_is_the_question(tmp_path: Path) -> None:
+    chat = [{"role": role, "content": text} for role, text in [("user", "hi"), ("user", "2 + 2?")]]
+    (problem,) = load_problems(jsonl(tmp_path, {"prompt": chat, "answer": 4})).problems
+    assert (problem.question, problem.system_prompt) == ("2 + 2?", None)
+
+
+def test_columns_can_be_named_from_the_outside_in(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, {"q": {"text": "2 + 2?"}, "a.b": "4"})
+    (problem,) = load_problems(path, question_column="q.text", answer_column="a.b").problems
+    assert (problem.question, problem.answer) == ("2 + 2?", "4")
+
+
+@pytest.mark.parametrize(("cell", "text"), [(7, "7"), (7.0, "7.0"), (-0.5, "-0.5"), (["7"], "7")])
+def test_a_number_for_an_answer_becomes_text(tmp_path: Path, cell: Any, text: str) -> None:
+    (problem,) = load_problems(jsonl(tmp_path, {"question": "?", "answer": cell})).problems
+    assert problem.answer == text
+
+
+def test_equal_rows_are_one_problem_and_are_counted(tmp_path: Path) -> None:
+    other = SUM | {"answer": "5"}
+    loaded = load_problems(jsonl(tmp_path, SUM, other, SUM | {"source": "again"}, SUM))
+    # Four rows, of which the third and the fourth repeat the first.
+    assert (loaded.rows, loaded.duplicates) == (4, 2)
+    assert [(problem.answer, problem.source) for problem in loaded.problems] == [("4", ""), ("5", "")]
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("12")), min_size=1, max_size=8))
+def test_the_problems_are_the_distinct_rows_in_order(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]]
+) -> None:
+    path = jsonl(tmp_path_factory.mktemp("rows"), *({"question": q, "answer": a} for q, a in rows))
+    loaded = load_problems(path)
+    assert [(p.question, p.answer) for p in loaded.problems] == list(dict.fromkeys(rows))
+    assert loaded.rows == loaded.duplicates + len(loaded.problems) == len(rows)
+
+
+def test_blank_lines_and_other_scripts_are_no_trouble(tmp_path: Path) -> None:
+    path = tmp_path / "problems.json"
+    path.write_text('\n{"question": "二加二?", "answer": "4"}\n\n', encoding="utf-8")
+    assert load_problems(path).problems[0].question == "二加二?"
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"question": "", "answer": "4"}, "row 2: question holds no text: ''"),
+        ({"question": "?", "answer": None}, "row 2: answer holds no text: None"),
+        ({"question": "?", "answer": True}, "row 2: answer holds no text: True"),
+        ({"question": "?", "answer": float("nan")}, "row 2: answer holds no text: nan"),
+        ({"question": "?"}, "row 2: the column 'answer' is missing"),
+        ({"question": 5, "answer": "4"}, "row 2: question is neither a text nor a list of messages: 5"),
+        ({"question": [{"role": "system", "content": "x"}], "answer": "4"}, "no message of the role 'user'"),
+        ([1], "row 2: a row is a JSON object, not [1]"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, row: Any, complaint: str) -> None:
+    path = jsonl(tmp_path, SUM, row)
+    with pytest.raises(ProblemsError) as error:
+        load_problems(path)
+    assert str(path) in str(error.value)
+    assert complaint in str(error.value)
+
+
+def test_a_bad_file_is_named_with_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.jsonl").touch()
+    Path("cut.jsonl").write_text('{"question": "?", "ans')
+    Path("cut.parquet").write_bytes(b"PAR1 and no footer")
+    Path("folder.jsonl").mkdir()
+    for name, complaint in {
+        "none.jsonl": "no problem file at",
+        "none.parquet": "no problem file at",
+        "empty.jsonl": "holds no problem",
+        "cut.jsonl": "row 1: no JSON on this line",
+        "cut.parquet": "is no readable Parquet file",
+        "folder.jsonl": "is a directory",
+        "table.csv": "ends in '.csv'",
+    }.items():
+        with pytest.raises(ProblemsError, match=complaint) as error:
+            load_problems(name)
+        assert str(tmp_path / name) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_unknown_columns_are_answered_with_those_that_are_there(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, {"text": "?", "label": {"value": "4"}})
+    with pytest.raises(
+        ProblemsError, match=r"none of the columns question, problem, prompt; .*text, label\.val"
+    ):
+        load_problems(path)
+    with pytest.raises(ProblemsError, match=r"no column 'label\.gold' \(problems\.answer_column\)"):
+        load_problems(path, question_column="text", answer_column="label.gold")
+
+
+def test_problems_are_split_by_whether_their_gold_can_be_parsed() -> None:
+    problems = [Problem(question="?", answer=answer) for answer in ("4", "np.arcsin(10/13)", "\\frac12")]
+    with Verifier(workers=1) as verifier:
+        usable, unparseable = split_by_gold(problems, verifier)
+    assert [problem.answer for problem in usable] == ["4", "\\frac12"]
+    assert [problem.answer for problem in unparseable] == ["np.arcsin(10/13)"]
+
+
+@pytest.fixture(scope="module")
+def shared_problems() -> ProblemSet:
+    if not SHARED_PROBLEMS.exists():
+        pytest.skip(f"{SHARED_PROBLEMS} is not here")
+    return load_problems(SHARED_PROBLEMS)
+
+
+def test_the_real_evaluation_file_loads(shared_problems: ProblemSet) -> None:
+    # AIME and AMC problems stand in it several times, for averages over samples.
+    assert (shared_problems.rows, len(shared_problems.problems)) == (2019, 1560)
+    assert shared_problems.duplicates == 459
+    sources = {problem.source for problem in shared_problems.problems}
+    assert sources == {"aime", "amc", "math", "minerva", "olympiad_bench"}
+    assert {answer_form_of(problem.system_prompt) for problem in shared_problems.problems} == {"answer_tags"}
+
+
+def test_golds_of_the_real_file_that_do_not_parse_are_reported(shared_problems: ProblemSet) -> None:
+    minerva = [problem for problem in shared_problems.problems if problem.source == "minerva"]
+    some = [problem for problem in minerva if "E_{" in problem.answer or "np." in problem.answer]
+    with Verifier(workers=2) as verifier:
+        usable, unparseable = split_by_gold([*minerva[:10], *some], verifier)
+    assert len(usable) + len(unparseable) == 10 + len(some)
+    # Of the whole file's 1,560 golds nine cannot be parsed; these are minerva's that the filter lets through.
+    assert {"np.arcsin(10/13)", "E_{1},E_{2}"} <= {problem.answer for problem in unparseable}
+    assert set(minerva[:10]) <= set(usable)

@@ -1,0 +1,130 @@
+"""What a model is shown, to the token."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from precompute.prompts import answer_form_of, build_messages, render_prompt, tokenizer_fingerprint
+from store.errors import ConfigError
+from store.records import Problem
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% if thinking is defined and thinking %}<think>\n{% endif %}"
+)
+WORDS = ["<unk>", "<s>", "<end>", "<system>", "<user>", "<assistant>", "<think>", "2", "+", "?", "Solve", "."]
+PROBLEM = Problem(question="2 + 2 ?", answer="4")
+WITH_SYSTEM = Problem(question="2 + 2 ?", answer="4", system_prompt="Solve .")
+
+
+def tokenizer(
+    words: list[str] = WORDS, template: str | None = TEMPLATE, **special: str
+) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    backend.add_special_tokens([AddedToken(w, special=True) for w in words if w.startswith("<")])
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **special)
+    made.chat_template = template
+    return made
+
+
+@pytest.mark.parametrize(
+    ("problem", "system_prompt", "roles"),
+    [
+        (PROBLEM, None, ["user"]),
+        (PROBLEM, "", ["user"]),
+        (PROBLEM, "Solve .", ["system", "user"]),
+        (WITH_SYSTEM, None, ["system", "user"]),
+        (WITH_SYSTEM, "", ["user"]),
+    ],
+)
+def test_none_takes_the_problems_own_system_turn_and_empty_takes_none(
+    problem: Problem, system_prompt: str | None, roles: list[str]
+) -> None:
+    messages = build_messages(problem, system_prompt)
+    assert [message["role"] for message in messages] == roles
+    assert messages[-1]["content"] == problem.question
+
+
+def test_the_config_overrules_the_problems_own_system_turn() -> None:
+    assert build_messages(WITH_SYSTEM, "Other")[0] == {"role": "system", "content": "Other"}
+
+
+def test_a_prompt_is_the_filled_template_and_its_ids() -> None:
+    prompt = render_prompt(tokenizer(), WITH_SYSTEM, system_prompt=None, chat_template_kwargs={})
+    assert prompt.text == "<system>Solve .<end><user>2 + 2 ?<end><assistant>"
+    # <system>=3 Solve=10 .=11 <end>=2 <user>=4 2=7 +=8 2=7 ?=9 <end>=2 <assistant>=5
+    assert prompt.ids == (3, 10, 11, 2, 4, 7, 8, 7, 9, 2, 5)
+    assert not prompt.opens_think
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_template_options_reach_the_template_and_open_thought_is_noticed(thinking: bool) -> None:
+    prompt = render_prompt(
+        tokenizer(), PROBLEM, system_prompt="", chat_template_kwargs={"thinking": thinking}
+    )
+    assert prompt.opens_think is thinking
+    assert prompt.text.endswith("<think>\n") is thinking
+
+
+def test_a_closed_thought_is_not_open() -> None:
+    closed = tokenizer(template=TEMPLATE.replace("<think>\n", "<think></think>"))
+    prompt = render_prompt(closed, PROBLEM, system_prompt="", chat_template_kwargs={"thinking": True})
+    assert not prompt.opens_think
+
+
+def test_a_model_without_a_template_gets_plain_text_after_its_bos() -> None:
+    bare = tokenizer(template=None)
+    prompt = render_prompt(bare, WITH_SYSTEM, system_prompt=None, chat_template_kwargs={})
+    assert prompt.text == "Solve .\n\n2 + 2 ?\n"
+    with_bos = tokenizer(template=None, bos_token="<s>")
+    prompt = render_prompt(with_bos, PROBLEM, system_prompt=None, chat_template_kwargs={})
+    # <s>=1 once, then 2=7 +=8 2=7 ?=9
+    assert (prompt.text, prompt.ids) == ("<s>2 + 2 ?\n", (1, 7, 8, 7, 9))
+
+
+def test_a_template_that_refuses_a_system_turn_is_one_clear_line() -> None:
+    strict = tokenizer(
+        template="{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    )
+    with pytest.raises(
+        ConfigError, match=r"refuses the turns system and user: no system; .*system_prompt = \"\""
+    ):
+        render_prompt(strict, WITH_SYSTEM, system_prompt=None, chat_template_kwargs={})
+    assert render_prompt(strict, WITH_SYSTEM, system_prompt="", chat_template_kwargs={}).text == ""
+
+
+def test_the_system_turn_says_which_form_an_answer_must_have() -> None:
+    assert answer_form_of("put the final answer within the <answer> </answer> tags.") == "answer_tags"
+    assert answer_form_of("put your final answer within \\boxed{}.") == "boxed"
+    assert answer_form_of("") == answer_form_of(None) == "boxed"
+
+
+def test_a_fingerprint_tells_vocabularies_apart_and_nothing_else() -> None:
+    one = tokenizer_fingerprint(tokenizer())
+    assert one == tokenizer_fingerprint(tokenizer(template=None, bos_token="<s>"))
+    assert one != tokenizer_fingerprint(tokenizer([*WORDS, "more"]))
+    assert one != tokenizer_fingerprint(tokenizer([*WORDS[:-2], ".", "Solve"]))
+
+
+def test_a_fingerprint_tells_merges_apart() -> None:
+    def bpe(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+        words = {word: i for i, word in enumerate(["a", "b", "ab", "ba"])}
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(words, merges)))
+
+    assert tokenizer_fingerprint(bpe([("a", "b")])) == tokenizer_fingerprint(bpe([("a", "b")]))
+    assert tokenizer_fingerprint(bpe([("a", "b")])) != tokenizer_fingerprint(bpe([("b", "a")]))
+
+
+def test_this_module_needs_no_torch() -> None:
+    program = "import precompute.prompts, sys; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
