@@ -26,7 +26,7 @@ from trainer.interrupt import StopRequest, stop_on_signals
 from trainer.metrics import step_metrics
 from trainer.optimizer import learning_rate_at, set_learning_rate
 from trainer.rollout import sample_groups, sampling_of
-from trainer.run_files import RunFiles, logger, step_of
+from trainer.run_files import RunFiles, step_of
 from trainer.schedule import problems_of_step
 from trainer.step import member_advantages
 
@@ -59,7 +59,7 @@ def train(config: Config, *, resume: str = "auto", reporter: TrainReporter) -> T
         parts = assemble(config, run, start_from, reporter, stack)
         done = _resume_state(parts, start_from)
         run.start(config, after_step=done)
-        stack.callback(logger.removeHandler, run.log_to_file())
+        stack.enter_context(run.log_to_file())
         stop = stack.enter_context(stop_on_signals())
         reporter.started(run=run.root, step=done, max_steps=config.train.max_steps)
         return run_steps(parts, done, stop)

@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -102,12 +103,18 @@ class RunFiles:
                 if step_of(file) > after_step:
                     file.unlink()
 
-    def log_to_file(self) -> logging.Handler:
-        """log.txt gets every log line from now on; remove the handler from the `ampo` logger when done."""
+    @contextmanager
+    def log_to_file(self) -> Iterator[None]:
+        """log.txt gets every line of the `ampo` logger for the block."""
         handler = logging.FileHandler(self.root / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
-        return handler
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
         """Appends one step's line."""
@@ -226,8 +233,3 @@ def latest_run(folder: str | Path) -> Path:
 def run_config(run: RunFiles) -> Config:
     """The resolved config that the run was started with."""
     return Config.model_validate(read_toml(str(run.root / "config.toml")))
-
-
-def field_names() -> list[str]:
-    """Columns of a queries file, in order."""
-    return [field.name for field in fields(QueryRow)]

@@ -1,0 +1,98 @@
+"""A small world for whole training runs: a random student, a problem file, a store with traces."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from conftest import tiny_tokenizer
+
+from precompute.config import load_config
+from precompute.verify import VERIFIER_NAME, VERIFIER_VERSION
+from store.records import Problem, TeacherRecord, Trace
+from store.writer import StoreWriter
+from trainer.config import Config
+
+PROBLEMS = [Problem(question=f"{n}+{n}", answer=str(2 * n)) for n in range(12)]
+
+
+def write_problems(path: Path, problems: list[Problem]) -> None:
+    rows = [json.dumps({"question": p.question, "answer": p.answer}) for p in problems]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def write_store(path: Path) -> None:
+    """Two teachers; every third problem has no trace."""
+    with StoreWriter.open(path, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION) as writer:
+        writer.write_problems(PROBLEMS)
+        for name, opening in [("ada", "we add and get "), ("bob", "")]:
+            record = teacher(name)
+            writer.register_teacher(record)
+            solved = [problem for index, problem in enumerate(PROBLEMS) if index % 3]
+            writer.append([trace(p, name, f"{opening}\\boxed{{{p.answer}}}", record) for p in solved])
+
+
+def teacher(name: str) -> TeacherRecord:
+    return TeacherRecord(
+        name=name,
+        model=f"models/{name}",
+        revision=None,
+        engine="transformers",
+        engine_version="1",
+        chat_template="",
+        system_prompt="",
+        chat_template_kwargs={},
+        sampling={"temperature": 1.0},
+        tokenizer_fingerprint="same",
+    )
+
+
+def trace(problem: Problem, name: str, text: str, record: TeacherRecord) -> Trace:
+    ids = (*tiny_tokenizer()(text, add_special_tokens=False)["input_ids"], 1)
+    return Trace(
+        problem_id=problem.problem_id,
+        teacher=name,
+        sample_index=0,
+        text=text,
+        answer=problem.answer,
+        answer_start=text.index("{") + 1,
+        n_tokens=len(ids),
+        token_ids=ids,
+        logprobs=tuple(-0.5 for _ in ids),
+        finish_reason="stop",
+        verdict="match",
+        is_correct=True,
+        seed=0,
+        generation_fingerprint=record.generation_fingerprint,
+        created_at=datetime(2026, 1, 1, tzinfo=UTC),
+    )
+
+
+def settings(world: Path, model: Path, **changes: Any) -> list[str]:
+    """`section__key=value` as `--set` overrides over a small run."""
+    values: dict[str, Any] = {
+        "problems__train": str(world / "train.jsonl"),
+        "store__path": str(world / "traces"),
+        "student__model": str(model),
+        "student__system_prompt": "",
+        "student__device": "cpu",
+        "rollout__num_generations": 4,
+        "rollout__max_completion_length": 24,
+        "train__max_steps": 4,
+        "train__problems_per_step": 4,
+        "train__mini_batch_problems": 2,
+        "train__learning_rate": 1e-3,
+        "eval__every": 0,
+        "run__dir": str(world / "runs"),
+        "run__name": "run",
+        "run__save_every": 2,
+        "verify__workers": 1,
+        **changes,
+    }
+    return [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in values.items()]
+
+
+def config_of(world: Path, model: Path, **changes: Any) -> Config:
+    return load_config(Config, None, settings(world, model, **changes))

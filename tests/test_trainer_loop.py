@@ -1,0 +1,263 @@
+"""Whole runs: what the files say, and that a resumed run is the uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import tiny_model, tiny_tokenizer
+from run_examples import PROBLEMS, config_of, write_problems, write_store
+from safetensors.torch import load_file
+
+from store.errors import RunError, StoreError
+from trainer import checkpoint
+from trainer.assemble import SilentReporter
+from trainer.loop import TrainReport, train
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("world")
+    write_problems(path / "train.jsonl", PROBLEMS)
+    write_store(path / "traces")
+    return path
+
+
+def run(world: Path, model: Path, *, resume: str = "auto", **changes: Any) -> TrainReport:
+    return train(config_of(world, model, **changes), resume=resume, reporter=SilentReporter())
+
+
+def rows_of(run_dir: Path, folder: str) -> dict[str, list[dict[str, Any]]]:
+    """File name -> rows, without what a clock wrote."""
+    found = {}
+    for path in sorted((run_dir / folder).glob("*.parquet")):
+        rows = pq.read_table(path).to_pylist()
+        found[path.name] = [{k: v for k, v in row.items() if k != "latency_ms"} for row in rows]
+    return found
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds/", "store/latency_ms")
+    return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    assert metrics_of(one) == metrics_of(other)
+    for folder in ("rollouts", "queries", "evals"):
+        assert rows_of(one, folder) == rows_of(other, folder)
+    weights = [
+        load_file(path / "checkpoints" / f"step-{step:06d}" / "model.safetensors") for path in (one, other)
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+@pytest.fixture(scope="session")
+def straight(world: Path, model_dir: Path) -> Path:
+    """Four steps without a stop; other tests compare with it or read its files."""
+    return run(world, model_dir, run__name="straight").run
+
+
+def test_asked_are_exactly_the_problems_whose_samples_all_failed_by_the_files_alone(straight: Path) -> None:
+    queries, rollouts = rows_of(straight, "queries"), rows_of(straight, "rollouts")
+    assert list(queries) == list(rollouts) == [f"step-{step:06d}.parquet" for step in range(1, 5)]
+    for name, rows in rollouts.items():
+        student = [row for row in rows if row["origin"] == "student"]
+        solved = {row["problem_id"] for row in student if row["is_correct"]}
+        failed = {row["problem_id"] for row in student} - solved
+        assert {row["problem_id"] for row in queries[name]} == failed
+        assert failed
+
+
+def test_replaced_samples_stay_in_the_rollouts_beside_the_trace_that_took_their_place(straight: Path) -> None:
+    for rows in rows_of(straight, "rollouts").values():
+        places = {(r["problem_id"], r["sample_index"]) for r in rows if r["replaced"]}
+        traces = [r for r in rows if r["origin"] == "teacher"]
+        assert {(r["problem_id"], r["sample_index"]) for r in traces} == places
+        assert all(r["advantage"] is None for r in rows if r["replaced"])
+        assert all(r["is_correct"] and r["reward"] == pytest.approx(1.0) for r in traces)
+        student = [r for r in rows if r["origin"] == "student"]
+        assert len(student) == 4 * 4  # problems x G, replaced ones included
+
+
+def test_used_traces_are_those_that_the_queries_mark_as_selected(straight: Path) -> None:
+    queries, rollouts = rows_of(straight, "queries"), rows_of(straight, "rollouts")
+    for name in queries:
+        selected = {row["trace_id"] for row in queries[name] if row["selected"]}
+        assert selected == {row["trace_id"] for row in rollouts[name] if row["origin"] == "teacher"}
+
+
+def test_a_run_leaves_what_the_design_promises(straight: Path) -> None:
+    assert {path.name for path in straight.iterdir()} >= {
+        "config.toml",
+        "env.json",
+        "log.txt",
+        "metrics.jsonl",
+    }
+    first = metrics_of(straight)[0]
+    assert {"loss", "reward", "entropy", "grad_norm", "store/hit_rate", "teacher/ada/selected_share"} <= set(
+        first
+    )
+    assert first["groups/all_fail"] + first["groups/all_solved"] + first["groups/mixed"] == pytest.approx(1.0)
+
+
+def test_two_and_two_steps_are_four_steps(straight: Path, world: Path, model_dir: Path) -> None:
+    run(world, model_dir, run__name="halves", train__max_steps=2)
+    report = run(world, model_dir, run__name="halves")
+    assert report.step == 4
+    assert_same_run(straight, report.run, 4)
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit"])
+def test_resume_is_exact_with_the_8_bit_optimizer_too(world: Path, tmp_path: Path, optim: str) -> None:
+    # A vocabulary of 4,096 makes the embedding large enough for 8-bit state.
+    tiny_model(vocab_size=4096).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    changes: dict[str, Any] = {
+        "train__optim": optim,
+        "run__dir": str(tmp_path / "runs"),
+        "run__save_every": 1,
+    }
+    one = run(world, tmp_path / "model", run__name="one", train__max_steps=3, **changes).run
+    run(world, tmp_path / "model", run__name="two", train__max_steps=1, **changes)
+    two = run(world, tmp_path / "model", run__name="two", train__max_steps=3, **changes).run
+    assert_same_run(one, two, 3)
+
+
+def test_what_a_killed_run_logged_past_its_checkpoint_is_written_anew(
+    straight: Path, world: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "killed"
+    shutil.copytree(straight, copy)
+    shutil.rmtree(copy / "checkpoints" / "step-000004")  # killed after step 4, before its checkpoint
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "rew')  # and in the middle of a line
+    run(world, model_dir, run__dir=str(tmp_path), run__name="killed")
+    assert_same_run(straight, copy, 4)
+
+
+def test_a_run_that_is_done_does_nothing_more(straight: Path, world: Path, model_dir: Path) -> None:
+    before = (straight / "metrics.jsonl").read_text()
+    report = run(world, model_dir, run__name="straight")
+    assert (report.step, report.checkpoint) == (4, None)
+    assert (straight / "metrics.jsonl").read_text() == before
+
+
+def test_never_asks_no_store_and_writes_no_queries(world: Path, model_dir: Path) -> None:
+    report = run(
+        world,
+        model_dir,
+        run__name="grpo",
+        guidance__trigger="never",
+        store__path="/nowhere",
+        train__max_steps=1,
+    )
+    assert not list((report.run / "queries").iterdir())
+    assert metrics_of(report.run)[0]["store/queries"] == 0
+
+
+def test_always_asks_for_every_problem(world: Path, model_dir: Path) -> None:
+    report = run(
+        world,
+        model_dir,
+        run__name="luffy",
+        guidance__trigger="always",
+        guidance__teachers=["ada"],
+        guidance__k=1,
+        train__max_steps=1,
+    )
+    (rows,) = rows_of(report.run, "queries").values()
+    assert len({row["problem_id"] for row in rows}) == 4
+    assert {row["teacher"] for row in rows} <= {"ada", None}
+
+
+def test_evaluation_before_and_after_is_logged_and_kept(world: Path, model_dir: Path) -> None:
+    report = run(
+        world,
+        model_dir,
+        run__name="evaluated",
+        problems__eval=str(world / "train.jsonl"),
+        eval__every=5,
+        eval__samples=2,
+        eval__k=[1, 2],
+        train__max_steps=1,
+    )
+    rows = [row for row in metrics_of(report.run) if "eval/pass@2" in row]
+    assert [row["step"] for row in rows] == [0, 1]
+    samples = rows_of(report.run, "evals")["step-000001.parquet"]
+    assert len(samples) == 12 * 2
+    assert rows[1]["eval/avg@2"] == pytest.approx(sum(row["is_correct"] for row in samples) / 24)
+
+
+def test_a_changed_config_is_refused_with_the_difference(
+    straight: Path, world: Path, model_dir: Path
+) -> None:
+    with pytest.raises(RunError, match=r"train.learning_rate = 0.001, now 0.5"):
+        run(world, model_dir, run__name="straight", train__learning_rate=0.5, train__max_steps=6)
+
+
+def test_changed_problems_are_refused(straight: Path, world: Path, model_dir: Path, tmp_path: Path) -> None:
+    write_problems(tmp_path / "other.jsonl", PROBLEMS[:8])
+    with pytest.raises(RunError, match="other problems"):
+        run(world, model_dir, run__name="straight", problems__train=str(tmp_path / "other.jsonl"))
+
+
+def test_memory_settings_may_change_on_resume(straight: Path, world: Path, model_dir: Path) -> None:
+    report = run(world, model_dir, run__name="straight", train__max_tokens_per_microbatch=64)
+    assert report.step == 4
+
+
+def test_resume_never_refuses_to_write_over_a_run(straight: Path, world: Path, model_dir: Path) -> None:
+    with pytest.raises(RunError, match=r"another run\.name"):
+        run(world, model_dir, run__name="straight", resume="never")
+
+
+def test_resume_from_a_path_starts_a_run_of_its_own(straight: Path, world: Path, model_dir: Path) -> None:
+    start = straight / "checkpoints" / "step-000002"
+    report = run(world, model_dir, run__name="branch", resume=str(start))
+    assert report.step == 4
+    assert metrics_of(report.run) == metrics_of(straight)[2:]
+
+
+def test_resume_from_a_path_that_is_no_checkpoint_says_so(
+    world: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RunError, match=str(tmp_path)):
+        run(world, model_dir, run__name="branch2", resume=str(tmp_path))
+
+
+def test_old_checkpoints_are_pruned_and_the_last_kept(world: Path, model_dir: Path) -> None:
+    report = run(
+        world, model_dir, run__name="pruned", run__save_every=1, run__keep_last=2, train__max_steps=3
+    )
+    kept = checkpoint.checkpoints(report.run / "checkpoints")
+    assert [path.name for path in kept] == ["step-000002", "step-000003"]
+
+
+def test_a_checkpoint_that_was_not_finished_is_no_checkpoint(straight: Path, tmp_path: Path) -> None:
+    half = tmp_path / "checkpoints" / ".tmp-step-000009"
+    half.mkdir(parents=True)
+    (half / "state.json").write_text("{}")
+    assert checkpoint.checkpoints(tmp_path / "checkpoints") == []
+
+
+def test_a_checkpoint_is_an_ordinary_transformers_model(straight: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = straight / "checkpoints" / "step-000004"
+    model = AutoModelForCausalLM.from_pretrained(path)
+    ids = AutoTokenizer.from_pretrained(path)("<user>1+1<assistant>", return_tensors="pt")
+    assert model(**ids).logits.shape[:2] == ids["input_ids"].shape
+
+
+def test_a_teacher_that_the_store_does_not_have_is_an_error_before_training(
+    world: Path, model_dir: Path
+) -> None:
+    with pytest.raises(StoreError, match="'eve'"):
+        run(world, model_dir, run__name="typo", guidance__teachers=["eve"])
+    assert not (world / "runs" / "typo").exists()
