@@ -1,0 +1,349 @@
+"""The pipeline on the lab's real models: what it keeps, how it goes on, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from precompute import pipeline
+from precompute.config import PrecomputeConfig
+from precompute.outcome import PrecomputeReport
+from precompute.progress import ConsoleReporter, SilentReporter, TeacherProgress
+from precompute.verify import verify_answer
+from precompute.waves import next_samples, sample_seed, samples_left
+from store.errors import ConfigError, EngineError, ProblemsError, RecipeChangedError
+from store.records import Trace
+from store.trace_store import TraceStore
+
+LAB = Path(__file__).parents[1] / "lab"
+GOOD = {"name": "totals", "model": str(LAB / "models" / "teacher-totals")}
+POOR = {"name": "student", "model": str(LAB / "models" / "student")}
+
+
+def config(store: Path, *teachers: dict[str, Any], part_traces: int = 8, **problems: Any) -> PrecomputeConfig:
+    usual = {"system_prompt": "", "max_tokens": 120, "batch_size": 32}
+    return PrecomputeConfig.model_validate(
+        {
+            "problems": {"train": str(LAB / "problems" / "train.jsonl")} | problems,
+            "store": {"path": str(store), "part_traces": part_traces},
+            "verify": {"workers": 1},
+            "teachers": [usual | teacher for teacher in teachers or (GOOD, POOR)],
+        }
+    )
+
+
+def traces_of(store: Path) -> list[Trace]:
+    with TraceStore(store) as opened:
+        return opened.traces(tokens=True)
+
+
+def keys_of(store: Path) -> dict[tuple[str, str, int], str]:
+    """Every (problem, teacher, sample) with its trace_id; a doubled one fails."""
+    traces = traces_of(store)
+    keys = {(trace.problem_id, trace.teacher, trace.sample_index): trace.trace_id for trace in traces}
+    assert len(keys) == len(traces)
+    return keys
+
+
+def files_of(root: Path) -> dict[str, tuple[int, int]]:
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """A model this small only waits for its other threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PrecomputeReport]:
+    """A store with 16 problems solved by two teachers, two samples each, and the run's report."""
+    store = tmp_path_factory.mktemp("filled") / "traces"
+    teachers = (GOOD | {"samples": 2}, POOR | {"samples": 2})
+    return store, pipeline.run(config(store, *teachers), limit=16)
+
+
+def test_every_sample_is_kept_with_what_it_takes_to_trust_it(filled: tuple[Path, PrecomputeReport]) -> None:
+    store, report = filled
+    traces = traces_of(store)
+    assert len(keys_of(store)) == 16 * 2 * 2
+    with TraceStore(store) as opened:
+        golds = {problem.problem_id: problem.answer for problem in opened.problems()}
+        recipes = {name: record.generation_fingerprint for name, record in opened.teachers().items()}
+    for trace in traces:
+        verdict = verify_answer(response=trace.text, gold=golds[trace.problem_id])
+        assert (trace.verdict, trace.answer_start) == (verdict.reason, verdict.answer_start)
+        assert trace.is_correct == (verdict.is_correct and trace.finish_reason == "stop")
+        assert trace.n_tokens == len(trace.token_ids) == len(trace.logprobs)
+        assert trace.generation_fingerprint == recipes[trace.teacher]
+        assert trace.seed == sample_seed(trace.problem_id, trace.teacher, trace.sample_index) < 2**31
+    assert len({trace.seed for trace in traces}) == 64
+    # With one seed for both samples of a (problem, teacher) there would be 32 texts at most.
+    assert len({(trace.problem_id, trace.teacher, trace.text) for trace in traces}) > 32
+    assert report.teachers[0].verified_share > report.teachers[1].verified_share
+
+
+def test_the_report_counts_what_the_store_holds(filled: tuple[Path, PrecomputeReport]) -> None:
+    store, report = filled
+    traces = traces_of(store)
+    for outcome in report.teachers:
+        own = [trace for trace in traces if trace.teacher == outcome.name]
+        assert (outcome.problems, outcome.samples, outcome.new_samples) == (16, 32, 32)
+        assert outcome.verified == sum(trace.is_correct for trace in own)
+        assert outcome.tokens == outcome.new_tokens == sum(trace.n_tokens for trace in own)
+        assert outcome.mean_tokens == outcome.tokens / 32
+    covering: dict[str, set[str]] = {trace.problem_id: set() for trace in traces}
+    for trace in traces:
+        covering[trace.problem_id] |= {trace.teacher} if trace.is_correct else set()
+    sizes = [len(teachers) for teachers in covering.values()]
+    assert report.coverage == tuple(sizes.count(count) for count in range(3))
+    assert report.problems.used == sum(report.coverage) == 16
+
+
+def test_a_second_run_draws_nothing_and_adds_no_part(filled: tuple[Path, PrecomputeReport]) -> None:
+    store, report = filled
+    before = files_of(store / "parts")
+    again = pipeline.run(config(store, GOOD | {"samples": 2}, POOR | {"samples": 2}), limit=16)
+    assert files_of(store / "parts") == before
+    assert [outcome.new_samples for outcome in again.teachers] == [0, 0]
+    assert [(o.samples, o.verified, o.tokens) for o in again.teachers] == [
+        (o.samples, o.verified, o.tokens) for o in report.teachers
+    ]
+    assert again.coverage == report.coverage
+
+
+def test_a_plan_says_what_is_left_and_touches_nothing(filled: tuple[Path, PrecomputeReport]) -> None:
+    store, _ = filled
+    before = files_of(store)
+    plan = pipeline.plan(config(store, GOOD | {"samples": 3}), limit=20)
+    (teacher,) = plan.teachers
+    # 20 problems x 3 samples, of which 16 x 2 are there: 28 are left, of 120 tokens at most.
+    assert (teacher.samples_there, teacher.problems_left, teacher.samples_left) == (32, 20, 28)
+    assert teacher.most_tokens == 28 * 120
+    assert teacher.engine == "transformers"
+    assert teacher.first_prompt == "<|user|>30-7+9-5+1-8-5<|end|><|assistant|>"
+    assert files_of(store) == before
+    fresh = store.parent / "not-there"
+    plan = pipeline.plan(config(fresh, GOOD), limit=4)
+    assert (plan.store, plan.store_exists, plan.teachers[0].samples_left) == (str(fresh), False, 4)
+    assert not fresh.exists()
+
+
+def test_another_recipe_under_the_same_name_is_refused(filled: tuple[Path, PrecomputeReport]) -> None:
+    store, _ = filled
+    before = files_of(store / "parts")
+    changed = config(store, GOOD | {"temperature": 0.5})
+    for command in (pipeline.plan, pipeline.run):
+        with pytest.raises(RecipeChangedError, match=r"'totals'.*sampling\.temperature 1\.0 -> 0\.5"):
+            command(changed, limit=2)
+    assert files_of(store / "parts") == before
+
+
+def test_a_damaged_part_costs_its_own_samples_alone(tmp_path: Path) -> None:
+    settings = config(tmp_path / "traces", GOOD, part_traces=4)
+    pipeline.run(settings, limit=8)
+    before = keys_of(tmp_path / "traces")
+    part = next((tmp_path / "traces" / "parts").rglob("*.parquet"))
+    part.write_bytes(part.read_bytes()[:-20])
+    report = pipeline.run(settings, limit=8)
+    assert report.teachers[0].new_samples == 4
+    assert keys_of(tmp_path / "traces") == before
+
+
+def test_sampling_stops_once_enough_is_verified(tmp_path: Path) -> None:
+    plenty = POOR | {"until_verified": 1, "max_samples": 3}
+    report = pipeline.run(config(tmp_path / "traces", plenty), limit=24)
+    by_problem: dict[str, list[Trace]] = {}
+    for trace in traces_of(tmp_path / "traces"):
+        by_problem.setdefault(trace.problem_id, []).append(trace)
+    assert len(by_problem) == 24
+    for traces in by_problem.values():
+        assert [trace.sample_index for trace in traces] == list(range(len(traces)))
+        assert not any(trace.is_correct for trace in traces[:-1])
+        assert traces[-1].is_correct or len(traces) == 3
+    # Some stop early, some use all they may.
+    assert 24 < report.teachers[0].samples < 72
+
+
+def test_a_response_that_was_cut_is_never_correct(tmp_path: Path) -> None:
+    pipeline.run(config(tmp_path / "traces", GOOD | {"max_tokens": 20, "samples": 2}), limit=16)
+    cut = [trace for trace in traces_of(tmp_path / "traces") if trace.finish_reason == "length"]
+    assert cut
+    assert not any(trace.is_correct for trace in cut)
+
+
+def run_and_die(store: str, samples: int, limit: int, die_at: int | None) -> None:
+    """In a process of its own. With `die_at` the user presses Ctrl-C when that many samples are judged."""
+    torch.set_num_threads(1)
+    teachers = (GOOD | {"samples": samples, "batch_size": 8}, POOR | {"batch_size": 8})
+    reporter = Interrupting(die_at) if die_at else SilentReporter()
+    try:
+        pipeline.run(config(Path(store), *teachers, part_traces=3), limit=limit, reporter=reporter)
+    except KeyboardInterrupt:
+        os._exit(130)
+
+
+class Interrupting(SilentReporter):
+    def __init__(self, at: int) -> None:
+        self._at = at
+
+    def progress(self, progress: TeacherProgress) -> None:
+        if progress.judged == self._at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def start(*arguments: Any) -> Any:
+    """A child of a server that has the heavy imports behind it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["precompute.engines.transformers_engine", "precompute.pipeline"])
+    process = context.Process(target=run_and_die, args=arguments)
+    process.start()
+    return process
+
+
+def test_killed_at_ten_random_moments_it_ends_with_the_same_traces(tmp_path: Path) -> None:
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    start(str(tmp_path / "warm-up"), 1, 1, None).join()
+    started = time.monotonic()
+    start(str(whole), 2, 12, None).join()
+    duration = time.monotonic() - started
+    moments = random.Random(3)
+    parts = []
+    for _ in range(10):
+        process = start(str(torn), 2, 12, None)
+        process.join(moments.uniform(0.2, 1.0) * duration)
+        process.kill()
+        process.join()
+        parts.append(len(list(torn.rglob("part-*.parquet"))))
+    start(str(torn), 2, 12, None).join()
+    assert keys_of(torn) == keys_of(whole)
+    assert len(keys_of(torn)) == 12 * 3
+    # The kills hit runs that had written something and not yet all.
+    assert len(set(parts)) > 1
+
+
+def test_ctrl_c_keeps_what_is_judged_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    process = start(str(tmp_path / "traces"), 2, 12, 5)
+    process.join()
+    assert process.exitcode == 130
+    kept = keys_of(tmp_path / "traces")
+    assert 5 <= len(kept) < 36
+    run_and_die(str(tmp_path / "traces"), 2, 12, None)
+    ended = keys_of(tmp_path / "traces")
+    assert len(ended) == 36
+    assert kept.items() <= ended.items()
+
+
+def test_user_errors_name_what_is_wrong(tmp_path: Path) -> None:
+    store = tmp_path / "traces"
+    with pytest.raises(ConfigError, match=r"no teacher 'totls' in the config; its teachers: totals, student"):
+        pipeline.run(config(store), teachers=["totls"])
+    with pytest.raises(ConfigError, match=r"\[\[teachers\]\]"):
+        pipeline.run(PrecomputeConfig())
+    with pytest.raises(ConfigError, match=r"problems\.train is empty"):
+        pipeline.run(config(store, train=""))
+    with pytest.raises(EngineError, match=r"teacher 'x': model '.*absent' has no usable tokenizer"):
+        pipeline.run(config(store, {"name": "x", "model": str(tmp_path / "absent")}))
+    with pytest.raises(EngineError, match=r"teacher 'totals': max_tokens = 9999 .* may be \d+ at most"):
+        pipeline.plan(config(store, GOOD | {"max_tokens": 9999}), limit=2)
+    with pytest.raises(EngineError, match="unknown engine 'vlm'; engines: auto, vllm, transformers"):
+        pipeline.run(config(store), engine="vlm")
+    assert not store.exists()
+
+
+def test_golds_that_do_not_parse_are_left_out_and_reported(tmp_path: Path) -> None:
+    rows = [{"question": "12+3-4", "answer": "11"}, {"question": "what?", "answer": "\\frac{"}]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = config(tmp_path / "traces", GOOD, train=str(tmp_path / "problems.jsonl"))
+    report = pipeline.run(settings)
+    assert [problem.question for problem in report.problems.unparseable] == ["what?"]
+    assert (report.problems.rows, report.problems.used) == (2, 1)
+    assert {trace.problem_id for trace in traces_of(tmp_path / "traces")} == {
+        problem.problem_id for problem in TraceStore(tmp_path / "traces").problems()
+    }
+    (tmp_path / "problems.jsonl").write_text(json.dumps(rows[1]))
+    with pytest.raises(ProblemsError, match="no gold answer of its problems can be parsed"):
+        pipeline.run(settings)
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(1, 8),
+    st.lists(st.booleans(), min_size=8, max_size=8),
+    st.lists(st.integers(0, 7)),
+)
+def test_waves_end_alike_wherever_they_are_cut(
+    wanted: int, budget: int, right: list[bool], lost: list[int]
+) -> None:
+    teacher = config(Path("x"), GOOD | {"until_verified": wanted, "max_samples": budget}).teachers[0]
+
+    def finish(done: dict[int, bool]) -> dict[int, bool]:
+        while wave := next_samples(teacher, done):
+            assert len(wave) <= samples_left(teacher, done)
+            done |= {index: right[index] for index in wave}
+        return done
+
+    waves: list[dict[int, bool]] = [{}]
+    while wave := next_samples(teacher, waves[-1]):
+        waves.append(waves[-1] | {index: right[index] for index in wave})
+    whole = waves[-1]
+    assert sum(whole.values()) >= wanted or len(whole) == budget
+    # Any wave may have lost some of its own samples to a kill; the waves before it are whole.
+    for before, after in pairwise(waves):
+        torn = {i: known for i, known in after.items() if i in before or i not in lost}
+        assert finish(torn) == whole
+
+
+def test_progress_in_numbers_worked_out_by_hand() -> None:
+    # 20 samples judged in 10 s, 30 still to come: 15 s. 5 of 20 verified; 800 tokens in 10 s.
+    progress = TeacherProgress(
+        teacher="totals", done=70, total=100, verified=5, judged=20, tokens=800, seconds=10.0
+    )
+    assert progress.eta_seconds == 15.0
+    assert progress.verified_share == 0.25
+    assert progress.tokens_per_second == 80.0
+
+
+def test_without_a_terminal_progress_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = TeacherProgress(
+        teacher="totals", done=70, total=100, verified=5, judged=20, tokens=800, seconds=10.0
+    )
+    with ConsoleReporter(Console(width=200)) as reporter:
+        reporter.message("totals: loading [model]")
+        reporter.progress(progress)
+        reporter.finished(progress)
+    assert capsys.readouterr().out.splitlines() == [
+        "totals: loading [model]",
+        "totals: 70/100  verified 25%  80 tokens/s  ETA 15 s",
+    ]
+
+
+def test_on_a_terminal_progress_is_a_bar() -> None:
+    progress = TeacherProgress(
+        teacher="totals", done=70, total=100, verified=5, judged=20, tokens=800, seconds=10.0
+    )
+    console = Console(width=120, force_terminal=True, record=True)
+    with ConsoleReporter(console) as reporter:
+        reporter.stage("checking gold answers", 1, 2)
+        reporter.stage("checking gold answers", 2, 2)
+        reporter.progress(progress)
+    text = console.export_text()
+    assert "70/100" in text
+    assert "verified 25%  80 tokens/s" in text
