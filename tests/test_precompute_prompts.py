@@ -9,6 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from precompute.prompts import answer_form_of, build_messages, render_prompt, tokenizer_fingerprint
@@ -86,6 +87,10 @@ def test_a_model_without_a_template_gets_plain_text_after_its_bos() -> None:
     prompt = render_prompt(bare, WITH_SYSTEM, system_prompt=None, chat_template_kwargs={})
     assert prompt.text == "Solve .\n\n2 + 2 ?\n"
     with_bos = tokenizer(template=None, bos_token="<s>")
+    # As many real ones do, it would add a BOS of its own.
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     prompt = render_prompt(with_bos, PROBLEM, system_prompt=None, chat_template_kwargs={})
     # <s>=1 once, then 2=7 +=8 2=7 ?=9
     assert (prompt.text, prompt.ids) == ("<s>2 + 2 ?\n", (1, 7, 8, 7, 9))

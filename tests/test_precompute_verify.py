@@ -264,12 +264,21 @@ def test_workers_end_with_a_parent_that_is_killed_while_they_compute(tmp_path: P
     assert wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
 
 
-def test_equal_pairs_are_judged_once(verifier: Verifier) -> None:
+def test_equal_pairs_are_judged_once_also_while_the_first_still_waits(verifier: Verifier) -> None:
     # Two distinct pairs in a thousand submissions; one judgement takes more than 1 ms.
     before = time.monotonic()
     futures = [verifier.submit(f"\\boxed{{{i % 2}.125}}", "0.125") for i in range(1000)]
     assert [future.result().is_correct for future in futures] == [True, False] * 500
     assert time.monotonic() - before < 2.0
+
+
+def test_a_known_pair_never_goes_to_a_worker_again() -> None:
+    with Verifier(workers=1, timeout=20.0) as judge:
+        assert is_match(judge, "5", "5")
+        busy = judge.submit("\\boxed{9^{9^{9^{9}}}}", "5")
+        assert is_match(judge, "5", "5")
+        assert not busy.done(), "the only worker is busy, so the answer came from memory"
+        judge.close(cancel=True)
 
 
 def test_any_thread_and_any_event_loop_may_ask(verifier: Verifier) -> None:
