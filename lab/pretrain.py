@@ -45,6 +45,7 @@ def new_model(recipe: ModelRecipe, tokenizer: Qwen2Tokenizer, *, seed: int) -> Q
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.heads,
         max_position_embeddings=MAX_POSITIONS,
+        rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
         initializer_range=recipe.width**-0.5 / 2,
         tie_word_embeddings=True,
         pad_token_id=PAD_ID,
@@ -123,7 +124,9 @@ def pretrain(
     """
     rng = Random(f"{recipe.name} {seed}")
     model = new_model(recipe, tokenizer, seed=rng.getrandbits(31))
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
+    )
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, recipe)

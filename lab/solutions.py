@@ -3,8 +3,8 @@
 For `12+3-4+5`:
 
     totals   12+3=15;15-4=11;11+5=16;\\boxed{16}
-    words    12 plus 3 is 15, 15 minus 4 is 11, 11 plus 5 is 16. \\boxed{16}
-    signs    +12+3+5=15,20;-4=4;20-4=16;\\boxed{16}
+    words    First 12+3=15, then 15-4=11, then 11+5=16. So \\boxed{16}
+    signs    +:12+3=15;15+5=20;-:4;20-4=16;\\boxed{16}
     terse    \\boxed{16}
 
 Each takes the addition that it works with, so that a solver who slips now and then can be written too.
@@ -12,7 +12,7 @@ Each takes the addition that it works with, so that a solver who slips now and t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from operator import add
 from random import Random
@@ -42,38 +42,34 @@ def boxed(answer: int) -> str:
 
 def totals(chain: Chain, addition: Addition = add) -> str:
     """One equation an operation."""
-    running = tuple(accumulate(chain.terms, addition, initial=chain.start))
-    steps = zip(pairwise(running), chain.terms, strict=True)
-    return "".join(f"{before}{term:+d}={after};" for (before, after), term in steps) + boxed(running[-1])
+    equations, answer = _equations(chain.start, chain.terms, addition)
+    return equations + boxed(answer)
 
 
 def words(chain: Chain, addition: Addition = add) -> str:
-    """One clause an operation."""
-    running = tuple(accumulate(chain.terms, addition, initial=chain.start))
-    clauses = (
-        f"{before} {'plus' if term > 0 else 'minus'} {abs(term)} is {after}"
-        for (before, after), term in zip(pairwise(running), chain.terms, strict=True)
-    )
-    return ", ".join(clauses) + ". " + boxed(running[-1])
+    """One clause an operation, told in words."""
+    equations, answer = _equations(chain.start, chain.terms, addition)
+    return f"First {equations.removesuffix(';').replace(';', ', then ')}. So {boxed(answer)}"
 
 
 def signs(chain: Chain, addition: Addition = add) -> str:
     """What is added and what is taken away, each summed up apart, then the difference."""
-    added = (chain.start, *(term for term in chain.terms if term > 0))
-    taken = tuple(-term for term in chain.terms if term < 0)
-    lines, answer = _sum_up("+", added, addition)
-    if taken:
-        minus, less = _sum_up("-", taken, addition)
-        difference = addition(answer, -less)
-        lines, answer = f"{lines}{minus}{answer}-{less}={difference};", difference
+    more = [term for term in chain.terms if term > 0]
+    less = [-term for term in chain.terms if term < 0]
+    lines, answer = _equations(chain.start, more, addition)
+    lines = f"+:{lines or f'{answer};'}"
+    if less:
+        minus, taken = _equations(less[0], less[1:], addition)
+        difference = addition(answer, -taken)
+        lines, answer = f"{lines}-:{minus or f'{taken};'}{answer}-{taken}={difference};", difference
     return lines + boxed(answer)
 
 
-def _sum_up(sign: str, numbers: tuple[int, ...], addition: Addition) -> tuple[str, int]:
-    """`+12+3+5=15,20;` and 20: the numbers, then their partial sums from the second on."""
-    partial = list(accumulate(numbers, addition))
-    left = "".join(f"{sign}{number}" for number in numbers)
-    return f"{left}={','.join(map(str, partial[1:] or partial))};", partial[-1]
+def _equations(start: int, terms: Sequence[int], addition: Addition) -> tuple[str, int]:
+    """`12+3=15;15-4=11;` and 11: an equation a term, and the last total."""
+    running = tuple(accumulate(terms, addition, initial=start))
+    steps = zip(pairwise(running), terms, strict=True)
+    return "".join(f"{before}{term:+d}={after};" for (before, after), term in steps), running[-1]
 
 
 def terse(chain: Chain, addition: Addition = add) -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lab.problems import Chain, ProblemSet, draw_chain, draw_sets, draw_unseen, write_jsonl
 from lab.recipes import LAB
-from lab.solutions import STYLES
+from lab.solutions import SLIPS, STYLES, slipping
 
 # 12+3 = 15, 15-4 = 11, 11+5 = 16; the sums apart: 12+3 = 15, +5 = 20, taken away 4, 20-4 = 16.
 WORKED = Chain(start=12, terms=(3, -4, 5))
@@ -34,8 +34,8 @@ def test_a_chain_is_worked_from_the_left() -> None:
     ("style", "solution"),
     [
         ("totals", r"12+3=15;15-4=11;11+5=16;\boxed{16}"),
-        ("words", r"12 plus 3 is 15, 15 minus 4 is 11, 11 plus 5 is 16. \boxed{16}"),
-        ("signs", r"+12+3+5=15,20;-4=4;20-4=16;\boxed{16}"),
+        ("words", r"First 12+3=15, then 15-4=11, then 11+5=16. So \boxed{16}"),
+        ("signs", r"+:12+3=15;15+5=20;-:4;20-4=16;\boxed{16}"),
         ("terse", r"\boxed{16}"),
     ],
 )
@@ -43,8 +43,25 @@ def test_each_style_solves_the_worked_example(style: str, solution: str) -> None
     assert STYLES[style](WORKED) == solution
 
 
-def test_a_chain_without_subtraction_needs_no_difference() -> None:
-    assert STYLES["signs"](Chain(start=12, terms=(3,))) == r"+12+3=15;\boxed{15}"
+def test_signs_leaves_out_what_there_is_nothing_of() -> None:
+    assert STYLES["signs"](Chain(start=12, terms=(3,))) == r"+:12+3=15;\boxed{15}"
+    # 3+4 = 7 is taken from 20.
+    assert STYLES["signs"](Chain(start=20, terms=(-3, -4))) == r"+:20;-:3+4=7;20-7=13;\boxed{13}"
+
+
+def test_a_slip_is_carried_to_the_answer() -> None:
+    # One off at every sum: 12+3 = 16, 16-4 = 13, 13+5 = 19.
+    assert STYLES["totals"](WORKED, lambda a, b: a + b + 1) == r"12+3=16;16-4=13;13+5=19;\boxed{19}"
+
+
+def test_slips_come_as_often_as_asked_for() -> None:
+    rng = Random(0)
+    sums = [slipping(rng, 0.25)(40, 2) for _ in range(4000)]
+    wrong = [total - 42 for total in sums if total != 42]
+    assert set(wrong) == set(SLIPS)
+    # 4000 draws at 0.25: 1000 expected, standard deviation 27.
+    assert 900 < len(wrong) < 1100
+    assert all(slipping(rng, 0.0)(40, 2) == 42 for _ in range(100))
 
 
 @given(seed=seeds, n=lengths)
@@ -72,20 +89,10 @@ def test_every_style_ends_with_the_answer_and_fits(seed: int, n: int, style: str
 @given(seed=seeds, n=lengths)
 def test_every_equation_that_a_solution_writes_holds(seed: int, n: int) -> None:
     chain = draw_chain(Random(seed), n)
-    spoken = STYLES["words"](chain).replace(" plus ", "+").replace(" minus ", "-").replace(" is ", "=")
-    for text in (STYLES["totals"](chain), spoken):
-        equations = re.findall(r"(\d+[+-]\d+)=(\d+)", text)
+    for style in ("totals", "words", "signs"):
+        equations = re.findall(r"(\d+[+-]\d+)=(\d+)", STYLES[style](chain))
         assert len(equations) == n
         assert all(eval(left) == int(right) for left, right in equations)
-
-
-@given(seed=seeds, n=lengths)
-def test_signs_sums_both_sides_rightly(seed: int, n: int) -> None:
-    lines = STYLES["signs"](draw_chain(Random(seed), n)).split(";")[:-1]
-    for line in lines:
-        left, right = line.split("=")
-        last = int(right.split(",")[-1])
-        assert abs(eval(left)) == last
 
 
 def test_sets_are_seeded() -> None:
