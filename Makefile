@@ -25,3 +25,31 @@ $(VENV)/.dev: $(VENV)/.base
 	@touch $@
 
 install: $(VENV)/.base ## set up .venv to use ampo
+
+demo: $(VENV)/.base ## the main job on the bundled lab: teachers, store, training, evaluation, what was asked
+	@rm -rf runs/demo runs/demo-store
+	$(BIN)/ampo precompute teachers --config configs/lab.toml --set store.path=runs/demo-store
+	$(BIN)/ampo train --config configs/lab.toml --set store.path=runs/demo-store --set run.name=demo
+	$(BIN)/ampo inspect store queries runs/demo --limit 6
+	$(BIN)/ampo inspect run runs/demo --png runs/demo/curves.png
+
+test: $(VENV)/.dev ## ruff, mypy and every test but the slow ones
+	@$(MAKE) --no-print-directory check
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/.dev ## what takes longer than CI may
+	$(BIN)/pytest -m slow
+
+check: $(VENV)/.dev ## ruff, ruff format, mypy --strict
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+lab: $(VENV)/.base ## make the lab's models and problems again from scratch (about 20 minutes)
+	$(BIN)/ampo lab build lab
+
+bench-learning: $(VENV)/.base ## AMPO against GRPO and random selection on the lab, three seeds (about 25 minutes)
+	$(BIN)/python -m bench.learning
+
+clean: ## remove the environment and caches; runs/ and traces/ stay
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

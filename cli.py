@@ -343,7 +343,7 @@ def inspect_run(
     from trainer.run_files import latest_run, open_run
     from trainer.tables import curves_table, evaluations_table
 
-    paths = [str(path) for path in runs or [latest_run("runs")]]
+    paths = runs or [str(latest_run("runs"))]
     found = {open_run(path).root.name: open_run(path).metrics() for path in paths}
     if png is not None:
         plot_runs(found, png)

@@ -10,7 +10,7 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -25,10 +25,28 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
+NONE = "none"
+
+
+def _can_be_none(model: type[BaseModel], key: Any) -> bool:
+    field = model.model_fields.get(key)
+    return field is not None and type(None) in get_args(field.annotation)
+
+
 class Section(BaseModel):
     """A frozen table of the config; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_a_word(cls, table: Any) -> Any:
+        """TOML has no null: "none" says it, where a key can be None."""
+        if not isinstance(table, dict):
+            return table
+        return {
+            key: None if value == NONE and _can_be_none(cls, key) else value for key, value in table.items()
+        }
 
 
 class ProblemsConfig(Section):
@@ -167,13 +185,31 @@ def set_key(tree: dict[str, Any], override: str) -> None:
     table: Any = tree
     for depth, key in enumerate(keys[:-1]):
         table = _descend(table, key, ".".join(keys[: depth + 1]))
+    if isinstance(table, _Named):
+        raise ConfigError(f"--set {override!r}: write {table.dotted}.NAME.key=value")
     table[keys[-1]] = _parse_value(raw.strip())
 
 
-def _descend(table: dict[str, Any], key: str, dotted: str) -> Any:
+class _Named:
+    """The tables of a [[list]] by their names, for `--set teachers.NAME.key=value`."""
+
+    def __init__(self, tables: dict[Any, dict[str, Any]], dotted: str) -> None:
+        self.tables = tables
+        self.dotted = dotted
+
+    def named(self, name: str) -> dict[str, Any]:
+        if name not in self.tables:
+            known = ", ".join(map(str, self.tables))
+            raise ConfigError(f"--set: {self.dotted} has no {name!r}; it has: {known}")
+        return self.tables[name]
+
+
+def _descend(table: dict[str, Any] | _Named, key: str, dotted: str) -> Any:
+    if isinstance(table, _Named):
+        return table.named(key)
     below = table.setdefault(key, {})
     if isinstance(below, list):
-        return {row.get("name"): row for row in below if isinstance(row, dict)}
+        return _Named({row.get("name"): row for row in below if isinstance(row, dict)}, dotted)
     if not isinstance(below, dict):
         raise ConfigError(f"--set: {dotted} is a value, not a section")
     return below
@@ -181,8 +217,6 @@ def _descend(table: dict[str, Any], key: str, dotted: str) -> Any:
 
 def _parse_value(raw: str) -> Any:
     """A TOML value; a bare word is a string, so that `--set guidance.select=random` needs no quotes."""
-    if re.fullmatch(r"none|null", raw, re.IGNORECASE):
-        return None
     try:
         return tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
@@ -235,7 +269,7 @@ def _section_of(model: type[BaseModel], key: str) -> type[BaseModel]:
 def toml_of(config: BaseModel) -> str:
     """The resolved config as TOML that `load_config` reads back to the same config."""
     lines: list[str] = []
-    for name, value in config.model_dump(mode="json", exclude_none=True).items():
+    for name, value in config.model_dump(mode="json").items():
         for table in value if isinstance(value, list) else [value]:
             lines.append(f"[[{name}]]" if isinstance(value, list) else f"[{name}]")
             lines.extend(f"{key} = {_toml_value(item)}" for key, item in table.items())
@@ -244,6 +278,8 @@ def toml_of(config: BaseModel) -> str:
 
 
 def _toml_value(value: Any) -> str:
+    if value is None:
+        return _toml_string(NONE)
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):

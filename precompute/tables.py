@@ -1,0 +1,70 @@
+"""What `ampo precompute teachers` draws: reports in, rich tables out."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from precompute.outcome import PrecomputePlan, PrecomputeReport, ProblemsSummary
+from store.tables import coverage_table
+
+
+def report_tables(report: PrecomputeReport) -> Group:
+    """Per teacher what it cost and what came of it; then coverage."""
+    table = Table(title=f"traces in {report.store}", title_justify="left")
+    table.add_column("teacher")
+    table.add_column("engine")
+    for name in ("problems", "samples", "verified", "mean tokens", "new samples", "tokens/s", "time"):
+        table.add_column(name, justify="right")
+    for teacher in report.teachers:
+        table.add_row(
+            teacher.name,
+            teacher.engine,
+            f"{teacher.problems:,}",
+            f"{teacher.samples:,}",
+            f"{teacher.verified_share:.1%}",
+            f"{teacher.mean_tokens:.1f}",
+            f"{teacher.new_samples:,}",
+            f"{teacher.new_tokens / teacher.seconds:,.0f}" if teacher.new_tokens else "-",
+            f"{teacher.seconds:.1f} s",
+        )
+    return Group(
+        Text(problems_line(report.problems)), table, coverage_table(dict(enumerate(report.coverage)))
+    )
+
+
+def plan_tables(plan: PrecomputePlan) -> Group:
+    """What is there, what is left, and the first prompt as each teacher will see it."""
+    table = Table(title=f"plan for {plan.store}", title_justify="left")
+    table.add_column("teacher")
+    table.add_column("engine")
+    for name in ("there", "verified", "samples left", "tokens at most", "longest prompt", "weights"):
+        table.add_column(name, justify="right")
+    prompts: list[RenderableType] = []
+    for teacher in plan.teachers:
+        size = "-" if teacher.weight_bytes is None else f"{teacher.weight_bytes / 2**20:,.1f} MiB"
+        table.add_row(
+            teacher.name,
+            teacher.engine,
+            f"{teacher.samples_there:,}",
+            f"{teacher.verified_there:,}",
+            f"{teacher.samples_left:,}",
+            f"{teacher.most_tokens:,}",
+            f"{teacher.longest_prompt:,}",
+            size,
+        )
+        prompts += [Text(f"first prompt of {teacher.name}:"), Text(teacher.first_prompt, style="cyan")]
+    state = "" if plan.store_exists else " (would be made)"
+    return Group(Text(problems_line(plan.problems) + f"; store {plan.store}{state}"), table, *prompts)
+
+
+def problems_line(summary: ProblemsSummary) -> str:
+    """What became of the problem file's rows."""
+    repeats = f", {summary.duplicates:,} repeated" if summary.duplicates else ""
+    left_out = (
+        f", {len(summary.unparseable):,} with a gold answer that cannot be parsed"
+        if summary.unparseable
+        else ""
+    )
+    return f"{summary.path}: {summary.rows:,} rows{repeats}{left_out}; {summary.used:,} problems used"

@@ -1,0 +1,243 @@
+"""The command as a user meets it: in a process of its own, by what it prints and how it exits."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from run_examples import PROBLEMS, settings, write_problems, write_store
+from typer.main import get_command
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "COLUMNS": "150",
+    "NO_COLOR": "1",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+def ampo(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cli", *arguments],
+        env=ENVIRONMENT,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def sets(overrides: list[str]) -> list[str]:
+    return [part for override in overrides for part in ("--set", override)]
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli")
+    write_problems(path / "train.jsonl", PROBLEMS)
+    write_store(path / "traces")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(small_world: Path, model_dir: Path) -> Path:
+    """A run of two steps by the command itself."""
+    overrides = settings(small_world, model_dir, train__max_steps=2, run__log_completions_every=1)
+    done = ampo("train", *sets(overrides))
+    assert done.returncode == 0, done.stderr
+    assert "step    2/2" in done.stdout
+    assert "sample completions, step 1" in done.stdout
+    assert "ampo inspect store queries" in done.stdout
+    return small_world / "runs" / "run"
+
+
+def commands() -> Iterator[tuple[str, ...]]:
+    def walk(command: object, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        children = getattr(command, "commands", None)
+        if children is None:
+            yield path
+        else:
+            for name, child in children.items():
+                yield from walk(child, (*path, name))
+
+    import cli
+
+    return walk(get_command(cli.app), ())
+
+
+@pytest.mark.parametrize("command", sorted(commands()), ids=" ".join)
+def test_every_commands_help_has_an_example_and_stands_in_the_readme(command: tuple[str, ...]) -> None:
+    import cli
+
+    node: object = get_command(cli.app)
+    for name in command:
+        node = node.commands[name]  # type: ignore[attr-defined]
+    help_text = str(node.help)  # type: ignore[attr-defined]
+    assert f"Example: `ampo {' '.join(command)}" in " ".join(help_text.split())
+    assert f"ampo {' '.join(command)}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_help_loads_nothing_heavy() -> None:
+    # The 0.5 s of `ampo --help` are these imports; machines are noisy, module lists are not.
+    code = "import sys, cli, typer.main; typer.main.get_command(cli.app); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.split())
+    assert not loaded & {"torch", "transformers", "duckdb", "pyarrow", "pydantic", "numpy", "math_verify"}
+
+
+def test_version_is_the_packages() -> None:
+    done = ampo("--version")
+    assert (done.returncode, done.stdout.split()[0]) == (0, "ampo")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["train", "--set", "train.learnin_rate=1"],
+            "unknown key train.learnin_rate = 1; did you mean 'learning_rate'",
+        ),
+        (
+            ["train", "--set", "trian.max_steps=1"],
+            "unknown key trian = {'max_steps': 1}; did you mean 'train'",
+        ),
+        (["train", "--set", "train.loss_type=ppo"], "train.loss_type = 'ppo'"),
+        (["train", "--set", "max_steps=1"], "write section.key=value"),
+        (["train", "--set", "rollout.num_generations=1"], "rollout.num_generations = 1"),
+        (["train", "--config", "nowhere.toml"], "no config file at "),
+        (["train"], "problems.train"),
+        (["eval", "lab/models/student"], "problems"),
+        (["precompute", "teachers"], "names no teacher"),
+        (["inspect", "store", "summary", "nowhere"], "nowhere"),
+        (["inspect", "run", "nowhere"], "no run at "),
+        (["store", "reindex", "nowhere"], "nowhere"),
+        (["inspect", "store", "traces", "--verdict", "wrong"], "--verdict wrong"),
+    ],
+)
+def test_a_users_error_is_one_line_and_exit_code_2(arguments: list[str], said: str, tmp_path: Path) -> None:
+    done = ampo(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert said in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_queries_show_candidates_scores_and_what_was_used(trained: Path) -> None:
+    done = ampo("inspect", "store", "queries", str(trained))
+    assert done.returncode == 0, done.stderr
+    assert "hit rate" in done.stdout
+    assert "used" in done.stdout
+    assert any(problem.question in done.stdout for problem in PROBLEMS)
+
+
+def test_queries_as_json_and_csv_hold_the_same_rows(trained: Path) -> None:
+    as_json = json.loads(ampo("inspect", "store", "queries", str(trained), "--json").stdout)
+    as_csv = list(
+        csv.DictReader(io.StringIO(ampo("inspect", "store", "queries", str(trained), "--csv").stdout))
+    )
+    assert [row["problem_id"] for row in as_json] == [row["problem_id"] for row in as_csv]
+    assert {row["step"] for row in as_json} == {1, 2}
+    one = ampo("inspect", "store", "queries", str(trained), "--json", "--step", "2", "--teacher", "ada")
+    assert {row["step"] for row in json.loads(one.stdout)} == {2}
+
+
+def test_run_curves_are_drawn_as_text_and_png(trained: Path, tmp_path: Path) -> None:
+    done = ampo("inspect", "run", str(trained), "--png", str(tmp_path / "curves.png"))
+    assert done.returncode == 0, done.stderr
+    assert "groups/all_fail" in done.stdout
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_store_summary_traces_problems_and_reindex(small_world: Path) -> None:
+    store = str(small_world / "traces")
+    summary = ampo("inspect", "store", "summary", store)
+    assert "ada" in summary.stdout
+    assert "coverage" in summary.stdout
+    body = json.loads(ampo("inspect", "store", "summary", store, "--json").stdout)
+    # 12 problems, every third without a trace: 4 have none, 8 have both teachers.
+    assert body["coverage"] == {"0": 4, "1": 0, "2": 8}
+    problem = PROBLEMS[1].problem_id
+    assert "we add and get" in ampo("inspect", "store", "traces", store, "--problem", problem).stdout
+    uncovered = json.loads(ampo("inspect", "store", "problems", store, "--uncovered", "--json").stdout)
+    assert len(uncovered) == 4
+    assert "16 traces" in ampo("store", "reindex", store).stdout
+
+
+def test_eval_gives_pass_at_k(small_world: Path, model_dir: Path) -> None:
+    overrides = settings(small_world, model_dir)
+    file = str(small_world / "train.jsonl")
+    options = ["--problems", file, "--samples", "2", "--k", "1,2", "--json"]
+    done = ampo("eval", str(model_dir), *options, *sets(overrides))
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)) >= {"eval/pass@1", "eval/pass@2", "eval/avg@2"}
+
+
+def test_dry_run_shows_everything_and_touches_nothing(small_world: Path, model_dir: Path) -> None:
+    overrides = settings(small_world, model_dir, run__name="dry")
+    done = ampo("train", "--dry-run", *sets(overrides))
+    assert done.returncode == 0, done.stderr
+    for said in ("learning_rate = 0.001", "<user>0+0<assistant>", "peak", "8 problems have a verified trace"):
+        assert said in done.stdout
+    assert not (small_world / "runs" / "dry").exists()
+
+
+def test_the_resolved_config_of_a_dry_run_is_a_config(
+    small_world: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    overrides = settings(small_world, model_dir, run__name="dry")
+    shown = ampo("train", "--dry-run", *sets(overrides)).stdout
+    toml = shown[shown.index("[problems]") : shown.index("num_completions_to_print = 4") + 29]
+    (tmp_path / "again.toml").write_text(toml)
+    again = ampo("train", "--dry-run", "--config", str(tmp_path / "again.toml")).stdout
+    assert toml in again
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_and_says_how_to_go_on(
+    small_world: Path, model_dir: Path, sent: signal.Signals
+) -> None:
+    overrides = settings(
+        small_world, model_dir, run__name=sent.name, train__max_steps=500, run__save_every=400
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli", "train", *sets(overrides)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    metrics = small_world / "runs" / sent.name / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(sent)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert f"stopped by {sent.name}" in output
+    assert "--resume auto" in output
+    steps = len(metrics.read_text().splitlines())
+    assert (small_world / "runs" / sent.name / "checkpoints" / f"step-{steps:06d}").is_dir()
+
+
+def test_a_reader_that_closes_the_pipe_is_no_error(trained: Path) -> None:
+    command = f"{sys.executable} -m cli inspect store queries {trained} --csv | head -1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr

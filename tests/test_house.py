@@ -1,0 +1,108 @@
+"""The house rules that a reader can rely on: who imports whom, and that every config key is read."""
+
+from __future__ import annotations
+
+import ast
+import typing
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from trainer.config import Config
+
+ROOT = Path(__file__).parent.parent
+OURS = ("store", "precompute", "trainer", "lab", "cli")
+
+MAY_IMPORT = {
+    "store": {"store"},
+    "precompute": {"precompute", "store"},
+    "trainer": {
+        "trainer",
+        "store",
+        "precompute.verify",
+        "precompute.engines",
+        "precompute.config",
+        "precompute.problems",
+        "precompute.prompts",
+        "precompute.solution",
+    },
+    "lab": {"lab", "store"},
+}
+
+HEAVY = {"vllm": 1, "bitsandbytes": 1, "math_verify": 1}
+
+
+def modules_of(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("package", sorted(MAY_IMPORT))
+def test_a_package_imports_only_what_the_design_lets_it(package: str) -> None:
+    allowed = MAY_IMPORT[package]
+    for path in modules_of(package):
+        for name in imports_of(path):
+            if name.split(".")[0] in OURS:
+                fits = any(name == a or name.startswith(f"{a}.") or a.startswith(f"{name}.") for a in allowed)
+                assert fits, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("library", sorted(HEAVY))
+def test_each_heavy_library_is_imported_in_one_file(library: str) -> None:
+    files = [
+        path.relative_to(ROOT)
+        for package in ("store", "precompute", "trainer")
+        for path in modules_of(package)
+        if any(name.split(".")[0] == library for name in imports_of(path))
+    ]
+    assert len(files) == HEAVY[library], files
+
+
+def keys(model: type[BaseModel], path: str = "") -> list[tuple[str, str]]:
+    """(dotted name, key) of every leaf of the config."""
+    found = []
+    for name, field in model.model_fields.items():
+        below = [
+            candidate
+            for candidate in (field.annotation, *typing.get_args(field.annotation))
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel)
+        ]
+        found += keys(below[0], f"{path}{name}.") if below else [(f"{path}{name}", name)]
+    return found
+
+
+@pytest.mark.parametrize(("dotted", "key"), keys(Config), ids=lambda value: str(value))
+def test_every_config_key_is_read_by_the_code(dotted: str, key: str) -> None:
+    read = {
+        node.attr
+        for package in ("precompute", "trainer")
+        for path in modules_of(package)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    assert key in read or dotted in {"problems.train", "problems.eval"}, dotted
+
+
+@pytest.mark.parametrize("package", ["store", "precompute", "trainer", "lab"])
+def test_functions_stay_short(package: str) -> None:
+    for path in modules_of(package):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+
+
+def test_nothing_but_the_lab_knows_of_the_lab() -> None:
+    for package in ("store", "precompute", "trainer"):
+        for path in modules_of(package):
+            names = {name.split(".")[0] for name in imports_of(path)}
+            assert "lab" not in names, path

@@ -1,0 +1,115 @@
+"""Configuration: precedence, one default in one place, and errors that name the culprit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from precompute.config import load_config, toml_of
+from store.errors import ConfigError
+from trainer.config import Config, EvalConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+def load(*overrides: str, path: Path | None = None) -> Config:
+    return load_config(Config, str(path) if path else None, list(overrides))
+
+
+def test_set_wins_over_file_and_file_over_default(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("[train]\nmax_steps = 7\nseed = 3\n")
+    config = load("train.seed=5", path=path)
+    assert (config.train.max_steps, config.train.seed, config.guidance.k) == (7, 5, 2)
+
+
+def test_defaults_are_the_papers_run() -> None:
+    config = load()
+    assert (config.train.problems_per_step, config.train.mini_batch_problems) == (128, 64)
+    assert (config.rollout.num_generations, config.rollout.max_completion_length) == (8, 8192)
+    assert (config.train.learning_rate, config.train.weight_decay) == (1e-6, 0.1)
+    assert (config.guidance.k, config.guidance.gamma, config.train.max_steps) == (2, 0.1, 510)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.learnin_rate=1", "unknown key train.learnin_rate = 1; did you mean 'learning_rate'?"),
+        ("gudance.k=1", "unknown key gudance = {'k': 1}; did you mean 'guidance'?"),
+        ("train.zzz=1", "known keys: "),
+        ("train.max_steps=-1", "train.max_steps = -1: "),
+        ("train.max_steps=many", "train.max_steps = 'many': "),
+        ("train.learning_rate=nan", "train.learning_rate = nan"),
+        ("guidance.select=best", "guidance.select = 'best'"),
+        ("train.mini_batch_problems=3", "must divide problems_per_step = 128"),
+        ("eval.k=[16]", "k = 16 needs samples >= 16, not 8"),
+        ("run.name=a/b", "one folder name"),
+        ("train=1", "write section.key=value"),
+        ("train.max_steps", "write section.key=value"),
+        ("train.max_steps.x=1", "train.max_steps"),
+    ],
+)
+def test_an_error_names_key_value_and_what_would_be_right(override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(override)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_teachers_are_reached_by_name_and_must_be_unique(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('[[teachers]]\nname = "a"\nmodel = "x"\n[[teachers]]\nname = "b"\nmodel = "y"\n')
+    assert load("teachers.b.samples=4", path=path).teachers[1].samples == 4
+    with pytest.raises(ConfigError, match="'c'"):
+        load("teachers.c.samples=4", path=path)
+    path.write_text('[[teachers]]\nname = "a"\nmodel = "x"\n[[teachers]]\nname = "a"\nmodel = "y"\n')
+    with pytest.raises(ConfigError, match="stands twice"):
+        load(path=path)
+    path.write_text('[[teachers]]\nname = "a"\n')
+    with pytest.raises(ConfigError, match=r"teachers\[0\]\.model is missing"):
+        load(path=path)
+
+
+def test_bare_words_need_no_quotes_and_none_is_none() -> None:
+    config = load("guidance.select=random", "store.path=/data/x", "student.system_prompt=none")
+    assert (config.guidance.select, config.store.path, config.student.system_prompt) == (
+        "random",
+        "/data/x",
+        None,
+    )
+
+
+@pytest.mark.parametrize(("text", "said"), [("[train", "not valid TOML"), ("\udcff", "not valid TOML")])
+def test_a_broken_file_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "c.toml"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ConfigError, match=said) as error:
+        load(path=path)
+    assert str(path) in str(error.value)
+
+
+@given(
+    name=st.text(min_size=1, max_size=20).filter(lambda t: "/" not in t and t not in (".", "..")),
+    prompt=st.one_of(st.none(), st.text(max_size=30)),
+    rate=st.floats(0, 1),
+    k=st.lists(st.integers(1, 8), min_size=1, max_size=3),
+)
+def test_a_resolved_config_reads_back_to_itself(
+    name: str, prompt: str | None, rate: float, k: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    config = load().model_copy(update={"eval": EvalConfig(k=tuple(k))})
+    run = config.run.model_copy(update={"name": name})
+    student = config.student.model_copy(update={"system_prompt": prompt})
+    train = config.train.model_copy(update={"learning_rate": rate})
+    config = config.model_copy(update={"run": run, "student": student, "train": train})
+    path = tmp_path_factory.mktemp("toml") / "c.toml"
+    path.write_bytes(toml_of(config).encode("utf-8", "surrogatepass"))
+    assert load(path=path) == config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.toml")), ids=lambda path: path.name)
+def test_every_config_that_ships_is_valid(path: Path) -> None:
+    assert load(path=path).problems.train
