@@ -34,7 +34,7 @@ GOOD = {"name": "totals", "model": str(LAB / "models" / "teacher-totals")}
 POOR = {"name": "student", "model": str(LAB / "models" / "student")}
 
 
-def config(store: Path, *teachers: dict[str, Any], part_traces: int = 8, **problems: Any) -> PrecomputeConfig:
+def config(store: Path, *teachers: dict[str, Any], part_traces: int = 5, **problems: Any) -> PrecomputeConfig:
     usual = {"system_prompt": "", "max_tokens": 120, "batch_size": 32}
     return PrecomputeConfig.model_validate(
         {
@@ -182,11 +182,17 @@ def test_sampling_stops_once_enough_is_verified(tmp_path: Path) -> None:
     assert 24 < report.teachers[0].samples < 72
 
 
-def test_a_response_that_was_cut_is_never_correct(tmp_path: Path) -> None:
-    pipeline.run(config(tmp_path / "traces", GOOD | {"max_tokens": 20, "samples": 2}), limit=16)
-    cut = [trace for trace in traces_of(tmp_path / "traces") if trace.finish_reason == "length"]
-    assert cut
-    assert not any(trace.is_correct for trace in cut)
+def test_a_response_that_was_cut_is_never_correct(
+    filled: tuple[Path, PrecomputeReport], tmp_path: Path
+) -> None:
+    whole = next(trace for trace in traces_of(filled[0]) if trace.is_correct and trace.teacher == "totals")
+    # The same seed draws the same tokens; one token less leaves the answer and cuts the EOS.
+    shorter = GOOD | {"max_tokens": whole.n_tokens - 1, "samples": 2}
+    pipeline.run(config(tmp_path / "traces", shorter), limit=16)
+    key = (whole.problem_id, whole.sample_index)
+    cut = next(t for t in traces_of(tmp_path / "traces") if (t.problem_id, t.sample_index) == key)
+    assert cut.text == whole.text
+    assert (cut.finish_reason, cut.verdict, cut.is_correct) == ("length", "match", False)
 
 
 def run_and_die(store: str, samples: int, limit: int, die_at: int | None) -> None:

@@ -153,9 +153,10 @@ class VllmProcess:
             while (finished := self._receive()) is not None:
                 yield finished
         except GeneratorExit:
-            self._connection.send(STOP)
-            while self._receive() is not None:
-                pass
+            if not self._connection.closed:
+                self._connection.send(STOP)
+                while self._receive() is not None:
+                    pass
             raise
         except BaseException:
             # Ctrl-C may have cut a message in two: nothing more can be read from this process.
