@@ -16,6 +16,10 @@ from store.errors import EngineError
 START_SECONDS = 60.0
 """A worker that is not ready by then is an error of the installation."""
 
+TAKE_SECONDS = 10.0
+"""An idle worker takes a pair at once; one that does not has stopped working."""
+HAND_OVERS = 3
+
 Outcome = tuple[str, str]
 """(reason, detail): one of store.records.VERDICTS, or `parsed` for a gold checked alone."""
 Pair = tuple[str, str | None]
@@ -31,13 +35,14 @@ class WorkerProcess:
         self._memory_mb = memory_mb
         self._process = self._start()
         self._ready = False
+        self._received = b""
 
     def wait_until_ready(self) -> None:
         """Returns when the process has its imports behind it. EngineError when it never does."""
         if self._ready:
             return
         try:
-            self._read(START_SECONDS)
+            self._read(time.monotonic() + START_SECONDS)
         except TimeoutError:
             self.kill()
             raise EngineError(f"a verification worker was not ready in {START_SECONDS:g} s") from None
@@ -51,20 +56,32 @@ class WorkerProcess:
 
     def ask(self, pair: Pair, timeout: float) -> Outcome:
         """Has one pair judged; the process is killed and replaced at the deadline, or when it fails."""
-        if self._process.poll() is not None:
-            self._restart()
-            self.wait_until_ready()
+        deadline = self._hand_over(pair, timeout)
         try:
-            self._send({"gold": pair[0], "answer": pair[1], "timeout": timeout})
-            outcome = self._read(timeout)
+            outcome = self._read(deadline)
         except TimeoutError:
             outcome = "timeout", f"no verdict within {timeout:g} s"
-        except (EOFError, BrokenPipeError):
+        except EOFError:
             self.kill()
             outcome = "error", f"the worker ended with exit code {self._process.returncode}, out of memory?"
         if outcome[0] in ("timeout", "error"):
             self._restart()
         return outcome
+
+    def _hand_over(self, pair: Pair, timeout: float) -> float:
+        """The deadline of the pair, which a worker has taken. One that died while idle is replaced first:
+        its end is not the pair's fault."""
+        for _ in range(HAND_OVERS):
+            self.wait_until_ready()
+            deadline = time.monotonic() + timeout
+            try:
+                self._send({"gold": pair[0], "answer": pair[1], "timeout": timeout})
+                self._read(deadline + TAKE_SECONDS)
+            except (BrokenPipeError, EOFError, TimeoutError):
+                self._restart()
+            else:
+                return deadline
+        raise EngineError(f"{HAND_OVERS} verification workers in a row ended while idle")
 
     def kill(self) -> None:
         """Ends the process, whatever it does. Harmless when it has ended."""
@@ -83,6 +100,7 @@ class WorkerProcess:
         self.kill()
         self._process = self._start()
         self._ready = False
+        self._received = b""
 
     def _start(self) -> subprocess.Popen[bytes]:
         # By path and with this process's import path: the working directory and __main__ play no part.
@@ -103,18 +121,17 @@ class WorkerProcess:
         while line:
             line = line[self._process.stdin.write(line) :]
 
-    def _read(self, timeout: float) -> Outcome:
+    def _read(self, deadline: float) -> Outcome:
         assert self._process.stdout is not None
-        deadline = time.monotonic() + timeout
         poller = select.poll()
         poller.register(self._process.stdout, select.POLLIN)
-        line = b""
-        while not line.endswith(b"\n"):
+        while b"\n" not in self._received:
             if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise TimeoutError
             chunk = self._process.stdout.read(65536)
             if not chunk:
                 raise EOFError
-            line += chunk
+            self._received += chunk
+        line, _, self._received = self._received.partition(b"\n")
         reply = json.loads(line)
         return reply["reason"], reply["detail"]

@@ -3,6 +3,7 @@
 `precompute.verify` starts this file by its path and speaks lines of JSON with it over the pipes:
 
     -> {"gold": "\\\\frac{7}{4}", "answer": "1.75", "timeout": 5.0}      answer null: only parse the gold
+    <- {"reason": "taken", "detail": ""}                                at once, or it died while idle
     <- {"reason": "match", "detail": ""}
 
 The one file that imports math_verify (and with it sympy). It imports nothing of ours, so that it runs
@@ -177,6 +178,7 @@ def main(memory_mb: int) -> None:
     _reply(replies, "ready", "")
     while True:
         request = requests.get()
+        _reply(replies, "taken", "")
         # Where the parent's death sends no signal, this still ends a computation nobody waits for.
         _limit(resource.RLIMIT_CPU, math.ceil(sum(os.times()[:2]) + request["timeout"]) + 5)
         try:
