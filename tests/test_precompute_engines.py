@@ -292,6 +292,21 @@ def test_a_batch_is_handed_over_before_the_next_one_starts(tokenizer: Any) -> No
     assert len([width for width in rows if width > 1]) == 1
 
 
+def test_rows_that_have_ended_are_no_longer_computed(tokenizer: Any) -> None:
+    model = random_model()
+    rows: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
+    engine = TransformersEngine(model, tokenizer, batch_size=32)
+    found = list(engine.generate([request(number) for number in range(32)], sampling(max_tokens=60)))
+    assert rows == sorted(rows, reverse=True)
+    assert rows[0] == 32
+    assert rows[-1] <= 16
+    # Those that ended first are handed over while the others go on.
+    lengths = [len(completion.token_ids) for completion in found]
+    assert max(lengths[:16]) <= min(lengths[16:])
+    assert len({completion.request_id for completion in found}) == 32
+
+
 def test_a_prompt_that_leaves_no_room_is_refused_before_anything_runs(engine: TransformersEngine) -> None:
     with pytest.raises(
         EngineError, match=r"max_tokens = 90 and a prompt of 10 tokens .* 96 positions; .* 86 at most"

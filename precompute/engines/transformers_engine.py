@@ -3,6 +3,8 @@
 `generate` samples a batch from one random stream, so that a row's tokens depend on its neighbours. Here a
 logits processor draws instead: each row brings its own uniforms and the token is the inverse CDF at the
 row's next one. The same request gives the same completion in any batch, up to float noise.
+
+Rows that have ended leave the batch once half of it has: the key-value cache is cut and `generate` goes on.
 """
 
 from __future__ import annotations
@@ -15,7 +17,15 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.utils import logging
 
 from precompute.engines import Completion, Request, Sampling
@@ -85,28 +95,57 @@ class TransformersEngine:
         for start in range(0, len(requests), self._batch_size):
             yield from self._batch(requests[start : start + self._batch_size], sampling)
 
-    def _batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def _batch(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
+        """Draws until half of the rows have ended, hands those over, goes on with the others alone: one
+        long completion does not keep the whole batch at work."""
         device = self._model.device
         prompts, mask = left_padded([request.prompt_ids for request in requests], pad_id=self._eos[0])
+        ids, mask = prompts.to(device), mask.to(device)  # [B, P + T]: the completions grow on the right
         sampler = SeededSampler([request.seed for request in requests], sampling, device)
-        with _lent(self._model):
-            sequences = self._model.generate(
-                input_ids=prompts.to(device),  # [B, P]
-                attention_mask=mask.to(device),
-                generation_config=self._generation_config(sampling),
-                logits_processor=LogitsProcessorList([sampler]),
-            )
-        tokens = sequences[:, prompts.shape[1] :].tolist()  # [B, T]
-        logprobs = sampler.logprobs().tolist()  # [B, T]
-        return [self._completion(*row) for row in zip(requests, tokens, logprobs, strict=True)]
+        cache = self._new_cache()
+        while requests:
+            ids = self._draw(ids, mask, cache, sampler, sampling)
+            tokens = ids[:, prompts.shape[1] :]
+            full = tokens.shape[1] == sampling.max_tokens
+            ended = torch.isin(tokens, torch.tensor(self._eos, device=device)).any(-1) | full  # [B]
+            rows = zip(requests, ended.tolist(), tokens.tolist(), sampler.logprobs().tolist(), strict=True)
+            yield from [self._completion(row[0], *row[2:]) for row in rows if row[1]]
+            going = (~ended).nonzero().squeeze(1)
+            requests = [requests[row] for row in going.tolist()]
+            mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)[going]
+            ids = ids[going]
+            sampler.keep(going)
+            if cache is not None:
+                cache.batch_select_indices(going)
 
-    def _generation_config(self, sampling: Sampling) -> GenerationConfig:
+    def _draw(
+        self, ids: torch.Tensor, mask: torch.Tensor, cache: Any, sampler: SeededSampler, sampling: Sampling
+    ) -> torch.Tensor:
+        """[B, L] -> [B, L + n]: until half of the rows have ended, or all where there is no cache to cut."""
+        ends = [HalfEnded(self._eos, ids)] if cache is not None else []
+        with _lent(self._model):
+            sequences: torch.Tensor = self._model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                generation_config=self._generation_config(sampling.max_tokens - sampler.drawn),
+                logits_processor=LogitsProcessorList([sampler]),
+                stopping_criteria=StoppingCriteriaList(ends),
+            )
+        return sequences
+
+    def _new_cache(self) -> DynamicCache | None:
+        """A key-value cache from which rows can be taken; None for models that keep another kind of state."""
+        cache = DynamicCache(config=_base_model(self._model).config.get_text_config(decoder=True))
+        return cache if all(isinstance(layer, DynamicLayer) for layer in cache.layers) else None
+
+    def _generation_config(self, max_new_tokens: int) -> GenerationConfig:
         """Greedy over scores in which the sampler has left one token; what the model's own config says about
         sampling stays out."""
         return GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=False,
             use_cache=True,
-            max_new_tokens=sampling.max_tokens,
+            max_new_tokens=max_new_tokens,
             eos_token_id=list(self._eos),
             pad_token_id=self._eos[0],
         )
@@ -142,6 +181,11 @@ class SeededSampler(LogitsProcessor):
         self._uniforms = uniforms(seeds, sampling.max_tokens).to(device, self._precision)  # [B, max_tokens]
         self._logprobs: list[torch.Tensor] = []
 
+    @property
+    def drawn(self) -> int:
+        """T, the tokens drawn so far for each row."""
+        return len(self._logprobs)
+
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """[B, L] and raw logits [B, V] -> [B, V] with everything but the drawn token at -inf."""
         normalizer = scores.logsumexp(-1, keepdim=True)  # [B, 1]
@@ -152,6 +196,11 @@ class SeededSampler(LogitsProcessor):
     def logprobs(self) -> torch.Tensor:
         """[B, T], one column for each token drawn so far; what stands behind a row's end means nothing."""
         return torch.stack(self._logprobs, dim=1)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Goes on with these rows of the batch alone."""
+        self._uniforms = self._uniforms[rows]
+        self._logprobs = [logprobs[rows] for logprobs in self._logprobs]
 
     def _draw(self, logits: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
         """[B, V] -> [B, 1]"""
@@ -166,8 +215,20 @@ class SeededSampler(LogitsProcessor):
             probs = keep_top_k(probs, sampling.top_k)
         if sampling.top_p < 1:
             probs = keep_top_p(probs, sampling.top_p)
-        step = len(self._logprobs)
-        return inverse_cdf(probs.to(self._precision), self._uniforms[:, step : step + 1])
+        return inverse_cdf(probs.to(self._precision), self._uniforms[:, self.drawn : self.drawn + 1])
+
+
+class HalfEnded(StoppingCriteria):
+    """Stops a batch once at least half of its rows have ended."""
+
+    def __init__(self, eos: Sequence[int], ids: torch.Tensor) -> None:
+        self._eos = torch.tensor(eos, device=ids.device)
+        self._ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """[B, L] -> [B], the same for all rows."""
+        self._ended |= torch.isin(input_ids[:, -1], self._eos)
+        return (2 * self._ended.sum() >= len(self._ended)).expand(len(self._ended))
 
 
 def uniforms(seeds: Sequence[int], count: int) -> torch.Tensor:
