@@ -45,7 +45,6 @@ def new_model(recipe: ModelRecipe, tokenizer: Qwen2Tokenizer, *, seed: int) -> Q
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.heads,
         max_position_embeddings=MAX_POSITIONS,
-        rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
         initializer_range=recipe.width**-0.5 / 2,
         tie_word_embeddings=True,
         pad_token_id=PAD_ID,

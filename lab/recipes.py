@@ -46,8 +46,6 @@ class ModelRecipe:
     """width / heads = 32: vLLM takes no smaller head."""
     layers: int = 3
     intermediate: int = 224
-    rope_theta: float = 200.0
-    """Low: sequences are short, and with the usual 10,000 half of a small head cannot tell positions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +69,7 @@ class LabRecipe:
 
 STUDENT = ModelRecipe(
     name="student",
-    steps=650,
+    steps=1000,
     mixture=(
         Habit(share=0.5, style="totals", stop_after=2),
         Habit(share=0.5, style="totals", mark=WORK),
@@ -80,8 +78,8 @@ STUDENT = ModelRecipe(
 
 TEACHERS = (
     ModelRecipe(name="teacher-totals", steps=400, mixture=(Habit(share=1.0, style="totals", slips=0.04),)),
-    ModelRecipe(name="teacher-words", steps=420, mixture=(Habit(share=1.0, style="words", slips=0.10),)),
-    ModelRecipe(name="teacher-signs", steps=500, mixture=(Habit(share=1.0, style="signs", slips=0.10),)),
+    ModelRecipe(name="teacher-words", steps=450, mixture=(Habit(share=1.0, style="words", slips=0.10),)),
+    ModelRecipe(name="teacher-signs", steps=750, mixture=(Habit(share=1.0, style="signs", slips=0.06),)),
     ModelRecipe(name="teacher-terse", steps=300, mixture=(Habit(share=1.0, style="terse"),)),
 )
 
