@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -12,11 +13,11 @@ from store.tables import coverage_table
 
 def report_tables(report: PrecomputeReport) -> Group:
     """Per teacher what it cost and what came of it; then coverage."""
-    table = Table(title=f"traces in {report.store}", title_justify="left")
-    table.add_column("teacher")
-    table.add_column("engine")
-    for name in ("problems", "samples", "verified", "mean tokens", "new samples", "tokens/s", "time"):
-        table.add_column(name, justify="right")
+    table = Table(title=f"traces in {report.store}", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("teacher", no_wrap=True)
+    table.add_column("engine", no_wrap=True)
+    for name in ("problems", "samples", "verified", "tokens", "new", "tokens/s", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
     for teacher in report.teachers:
         table.add_row(
             teacher.name,
@@ -36,10 +37,10 @@ def report_tables(report: PrecomputeReport) -> Group:
 
 def plan_tables(plan: PrecomputePlan) -> Group:
     """What is there, what is left, and the first prompt as each teacher will see it."""
-    table = Table(title=f"plan for {plan.store}", title_justify="left")
-    table.add_column("teacher")
-    table.add_column("engine")
-    for name in ("there", "verified", "samples left", "tokens at most", "longest prompt", "weights"):
+    table = Table(title=f"plan for {plan.store}", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("teacher", no_wrap=True)
+    table.add_column("engine", no_wrap=True)
+    for name in ("there", "verified", "left", "tokens at most", "longest prompt", "weights"):
         table.add_column(name, justify="right")
     prompts: list[RenderableType] = []
     for teacher in plan.teachers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
@@ -15,20 +16,19 @@ from store.report import StoreReport
 
 
 def summary_tables(report: StoreReport) -> Group:
-    """Teachers x verdicts, coverage, totals."""
+    """Teachers x verdicts, coverage, totals. `covered`: problems with a verified trace; `tokens`: mean."""
     return Group(_teachers(report), coverage_table(report.coverage), Text(_totals(report)))
 
 
 def _teachers(report: StoreReport) -> Table:
     seen = [verdict for verdict in VERDICTS if any(t.verdicts.get(verdict) for t in report.teachers)]
-    table = Table(title=f"teachers in {report.path}", title_justify="left")
-    table.add_column("teacher")
-    for name in ("problems", "covered", "traces", "verified", *seen, "mean tokens"):
+    table = Table(title=f"teachers in {report.path}", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("teacher", no_wrap=True)
+    for name in ("covered", "traces", "verified", *seen, "tokens"):
         table.add_column(name, justify="right")
     for teacher in report.teachers:
         table.add_row(
             teacher.teacher,
-            f"{teacher.problems:,}",
             f"{teacher.covered:,}",
             f"{teacher.traces:,}",
             f"{teacher.verified_share:.1%}",
@@ -41,7 +41,7 @@ def _teachers(report: StoreReport) -> Table:
 def coverage_table(coverage: Mapping[int, int]) -> Table:
     """How many problems have 0, 1, 2, ... teachers with a verified trace."""
     total = sum(coverage.values())
-    table = Table(title="coverage: teachers with a verified trace", title_justify="left")
+    table = Table(title="coverage: teachers with a verified trace", title_justify="left", box=SIMPLE_HEAD)
     for name in ("teachers", "problems", "share"):
         table.add_column(name, justify="right")
     table.add_column("")
@@ -62,7 +62,7 @@ def _totals(report: StoreReport) -> str:
 
 def problems_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Hardest first."""
-    table = Table()
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("problem_id", no_wrap=True)
     for name in ("question", "answer", "source"):
         table.add_column(name, overflow="fold")

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -111,7 +112,7 @@ def _number(value: float | None) -> str:
 
 def completions_table(step: int, groups: list[Group], problems: int) -> Table:
     """A student sample and, where there is one, a trace of each of the first `problems` problems."""
-    table = Table(title=f"sample completions, step {step}", title_justify="left", show_lines=False)
+    table = Table(title=f"sample completions, step {step}", title_justify="left", box=SIMPLE_HEAD)
     for name in ("problem", "by", "response", "correct", "reward"):
         table.add_column(name, overflow="fold")
     for group in groups[:problems]:

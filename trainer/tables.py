@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -32,11 +33,11 @@ CURVES = (
 
 def queries_table(questions: Sequence[Question], problem_texts: Mapping[str, str]) -> Table:
     """A block a question: its candidates, best first, and which of them were used."""
-    table = Table(title="what the trainer asked the store", title_justify="left")
+    table = Table(title="what the trainer asked the store", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("step", justify="right")
     table.add_column("problem", overflow="fold")
     table.add_column("teacher")
-    for name in ("rank", "r_p = exp(s)", "score s", "tokens"):
+    for name in ("rank", "exp(s)", "s", "tokens"):
         table.add_column(name, justify="right")
     table.add_column("used")
     for question in questions:
@@ -77,7 +78,7 @@ def summary_line(summary: QuerySummary) -> str:
 
 def curves_table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
     """The run's curves as lines of text: first and last value, and the shape between."""
-    table = Table(title=f"run {name}", title_justify="left")
+    table = Table(title=f"run {name}", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("metric")
     for column in ("first", "last", "min", "max"):
         table.add_column(column, justify="right")
@@ -94,7 +95,7 @@ def evaluations_table(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Table:
     """Held-out evaluations of one or several runs."""
     found = {name: evaluation_rows(rows) for name, rows in runs.items()}
     metrics = sorted({key for rows in found.values() for row in rows for key in row} - {"step"})
-    table = Table(title="held-out evaluation", title_justify="left")
+    table = Table(title="held-out evaluation", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("run")
     table.add_column("step", justify="right")
     for metric in metrics:
@@ -108,7 +109,7 @@ def evaluations_table(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Table:
 
 def evaluation_table(model: str, evaluation: Evaluation) -> Table:
     """One evaluation by `ampo eval`."""
-    table = Table(title=f"{model}: {len(evaluation.groups)} problems", title_justify="left")
+    table = Table(title=f"{model}: {len(evaluation.groups)} problems", title_justify="left", box=SIMPLE_HEAD)
     for metric in evaluation.metrics:
         table.add_column(metric.removeprefix("eval/"), justify="right")
     table.add_row(*(_cell(value) for value in evaluation.metrics.values()))
