@@ -44,9 +44,9 @@ def build(
 ) -> Path:
     """Builds the lab under `out` and returns the path of its card.
 
-    The same seed, recipe and number of torch threads give the same bits. `only` names the models to make
-    anew; the others keep their weights and their place on the card. Raises UserError for a name that no
-    model of the recipe has.
+    The same seed and recipe give the same bits on the same kind of processor. `only` names the models to
+    make anew; the others keep their weights and their place on the card. Raises UserError for a name that
+    no model of the recipe has.
     """
     chosen = _choose(recipe, only)
     console = console or Console(stderr=True)
@@ -55,10 +55,9 @@ def build(
         write_jsonl(out / "problems" / f"{name}.jsonl", chains)
     card = out / "models" / "card.json"
     rows = _rows_of(card) if only else {}
-    for model_recipe in chosen:
-        rows[model_recipe.name] = _make(
-            out / "models", model_recipe, recipe, sets, seed=seed, console=console
-        )
+    with _threads(recipe.threads):
+        for model in chosen:
+            rows[model.name] = _make(out / "models", model, recipe, sets, seed=seed, console=console)
     names = [model.name for model in recipe.models if model.name in rows]
     card.write_text(json.dumps({name: rows[name] for name in names}, indent=2) + "\n", encoding="utf-8")
     return card
@@ -97,7 +96,6 @@ def _make(
         "seed": seed,
         "steps": recipe.steps,
         "seconds": round(seconds, 1),
-        "threads": torch.get_num_threads(),
         "parameters": sum(weights.numel() for weights in model.parameters()),
         **_measure_all(model, tokenizer, lab, sets, seed=seed, has_skill=_hides_a_skill(recipe)),
     }
@@ -146,6 +144,16 @@ def save_model(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, path: Path) -
         tokenizer.save_pretrained(aside)
     shutil.rmtree(path, ignore_errors=True)
     aside.rename(path)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -65,6 +65,9 @@ class LabRecipe:
     models: tuple[ModelRecipe, ...]
     """The student first."""
     evaluation: Evaluation = Evaluation()
+    threads: int = 1
+    """Of torch. How a sum is split decides its last bits: with one, they do not hang on the number of cores,
+    and matrices this small gain little from a second."""
 
 
 STUDENT = ModelRecipe(
@@ -78,7 +81,7 @@ STUDENT = ModelRecipe(
 
 TEACHERS = (
     ModelRecipe(name="teacher-totals", steps=400, mixture=(Habit(share=1.0, style="totals", slips=0.04),)),
-    ModelRecipe(name="teacher-words", steps=450, mixture=(Habit(share=1.0, style="words", slips=0.10),)),
+    ModelRecipe(name="teacher-words", steps=900, mixture=(Habit(share=1.0, style="words", slips=0.08),)),
     ModelRecipe(name="teacher-signs", steps=750, mixture=(Habit(share=1.0, style="signs", slips=0.06),)),
     ModelRecipe(name="teacher-terse", steps=300, mixture=(Habit(share=1.0, style="terse"),)),
 )
