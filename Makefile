@@ -6,6 +6,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := cli.py store precompute trainer lab bench tests
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Waiting threads that spin starve everything else on a small machine.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help install demo test test-slow check lab clean
 
