@@ -25,6 +25,10 @@ def test_the_score_is_the_mean_log_probability_of_the_answer() -> None:
     assert found.tolist() == pytest.approx([math.log(0.25), math.log(0.25)])
 
 
+def test_a_mask_of_zeros_and_ones_is_a_mask() -> None:
+    assert comprehension_scores(LOGPROBS, MASK.long()).equal(comprehension_scores(LOGPROBS, MASK))
+
+
 def test_mean_prob_averages_probabilities_instead() -> None:
     # (1/2 + 1/8) / 2 = 0.3125; 0.25: no tie here.
     found = mean_probability_scores(LOGPROBS, MASK)

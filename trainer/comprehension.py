@@ -52,15 +52,15 @@ def comprehension_scores(logprobs: Tensor, answer_mask: Tensor) -> Tensor:
 
     Args:
         logprobs: [C, T], column t is the log-probability of token t.
-        answer_mask: [C, T] bool, true on the gold answer's tokens; at least one a row.
+        answer_mask: [C, T] bool (or 0 and 1), true on the gold answer's tokens; at least one a row.
 
     Returns:
         [C] float32, at most 0; `exp` of it is the paper's r_p, in (0, 1].
     """
-    if not bool(answer_mask.any(dim=1).all()):
+    mask = answer_mask.bool()
+    if not bool(mask.any(dim=1).all()):
         raise ValueError("a candidate has no answer token to score")
-    answer_logprobs = logprobs.float().masked_fill(~answer_mask, 0.0)
-    return answer_logprobs.sum(dim=1) / answer_mask.sum(dim=1)
+    return logprobs.float().masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1)
 
 
 def mean_probability_scores(logprobs: Tensor, answer_mask: Tensor) -> Tensor:
@@ -68,8 +68,9 @@ def mean_probability_scores(logprobs: Tensor, answer_mask: Tensor) -> Tensor:
 
     Shapes as `comprehension_scores`; the log keeps both scores on one scale and leaves the order as it is.
     """
-    probabilities = torch.exp(logprobs.float()).masked_fill(~answer_mask, 0.0)
-    return torch.log(probabilities.sum(dim=1) / answer_mask.sum(dim=1))
+    mask = answer_mask.bool()
+    probabilities = torch.exp(logprobs.float()).masked_fill(~mask, 0.0)
+    return torch.log(probabilities.sum(dim=1) / mask.sum(dim=1))
 
 
 SCORES = {"mean_logprob": comprehension_scores, "mean_prob": mean_probability_scores}

@@ -64,6 +64,7 @@ def group_advantages(rewards: Tensor, *, scale: str) -> Tensor:
     Returns:
         [N, G]; a group whose rewards are all equal gets zeros under either scale.
     """
+    rewards = rewards.float()
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
     if scale == "none":
@@ -203,4 +204,4 @@ def reduce_terms(terms: Tensor, response_mask: Tensor, weights: Tensor) -> Tenso
     Returns:
         scalar.
     """
-    return -(terms.masked_fill(~response_mask, 0.0) * weights.unsqueeze(1)).sum()
+    return -(terms.masked_fill(~response_mask.bool(), 0.0) * weights.unsqueeze(1)).sum()
