@@ -28,12 +28,16 @@ $(VENV)/.dev: $(VENV)/.base
 
 install: $(VENV)/.base ## set up .venv to use ampo
 
+DEMO := --config configs/lab.toml --set store.path=runs/demo/traces --set run.dir=runs/demo
+
 demo: $(VENV)/.base ## the main job on the bundled lab: teachers, store, training, evaluation, what was asked
-	@rm -rf runs/demo runs/demo-store
-	$(BIN)/ampo precompute teachers --config configs/lab.toml --set store.path=runs/demo-store
-	$(BIN)/ampo train --config configs/lab.toml --set store.path=runs/demo-store --set run.name=demo
-	$(BIN)/ampo inspect store queries runs/demo --limit 6
-	$(BIN)/ampo inspect run runs/demo --png runs/demo/curves.png
+	@rm -rf runs/demo
+	$(BIN)/ampo precompute teachers $(DEMO)
+	$(BIN)/ampo train $(DEMO) --set run.name=ampo
+	@echo; echo "the same without teachers: plain GRPO"
+	$(BIN)/ampo train $(DEMO) --set run.name=grpo --set guidance.trigger=never --set run.log_completions_every=0
+	$(BIN)/ampo inspect store queries runs/demo/ampo --limit 6
+	$(BIN)/ampo inspect run runs/demo/ampo runs/demo/grpo --png runs/demo/curves.png
 
 test: $(VENV)/.dev ## ruff, mypy and every test but the slow ones
 	@$(MAKE) --no-print-directory check

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from precompute.outcome import PrecomputePlan, PrecomputeReport, ProblemsSummary
-from store.tables import coverage_table
+from store.tables import coverage_table, plain_table
 
 
 def report_tables(report: PrecomputeReport) -> Group:
     """Per teacher what it cost and what came of it; then coverage."""
-    table = Table(title=f"traces in {report.store}", title_justify="left", box=SIMPLE_HEAD)
+    table = plain_table(f"traces in {report.store}")
     table.add_column("teacher", no_wrap=True)
     table.add_column("engine", no_wrap=True)
-    for name in ("problems", "samples", "verified", "tokens", "new", "tokens/s", "time"):
+    for name in ("problems", "samples", "verified", "tokens", "tokens/s", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     for teacher in report.teachers:
         table.add_row(
@@ -26,7 +24,6 @@ def report_tables(report: PrecomputeReport) -> Group:
             f"{teacher.samples:,}",
             f"{teacher.verified_share:.1%}",
             f"{teacher.mean_tokens:.1f}",
-            f"{teacher.new_samples:,}",
             f"{teacher.new_tokens / teacher.seconds:,.0f}" if teacher.new_tokens else "-",
             f"{teacher.seconds:.1f} s",
         )
@@ -37,7 +34,7 @@ def report_tables(report: PrecomputeReport) -> Group:
 
 def plan_tables(plan: PrecomputePlan) -> Group:
     """What is there, what is left, and the first prompt as each teacher will see it."""
-    table = Table(title=f"plan for {plan.store}", title_justify="left", box=SIMPLE_HEAD)
+    table = plain_table(f"plan for {plan.store}")
     table.add_column("teacher", no_wrap=True)
     table.add_column("engine", no_wrap=True)
     for name in ("there", "verified", "left", "tokens at most", "longest prompt", "weights"):

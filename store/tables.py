@@ -15,6 +15,11 @@ from store.records import VERDICTS
 from store.report import StoreReport
 
 
+def plain_table(title: str | None = None) -> Table:
+    """A table that fits 80 columns where it can: no frame, two blanks between columns."""
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+
+
 def summary_tables(report: StoreReport) -> Group:
     """Teachers x verdicts, coverage, totals. `covered`: problems with a verified trace; `tokens`: mean."""
     return Group(_teachers(report), coverage_table(report.coverage), Text(_totals(report)))
@@ -22,7 +27,7 @@ def summary_tables(report: StoreReport) -> Group:
 
 def _teachers(report: StoreReport) -> Table:
     seen = [verdict for verdict in VERDICTS if any(t.verdicts.get(verdict) for t in report.teachers)]
-    table = Table(title=f"teachers in {report.path}", title_justify="left", box=SIMPLE_HEAD)
+    table = plain_table(f"teachers in {report.path}")
     table.add_column("teacher", no_wrap=True)
     for name in ("covered", "traces", "verified", *seen, "tokens"):
         table.add_column(name, justify="right")
@@ -41,7 +46,7 @@ def _teachers(report: StoreReport) -> Table:
 def coverage_table(coverage: Mapping[int, int]) -> Table:
     """How many problems have 0, 1, 2, ... teachers with a verified trace."""
     total = sum(coverage.values())
-    table = Table(title="coverage: teachers with a verified trace", title_justify="left", box=SIMPLE_HEAD)
+    table = plain_table("coverage: teachers with a verified trace")
     for name in ("teachers", "problems", "share"):
         table.add_column(name, justify="right")
     table.add_column("")
@@ -62,7 +67,7 @@ def _totals(report: StoreReport) -> str:
 
 def problems_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Hardest first."""
-    table = Table(box=SIMPLE_HEAD)
+    table = plain_table()
     table.add_column("problem_id", no_wrap=True)
     for name in ("question", "answer", "source"):
         table.add_column(name, overflow="fold")

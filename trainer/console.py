@@ -7,7 +7,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -20,6 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from store.tables import plain_table
 from trainer.config import RunConfig
 from trainer.evaluation import Evaluation
 from trainer.groups import Group, Sample
@@ -112,7 +112,7 @@ def _number(value: float | None) -> str:
 
 def completions_table(step: int, groups: list[Group], problems: int) -> Table:
     """A student sample and, where there is one, a trace of each of the first `problems` problems."""
-    table = Table(title=f"sample completions, step {step}", title_justify="left", box=SIMPLE_HEAD)
+    table = plain_table(f"sample completions, step {step}")
     for name in ("problem", "by", "response", "correct", "reward"):
         table.add_column(name, overflow="fold")
     for group in groups[:problems]:

@@ -17,7 +17,7 @@ PANELS = (
     ("completions/mean_length", "response tokens"),
     ("store/queries", "problems asked for"),
 )
-"""Metric (or its beginning: one line for each metric that begins so) and the panel's title."""
+"""Metric and the panel's title; one that ends in @ stands for all metrics that begin so, a line each."""
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe-Ito: told apart by colour-blind readers too."""
@@ -51,7 +51,10 @@ def _colours(count: int) -> list[str]:
 
 
 def _draw(axes: Any, rows: Sequence[dict[str, Any]], metric: str, name: str, colour: str) -> None:
-    keys = sorted({key for row in rows for key in row if key == metric or key.startswith(metric)})
+    family = metric.endswith("@")
+    keys = sorted(
+        {key for row in rows for key in row if key == metric or (family and key.startswith(metric))}
+    )
     for key, style in zip(keys, ("-", "--", ":", "-."), strict=False):
         steps, values = curve(rows, key)
         label = f"{name} {key.removeprefix('eval/')}" if metric.endswith("@") else name

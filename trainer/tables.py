@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from store.tables import plain_table
 from trainer.evaluation import Evaluation
 from trainer.inspection import QuerySummary, Question, curve, evaluation_rows
 from trainer.plot import sparkline
@@ -33,7 +33,7 @@ CURVES = (
 
 def queries_table(questions: Sequence[Question], problem_texts: Mapping[str, str]) -> Table:
     """A block a question: its candidates, best first, and which of them were used."""
-    table = Table(title="what the trainer asked the store", title_justify="left", box=SIMPLE_HEAD)
+    table = plain_table("what the trainer asked the store")
     table.add_column("step", justify="right")
     table.add_column("problem", overflow="fold")
     table.add_column("teacher")
@@ -78,8 +78,8 @@ def summary_line(summary: QuerySummary) -> str:
 
 def curves_table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
     """The run's curves as lines of text: first and last value, and the shape between."""
-    table = Table(title=f"run {name}", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("metric")
+    table = plain_table(f"run {name}")
+    table.add_column("metric", no_wrap=True)
     for column in ("first", "last", "min", "max"):
         table.add_column(column, justify="right")
     table.add_column("curve")
@@ -87,7 +87,7 @@ def curves_table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
         _, values = curve(rows, metric)
         if values:
             ends = (values[0], values[-1], min(values), max(values))
-            table.add_row(metric, *(f"{value:.4g}" for value in ends), sparkline(values))
+            table.add_row(metric, *(f"{value:.3f}" for value in ends), sparkline(values, width=14))
     return table
 
 
@@ -95,7 +95,7 @@ def evaluations_table(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Table:
     """Held-out evaluations of one or several runs."""
     found = {name: evaluation_rows(rows) for name, rows in runs.items()}
     metrics = sorted({key for rows in found.values() for row in rows for key in row} - {"step"})
-    table = Table(title="held-out evaluation", title_justify="left", box=SIMPLE_HEAD)
+    table = plain_table("held-out evaluation")
     table.add_column("run")
     table.add_column("step", justify="right")
     for metric in metrics:
@@ -109,7 +109,7 @@ def evaluations_table(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Table:
 
 def evaluation_table(model: str, evaluation: Evaluation) -> Table:
     """One evaluation by `ampo eval`."""
-    table = Table(title=f"{model}: {len(evaluation.groups)} problems", title_justify="left", box=SIMPLE_HEAD)
+    table = plain_table(f"{model}: {len(evaluation.groups)} problems")
     for metric in evaluation.metrics:
         table.add_column(metric.removeprefix("eval/"), justify="right")
     table.add_row(*(_cell(value) for value in evaluation.metrics.values()))
