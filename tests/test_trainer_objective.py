@@ -124,27 +124,28 @@ def test_kl_is_zero_where_policies_agree_and_positive_elsewhere() -> None:
     assert kl_to_reference(log(0.5), log(0.25)).item() == pytest.approx(0.5 - math.log(0.5) - 1)
 
 
-LENGTHS = torch.tensor([2, 4, 3])
+LENGTHS = torch.tensor([2, 4, 5])
 TEACHER = torch.tensor([False, False, True])
 
 
 def test_counts_are_of_the_whole_step() -> None:
     assert count(LENGTHS, TEACHER, max_length=10) == StepCounts(
-        sequences=3, student_sequences=2, student_tokens=6, tokens=9, max_length=10
+        sequences=3, student_sequences=2, student_tokens=6, tokens=11, max_length=10
     )
 
 
 @pytest.mark.parametrize(
     ("loss_type", "expected"),
     [
-        # Teacher: 1 / (N * 3) = 1/9. Student: N_on / (N * T_on) = 2 / (3 * 6) = 1/9.
-        ("ampo", [1 / 9, 1 / 9, 1 / 9]),
-        # 1 / (3 * 10)
-        ("dr_grpo", [1 / 30] * 3),
-        # 1 / 9
-        ("dapo", [1 / 9] * 3),
-        # 1 / (3 * length)
-        ("grpo", [1 / 6, 1 / 12, 1 / 9]),
+        # N = 3, N_on = 2, T_on = 2 + 4 = 6, T = 11, L_max = 10: no two rules agree on all three sequences.
+        # Student: N_on / (N * T_on) = 2 / (3 * 6) = 1/9 whatever its length. Teacher: 1 / (N * 5) = 1/15.
+        ("ampo", [1 / 9, 1 / 9, 1 / 15]),
+        # 1 / (N * L_max) = 1 / (3 * 10)
+        ("dr_grpo", [1 / 30, 1 / 30, 1 / 30]),
+        # 1 / T
+        ("dapo", [1 / 11, 1 / 11, 1 / 11]),
+        # 1 / (N * length)
+        ("grpo", [1 / 6, 1 / 12, 1 / 15]),
     ],
 )
 def test_weights_of_a_sequences_tokens(loss_type: str, expected: list[float]) -> None:

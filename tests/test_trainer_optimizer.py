@@ -1,0 +1,117 @@
+"""The optimizer and its learning rate: schedules by hand, and who decays."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.config import TrainConfig
+from trainer.optimizer import learning_rate_at, make_optimizer, set_learning_rate
+
+
+def rates(steps: range, **changes: Any) -> list[float]:
+    config = TrainConfig(**{"learning_rate": 0.8, "warmup_steps": 4, "max_steps": 8, **changes})
+    return [learning_rate_at(step, config) for step in steps]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_warm_up_rises_in_equal_steps_to_the_learning_rate(schedule: str) -> None:
+    # 0.8 * (1/4, 2/4, 3/4, 4/4): the first step already learns.
+    assert rates(range(1, 5), lr_schedule=schedule) == pytest.approx([0.2, 0.4, 0.6, 0.8])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.8, 0.8, 0.8, 0.8]),
+        # Four steps are left after the warm-up; 0, 1/4, 2/4 and 3/4 of them lie behind: 0.8 * (1 - share).
+        ("linear", [0.8, 0.6, 0.4, 0.2]),
+        # 0.8 * (1 + cos(pi * share)) / 2, with cos(pi / 4) = sqrt(1/2).
+        ("cosine", [0.8, 0.4 * (1 + math.sqrt(0.5)), 0.4, 0.4 * (1 - math.sqrt(0.5))]),
+    ],
+)
+def test_the_schedule_after_the_warm_up(schedule: str, expected: list[float]) -> None:
+    assert rates(range(5, 9), lr_schedule=schedule) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_without_warm_up_the_first_step_has_the_whole_learning_rate(schedule: str) -> None:
+    assert rates(range(1, 2), lr_schedule=schedule, warmup_steps=0) == [0.8]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_run_that_ends_within_its_warm_up_only_rises(schedule: str) -> None:
+    # 0.8 * (1/4, 2/4)
+    assert rates(range(1, 3), lr_schedule=schedule, max_steps=2) == pytest.approx([0.2, 0.4])
+
+
+@given(
+    schedule=st.sampled_from(["constant", "linear", "cosine"]),
+    warmup=st.integers(0, 20),
+    after=st.integers(1, 50),
+)
+def test_every_step_learns_and_after_the_warm_up_the_rate_never_rises(
+    schedule: str, warmup: int, after: int
+) -> None:
+    last = warmup + after
+    found = rates(range(1, last + 1), lr_schedule=schedule, warmup_steps=warmup, max_steps=last)
+    assert all(0 < rate <= 0.8 * (1 + 1e-12) for rate in found)
+    assert found[warmup:] == sorted(found[warmup:], reverse=True)
+
+
+def test_matrices_decay_and_biases_and_norms_do_not() -> None:
+    model = tiny_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=0.1, weight_decay=0.5))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    # Without a gradient AdamW only decays: w * (1 - 0.1 * 0.5) = 0.95 w.
+    for name, parameter in model.named_parameters():
+        kept = 1.0 if name.endswith("bias") or "norm" in name else 0.95
+        torch.testing.assert_close(parameter.detach(), kept * before[name], msg=name)
+
+
+def test_every_weight_that_trains_stands_in_one_group_and_a_frozen_one_in_none() -> None:
+    model = tiny_model()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    optimizer = make_optimizer(model, TrainConfig())
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    trained = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    assert sorted(held) == sorted(trained)
+
+
+def test_a_model_of_matrices_alone_has_no_empty_group() -> None:
+    optimizer = make_optimizer(torch.nn.Linear(2, 2, bias=False), TrainConfig())
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("optim", "kind"),
+    [("adamw", "AdamW"), ("adamw_8bit", "AdamW8bit"), ("paged_adamw_8bit", "PagedAdamW8bit")],
+)
+def test_the_config_names_the_kind_and_its_constants(optim: str, kind: str) -> None:
+    config = TrainConfig(optim=optim, adam_beta1=0.7, adam_beta2=0.8, learning_rate=0.3)  # type: ignore[arg-type]
+    optimizer = make_optimizer(tiny_model(), config)
+    assert type(optimizer).__name__ == kind
+    for group in optimizer.param_groups:
+        assert (tuple(group["betas"]), group["lr"]) == ((0.7, 0.8), 0.3)
+
+
+def test_set_learning_rate_moves_every_group_and_the_next_step_uses_it() -> None:
+    model = torch.nn.Linear(1, 1)
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=1.0, weight_decay=0.0))
+    set_learning_rate(optimizer, 0.25)
+    before = [parameter.item() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    optimizer.step()
+    # Adam's first step has the length of the learning rate: m / sqrt(v) = 3 / 3 = 1.
+    after = [parameter.item() for parameter in model.parameters()]
+    assert after == pytest.approx([value - 0.25 for value in before], abs=1e-6)
