@@ -194,6 +194,7 @@ def evaluate(
 
     Example: `ampo eval lab/models/student --config configs/lab.toml --samples 8 --k 1,8`
     """
+    from trainer.console import ConsoleReporter
     from trainer.eval_model import evaluate_model
     from trainer.tables import evaluation_table
 
@@ -204,7 +205,9 @@ def evaluate(
         overrides.append(f"eval.samples={samples}")
     if k:
         overrides.append(f"eval.k=[{k}]")
-    evaluation = evaluate_model(_config(config, overrides))
+    settings = _config(config, overrides)
+    with ConsoleReporter(_console(stderr=True), settings.run) as reporter:
+        evaluation = evaluate_model(settings, reporter)
     if json_:
         _emit_json({"model": model, **evaluation.metrics})
     else:
@@ -251,13 +254,12 @@ def inspect_queries(
 
 def _problem_texts(config: Config) -> dict[str, str]:
     """Question texts for the table, where the store is still there to tell them."""
-    from store.errors import StoreError
     from store.trace_store import TraceStore
 
     try:
         with TraceStore(config.store.path) as store:
             return {problem.problem_id: problem.question for problem in store.problems()}
-    except StoreError:
+    except UserError:
         return {}
 
 
@@ -348,7 +350,10 @@ def inspect_run(
     from trainer.tables import curves_table, evaluations_table
 
     paths = runs or [str(latest_run("runs"))]
-    found = {open_run(path).root.name: open_run(path).metrics() for path in paths}
+    names = [open_run(path).root.name for path in paths]
+    # Two runs may have one name in two folders.
+    shown = names if len(set(names)) == len(names) else paths
+    found = {name: open_run(path).metrics() for name, path in zip(shown, paths, strict=True)}
     if png is not None:
         plot_runs(found, png)
     if _emit_rows([{"run": name, **row} for name, rows in found.items() for row in rows], json_, csv_):

@@ -12,6 +12,7 @@ UserError                    anything a user can mend: one line, exit code 2
     StoreBusyError           another process is writing
     RecipeChangedError       one teacher name, two generation recipes
   RunError                   a run directory: missing, foreign, or not resumable
+  TrainingError              a step that cannot be computed: out of memory, or not a number
 
 Every message is one line that names the culprit, its value and what would be right.
 """
@@ -63,3 +64,7 @@ class RecipeChangedError(StoreError):
 
 class RunError(UserError):
     """A run directory is missing, foreign, or cannot be resumed."""
+
+
+class TrainingError(UserError):
+    """A training step that cannot be computed; the message says what to change and where to go on."""

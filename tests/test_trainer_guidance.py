@@ -19,7 +19,7 @@ from store.trace_store import TraceStore
 from store.writer import StoreWriter
 from trainer.config import GuidanceConfig
 from trainer.groups import Group, Sample
-from trainer.guidance import Guide, check_teacher_ratio
+from trainer.guidance import Guide, check_tokenizers
 from trainer.objective import token_logprobs
 from trainer.policy import Policy
 from trainer.rewards import Judge
@@ -245,9 +245,9 @@ def test_the_teacher_ratio_trains_on_the_teachers_own_tokens(store: TraceStore, 
 
 def test_the_teacher_ratio_refuses_another_tokenizer_before_training() -> None:
     teachers = {"ada": teacher("ada"), "bob": teacher("bob", "other")}
-    check_teacher_ratio(teachers, "same", ["ada"])
+    check_tokenizers(teachers, "same", ["ada"])
     with pytest.raises(StoreError, match="'bob'"):
-        check_teacher_ratio(teachers, "same", [])
+        check_tokenizers(teachers, "same", [])
 
 
 def test_a_score_that_is_not_a_number_stops_and_names_the_culprit(store: TraceStore, judge: Judge) -> None:

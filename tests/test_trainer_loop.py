@@ -13,7 +13,8 @@ from conftest import tiny_model, tiny_tokenizer
 from run_examples import PROBLEMS, config_of, write_problems, write_store
 from safetensors.torch import load_file
 
-from store.errors import RunError, StoreError
+from store.errors import ConfigError, ProblemsError, RunError, StoreError, TrainingError
+from store.records import Problem
 from trainer import checkpoint
 from trainer.assemble import SilentReporter
 from trainer.loop import TrainReport, train
@@ -144,7 +145,8 @@ def test_what_a_killed_run_logged_past_its_checkpoint_is_written_anew(
 def test_a_run_that_is_done_does_nothing_more(straight: Path, world: Path, model_dir: Path) -> None:
     before = (straight / "metrics.jsonl").read_text()
     report = run(world, model_dir, run__name="straight")
-    assert (report.step, report.checkpoint) == (4, None)
+    assert (report.step, report.interrupted_by) == (4, None)
+    assert report.checkpoint == straight / "checkpoints" / "step-000004"
     assert (straight / "metrics.jsonl").read_text() == before
 
 
@@ -213,7 +215,7 @@ def test_memory_settings_may_change_on_resume(straight: Path, world: Path, model
 
 
 def test_resume_never_refuses_to_write_over_a_run(straight: Path, world: Path, model_dir: Path) -> None:
-    with pytest.raises(RunError, match=r"another run\.name"):
+    with pytest.raises(RunError, match="already holds a run"):
         run(world, model_dir, run__name="straight", resume="never")
 
 
@@ -261,3 +263,108 @@ def test_a_teacher_that_the_store_does_not_have_is_an_error_before_training(
     with pytest.raises(StoreError, match="'eve'"):
         run(world, model_dir, run__name="typo", guidance__teachers=["eve"])
     assert not (world / "runs" / "typo").exists()
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_is_done_again_from_the_start(
+    straight: Path, world: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "early"
+    shutil.copytree(straight, copy)
+    shutil.rmtree(copy / "checkpoints")
+    evaluated = {"step": 0, "eval/pass@1": 0.5}
+    (copy / "metrics.jsonl").write_text(json.dumps(evaluated) + "\n" + (copy / "metrics.jsonl").read_text())
+    run(world, model_dir, run__dir=str(tmp_path), run__name="early")
+    assert_same_run(straight, copy, 4)  # and the old evaluation of step 0 stands there no more
+
+
+def test_a_run_without_a_checkpoint_is_not_written_over_by_another_config(
+    straight: Path, world: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "early"
+    shutil.copytree(straight, copy)
+    shutil.rmtree(copy / "checkpoints")
+    before = (copy / "metrics.jsonl").read_text()
+    with pytest.raises(RunError, match=r"guidance.k = 2, now 1"):
+        run(world, model_dir, run__dir=str(tmp_path), run__name="early", guidance__k=1)
+    with pytest.raises(RunError, match="already holds a run"):
+        run(world, model_dir, run__dir=str(tmp_path), run__name="early", resume="never")
+    assert (copy / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        (
+            {"train__problems_per_step": 16, "train__mini_batch_problems": 16},
+            ProblemsError,
+            "only 12 problems",
+        ),
+        ({"rollout__max_completion_length": 510}, ConfigError, "512 positions"),
+        ({"run__dir": "/dev/null/x"}, RunError, "/dev/null"),
+        ({"problems__train": "empty"}, ProblemsError, "holds no problem"),
+        ({"problems__train": "senseless"}, ProblemsError, "no gold answer"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_first_step_and_leaves_nothing(
+    changes: dict[str, Any], error: type[Exception], said: str, world: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    files = {"empty": tmp_path / "empty.jsonl", "senseless": tmp_path / "senseless.jsonl"}
+    files["empty"].write_text("")
+    files["senseless"].write_text('{"question": "q", "answer": "\\\\frac{"}\n')
+    for key, value in changes.items():
+        changes[key] = str(files[value]) if value in files else value
+    with pytest.raises(error, match=said):
+        run(world, model_dir, **{"run__name": "impossible", **changes})
+    assert not (world / "runs" / "impossible").exists()
+
+
+def test_a_store_that_knows_no_problem_is_warned_of(world: Path, model_dir: Path, tmp_path: Path) -> None:
+    others = [Problem(question=f"{n}-0", answer=str(n)) for n in range(8)]
+    write_problems(tmp_path / "others.jsonl", others)
+    reporter = SilentReporter()
+    settings = config_of(
+        world,
+        model_dir,
+        problems__train=str(tmp_path / "others.jsonl"),
+        run__dir=str(tmp_path),
+        train__max_steps=1,
+    )
+    train(settings, reporter=reporter)
+    assert any("is it the right store?" in warning for warning in reporter.warnings)
+
+
+def test_a_checkpoint_that_cannot_be_written_says_so_and_leaves_the_older_ones(
+    straight: Path, world: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.save", full)
+        with pytest.raises(RunError, match="older checkpoints are whole"):
+            run(world, model_dir, run__name="full", run__save_every=1)
+    folder = world / "runs" / "full" / "checkpoints"
+    assert list(folder.iterdir()) == []
+    assert run(world, model_dir, run__name="full").step == 4
+
+
+def test_a_loss_that_is_not_a_number_names_step_and_checkpoint(
+    world: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TrainingError, match=r"step \d+: .*not finite.*learning_rate"):
+        run(world, model_dir, run__name="nan", train__learning_rate=1e20, train__max_grad_norm=1e30)
+
+
+def test_a_student_with_invalid_sampling_defaults_can_be_saved(world: Path, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "do_sample": False, "temperature": 0.6}))
+    report = run(world, tmp_path / "model", run__dir=str(tmp_path / "runs"), train__max_steps=1)
+    assert report.checkpoint is not None
+
+
+def test_the_teacher_ratio_checks_every_trace_before_the_first_step(world: Path, model_dir: Path) -> None:
+    with pytest.raises(StoreError, match="needs the student's tokenizer"):
+        run(world, model_dir, run__name="ratio", guidance__ratio="teacher")
+    assert not (world / "runs" / "ratio").exists()

@@ -55,8 +55,14 @@ def sequences(seed: int, *, teacher_logprobs: bool = False) -> list[TrainSequenc
     return found
 
 
-def gradient(made: Updater) -> torch.Tensor:
-    return torch.cat([parameter.grad.flatten() for parameter in made.policy.model.parameters()])
+def keep_gradient(made: Updater) -> list[torch.Tensor]:
+    """Filled by the next optimizer step, which frees the gradients themselves."""
+    kept: list[torch.Tensor] = []
+    parameters = list(made.policy.model.parameters())
+    made.optimizer.register_step_pre_hook(
+        lambda *_: kept.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+    )
+    return kept
 
 
 @given(
@@ -77,8 +83,9 @@ def test_loss_and_gradient_do_not_depend_on_the_micro_batch_budget(
             ratio=ratio,
         )
         old = [torch.full((len(row.response_ids),), -2.0) for row in rows]
+        kept = keep_gradient(made)
         reports.append(made.optimizer_step(rows, old))
-        gradients.append(gradient(made))
+        gradients += kept
     assert reports[1].loss == pytest.approx(reports[0].loss, rel=1e-5, abs=1e-7)
     assert reports[1].grad_norm == pytest.approx(reports[0].grad_norm, rel=1e-5)
     assert reports[1].entropy == pytest.approx(reports[0].entropy, rel=1e-5)
@@ -87,28 +94,35 @@ def test_loss_and_gradient_do_not_depend_on_the_micro_batch_budget(
 
 
 def test_the_loss_of_a_step_by_hand() -> None:
-    # On the first optimizer step rho = 1, so a student token's term is A. One student sequence of 2 tokens
-    # with A = 0.5 and one of 4 with A = -0.25, no teacher, no entropy bonus; N = 2, T = 6.
-    # ampo: weights N_on / (N T_on) = 2 / (2 * 6) = 1/6: -(2 * 0.5 - 4 * 0.25) / 6 = 0.
-    # grpo: -(0.5 - 0.25) / 2 = -0.125.   dr_grpo: -(1 - 1) / (2 * 32) = 0.
+    # On the first optimizer step rho = 1, so a student token's term is A: 2 tokens of 0.5, 4 of -0.1. With
+    # gamma = 1e-9, f(pi) = 1, so the trace's 5 tokens have the term A = 0.3. No entropy bonus. N = 3,
+    # N_on = 2, T_on = 6, T = 11, L_max = 32; the sum of all terms is 1.0 - 0.4 + 1.5 = 2.1.
+    # ampo:    -(1/3) * (0.3 + 2/6 * (1.0 - 0.4)) = -0.5 / 3
+    # dapo:    -2.1 / 11      dr_grpo: -2.1 / (3 * 32)      grpo: -(0.5 - 0.1 + 0.3) / 3 = -0.7 / 3
     rows = [
         TrainSequence(prompt_ids=(2,), response_ids=(9, 1), advantage=0.5, is_teacher=False),
-        TrainSequence(prompt_ids=(2,), response_ids=(9, 8, 7, 1), advantage=-0.25, is_teacher=False),
+        TrainSequence(prompt_ids=(2,), response_ids=(9, 8, 7, 1), advantage=-0.1, is_teacher=False),
+        TrainSequence(prompt_ids=(2,), response_ids=(9, 8, 7, 6, 1), advantage=0.3, is_teacher=True),
     ]
-    for loss_type, expected in [("ampo", 0.0), ("grpo", -0.125), ("dr_grpo", 0.0)]:
+    expected_losses = {"ampo": -0.5 / 3, "dapo": -2.1 / 11, "dr_grpo": -2.1 / 96, "grpo": -0.7 / 3}
+    for loss_type, expected in expected_losses.items():
         train = TrainConfig(loss_type=loss_type, entropy_coef=0.0)  # type: ignore[arg-type]
-        assert updater(train).optimizer_step(rows).loss == pytest.approx(expected, abs=1e-6)
+        made = updater(train)
+        made.guidance = GuidanceConfig(gamma=1e-9)
+        assert made.optimizer_step(rows).loss == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_long_trace_beside_another_long_one_weighs_as_much_as_alone() -> None:
-    # The published code divides by the micro-batch's tokens, so a packed trace weighs up to nine times less.
-    made = updater(TrainConfig(entropy_coef=0.0))
-    long_one = TrainSequence(prompt_ids=(2,), response_ids=(9,) * 20, advantage=1.0, is_teacher=True)
-    short = TrainSequence(prompt_ids=(2,), response_ids=(9,), advantage=1.0, is_teacher=True)
-    pair_cut = updater(TrainConfig(entropy_coef=0.0, max_tokens_per_microbatch=1))
-    together = made.optimizer_step([long_one, long_one, short])
-    apart = pair_cut.optimizer_step([long_one, long_one, short])
-    assert apart.loss == pytest.approx(together.loss, rel=1e-5)
+def test_a_long_trace_beside_another_long_one_weighs_as_much_as_beside_a_short_one() -> None:
+    # The published code divides by the micro-batch's tokens, so a trace packed beside a long one weighs less.
+    # Here each of N = 2 traces adds f * A / 2, f = 1: with A = 1 and A = 0 the loss is -0.5 in both cases.
+    first = TrainSequence(prompt_ids=(2,), response_ids=(9,) * 20, advantage=1.0, is_teacher=True)
+    for other_length in (1, 20):
+        other = TrainSequence(
+            prompt_ids=(2,), response_ids=(9,) * other_length, advantage=0.0, is_teacher=True
+        )
+        made = updater(TrainConfig(entropy_coef=0.0))
+        made.guidance = GuidanceConfig(gamma=1e-12)
+        assert made.optimizer_step([first, other]).loss == pytest.approx(-0.5, rel=1e-3)
 
 
 def sample(reward: float, *, trace_id: str | None = None) -> Sample:
@@ -198,7 +212,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update() -> None:
     made = updater(TrainConfig())
     before = [parameter.clone() for parameter in made.policy.model.parameters()]
     row = replace(sequences(0)[0], advantage=float("nan"))
-    with pytest.raises(FloatingPointError, match="nothing was updated"):
+    with pytest.raises(FloatingPointError, match="not taken"):
         made.optimizer_step([row])
     assert all(torch.equal(a, b) for a, b in zip(before, made.policy.model.parameters(), strict=True))
 

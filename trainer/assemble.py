@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +14,20 @@ from precompute.engines.transformers_engine import TransformersEngine
 from precompute.problems import load_problems, split_by_gold
 from precompute.prompts import tokenizer_fingerprint
 from precompute.verify import Verifier
-from store.errors import ConfigError, StoreError
+from store.errors import ConfigError, ProblemsError, StoreError
 from store.records import Problem, content_hash
+from store.report import problem_rows
 from store.trace_store import TraceStore
 from trainer.config import Config
 from trainer.evaluation import Evaluation
 from trainer.groups import Group
-from trainer.guidance import Guide, check_teacher_ratio
+from trainer.guidance import Guide, check_tokenizers
 from trainer.optimizer import make_optimizer
 from trainer.policy import Policy, load_policy
 from trainer.rewards import Judge
 from trainer.rollout import Prompt, demanded_form, student_prompts
 from trainer.run_files import RunFiles
+from trainer.schedule import problems_of_step
 from trainer.step import Updater
 
 
@@ -36,6 +39,8 @@ class TrainReporter(Protocol):
     def stepped(self, row: dict[str, Any], groups: list[Group]) -> None: ...
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None: ...
+
+    def sampling(self, label: str, done: int, total: int) -> None: ...
 
     def saved(self, path: Path) -> None: ...
 
@@ -55,6 +60,9 @@ class SilentReporter:
         pass
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        pass
+
+    def sampling(self, label: str, done: int, total: int) -> None:
         pass
 
     def saved(self, path: Path) -> None:
@@ -95,15 +103,17 @@ def assemble(
     held_out = usable_problems(config, "eval", verifier, reporter) if config.eval.every else []
     store = open_store(config, stack)
     policy = load_policy(config.student, temperature=config.rollout.temperature, weights=weights)
-    if store is not None and config.guidance.ratio == "teacher":
-        check_teacher_ratio(
-            store.teachers(), tokenizer_fingerprint(policy.tokenizer), config.guidance.teachers
-        )
+    train_prompts = fitting_prompts(config, problems, policy, reporter)
+    eval_prompts = fitting_prompts(config, held_out, policy, reporter) if held_out else []
+    check_plan(config, train_prompts, eval_prompts, policy.model.config, reporter)
     judge = Judge(
         verifier,
         answer_form=demanded_form(config.student, problems),
         format_weight=config.train.format_weight,
     )
+    guide = make_guide(config, store, policy, judge)
+    if store is not None:
+        check_store(config, store, guide, train_prompts, reporter)
     optimizer = make_optimizer(policy.model, config.train)
     return Parts(
         config=config,
@@ -112,7 +122,7 @@ def assemble(
         optimizer=optimizer,
         engine=TransformersEngine(policy.model, policy.tokenizer, batch_size=config.rollout.batch_size),
         judge=judge,
-        guide=make_guide(config, store, policy, judge),
+        guide=guide,
         updater=Updater(
             policy,
             optimizer,
@@ -121,11 +131,60 @@ def assemble(
             max_completion_length=config.rollout.max_completion_length,
             reference=_reference(config),
         ),
-        train_prompts=_fitting_prompts(config, problems, policy, reporter),
-        eval_prompts=_fitting_prompts(config, held_out, policy, reporter) if held_out else [],
+        train_prompts=train_prompts,
+        eval_prompts=eval_prompts,
         problems_fingerprint=content_hash([problem.problem_id for problem in problems]),
         reporter=reporter,
     )
+
+
+def check_plan(
+    config: Config,
+    train_prompts: Sequence[Prompt],
+    eval_prompts: Sequence[Prompt],
+    model_config: Any,
+    reporter: TrainReporter,
+) -> None:
+    """What would otherwise end a run in the middle: too few problems, or prompts and responses too long."""
+    per_step, rollout = config.train.problems_per_step, config.rollout
+    problems_of_step(train_prompts, step=1, per_step=per_step, seed=config.train.seed)
+    longest = max(len(prompt.ids) for prompt in (*train_prompts, *eval_prompts))
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest + rollout.max_completion_length > positions:
+        room = max(positions - longest, 0)
+        raise ConfigError(
+            f"rollout.max_completion_length = {rollout.max_completion_length} and a {longest}-token prompt "
+            f"exceed the student's {positions} positions; set it to {room} at most"
+        )
+    if rollout.top_p < 1 or rollout.top_k > 0:
+        reporter.warned(
+            "rollout.top_p below 1 or top_k above 0: sampler and trainer differ, the ratio is biased"
+        )
+
+
+def check_store(
+    config: Config, store: TraceStore, guide: Guide, prompts: Sequence[Prompt], reporter: TrainReporter
+) -> None:
+    """Warns when the store knows none of the problems; refuses traces that `ratio = "teacher"` cannot use."""
+    if config.guidance.ratio == "teacher":
+        fingerprint = tokenizer_fingerprint(guide.policy.tokenizer)
+        check_tokenizers(store.teachers(), fingerprint, config.guidance.teachers)
+        guide.check_teacher_ratio(prompts)
+    if not covered(store, [prompt.problem for prompt in prompts], config):
+        reporter.warned(f"{store.path} has no verified trace of any training problem: is it the right store?")
+    for part in store.damaged:
+        reporter.warned(f"{part.part} cannot be read ({part.reason}); its traces are left out")
+
+
+def covered(store: TraceStore, problems: Sequence[Problem], config: Config) -> int:
+    """How many of the problems have a verified trace of a teacher that may be asked."""
+    wanted = set(config.guidance.teachers) or None
+    solved = {
+        row["problem_id"]
+        for row in problem_rows(store)
+        if set(row["teachers"]) & (wanted or set(row["teachers"]))
+    }
+    return sum(problem.problem_id in solved for problem in problems)
 
 
 def make_guide(config: Config, store: TraceStore | None, policy: Policy, judge: Judge) -> Guide:
@@ -170,12 +229,15 @@ def usable_problems(config: Config, which: str, verifier: Verifier, reporter: Tr
         reporter.warned(
             f"{path}: gold answer {problem.answer!r} of {problem.problem_id} cannot be parsed; left out"
         )
+    if not usable:
+        raise ProblemsError(f"{path}: no gold answer of its problems can be parsed")
     return list(usable)
 
 
-def _fitting_prompts(
+def fitting_prompts(
     config: Config, problems: list[Problem], policy: Policy, reporter: TrainReporter
 ) -> list[Prompt]:
+    """The problems as the student sees them; those whose prompts are too long are reported and left out."""
     prompts, too_long = student_prompts(
         problems,
         policy.tokenizer,

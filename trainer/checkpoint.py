@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from store.errors import RunError
 from trainer.config import Config
@@ -38,7 +39,7 @@ MAY_CHANGE = {
     "student": {"device", "gradient_checkpointing"},
 }
 """Sections (None: whole) and keys that may differ on resume: they do not change what a step computes.
-A schedule that runs down to max_steps is the exception, see `_differences`."""
+A schedule that runs down to max_steps is the exception, see `differences`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,32 +63,47 @@ def save(
     target = folder / step_name(state.step)
     aside = folder / f".tmp-{target.name}"
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        clear_leftovers(folder)
         aside.mkdir(parents=True)
         _write(aside, policy, optimizer, state)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            _remove(target)
         aside.rename(target)
         _sync(folder)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
+        raise RunError(f"cannot save {target}: {reason}; older checkpoints are whole") from error
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise RunError(
-            f"cannot save {target}: {error.strerror or error}; older checkpoints are whole"
-        ) from error
     for old in checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(old)
+        _remove(old)
     return target
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Removes what a killed save or removal left behind."""
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Renames first: a removal that is killed half-way must not leave what looks whole."""
+    gone = checkpoint.with_name(f".tmp-old-{checkpoint.name}")
+    checkpoint.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _write(aside: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
     policy.model.save_pretrained(aside)
     policy.tokenizer.save_pretrained(aside)
-    torch.save({"optimizer": optimizer.state_dict(), "generators": _generators()}, aside / "optimizer.pt")
-    body = {
+    body = {"optimizer": optimizer.state_dict(), "generators": _generators(policy.device)}
+    torch.save(body, aside / "optimizer.pt")
+    described = {
         "step": state.step,
         "problems_fingerprint": state.problems_fingerprint,
         "config": dict(state.config),
     }
-    (aside / "state.json").write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+    (aside / "state.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     for file in aside.iterdir():
         _sync(file)
     _sync(aside)
@@ -101,9 +117,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _generators() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+def _generators(device: torch.device) -> dict[str, torch.Tensor]:
+    """torch's generators of the CPU and of the student's device."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -127,17 +146,18 @@ def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, device
     """Loads the optimizer's state and torch's generators."""
     saved = torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True)
     optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["generators"]["cpu"].cpu())
-    if torch.cuda.is_available() and saved["generators"]["cuda"]:
-        torch.cuda.set_rng_state_all([state.cpu() for state in saved["generators"]["cuda"]])
+    generators = saved["generators"]
+    torch.set_rng_state(generators["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in generators:
+        torch.cuda.set_rng_state(generators["cuda"].cpu(), device)
 
 
 def check_resumable(state: TrainState, config: Config, problems_fingerprint: str, checkpoint: Path) -> None:
     """RunError, with the difference, when going on would not be the same run."""
-    differences = _differences(state.config, config)
-    if differences:
+    changed = differences(state.config, config)
+    if changed:
         raise RunError(
-            f"{checkpoint} was trained with {'; '.join(differences)}. "
+            f"{checkpoint} was trained with {'; '.join(changed)}. "
             f"Set it back, or start anew under another run.name"
         )
     if state.problems_fingerprint != problems_fingerprint:
@@ -151,7 +171,8 @@ def check_resumable(state: TrainState, config: Config, problems_fingerprint: str
         )
 
 
-def _differences(saved: Mapping[str, Any], config: Config) -> list[str]:
+def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
+    """`section.key = saved, now other` for every key whose change would make another run of it."""
     now = config.model_dump(mode="json")
     found = []
     for section, keys in saved.items():

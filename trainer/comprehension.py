@@ -69,8 +69,9 @@ def mean_probability_scores(logprobs: Tensor, answer_mask: Tensor) -> Tensor:
     Shapes as `comprehension_scores`; the log keeps both scores on one scale and leaves the order as it is.
     """
     mask = answer_mask.bool()
-    probabilities = torch.exp(logprobs.float()).masked_fill(~mask, 0.0)
-    return torch.log(probabilities.sum(dim=1) / mask.sum(dim=1))
+    # In logs throughout: a probability of e^-200 would underflow to 0.
+    total = torch.logsumexp(logprobs.float().masked_fill(~mask, -torch.inf), dim=1)
+    return total - torch.log(mask.sum(dim=1))
 
 
 SCORES = {"mean_logprob": comprehension_scores, "mean_prob": mean_probability_scores}

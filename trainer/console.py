@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +12,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -24,6 +24,9 @@ from trainer.config import RunConfig
 from trainer.evaluation import Evaluation
 from trainer.groups import Group, Sample
 from trainer.run_files import logger
+
+LARGE_CUT_SHARE = 0.25
+"""A warning is due when a larger share of the samples is cut."""
 
 LONGEST_CELL = 220
 """Characters of a response that a table shows; the run's rollouts hold all of it."""
@@ -37,7 +40,7 @@ class ConsoleReporter:
         self.config = config
         self.max_steps = 0
         self._progress = Progress(
-            TextColumn("[bold]training"),
+            TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
@@ -47,7 +50,7 @@ class ConsoleReporter:
             console=console,
             disable=not console.is_terminal,
         )
-        self._started = time.monotonic()
+        self._sampling: TaskID | None = None
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -61,7 +64,7 @@ class ConsoleReporter:
     def started(self, *, run: Path, step: int, max_steps: int) -> None:
         """Says where the run is and from which step it goes on."""
         self.max_steps = max_steps
-        self._task = self._progress.add_task("train", total=max_steps, completed=step, note="")
+        self._task = self._progress.add_task("training", total=max_steps, completed=step, note="")
         begins = f"going on after step {step}" if step else "from the start"
         self._say(f"run {run}: {begins}, to step {max_steps}")
 
@@ -69,6 +72,11 @@ class ConsoleReporter:
         """The live line, and every n steps a table of sample completions."""
         self._progress.update(self._task, completed=row["step"], note=f"solved {row['accuracy']:.0%}")
         self._say(step_line(row, self.max_steps))
+        cut = row["completions/clipped_ratio"]
+        if cut > LARGE_CUT_SHARE:
+            self.warned(
+                f"{cut:.0%} of the samples reached rollout.max_completion_length; none of them can be right"
+            )
         every = self.config.log_completions_every
         if every and row["step"] % every == 0:
             self.console.print(completions_table(row["step"], groups, self.config.num_completions_to_print))
@@ -81,7 +89,21 @@ class ConsoleReporter:
             f"({len(evaluation.groups)} problems x {evaluation.samples} samples)"
         )
 
+    def sampling(self, label: str, done: int, total: int) -> None:
+        """A bar below the run's while samples are drawn; nothing where there is no terminal."""
+        if self._sampling is None:
+            self._sampling = self._progress.add_task(label, total=total, note="")
+        self._progress.update(
+            self._sampling,
+            description=label,
+            completed=done,
+            total=total,
+            note="samples",
+            visible=done < total,
+        )
+
     def saved(self, path: Path) -> None:
+        """Says where the checkpoint is."""
         self._say(f"saved {path}")
 
     def warned(self, text: str) -> None:

@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from precompute.verify import Verifier
-from trainer.assemble import SilentReporter, open_store, usable_problems
+from trainer.assemble import SilentReporter, check_plan, covered, open_store, usable_problems
 from trainer.checkpoint import checkpoints
 from trainer.config import Config
-from trainer.estimate import Estimate, estimate, measured_flops, shape_of
+from trainer.estimate import Estimate, estimate, load_model_config, measured_flops, shape_of
 from trainer.policy import compute_dtype, load_tokenizer, pick_device
 from trainer.rollout import demanded_form, student_prompts
 from trainer.run_files import step_of
@@ -35,17 +35,18 @@ def dry_run_of(config: Config) -> Group:
         problems = usable_problems(config, "train", verifier, reporter)
         held_out = usable_problems(config, "eval", verifier, reporter) if config.eval.every else []
         store = open_store(config, stack)
-        covered = _covered(store.candidates([p.problem_id for p in problems]) if store else {})
+        known = None if store is None else covered(store, problems, config)
     tokenizer = load_tokenizer(config.student.model, config.student.revision)
     prompts, too_long = student_prompts(
         problems, tokenizer, config.student, max_prompt_length=config.rollout.max_prompt_length
     )
+    check_plan(config, prompts, [], load_model_config(config.student), reporter)
     form = demanded_form(config.student, problems)
     lines = [
         *(f"warning: {warning}" for warning in reporter.warnings),
         f"{len(prompts)} training problems ({too_long} too long), {len(held_out)} held out",
         f"final answers in the form {form}",
-        "no store is asked" if store is None else f"{covered} problems have a verified trace in the store",
+        "no store is asked" if known is None else f"{known} problems have a verified trace in the store",
         _start_line(config),
     ]
     return Group(
@@ -54,11 +55,6 @@ def dry_run_of(config: Config) -> Group:
         Text(escape(prompts[0].text), style="cyan"),
         estimate_table(config),
     )
-
-
-def _covered(candidates: object) -> int:
-    assert isinstance(candidates, dict)
-    return sum(bool(traces) for traces in candidates.values())
 
 
 def _start_line(config: Config) -> str:
@@ -71,7 +67,7 @@ def _start_line(config: Config) -> str:
 
 def estimate_table(config: Config) -> Table:
     """Memory by part, the peak, and a lower bound of a step's time on this device."""
-    shape = shape_of(config.student.model, config.student.revision)
+    shape = shape_of(load_model_config(config.student))
     device = pick_device(config.student.device)
     dtype = compute_dtype(config.student, device)
     found = estimate(

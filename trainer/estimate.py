@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from store.errors import EngineError
-from trainer.config import Config
+from trainer.config import Config, StudentConfig
 from trainer.policy import LOGITS_PER_CHUNK, pick_device
 
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
@@ -26,6 +26,7 @@ class ModelShape:
     """What memory and time depend on."""
 
     parameters: int
+    vocabulary: int
     layers: int
     hidden: int
     kv_width: int
@@ -43,25 +44,30 @@ class Estimate:
     @property
     def peak(self) -> int:
         """Sampling and updating never overlap: the larger of the two on top of what always stays."""
-        stays = sum(self.memory[part] for part in ("weights", "optimizer", "reference"))
+        stays = sum(self.memory[part] for part in ("weights", "optimizer", "reference", "narrow weights"))
         update = sum(self.memory[part] for part in ("gradients", "activations", "logits"))
         return stays + max(update, self.memory["kv cache"])
 
 
-def shape_of(model: str, revision: str | None) -> ModelShape:
-    """Reads the model's config and counts its parameters without making them."""
+def load_model_config(student: StudentConfig) -> Any:
+    """The model's own config; EngineError when there is none."""
     try:
-        config: Any = AutoConfig.from_pretrained(model, revision=revision)
-        with torch.device("meta"):
-            skeleton: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        return AutoConfig.from_pretrained(student.model, revision=student.revision)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise EngineError(f"student.model = {model!r} cannot be loaded: {first}") from error
+        raise EngineError(f"student.model = {student.model!r} cannot be loaded: {first}") from error
+
+
+def shape_of(config: Any) -> ModelShape:
+    """Counts the parameters of a model config without making them."""
+    with torch.device("meta"):
+        skeleton: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return ModelShape(
         parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
+        vocabulary=text.vocab_size,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         kv_width=heads * size,
@@ -87,8 +93,10 @@ def estimate(config: Config, shape: ModelShape, *, flops: float, bytes_per_value
         "optimizer": OPTIMIZER_BYTES[train.optim] * shape.parameters,
         "reference": 4 * shape.parameters if train.beta else 0,
         "activations": tokens * shape.hidden * bytes_per_value * (17 * layers + kept),
-        "logits": 3 * 4 * LOGITS_PER_CHUNK,
-        "kv cache": rows * longest * 2 * shape.layers * shape.kv_width * bytes_per_value,
+        "logits": 3 * 4 * min(LOGITS_PER_CHUNK, tokens * shape.vocabulary),
+        # Keys and values come out of autocast in float32, and autocast keeps a narrow copy of the weights.
+        "kv cache": rows * longest * 2 * shape.layers * shape.kv_width * 4,
+        "narrow weights": bytes_per_value * shape.parameters if bytes_per_value < 4 else 0,
     }
     responses = train.problems_per_step * rollout.num_generations
     passes = 8 if config.student.gradient_checkpointing else 6

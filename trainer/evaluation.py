@@ -5,7 +5,7 @@ pass@k = 1 - C(n - c, k) / C(n, k)      with c of n samples correct (Chen et al.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import comb
 
@@ -70,10 +70,13 @@ def evaluate(
     samples: int,
     k: Sequence[int],
     seed: int,
+    on_sample: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Samples and judges `samples` responses of each prompt. The same seed draws the same samples again,
     so that two evaluations differ by the policy alone."""
-    groups = sample_groups(engine, judge, prompts, sampling, samples=samples, seed=seed, key="eval")
+    groups = sample_groups(
+        engine, judge, prompts, sampling, samples=samples, seed=seed, key="eval", on_sample=on_sample
+    )
     correct = [sum(sample.is_correct for sample in group.samples) for group in groups]
     everything = [sample for group in groups for sample in group.samples]
     return Evaluation(

@@ -31,7 +31,7 @@ class Sample:
     reward: float
     """R = (1 - w_f) * correct + w_f * format."""
     logprobs: tuple[float, ...] | None = None
-    """[T]: the sampler's for a student sample, the teacher's for a trace under `ratio = "teacher"`."""
+    """[T]: the teacher's, for a trace under `ratio = "teacher"`; None elsewhere."""
     trace_id: str | None = None
     """None for the student's own."""
     teacher: str | None = None
@@ -50,6 +50,8 @@ class Group:
     """[P]"""
     samples: tuple[Sample, ...]
     """[G], the student's own, as sampled."""
+    opens_think: bool = False
+    """The prompt ends inside a `<think>` block, so a response begins as thought."""
     guidance: Mapping[int, Sample] = field(default_factory=dict)
     """place (0..G-1) -> the trace that trains there instead of the student's sample."""
 

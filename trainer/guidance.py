@@ -17,7 +17,6 @@ from typing import Protocol
 
 import torch
 
-from precompute.solution import closing, find_answer, to_form
 from store.errors import StoreError
 from store.records import TeacherRecord, Trace
 from trainer.batch import fill, pad
@@ -26,7 +25,8 @@ from trainer.config import GuidanceConfig
 from trainer.groups import TRIGGERS, Group, Sample, guidance_size, place_guidance
 from trainer.policy import Policy
 from trainer.rewards import Judge
-from trainer.rollout import seed_of
+from trainer.rollout import Prompt, seed_of
+from trainer.student_form import in_students_form
 
 
 class CandidateStore(Protocol):
@@ -123,9 +123,11 @@ class Guide:
             tokens=self.config.ratio == "teacher",
         )
         latency_ms = (time.perf_counter() - started) * 1000
+        thinking = {group.problem.problem_id: group.opens_think for group in asked}
         fitting: dict[str, list[StudentTrace]] = {}
         for problem_id, traces in found.items():
-            ours = [self._in_student_tokens(trace) for trace in traces]
+            opens_think = thinking[problem_id]
+            ours = [self._in_student_tokens(trace, opens_think) for trace in traces]
             # A trace is never cut to fit: half a solution is no solution.
             fitting[problem_id] = [t for t in ours if len(t.token_ids) <= self.max_completion_length]
         return fitting, latency_ms
@@ -183,43 +185,65 @@ class Guide:
                 token_ids=trace.token_ids,
                 finish_reason=trace.trace.finish_reason,
                 logprobs=trace.teacher_logprobs,
+                opens_think=group.opens_think,
                 trace_id=trace_id,
                 teacher=trace.trace.teacher,
             )
             self._samples[trace_id] = self.judge.settle(pending)
         return self._samples[trace_id]
 
-    def _in_student_tokens(self, trace: Trace) -> StudentTrace:
+    def _in_student_tokens(self, trace: Trace, opens_think: bool) -> StudentTrace:
         if trace.trace_id not in self._traces:
-            self._traces[trace.trace_id] = self._tokenised(trace)
+            self._traces[trace.trace_id] = self._tokenised(trace, opens_think)
         return self._traces[trace.trace_id]
 
-    def _tokenised(self, trace: Trace) -> StudentTrace:
-        """The teacher's answer form is mapped explicitly to the student's; nothing is cut."""
-        form = self.judge.answer_form
-        solution = find_answer(trace.text)
-        reasoning, rest = to_form(trace.text, solution, form)
-        text = f"{reasoning}{solution.answer}{closing(form)}{rest}"
+    def _tokenised(self, trace: Trace, opens_think: bool) -> StudentTrace:
+        """The teacher's form is mapped explicitly to the student's; nothing is cut."""
+        reasoning, text = in_students_form(trace, self.judge.answer_form, opens_think=opens_think)
         own_ids = self.config.ratio == "teacher"
-        if own_ids and text != trace.text:
-            raise StoreError(
-                f'guidance.ratio = "teacher": trace {trace.trace_id} of {trace.teacher} answers in another '
-                f'form than the student, so its log-probs are of other tokens; use ratio = "student"'
-            )
-        token_ids = trace.token_ids if own_ids else (*self._encode(text), self.policy.tokenizer.eos_token_id)
+        if own_ids:
+            self._check_own_ids(trace, text)
         return StudentTrace(
             trace=trace,
             text=text,
-            token_ids=token_ids,
+            token_ids=trace.token_ids if own_ids else (*self._encode(text), self.policy.eos_id),
             reasoning_ids=self._encode(reasoning),
             teacher_logprobs=trace.logprobs if own_ids else None,
         )
+
+    def check_teacher_ratio(self, prompts: Sequence[Prompt]) -> None:
+        """Before training under `ratio = "teacher"`: every trace that may be asked for must bear it."""
+        assert self.store is not None
+        for start in range(0, len(prompts), 256):
+            part = {prompt.problem.problem_id: prompt.opens_think for prompt in prompts[start : start + 256]}
+            found = self.store.candidates(list(part), teachers=self.config.teachers or None, tokens=True)
+            for problem_id, traces in found.items():
+                for trace in traces:
+                    self._check_own_ids(
+                        trace,
+                        in_students_form(trace, self.judge.answer_form, opens_think=part[problem_id])[1],
+                    )
+
+    def _check_own_ids(self, trace: Trace, text: str) -> None:
+        """StoreError unless the teacher's own tokens are what the student would have to write."""
+        reason = None
+        if text != trace.text:
+            reason = "answers in another form than the student, so its log-probs are of other tokens"
+        elif not len(trace.logprobs) == len(trace.token_ids) > 0:
+            reason = f"has {len(trace.logprobs)} log-probs for {len(trace.token_ids)} tokens"
+        elif trace.token_ids[-1] not in self.policy.eos_ids:
+            reason = "does not end with an EOS token of the student's"
+        if reason is not None:
+            raise StoreError(
+                f'guidance.ratio = "teacher": trace {trace.trace_id} of {trace.teacher} {reason}; '
+                f'use ratio = "student", or leave the teacher out of guidance.teachers'
+            )
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.policy.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def check_teacher_ratio(
+def check_tokenizers(
     teachers: Mapping[str, TeacherRecord], student_fingerprint: str, used: Sequence[str]
 ) -> None:
     """`ratio = "teacher"` compares probabilities of the same tokens: StoreError unless vocabularies agree."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ class StopRequest:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
+        # A step may take minutes. os.write, for a handler may run in the middle of another print.
+        os.write(2, b"\nfinishing this step, then saving; press again to stop at once\n")
 
 
 @contextmanager

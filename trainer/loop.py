@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from store.errors import RunError
+import torch
+
+from store.errors import RunError, TrainingError
 from trainer import checkpoint
 from trainer.assemble import Parts, TrainReporter, assemble
 from trainer.checkpoint import TrainState
@@ -26,7 +28,7 @@ from trainer.interrupt import StopRequest, stop_on_signals
 from trainer.metrics import step_metrics
 from trainer.optimizer import learning_rate_at, set_learning_rate
 from trainer.rollout import sample_groups, sampling_of
-from trainer.run_files import RunFiles, step_of
+from trainer.run_files import RunFiles, run_config, step_of
 from trainer.schedule import problems_of_step
 from trainer.step import member_advantages
 
@@ -39,7 +41,7 @@ class TrainReport:
     step: int
     """Sampling steps done in all."""
     checkpoint: Path | None
-    """The last one saved; None when there was nothing to do."""
+    """The last one there is; None when there is none."""
     interrupted_by: str | None
     """`SIGINT` or `SIGTERM`; None when it ran to the end."""
 
@@ -54,34 +56,57 @@ def train(config: Config, *, resume: str = "auto", reporter: TrainReporter) -> T
     Raises UserError for everything a user can mend, before the first step.
     """
     run = RunFiles(Path(config.run.dir).absolute() / config.run.name)
-    start_from = find_start(run, resume)
+    start_from = find_start(run, config, resume)
+    run.check_writable()
     with ExitStack() as stack:
         parts = assemble(config, run, start_from, reporter, stack)
         done = _resume_state(parts, start_from)
-        run.start(config, after_step=done)
+        goes_on = start_from is not None and start_from.parent == run.checkpoints
+        run.start(config, after_step=done if goes_on else -1)
         stack.enter_context(run.log_to_file())
         stop = stack.enter_context(stop_on_signals())
         reporter.started(run=run.root, step=done, max_steps=config.train.max_steps)
-        return run_steps(parts, done, stop)
+        return run_steps(parts, done, start_from, stop)
 
 
-def run_steps(parts: Parts, done: int, stop: StopRequest) -> TrainReport:
-    """From the step after `done` to the last, or to a stop."""
-    config, saved = parts.config, None
+def run_steps(parts: Parts, done: int, saved: Path | None, stop: StopRequest) -> TrainReport:
+    """From the step after `done`, which `saved` holds, to the last, or to a stop."""
+    config, run = parts.config, parts.run
     if done == 0 and parts.eval_prompts:
-        parts.run.add_metrics({"step": 0, **_evaluate(parts, 0)})
+        run.add_metrics({"step": 0, **_evaluate(parts, 0)})
     while done < config.train.max_steps and not stop:
         step = done + 1
-        row, groups = train_step(parts, step)
+        with _explained(step, saved):
+            row, groups = train_step(parts, step)
         last = step == config.train.max_steps
-        if parts.eval_prompts and (last or step % config.eval.every == 0):
+        if parts.eval_prompts and not stop and (last or step % config.eval.every == 0):
             row |= _evaluate(parts, step)
-        parts.run.add_metrics(row)
+        run.add_metrics(row)
         parts.reporter.stepped(row, groups)
         done = step
         if last or stop or step % config.run.save_every == 0:
             saved = save(parts, step)
-    return TrainReport(run=parts.run.root, step=done, checkpoint=saved, interrupted_by=stop.signal)
+    finished = done >= config.train.max_steps
+    return TrainReport(
+        run=run.root, step=done, checkpoint=saved, interrupted_by=None if finished else stop.signal
+    )
+
+
+@contextmanager
+def _explained(step: int, saved: Path | None) -> Iterator[None]:
+    """Says in one line what ended a step that cannot be computed, and where to go on."""
+    where = f"the last checkpoint is {saved}" if saved else "there is no checkpoint yet"
+    try:
+        yield
+    except FloatingPointError as error:
+        raise TrainingError(
+            f"step {step}: {error}; {where}; a smaller train.learning_rate often helps"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"step {step}: out of GPU memory; lower train.max_tokens_per_microbatch or rollout.batch_size "
+            f"(both leave the result as it is), or set student.gradient_checkpointing; {where}"
+        ) from error
 
 
 def train_step(parts: Parts, step: int) -> tuple[dict[str, Any], list[Group]]:
@@ -99,6 +124,7 @@ def train_step(parts: Parts, step: int) -> tuple[dict[str, Any], list[Group]]:
             samples=config.rollout.num_generations,
             seed=config.train.seed,
             key=f"step {step}",
+            on_sample=lambda drawn, total: parts.reporter.sampling(f"step {step}", drawn, total),
         )
     with _timed(seconds, "guide"):
         groups, queries = parts.guide.guide(sampled, step=step)
@@ -113,7 +139,6 @@ def train_step(parts: Parts, step: int) -> tuple[dict[str, Any], list[Group]]:
     row = step_metrics(
         step=step,
         groups=groups,
-        advantages=advantages,
         queries=queries,
         update=update,
         learning_rate=learning_rate,
@@ -133,6 +158,7 @@ def _evaluate(parts: Parts, step: int) -> dict[str, float]:
             samples=config.eval.samples,
             k=config.eval.k,
             seed=config.train.seed,
+            on_sample=lambda drawn, total: parts.reporter.sampling("evaluation", drawn, total),
         )
     parts.run.write_evaluation(step, evaluation.groups)
     parts.reporter.evaluated(step, evaluation)
@@ -152,16 +178,17 @@ def save(parts: Parts, step: int) -> Path:
     return path
 
 
-def find_start(run: RunFiles, resume: str) -> Path | None:
+def find_start(run: RunFiles, config: Config, resume: str) -> Path | None:
     """The checkpoint to go on from; None: from the beginning. RunError when that would lose something."""
     own = checkpoint.checkpoints(run.checkpoints)
     if resume == "auto":
+        if not own:
+            check_same_beginning(run, config)
         return own[-1] if own else None
     if resume == "never":
-        if own:
+        if (run.root / "config.toml").exists():
             raise RunError(
-                f"{run.root} already holds checkpoints up to step {step_of(own[-1])}; "
-                f"give this run another run.name, or use --resume auto to go on"
+                f"{run.root} already holds a run; give this one another run.name, or --resume auto"
             )
         return None
     start = Path(resume).absolute()
@@ -172,6 +199,15 @@ def find_start(run: RunFiles, resume: str) -> Path | None:
             f"{run.root} holds {later[-1].name}, which this would overwrite; choose another run.name"
         )
     return start
+
+
+def check_same_beginning(run: RunFiles, config: Config) -> None:
+    """A run that stopped before its first checkpoint is done again, but never by another config."""
+    if not (run.root / "config.toml").exists() or not any(row["step"] > 0 for row in run.metrics()):
+        return
+    changed = checkpoint.differences(run_config(run).model_dump(mode="json"), config)
+    if changed:
+        raise RunError(f"{run.root} holds a run with {'; '.join(changed)}; choose another run.name")
 
 
 def _resume_state(parts: Parts, start_from: Path | None) -> int:

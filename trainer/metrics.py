@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from torch import Tensor
-
 from trainer.groups import Group, Sample, outcome_shares
 from trainer.guidance import QueryRow
 from trainer.step import UpdateReport
@@ -17,7 +15,6 @@ def step_metrics(
     *,
     step: int,
     groups: Sequence[Group],
-    advantages: Tensor,
     queries: Sequence[QueryRow],
     update: UpdateReport,
     learning_rate: float,
@@ -31,7 +28,7 @@ def step_metrics(
     return {
         "step": step,
         **_update_metrics(update, learning_rate),
-        **_sample_metrics(groups, advantages),
+        **_sample_metrics(groups),
         **{f"groups/{name}": share for name, share in outcome_shares(groups).items()},
         **_query_metrics(queries),
         **_teacher_metrics(queries),
@@ -61,13 +58,13 @@ def _update_metrics(update: UpdateReport, learning_rate: float) -> dict[str, Any
     }
 
 
-def _sample_metrics(groups: Sequence[Group], advantages: Tensor) -> dict[str, float]:
+def _sample_metrics(groups: Sequence[Group]) -> dict[str, float]:
     samples = [sample for group in groups for sample in group.samples]
     rewards = [[sample.reward for sample in group.samples] for group in groups]
     return {
         "reward": fmean(sample.reward for sample in samples),
         "reward_std": fmean(_std(row) for row in rewards),
-        "frac_reward_zero_std": fmean(float(not bool(row.any())) for row in advantages),
+        "frac_reward_zero_std": fmean(_std(row) == 0 for row in rewards),
         "accuracy": fmean(sample.is_correct for sample in samples),
         "format": fmean(sample.has_format for sample in samples),
         "completions/mean_length": fmean(_lengths(samples)),
@@ -82,6 +79,8 @@ def _lengths(samples: Sequence[Sample]) -> list[int]:
 
 def _std(values: Sequence[float]) -> float:
     """Sample standard deviation (n - 1)."""
+    if min(values) == max(values):
+        return 0.0
     mean = fmean(values)
     return float((sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5)
 

@@ -21,11 +21,14 @@ def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    kind = torch.optim.AdamW if config.optim == "adamw" else _bitsandbytes_kind(config.optim)
+    kind: Any = _bitsandbytes_kind(config.optim) if config.optim != "adamw" else torch.optim.AdamW
+    # Unfused, AdamW makes temporaries as large as all the weights.
+    options = {"fused": True} if config.optim == "adamw" and trained[0].is_cuda else {}
     optimizer: torch.optim.Optimizer = kind(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
+        **options,
     )
     return optimizer
 

@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from precompute.engines.checks import eos_ids
 from store.errors import EngineError
 from trainer.batch import TokenBatch
 from trainer.config import StudentConfig
 from trainer.objective import selective_log_softmax
 
-LOGITS_PER_CHUNK = 2**25
-"""Logits that exist at once; 128 MiB in float32."""
+LOGITS_PER_CHUNK = 2**27
+"""Logits that exist at once; 512 MiB in float32, 880 tokens of a vocabulary of 152,000."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +47,12 @@ class Policy:
         self.dtype = dtype
         self.temperature = temperature
         self.device: torch.device = next(model.parameters()).device
-        self.pad_id: int = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
+        self.eos_ids = eos_ids(model.generation_config, tokenizer)
+        own = tokenizer.eos_token_id
+        self.eos_id: int = self.eos_ids[0] if own is None else own
+        """Ends a trace in the student's tokens; `eos_ids` are all that end a response."""
+        # Padding is masked wherever it stands, so any id will do.
+        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def computing(self) -> AbstractContextManager[Any]:
         """Forward passes inside compute in the policy's dtype; the weights stay float32."""
@@ -85,8 +90,9 @@ class Policy:
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     def _chunk(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        with self.computing():
-            logits = self.model.get_output_embeddings()(hidden)
+        # In float32 whatever the body computes in: bfloat16 logits are 0.125 apart, near scores would tie.
+        with torch.autocast(self.device.type, enabled=False):
+            logits = self.model.get_output_embeddings()(hidden.float())
         softcap = getattr(self.model.config, "final_logit_softcapping", None)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
@@ -111,14 +117,20 @@ def load_policy(config: StudentConfig, *, temperature: float, weights: Path | No
     model: Any
     try:
         model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise EngineError(f"student.model = {source!r} cannot be loaded: {_first_line(error)}") from error
     model.to(device)
+    # Sampling options that a model ships are not ours, and invalid ones would stop the first checkpoint.
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=model.generation_config.pad_token_id,
+        bos_token_id=model.generation_config.bos_token_id,
+    )
     _switch_dropout_off(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(model, tokenizer, dtype=compute_dtype(config, device), temperature=temperature)
-    _check_head(policy)
+    _check_head(Policy(model, tokenizer, dtype=torch.float32, temperature=temperature))
     return policy
 
 
@@ -165,7 +177,7 @@ def _check_head(policy: Policy) -> None:
         logits = policy.model(input_ids=ids).logits
     theirs, _ = selective_log_softmax(logits[:, :-1].float() / policy.temperature, ids[:, 1:])
     difference = float((ours.logprobs[:, 1:] - theirs).abs().max())
-    if not difference < (1e-3 if policy.dtype == torch.float32 else 0.1):
+    if not difference < 1e-3:
         kind = type(policy.model).__name__
         raise EngineError(
             f"{kind} is not supported: its logits differ by {difference:.3g} from head(hidden states)"

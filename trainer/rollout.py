@@ -6,7 +6,7 @@ same samples in any batch, after any resume and on any number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,12 +89,14 @@ def sample_groups(
     samples: int,
     seed: int,
     key: str,
+    on_sample: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Group]:
     """G = `samples` judged responses of each prompt, in the order of `prompts`.
 
     Args:
         seed: the run's seed.
         key: what the samples are for, e.g. `step 12`; another key draws other samples.
+        on_sample: called with (samples drawn, samples in all).
     """
     pending: dict[str, PendingSample] = {}
     for completion in _completions(engine, prompts, sampling, samples=samples, seed=seed, key=key):
@@ -104,13 +106,14 @@ def sample_groups(
             gold=prompt.problem.answer,
             token_ids=completion.token_ids,
             finish_reason=completion.finish_reason,
-            logprobs=completion.logprobs,
             opens_think=prompt.opens_think,
         )
+        on_sample(len(pending), len(prompts) * samples)
     return [
         Group(
             problem=prompt.problem,
             prompt_ids=prompt.ids,
+            opens_think=prompt.opens_think,
             samples=tuple(judge.settle(pending[f"{p}/{s}"]) for s in range(samples)),
         )
         for p, prompt in enumerate(prompts)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from precompute.config import read_toml, toml_of
+from precompute.config import load_config, toml_of
 from store.errors import RunError
 from store.files import whole_file
 from trainer.config import Config
@@ -90,8 +91,19 @@ class RunFiles:
         self.root = root
         self.checkpoints = root / "checkpoints"
 
+    def check_writable(self) -> None:
+        """RunError, before anything is loaded, when the run could not be written. Touches nothing."""
+        there = self.root
+        while not there.exists():
+            there = there.parent
+        if not there.is_dir():
+            raise RunError(f"run.dir: {there} is a file; give a directory that can be written")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise RunError(f"run.dir: no permission to write {there}")
+
     def start(self, config: Config, *, after_step: int) -> None:
-        """Writes config and environment, and drops what an interrupted run logged past `after_step`."""
+        """Writes config and environment, and drops what an interrupted run logged past `after_step`
+        (-1: everything)."""
         for folder in ("rollouts", "queries", "evals", "checkpoints"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
         self._text("config.toml", toml_of(config))
@@ -117,9 +129,13 @@ class RunFiles:
             handler.close()
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
-        """Appends one step's line."""
-        with (self.root / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Appends one step's line. RunError when the disk is full."""
+        path = self.root / "metrics.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines so far; a last line that a crash cut is left out."""
@@ -231,5 +247,5 @@ def latest_run(folder: str | Path) -> Path:
 
 
 def run_config(run: RunFiles) -> Config:
-    """The resolved config that the run was started with."""
-    return Config.model_validate(read_toml(str(run.root / "config.toml")))
+    """The resolved config that the run was started with; ConfigError when this version cannot read it."""
+    return load_config(Config, str(run.root / "config.toml"), [])

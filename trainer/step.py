@@ -29,7 +29,7 @@ from trainer.policy import Policy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateReport:
-    """What an update did; means are over the step's student tokens unless said otherwise."""
+    """What an update did: means over an optimizer step's student tokens, then over the optimizer steps."""
 
     loss: float
     """Mean over the optimizer steps."""
@@ -38,9 +38,9 @@ class UpdateReport:
     entropy: float
     kl: float
     clip_low: float
-    """Share of student tokens whose ratio lies below 1 - eps_low."""
+    """Share of student tokens that clipping holds back: ratio below 1 - eps_low, advantage negative."""
     clip_high: float
-    """Share of student tokens whose ratio lies above 1 + eps_high."""
+    """Share of student tokens that clipping holds back: ratio above 1 + eps_high, advantage positive."""
     tokens: int
     """Response tokens that carried a gradient."""
     optimizer_steps: int
@@ -110,9 +110,11 @@ class Updater:
         loss = sum(part.loss for part in parts)
         if not (torch.isfinite(norm) and abs(loss) < float("inf")):
             raise FloatingPointError(
-                f"loss {loss} and gradient norm {float(norm)}: not finite, nothing was updated"
+                f"loss {loss} and gradient norm {float(norm)}: not finite; this optimizer step was not taken"
             )
         self.optimizer.step()
+        # Freed now: while the student samples, nobody needs them.
+        self.optimizer.zero_grad(set_to_none=True)
         self.policy.model.eval()
         tokens = max(counts.student_tokens, 1)
         return UpdateReport(
@@ -160,13 +162,16 @@ class Updater:
         regulariser = self.train.beta * kl - self.train.entropy_coef * stats.entropy
         loss = loss + regulariser.masked_fill(~student, 0.0).sum() / max(counts.student_tokens, 1)
         loss.backward()  # type: ignore[no-untyped-call]
+        advantages = torch.tensor([[s.advantage] for s in sequences], device=batch.asked.device)
         ratio = torch.exp(stats.logprobs.detach() - old_logprobs)
+        below = (ratio < 1 - self.train.eps_low) & (advantages < 0)
+        above = (ratio > 1 + self.train.eps_high) & (advantages > 0)
         return Partial(
             loss=float(loss.detach()),
             entropy=float(stats.entropy.detach()[student].sum()),
             kl=float(kl.detach()[student].sum()),
-            clip_low=float((ratio[student] < 1 - self.train.eps_low).sum()),
-            clip_high=float((ratio[student] > 1 + self.train.eps_high).sum()),
+            clip_low=float(below[student].sum()),
+            clip_high=float(above[student].sum()),
         )
 
     def _terms(
