@@ -104,7 +104,7 @@ def test_shaping_lifts_the_gradient_of_an_unlikely_token() -> None:
     # d f / d log p = p * gamma / (p + gamma)^2. p = 0.1: 0.01 / 0.04 = 0.25. p = 0.9: 0.09 / 1.0 = 0.09.
     for p, expected in [(0.1, 0.25), (0.9, 0.09)]:
         logprobs = log(p).requires_grad_()
-        shaped_guidance(logprobs, torch.tensor([[1.0]]), gamma=0.1).sum().backward()
+        shaped_guidance(logprobs, torch.tensor([[1.0]]), gamma=0.1).sum().backward()  # type: ignore[no-untyped-call]
         assert logprobs.grad is not None
         assert logprobs.grad.item() == pytest.approx(expected, rel=1e-5)
 
@@ -112,7 +112,7 @@ def test_shaping_lifts_the_gradient_of_an_unlikely_token() -> None:
 def test_shaping_stays_finite_for_an_impossible_token() -> None:
     logprobs = torch.tensor([[-400.0]], requires_grad=True)
     term = shaped_guidance(logprobs, torch.tensor([[1.0]]), gamma=0.1)
-    term.sum().backward()
+    term.sum().backward()  # type: ignore[no-untyped-call]
     assert term.item() == 0.0
     assert logprobs.grad is not None
     assert torch.isfinite(logprobs.grad).all()
