@@ -113,7 +113,7 @@ def test_the_cache_by_hand(shape: ModelShape) -> None:
 
 
 def test_sampling_and_updating_share_their_memory(shape: ModelShape) -> None:
-    # Six rows sample in less than an update needs; 10,000 rows in more, and then an update costs nothing extra.
+    # Six rows sample in less than an update needs; 10,000 rows need more than it.
     few = estimated(shape, bytes_per_value=4)
     many = estimated(shape, bytes_per_value=4, train__problems_per_step=10_000, rollout__batch_size=10_000)
     stays = few.memory["weights"] + few.memory["optimizer"]

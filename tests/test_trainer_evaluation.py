@@ -1,4 +1,4 @@
-"""Evaluation: the unbiased pass@k by hand and by brute force, and what an evaluation of a real engine says."""
+"""Evaluation: the unbiased pass@k by hand and by brute force, and what a whole evaluation says."""
 
 from __future__ import annotations
 
