@@ -54,7 +54,7 @@ check: $(VENV)/.dev ## ruff, ruff format, mypy --strict
 lab: $(VENV)/.base ## make the lab's models and problems again from scratch (about 20 minutes)
 	$(BIN)/ampo lab build lab
 
-bench-learning: $(VENV)/.base ## AMPO against GRPO and random selection on the lab, three seeds (about 25 minutes)
+bench-learning: $(VENV)/.base ## AMPO against GRPO and random selection on the lab, three seeds (about 8 minutes)
 	$(BIN)/python -m bench.learning
 
 clean: ## remove the environment and caches; runs/ and traces/ stay

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from precompute import pipeline
 from precompute.config import load_config
+from store.tables import plain_table
 from trainer.assemble import SilentReporter
 from trainer.config import Config
 from trainer.inspection import curve
@@ -87,14 +88,14 @@ def mean_curves(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, A
 
 def table(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Table:
     """Held-out pass@1 and pass@8 by method and step, mean over seeds."""
-    drawn = Table(title="held-out pass@1 / pass@8, mean over seeds", title_justify="left")
+    drawn = plain_table("held-out pass@1 / pass@8, mean over seeds")
     steps = [row["step"] for row in next(iter(runs.values()))[0] if "eval/pass@1" in row]
     drawn.add_column("method")
     for step in steps:
         drawn.add_column(str(step), justify="right")
     for method, seeds in runs.items():
         by_step = {row["step"]: row for row in mean_curves(seeds)}
-        cells = [f"{by_step[step]['eval/pass@1']:.2f} / {by_step[step]['eval/pass@8']:.2f}" for step in steps]
+        cells = [f"{by_step[step]['eval/pass@1']:.2f}/{by_step[step]['eval/pass@8']:.2f}" for step in steps]
         drawn.add_row(method, *cells)
     return drawn
 
