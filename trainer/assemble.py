@@ -102,6 +102,7 @@ def assemble(
     problems = usable_problems(config, "train", verifier, reporter)
     held_out = usable_problems(config, "eval", verifier, reporter) if config.eval.every else []
     store = open_store(config, stack)
+    torch.manual_seed(config.train.seed)  # new adapters begin at random
     policy = load_policy(config.student, temperature=config.rollout.temperature, weights=weights)
     train_prompts = fitting_prompts(config, problems, policy, reporter)
     eval_prompts = fitting_prompts(config, held_out, policy, reporter) if held_out else []

@@ -22,9 +22,15 @@ class StudentConfig(Section):
     """A directory or a hub name."""
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the forward pass computes in; auto: bfloat16 on CUDA, float32 elsewhere.
-    Weights that train are kept in float32: steps of 1e-6 vanish in bfloat16."""
+    """What the forward pass computes in; auto: bfloat16 on CUDA, float32 elsewhere. Weights that train are
+    kept in float32, for steps of 1e-6 vanish in bfloat16; frozen ones (use_peft) in this type."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    use_peft: bool = False
+    """Trains LoRA adapters on all linear layers and keeps the model itself frozen."""
+    lora_r: Positive = 16
+    lora_alpha: Positive = 32
+    load_in_4bit: bool = False
+    """QLoRA: the frozen weights as nf4 with double quantization (bitsandbytes). Needs use_peft."""
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward pass: about a third slower, far less memory."""
     system_prompt: str | None = BOXED_INSTRUCTION
@@ -32,6 +38,12 @@ class StudentConfig(Section):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     answer_form: Literal["auto", "boxed", "answer_tags"] = "auto"
     """How the student must mark its final answer; auto: read off the system prompt."""
+
+    @model_validator(mode="after")
+    def _frozen_weights_need_adapters(self) -> Self:
+        if self.load_in_4bit and not self.use_peft:
+            raise ValueError("load_in_4bit = true freezes the weights: set use_peft = true to train adapters")
+        return self
 
 
 class RolloutConfig(Section):

@@ -26,6 +26,10 @@ class ModelShape:
     """What memory and time depend on."""
 
     parameters: int
+    linear: int
+    """Parameters in linear layers other than the head: what 4 bits and adapters apply to."""
+    linear_widths: int
+    """Inputs plus outputs of those layers, summed: an adapter of rank r has r of each."""
     vocabulary: int
     layers: int
     hidden: int
@@ -62,11 +66,14 @@ def shape_of(config: Any) -> ModelShape:
     """Counts the parameters of a model config without making them."""
     with torch.device("meta"):
         skeleton: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    layers = [layer for layer in skeleton.base_model.modules() if isinstance(layer, torch.nn.Linear)]
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return ModelShape(
         parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
+        linear=sum(layer.weight.numel() for layer in layers),
+        linear_widths=sum(layer.in_features + layer.out_features for layer in layers),
         vocabulary=text.vocab_size,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
@@ -87,21 +94,32 @@ def estimate(config: Config, shape: ModelShape, *, flops: float, bytes_per_value
     layers = 1 if config.student.gradient_checkpointing else shape.layers
     kept = 2 * shape.layers if config.student.gradient_checkpointing else 0
     tokens = max(train.max_tokens_per_microbatch, longest)
+    weights, trained = _weights(config.student, shape, bytes_per_value)
     memory = {
-        "weights": 4 * shape.parameters,
-        "gradients": 4 * shape.parameters,
-        "optimizer": OPTIMIZER_BYTES[train.optim] * shape.parameters,
+        "weights": weights,
+        "gradients": 4 * trained,
+        "optimizer": OPTIMIZER_BYTES[train.optim] * trained,
         "reference": 4 * shape.parameters if train.beta else 0,
         "activations": tokens * shape.hidden * bytes_per_value * (17 * layers + kept),
         "logits": 3 * 4 * min(LOGITS_PER_CHUNK, tokens * shape.vocabulary),
         # Keys and values come out of autocast in float32, and autocast keeps a narrow copy of the weights.
         "kv cache": rows * longest * 2 * shape.layers * shape.kv_width * 4,
-        "narrow weights": bytes_per_value * shape.parameters if bytes_per_value < 4 else 0,
+        "narrow weights": bytes_per_value * trained if bytes_per_value < 4 else 0,
     }
     responses = train.problems_per_step * rollout.num_generations
     passes = 8 if config.student.gradient_checkpointing else 6
     work = responses * longest * shape.parameters * (2 + passes)
     return Estimate(memory=memory, seconds=work / flops)
+
+
+def _weights(student: StudentConfig, shape: ModelShape, bytes_per_value: int) -> tuple[int, int]:
+    """Bytes of all weights, and how many of them train."""
+    if not student.use_peft:
+        return 4 * shape.parameters, shape.parameters
+    trained = student.lora_r * shape.linear_widths
+    # nf4 with double quantization: 4 bits and 0.127 for the scales of each weight (QLoRA, section 3).
+    linear = round(4.127 / 8 * shape.linear) if student.load_in_4bit else bytes_per_value * shape.linear
+    return linear + bytes_per_value * (shape.parameters - shape.linear) + 4 * trained, trained
 
 
 def measured_flops(device_name: str, dtype: torch.dtype) -> float:

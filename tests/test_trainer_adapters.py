@@ -1,0 +1,132 @@
+"""LoRA and QLoRA: the model stays frozen, adapters train, and a resumed run is the uninterrupted one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from run_examples import PROBLEMS, config_of, write_problems, write_store
+from safetensors.torch import load_file
+
+from precompute.config import load_config
+from store.errors import ConfigError
+from trainer.assemble import SilentReporter
+from trainer.batch import TrainSequence, pad
+from trainer.config import Config, GuidanceConfig, StudentConfig, TrainConfig
+from trainer.loop import train
+from trainer.optimizer import make_optimizer
+from trainer.policy import Policy, load_policy
+from trainer.step import Updater
+
+BATCH = pad([(2, 10, 11, 12, 1), (2, 20, 1)], [3, 1], pad_id=0, device=torch.device("cpu"))
+ROW = TrainSequence(prompt_ids=(2, 40), response_ids=(9, 1), advantage=0.5, is_teacher=False)
+
+
+def student(model: Path, **changes: object) -> Policy:
+    settings = StudentConfig(model=str(model), device="cpu", use_peft=True, lora_r=4, **changes)  # type: ignore[arg-type]
+    return load_policy(settings, temperature=1.0)
+
+
+def one_step(policy: Policy) -> None:
+    config = TrainConfig(learning_rate=1e-2)
+    optimizer = make_optimizer(policy.model, config)
+    Updater(policy, optimizer, config, GuidanceConfig(), max_completion_length=32).optimizer_step([ROW])
+
+
+def test_new_adapters_change_nothing_and_train_alone(model_dir: Path) -> None:
+    plain = load_policy(StudentConfig(model=str(model_dir), device="cpu"), temperature=1.0)
+    policy = student(model_dir)
+    with torch.no_grad():
+        assert policy.statistics(BATCH).logprobs.equal(plain.statistics(BATCH).logprobs)
+    frozen = {n: p.clone() for n, p in policy.model.named_parameters() if not p.requires_grad}
+    trained = [name for name, p in policy.model.named_parameters() if p.requires_grad]
+    # Seven linear layers (q k v o gate up down) in each of two blocks, an A and a B each.
+    assert len(trained) == 7 * 2 * 2
+    assert all("lora_" in name for name in trained)
+    one_step(policy)
+    assert all(frozen[n].equal(p) for n, p in policy.model.named_parameters() if n in frozen)
+    with torch.no_grad():
+        assert not policy.statistics(BATCH).logprobs.equal(plain.statistics(BATCH).logprobs)
+
+
+def test_qlora_keeps_four_bits_and_trains_its_adapters(tmp_path: Path) -> None:
+    # bitsandbytes' CPU kernel takes no layer narrower than its blocks of 64.
+    tiny_model(hidden_size=64, num_attention_heads=2, num_key_value_heads=2).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    policy = student(tmp_path, load_in_4bit=True)
+    kinds = {type(module).__name__ for module in policy.causal.modules()}
+    assert "Linear4bit" in kinds
+    q_proj = policy.causal.model.layers[0].self_attn.q_proj.base_layer
+    assert q_proj.weight.dtype == torch.uint8
+    before = policy.statistics(BATCH).logprobs.detach()
+    exact = load_policy(StudentConfig(model=str(tmp_path), device="cpu"), temperature=1.0)
+    with torch.no_grad():
+        rounding = (before - exact.statistics(BATCH).logprobs).abs().max().item()
+    assert 0 < rounding < 3  # four bits round, and the random model is still recognisable
+    one_step(policy)
+    with torch.no_grad():
+        assert not policy.statistics(BATCH).logprobs.equal(before)
+    # A rollout-like pass came first; the gradient must still reach the first layer's adapters (B begins at 0).
+    moved = {name for name, p in policy.model.named_parameters() if "lora_B" in name and bool(p.any())}
+    assert len(moved) == 7 * 2
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("adapters")
+    write_problems(path / "train.jsonl", PROBLEMS)
+    write_store(path / "traces")
+    return path
+
+
+def test_resume_is_exact_with_adapters(world: Path, model_dir: Path) -> None:
+    changes = {"student__use_peft": True, "student__lora_r": 4, "run__save_every": 1}
+
+    def run(name: str, steps: int) -> Path:
+        settings = config_of(world, model_dir, run__name=name, train__max_steps=steps, **changes)
+        return train(settings, reporter=SilentReporter()).run
+
+    straight = run("straight", 3)
+    run("resumed", 1)
+    resumed = run("resumed", 3)
+    one, other = (
+        load_file(path / "checkpoints" / "step-000003" / "adapter_model.safetensors")
+        for path in (straight, resumed)
+    )
+    assert one.keys() == other.keys()
+    assert all(one[name].equal(other[name]) for name in one)
+    assert any(value.abs().sum() > 0 for name, value in one.items() if "lora_B" in name)
+
+
+def test_a_checkpoint_of_adapters_can_be_evaluated_as_it_is(world: Path, model_dir: Path) -> None:
+    settings = config_of(
+        world,
+        model_dir,
+        run__name="adapters",
+        train__max_steps=1,
+        student__use_peft=True,
+    )
+    report = train(settings, reporter=SilentReporter())
+    assert report.checkpoint is not None
+    loaded = load_policy(StudentConfig(model=str(report.checkpoint), device="cpu"), temperature=1.0)
+    going_on = load_policy(settings.student, temperature=1.0, weights=report.checkpoint)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded.statistics(BATCH).logprobs, going_on.statistics(BATCH).logprobs, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_four_bits_without_adapters_is_refused() -> None:
+    with pytest.raises(ConfigError, match="set use_peft = true"):
+        load_config(Config, None, ["student.load_in_4bit=true"])
+
+
+def test_adapters_over_bfloat16_weights_train_in_float32(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    policy = student(tmp_path, dtype="bfloat16")
+    dtypes = {p.requires_grad: p.dtype for p in policy.model.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    one_step(policy)
