@@ -189,3 +189,19 @@ def test_what_an_evaluation_says_by_hand(judge: Judge, prompts: list[Prompt]) ->
             "eval/cut_share": 1 / 12,
         }
     )
+
+
+def test_progress_counts_every_sample_up_to_the_whole(judge: Judge, prompts: list[Prompt]) -> None:
+    seen: list[tuple[int, int]] = []
+    engine = Reciting(["no"] * 2, ["no"] * 2, ["no"] * 2)
+    evaluate(
+        engine,
+        judge,
+        prompts,
+        SAMPLING,
+        samples=2,
+        k=(1,),
+        seed=0,
+        on_sample=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(done, 6) for done in range(1, 7)]  # 3 problems x 2 samples

@@ -53,20 +53,30 @@ def test_the_second_signal_interrupts_at_once(
 
 
 def test_handlers_are_given_back_after_the_block(caught: list[int]) -> None:
-    with stop_on_signals() as request:
-        pass
-    for number in BOTH:
-        signal.raise_signal(number)
-    assert caught == list(BOTH)
-    assert not request
+    before = [signal.getsignal(number) for number in BOTH]
+    with stop_on_signals():
+        assert [signal.getsignal(number) for number in BOTH] != before
+    assert [signal.getsignal(number) for number in BOTH] == before
 
 
 def test_handlers_are_given_back_after_an_error_too(caught: list[int]) -> None:
+    before = [signal.getsignal(number) for number in BOTH]
     with pytest.raises(ZeroDivisionError), stop_on_signals():
         raise ZeroDivisionError
-    for number in BOTH:
-        signal.raise_signal(number)
-    assert caught == list(BOTH)
+    assert [signal.getsignal(number) for number in BOTH] == before
+
+
+def test_the_first_signal_says_at_once_what_happens_and_how_to_stop_sooner(
+    caught: list[int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with stop_on_signals():
+        assert capfd.readouterr().err == ""
+        signal.raise_signal(signal.SIGINT)
+        said = capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert capfd.readouterr().err == ""
+    assert said.strip() == "finishing this step, then saving; press again to stop at once"
 
 
 def test_off_the_main_thread_it_never_fires_and_leaves_the_handlers_alone(caught: list[int]) -> None:

@@ -66,7 +66,7 @@ GUIDED = group(
 )
 """All four failed with equal rewards; as it trains, its rewards are (0, 1, 0, 1)."""
 
-GROUPS = [GUIDED, group(MIXED, sample(1.0, 5), sample(0.9, 5), sample(0.0, 5), sample(0.1, 9))]
+GROUPS = [GUIDED, group(MIXED, sample(1.0, 5), sample(0.9, 5), sample(0.1, 5), sample(0.1, 9))]
 
 
 def row(
@@ -116,15 +116,15 @@ def test_groups_are_counted_before_replacement() -> None:
 
 def test_rewards_and_shares_are_the_students_own() -> None:
     found = metrics()
-    # (0 + 0 + 0 + 0 + 1 + 0.9 + 0 + 0.1) / 8; with the two traces it would be 0.5.
-    assert found["reward"] == pytest.approx(0.25)
-    # Correct: 1.0 and 0.9. Format: 1.0 and 0.1. Two of eight each.
-    assert (found["accuracy"], found["format"]) == (0.25, 0.25)
+    # (0 + 0 + 0 + 0 + 1 + 0.9 + 0.1 + 0.1) / 8 = 2.1 / 8; with the two traces it would be 4.1 / 8.
+    assert found["reward"] == pytest.approx(0.2625)
+    # Correct, of eight: 1.0 and 0.9. Format: 1.0, 0.1 and 0.1.
+    assert (found["accuracy"], found["format"]) == (0.25, 0.375)
 
 
 def test_the_spread_of_rewards_is_the_mean_over_groups_of_the_sample_deviation() -> None:
-    # GUIDED: 0. The other has mean 0.5: 0.25 + 0.16 + 0.25 + 0.16 = 0.82; sqrt(0.82 / 3) = 0.522813.
-    assert metrics()["reward_std"] == pytest.approx((0.82 / 3) ** 0.5 / 2)
+    # GUIDED: 0. The other has mean 0.525: 0.475^2 + 0.375^2 + 2 * 0.425^2 = 0.7275; sqrt(0.7275 / 3).
+    assert metrics()["reward_std"] == pytest.approx((0.7275 / 3) ** 0.5 / 2)
 
 
 def test_a_group_without_spread_counts_as_such_although_guidance_gave_it_one() -> None:
