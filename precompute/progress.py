@@ -9,15 +9,9 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TaskID
+
+from store.bars import progress_bars
 
 LINE_SECONDS = 5.0
 """Between two lines where there is no terminal."""
@@ -99,17 +93,7 @@ class ConsoleReporter:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live = console.is_terminal
-        self._bars = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not self._live,
-        )
+        self._bars = progress_bars(console)
         self._tasks: dict[str, TaskID] = {}
         self._last_line: dict[str, float] = {}
         self._lock = threading.Lock()

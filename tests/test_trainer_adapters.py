@@ -68,7 +68,7 @@ def test_qlora_keeps_four_bits_and_trains_its_adapters(tmp_path: Path) -> None:
     one_step(policy)
     with torch.no_grad():
         assert not policy.statistics(BATCH).logprobs.equal(before)
-    # A rollout-like pass came first; the gradient must still reach the first layer's adapters (B begins at 0).
+    # A rollout-like pass came first; the gradient must still reach every adapter (B begins at 0).
     moved = {name for name, p in policy.model.named_parameters() if "lora_B" in name and bool(p.any())}
     assert len(moved) == 7 * 2
 

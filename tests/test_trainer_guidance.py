@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+import run_examples
 import torch
 from conftest import tiny_model, tiny_tokenizer
 
@@ -33,18 +35,7 @@ TEXTS = {
 
 
 def teacher(name: str, fingerprint: str = "same") -> TeacherRecord:
-    return TeacherRecord(
-        name=name,
-        model=f"models/{name}",
-        revision=None,
-        engine="transformers",
-        engine_version="1",
-        chat_template="",
-        system_prompt="",
-        chat_template_kwargs={},
-        sampling={"temperature": 1.0},
-        tokenizer_fingerprint=fingerprint,
-    )
+    return replace(run_examples.teacher(name), tokenizer_fingerprint=fingerprint)
 
 
 def trace(problem: Problem, name: str, text: str, **changes: Any) -> Trace:

@@ -12,7 +12,6 @@ beyond the step.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 
 from store.errors import RunError
+from store.files import sync
 from trainer.config import Config
 from trainer.policy import Policy
 from trainer.run_files import step_name, step_of
@@ -69,7 +69,7 @@ def save(
         if target.exists():
             _remove(target)
         aside.rename(target)
-        _sync(folder)
+        sync(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
         raise RunError(f"cannot save {target}: {reason}; older checkpoints are whole") from error
@@ -105,16 +105,8 @@ def _write(aside: Path, policy: Policy, optimizer: torch.optim.Optimizer, state:
     }
     (aside / "state.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     for file in aside.iterdir():
-        _sync(file)
-    _sync(aside)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(file)
+    sync(aside)
 
 
 def _generators(device: torch.device) -> dict[str, torch.Tensor]:

@@ -8,17 +8,10 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TaskID
 from rich.table import Table
 
+from store.bars import progress_bars
 from store.tables import plain_table
 from trainer.config import RunConfig
 from trainer.evaluation import Evaluation
@@ -39,17 +32,7 @@ class ConsoleReporter:
         self.console = console
         self.config = config
         self.max_steps = 0
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._progress = progress_bars(console)
         self._sampling: TaskID | None = None
 
     def __enter__(self) -> Self:
