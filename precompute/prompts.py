@@ -58,7 +58,8 @@ def render_prompt(
     else:
         text = _through_template(tokenizer, messages, chat_template_kwargs)
     # The text has its special tokens already: adding them again would double the BOS.
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    # Whoever uses the ids checks their number against the model; a warning would only repeat it.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return Prompt(text=text, ids=tuple(ids), opens_think=text.rstrip().endswith("<think>"))
 
 

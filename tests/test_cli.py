@@ -57,7 +57,7 @@ def trained(small_world: Path, model_dir: Path) -> Path:
     overrides = settings(small_world, model_dir, train__max_steps=2, run__log_completions_every=1)
     done = ampo("train", *sets(overrides))
     assert done.returncode == 0, done.stderr
-    assert "step    2/2" in done.stdout
+    assert "step 2/2" in done.stdout
     assert "sample completions, step 1" in done.stdout
     assert "ampo inspect store queries" in done.stdout
     return small_world / "runs" / "run"

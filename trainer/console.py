@@ -101,18 +101,18 @@ class ConsoleReporter:
 def step_line(row: dict[str, Any], max_steps: int) -> str:
     """One step in one line; `-` for what does not exist in it."""
     hit = row["store/hit_rate"]
-    asked = f"asked {row['store/queries']:.0f}" + ("" if hit is None else f" hit {hit:.0%}")
+    asked = f"asked {row['store/queries']:.0f}" + ("" if hit is None else f" ({hit:.0%} hit)")
     seconds = sum(value for key, value in row.items() if key.startswith("seconds/"))
     return (
-        f"step {row['step']:>4}/{max_steps}  reward {row['reward']:.3f}  solved {row['accuracy']:4.0%}  "
-        f"all-fail {row['groups/all_fail']:4.0%}  {asked:<17} loss {_number(row['loss'])}  "
-        f"grad {_number(row['grad_norm'])}  entropy {_number(row['entropy'])}  "
+        f"step {row['step']:>{len(str(max_steps))}}/{max_steps}  reward {row['reward']:.3f}  "
+        f"solved {row['accuracy']:4.0%}  all-fail {row['groups/all_fail']:4.0%}  {asked:<18} "
+        f"loss {_number(row['loss'])}  entropy {_number(row['entropy'])}  "
         f"len {row['completions/mean_length']:.0f}  {seconds:.1f} s"
     )
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "     -" if value is None else f"{value:6.3f}"
 
 
 def completions_table(step: int, groups: list[Group], problems: int) -> Table:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from precompute.engines.checks import eos_ids
+from precompute.engines.checks import eos_ids, load_failure
 from store.errors import EngineError
 from trainer.adapters import quantized_on, with_adapters
 from trainer.batch import TokenBatch
@@ -152,7 +152,9 @@ def _load_model(config: StudentConfig, device: torch.device, weights: Path | Non
         )
         return model if config.load_in_4bit else model.to(device)
     except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
-        raise EngineError(f"student.model = {source!r} cannot be loaded: {_first_line(error)}") from error
+        raise EngineError(
+            f"student.model = {source!r} cannot be loaded: {load_failure(source, error)}"
+        ) from error
 
 
 def load_tokenizer(source: str, revision: str | None) -> Any:
@@ -162,7 +164,9 @@ def load_tokenizer(source: str, revision: str | None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
-        raise EngineError(f"no tokenizer at student.model = {source!r}: {_first_line(error)}") from error
+        raise EngineError(
+            f"no tokenizer at student.model = {source!r}: {load_failure(source, error)}"
+        ) from error
 
 
 def pick_device(name: str) -> torch.device:
@@ -209,7 +213,3 @@ def _check_head(policy: Policy) -> None:
         raise EngineError(
             f"{kind} is not supported: its logits differ by {difference:.3g} from head(hidden states)"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

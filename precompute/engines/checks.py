@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from precompute.engines import Request, Sampling
@@ -39,5 +40,13 @@ def check_lengths(requests: Sequence[Request], sampling: Sampling, context_lengt
 
 def cannot_load(model: str, error: BaseException | str) -> EngineError:
     """One line that names the model, out of a library error that runs over many."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return EngineError(f"model {model!r} cannot be loaded: {reason[:300]}")
+    return EngineError(f"model {model!r} cannot be loaded: {load_failure(model, error)}")
+
+
+def load_failure(model: str, error: BaseException | str) -> str:
+    """Why a model cannot be loaded, in one line. A path that is not there is said to be just that: the
+    library takes it for a hub name and says what is wrong with the name."""
+    looks_like_a_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if looks_like_a_path and not Path(model).exists():
+        return f"there is no directory {Path(model).absolute()}"
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
