@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -241,3 +242,9 @@ def test_a_reader_that_closes_the_pipe_is_no_error(trained: Path) -> None:
         env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stderr
+
+
+def test_without_a_run_the_last_one_is_shown_wherever_it_lies(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "runs" / "demo" / "ampo")
+    done = ampo("inspect", "store", "queries", "--limit", "1", cwd=tmp_path)
+    assert "hit rate" in done.stdout, done.stderr

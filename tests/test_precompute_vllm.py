@@ -168,12 +168,8 @@ def test_what_does_not_fit_is_refused_before_anything_runs(engine: Engine) -> No
         engine.generate([Request(request_id="long", prompt_ids=(9,) * 41, seed=1)], SAMPLING)
 
 
-def test_the_pipeline_fills_a_store_through_vllm(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The shared engine instead of a second start; `closing` must not end it for the tests that follow.
-    monkeypatch.setattr(engine, "close", lambda: None)
-    monkeypatch.setattr(pipeline, "load_engine", lambda *_, **__: engine)
+def test_the_pipeline_fills_a_store_through_vllm(tmp_path: Path) -> None:
+    # An engine of its own, started and ended by the pipeline, as `--engine vllm` does it.
     settings = PrecomputeConfig.model_validate(
         {
             "problems": {"train": str(LAB / "problems" / "train.jsonl")},

@@ -239,8 +239,8 @@ def open_run(path: str | Path) -> RunFiles:
 
 
 def latest_run(folder: str | Path) -> Path:
-    """The run below `folder` that was written to last."""
-    runs = [path.parent for path in Path(folder).glob("*/metrics.jsonl")]
+    """The run below `folder`, at any depth, that was written to last."""
+    runs = [path.parent for path in Path(folder).glob("**/metrics.jsonl")]
     if not runs:
         raise RunError(f"no run below {Path(folder).absolute()}; `ampo train` makes one")
     return max(runs, key=lambda run: (run / "metrics.jsonl").stat().st_mtime_ns)
