@@ -107,6 +107,14 @@ def test_a_run_leaves_what_the_design_promises(straight: Path) -> None:
     assert first["groups/all_fail"] + first["groups/all_solved"] + first["groups/mixed"] == pytest.approx(1.0)
 
 
+def test_sampler_and_trainer_agree_on_the_samples_log_probabilities(straight: Path) -> None:
+    # Ids in, ids out: one shifted or re-tokenised token would show as a difference of whole nats.
+    differences = [row["sampling/logp_difference"] for row in metrics_of(straight)]
+    known = [difference for difference in differences if difference is not None]
+    assert known
+    assert max(known) < 1e-4
+
+
 def test_two_and_two_steps_are_four_steps(straight: Path, world: Path, model_dir: Path) -> None:
     run(world, model_dir, run__name="halves", train__max_steps=2)
     report = run(world, model_dir, run__name="halves")

@@ -189,6 +189,23 @@ def test_a_sequence_becomes_likelier_by_the_sign_of_its_advantage(
     assert (float(made._old_logprobs([row])[0].sum()) > before) is rises
 
 
+def test_the_samplers_log_probabilities_are_compared_with_the_trainers() -> None:
+    # The sampler is said to have been off by 0.25 on each of 2 + 1 student tokens; traces do not count.
+    made = updater(TrainConfig())
+    rows = [
+        TrainSequence(prompt_ids=(2, 40), response_ids=(9, 1), advantage=0.5, is_teacher=False),
+        TrainSequence(prompt_ids=(2,), response_ids=(7,), advantage=-0.5, is_teacher=False),
+        TrainSequence(prompt_ids=(2,), response_ids=(9, 8, 7), advantage=0.5, is_teacher=True),
+    ]
+    sampled = [tuple((row + 0.25).tolist()) for row in made._old_logprobs(rows)]
+    known = [
+        row if row.is_teacher else replace(row, sampler_logprobs=values)
+        for row, values in zip(rows, sampled, strict=True)
+    ]
+    assert made.optimizer_step(known).sampler_difference == pytest.approx(0.25, rel=1e-4)
+    assert made.optimizer_step(rows).sampler_difference is None
+
+
 def test_the_entropy_bonus_raises_entropy() -> None:
     row = TrainSequence(prompt_ids=(2,), response_ids=(9, 1), advantage=1e-9, is_teacher=False)
     made = updater(TrainConfig(learning_rate=1e-2, entropy_coef=1.0))

@@ -24,6 +24,8 @@ class TrainSequence:
     is_teacher: bool
     teacher_logprobs: tuple[float, ...] | None = None
     """[R], for `ratio = "teacher"` alone."""
+    sampler_logprobs: tuple[float, ...] | None = None
+    """[R], a student sample's log-probabilities as its sampler saw them, at temperature 1."""
 
     @property
     def length(self) -> int:

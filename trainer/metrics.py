@@ -38,7 +38,15 @@ def step_metrics(
 
 def _update_metrics(update: UpdateReport, learning_rate: float) -> dict[str, Any]:
     if not update.optimizer_steps:
-        names = ("loss", "grad_norm", "entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean")
+        names = (
+            "loss",
+            "grad_norm",
+            "entropy",
+            "kl",
+            "clip_ratio/low_mean",
+            "clip_ratio/high_mean",
+            "sampling/logp_difference",
+        )
         return {
             **dict.fromkeys(names),
             "train_tokens": 0,
@@ -52,6 +60,7 @@ def _update_metrics(update: UpdateReport, learning_rate: float) -> dict[str, Any
         "kl": update.kl,
         "clip_ratio/low_mean": update.clip_low,
         "clip_ratio/high_mean": update.clip_high,
+        "sampling/logp_difference": update.sampler_difference,
         "train_tokens": update.tokens,
         "optimizer_steps": update.optimizer_steps,
         "learning_rate": learning_rate,

@@ -106,6 +106,7 @@ def sample_groups(
             gold=prompt.problem.answer,
             token_ids=completion.token_ids,
             finish_reason=completion.finish_reason,
+            logprobs=completion.logprobs,
             opens_think=prompt.opens_think,
         )
         on_sample(len(pending), len(prompts) * samples)

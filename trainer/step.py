@@ -44,6 +44,9 @@ class UpdateReport:
     tokens: int
     """Response tokens that carried a gradient."""
     optimizer_steps: int
+    sampler_difference: float | None = None
+    """Mean |trainer's - sampler's log-probability| of a student token, on the first optimizer step, whose
+    policy is the one that sampled; None where the sampler's are of another temperature or unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +58,7 @@ class Partial:
     kl: float
     clip_low: float
     clip_high: float
+    sampler_difference: float | None
 
 
 class Updater:
@@ -126,6 +130,7 @@ class Updater:
             clip_high=sum(part.clip_high for part in parts) / tokens,
             tokens=counts.tokens,
             optimizer_steps=1,
+            sampler_difference=_total([part.sampler_difference for part in parts], tokens),
         )
 
     def _parameters(self) -> list[Tensor]:
@@ -172,6 +177,9 @@ class Updater:
             kl=float(kl.detach()[student].sum()),
             clip_low=float(below[student].sum()),
             clip_high=float(above[student].sum()),
+            sampler_difference=self._sampler_difference(sequences, batch, stats.logprobs)
+            if old is None
+            else None,
         )
 
     def _terms(
@@ -194,6 +202,19 @@ class Updater:
             logprobs, advantages, gamma=self.guidance.gamma, teacher_logprobs=teacher_logprobs
         )
         return torch.where(is_teacher.unsqueeze(1), teacher, student)
+
+    def _sampler_difference(
+        self, sequences: Sequence[TrainSequence], batch: TokenBatch, logprobs: Tensor
+    ) -> float | None:
+        """Sum over the student's tokens; None where the two cannot be compared."""
+        known = all(s.is_teacher or s.sampler_logprobs is not None for s in sequences)
+        if self.policy.temperature != 1.0 or not known:
+            return None
+        sampled = place_values([s.sampler_logprobs for s in sequences], batch.asked)
+        student = batch.asked & torch.tensor(
+            [[not s.is_teacher] for s in sequences], device=batch.asked.device
+        )
+        return float((logprobs.detach() - sampled).abs()[student].sum())
 
     def _kl(self, batch: TokenBatch, logprobs: Tensor) -> Tensor:
         if self.reference is None:
@@ -231,6 +252,7 @@ def sequences_of(groups: Sequence[Group], advantages: Tensor) -> list[TrainSeque
             advantage=float(advantage),
             is_teacher=member.is_teacher,
             teacher_logprobs=member.logprobs if member.is_teacher else None,
+            sampler_logprobs=None if member.is_teacher else member.logprobs,
         )
         for group, row in zip(groups, advantages, strict=True)
         if bool(row.any())
@@ -247,6 +269,12 @@ def count_sequences(sequences: Sequence[TrainSequence], max_completion_length: i
     )
 
 
+def _total(sums: Sequence[float | None], count: int) -> float | None:
+    """The mean over `count`; None when any sum is unknown."""
+    known = [each for each in sums if each is not None]
+    return sum(known) / count if len(known) == len(sums) else None
+
+
 def _mean_report(reports: Sequence[UpdateReport]) -> UpdateReport:
     n = max(len(reports), 1)
     return UpdateReport(
@@ -258,4 +286,5 @@ def _mean_report(reports: Sequence[UpdateReport]) -> UpdateReport:
         clip_high=sum(report.clip_high for report in reports) / n,
         tokens=sum(report.tokens for report in reports),
         optimizer_steps=len(reports),
+        sampler_difference=reports[0].sampler_difference if reports else None,
     )
