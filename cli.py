@@ -157,11 +157,16 @@ def train(
     from trainer.console import ConsoleReporter
     from trainer.loop import train as run_training
 
-    with ConsoleReporter(console, settings.run) as reporter:
-        outcome = run_training(settings, resume=resume, reporter=reporter)
+    try:
+        with ConsoleReporter(console, settings.run) as reporter:
+            outcome = run_training(settings, resume=resume, reporter=reporter)
+    except KeyboardInterrupt:
+        console.print("stopped at once; what was saved before is whole. Go on with the same command.")
+        raise typer.Exit(130) from None
     if outcome.interrupted_by:
+        saved = f"saved {outcome.checkpoint}" if outcome.checkpoint else "there was nothing to save yet"
         console.print(
-            f"stopped by {outcome.interrupted_by} after step {outcome.step}; saved {outcome.checkpoint}. "
+            f"stopped by {outcome.interrupted_by} after step {outcome.step}; {saved}. "
             f"Go on with the same command (--resume auto is the default).",
             soft_wrap=True,
         )

@@ -208,13 +208,9 @@ def test_the_resolved_config_of_a_dry_run_is_a_config(
     assert toml in again
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_saves_and_says_how_to_go_on(
-    small_world: Path, model_dir: Path, sent: signal.Signals
-) -> None:
-    overrides = settings(
-        small_world, model_dir, run__name=sent.name, train__max_steps=500, run__save_every=400
-    )
+def start_long_run(world: Path, model: Path, name: str) -> tuple[subprocess.Popen[str], Path]:
+    """A run of 500 steps that has done at least one, and its metrics file."""
+    overrides = settings(world, model, run__name=name, train__max_steps=500, run__save_every=400)
     process = subprocess.Popen(
         [sys.executable, "-m", "cli", "train", *sets(overrides)],
         env=ENVIRONMENT,
@@ -222,10 +218,18 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(
         stderr=subprocess.STDOUT,
         text=True,
     )
-    metrics = small_world / "runs" / sent.name / "metrics.jsonl"
+    metrics = world / "runs" / name / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
+    return process, metrics
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_and_says_how_to_go_on(
+    small_world: Path, model_dir: Path, sent: signal.Signals
+) -> None:
+    process, metrics = start_long_run(small_world, model_dir, sent.name)
     process.send_signal(sent)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
@@ -233,6 +237,18 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(
     assert "--resume auto" in output
     steps = len(metrics.read_text().splitlines())
     assert (small_world / "runs" / sent.name / "checkpoints" / f"step-{steps:06d}").is_dir()
+
+
+def test_a_second_ctrl_c_stops_at_once_without_a_traceback(small_world: Path, model_dir: Path) -> None:
+    process, _ = start_long_run(small_world, model_dir, "twice")
+    process.send_signal(signal.SIGSTOP)  # so that both arrive before it can end the step
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "stopped at once" in output
+    assert "Traceback" not in output
 
 
 def test_a_reader_that_closes_the_pipe_is_no_error(trained: Path) -> None:
