@@ -355,10 +355,11 @@ def inspect_run(
     from trainer.tables import curves_table, evaluations_table
 
     paths = runs or [str(latest_run("runs"))]
-    names = [open_run(path).root.name for path in paths]
+    opened = [open_run(path) for path in paths]
+    names = [run.root.name for run in opened]
     # Two runs may have one name in two folders.
     shown = names if len(set(names)) == len(names) else paths
-    found = {name: open_run(path).metrics() for name, path in zip(shown, paths, strict=True)}
+    found = {name: run.metrics() for name, run in zip(shown, opened, strict=True)}
     if png is not None:
         plot_runs(found, png)
     if _emit_rows([{"run": name, **row} for name, rows in found.items() for row in rows], json_, csv_):

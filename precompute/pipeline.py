@@ -52,7 +52,7 @@ def run(
     reporter = reporter or SilentReporter()
     jobs = _jobs(config, teachers, engine)
     outcomes = []
-    with _verifier(config) as verifier:
+    with Verifier.configured(config.verify) as verifier:
         problems, summary = _problems(config, limit, verifier, reporter)
         with _open_store(config) as writer:
             writer.write_problems(problems)
@@ -78,7 +78,7 @@ def plan(
     reporter = reporter or SilentReporter()
     jobs = _jobs(config, teachers, engine)
     path = str(Path(config.store.path).absolute())
-    with _verifier(config) as verifier:
+    with Verifier.configured(config.verify) as verifier:
         problems, summary = _problems(config, limit, verifier, reporter)
     store = StoreWriter.peek(path, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION)
     plans = []
@@ -234,11 +234,6 @@ def _report(
             teachers=tuple(replace(each, **counts.get(each.name, {})) for each in outcomes),
             coverage=coverage(store, ids),
         )
-
-
-def _verifier(config: PrecomputeConfig) -> Verifier:
-    settings = config.verify
-    return Verifier(workers=settings.workers, timeout=settings.timeout, memory_mb=settings.memory_mb)
 
 
 def _open_store(config: PrecomputeConfig) -> StoreWriter:

@@ -100,6 +100,11 @@ class Verifier:
         for thread in self._threads:
             thread.start()
 
+    @classmethod
+    def configured(cls, config: VerifyConfig) -> Self:
+        """The service as the config's [verify] says."""
+        return cls(workers=config.workers, timeout=config.timeout, memory_mb=config.memory_mb)
+
     def submit(
         self,
         response: str,

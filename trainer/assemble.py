@@ -94,11 +94,7 @@ def assemble(
     config: Config, run: RunFiles, weights: Path | None, reporter: TrainReporter, stack: ExitStack
 ) -> Parts:
     """Loads and checks everything; what must be closed is closed by `stack`."""
-    verifier = stack.enter_context(
-        Verifier(
-            workers=config.verify.workers, timeout=config.verify.timeout, memory_mb=config.verify.memory_mb
-        )
-    )
+    verifier = stack.enter_context(Verifier.configured(config.verify))
     problems = usable_problems(config, "train", verifier, reporter)
     held_out = usable_problems(config, "eval", verifier, reporter) if config.eval.every else []
     store = open_store(config, stack)

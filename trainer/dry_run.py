@@ -24,13 +24,7 @@ from trainer.run_files import step_of
 def dry_run_of(config: Config) -> Group:
     """Everything that `ampo train` would check, and what it would then do. Raises what it would raise."""
     with ExitStack() as stack:
-        verifier = stack.enter_context(
-            Verifier(
-                workers=config.verify.workers,
-                timeout=config.verify.timeout,
-                memory_mb=config.verify.memory_mb,
-            )
-        )
+        verifier = stack.enter_context(Verifier.configured(config.verify))
         reporter = SilentReporter()
         problems = usable_problems(config, "train", verifier, reporter)
         held_out = usable_problems(config, "eval", verifier, reporter) if config.eval.every else []

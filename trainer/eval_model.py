@@ -21,9 +21,7 @@ def evaluate_model(config: Config, reporter: TrainReporter) -> Evaluation:
     if not config.problems.eval:
         raise ConfigError("no problems to evaluate on: give --problems FILE or set problems.eval")
     policy = load_policy(config.student, temperature=1.0)
-    with Verifier(
-        workers=config.verify.workers, timeout=config.verify.timeout, memory_mb=config.verify.memory_mb
-    ) as verifier:
+    with Verifier.configured(config.verify) as verifier:
         problems = usable_problems(config, "eval", verifier, reporter)
         prompts = fitting_prompts(config, problems, policy, reporter)
         judge = Judge(

@@ -158,7 +158,8 @@ class Updater:
             else place_values([row.tolist() for row in old], batch.asked)
         )
         is_teacher = torch.tensor([s.is_teacher for s in sequences], device=batch.asked.device)
-        terms = self._terms(sequences, stats.logprobs, old_logprobs, is_teacher, batch)
+        advantages = torch.tensor([[s.advantage] for s in sequences], device=batch.asked.device)
+        terms = self._terms(sequences, stats.logprobs, old_logprobs, is_teacher, advantages, batch)
         lengths = batch.asked.sum(dim=1)
         weights = LOSS_TYPES[self.train.loss_type](lengths, is_teacher, counts)
         student = batch.asked & ~is_teacher.unsqueeze(1)
@@ -167,7 +168,6 @@ class Updater:
         regulariser = self.train.beta * kl - self.train.entropy_coef * stats.entropy
         loss = loss + regulariser.masked_fill(~student, 0.0).sum() / max(counts.student_tokens, 1)
         loss.backward()  # type: ignore[no-untyped-call]
-        advantages = torch.tensor([[s.advantage] for s in sequences], device=batch.asked.device)
         ratio = torch.exp(stats.logprobs.detach() - old_logprobs)
         below = (ratio < 1 - self.train.eps_low) & (advantages < 0)
         above = (ratio > 1 + self.train.eps_high) & (advantages > 0)
@@ -177,7 +177,7 @@ class Updater:
             kl=float(kl.detach()[student].sum()),
             clip_low=float(below[student].sum()),
             clip_high=float(above[student].sum()),
-            sampler_difference=self._sampler_difference(sequences, batch, stats.logprobs)
+            sampler_difference=self._sampler_difference(sequences, stats.logprobs, student)
             if old is None
             else None,
         )
@@ -188,10 +188,10 @@ class Updater:
         logprobs: Tensor,
         old_logprobs: Tensor,
         is_teacher: Tensor,
+        advantages: Tensor,
         batch: TokenBatch,
     ) -> Tensor:
-        """[B, L], the term of every token by who wrote it."""
-        advantages = torch.tensor([[s.advantage] for s in sequences], device=logprobs.device)
+        """[B, L], the term of every token by who wrote it; is_teacher [B], advantages [B, 1]."""
         teacher_logprobs = None
         if self.guidance.ratio == "teacher":
             teacher_logprobs = place_values([s.teacher_logprobs for s in sequences], batch.asked)
@@ -204,16 +204,13 @@ class Updater:
         return torch.where(is_teacher.unsqueeze(1), teacher, student)
 
     def _sampler_difference(
-        self, sequences: Sequence[TrainSequence], batch: TokenBatch, logprobs: Tensor
+        self, sequences: Sequence[TrainSequence], logprobs: Tensor, student: Tensor
     ) -> float | None:
-        """Sum over the student's tokens; None where the two cannot be compared."""
+        """Sum over the student's tokens (`student`, [B, L]); None where the two cannot be compared."""
         known = all(s.is_teacher or s.sampler_logprobs is not None for s in sequences)
         if self.policy.temperature != 1.0 or not known:
             return None
-        sampled = place_values([s.sampler_logprobs for s in sequences], batch.asked)
-        student = batch.asked & torch.tensor(
-            [[not s.is_teacher] for s in sequences], device=batch.asked.device
-        )
+        sampled = place_values([s.sampler_logprobs for s in sequences], student)
         return float((logprobs.detach() - sampled).abs()[student].sum())
 
     def _kl(self, batch: TokenBatch, logprobs: Tensor) -> Tensor:
