@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from trainer.config import Config
 
 ROOT = Path(__file__).parent.parent
-OURS = ("store", "precompute", "trainer", "lab", "cli")
+OURS = ("store", "precompute", "trainer", "lab", "cli", "commands")
 
 MAY_IMPORT = {
     "store": {"store"},

@@ -1,0 +1,77 @@
+"""What every command shares: options, the config, output for people and for programs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from store.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trainer.config import Config
+
+ConfigOption = Annotated[
+    str | None, typer.Option("--config", "-c", help="A TOML file; without it the defaults alone.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Overrides one key, e.g. `--set train.max_steps=100`. May be repeated."),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, show what would happen, touch nothing.")
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="JSON for programs instead of a table.")]
+CsvFlag = Annotated[bool, typer.Option("--csv", help="CSV for programs instead of a table.")]
+StorePath = Annotated[str, typer.Argument(help="The store's directory.")]
+
+
+def read_config(path: str | None, overrides: Sequence[str] | None) -> Config:
+    from precompute.config import load_config
+    from trainer.config import Config
+
+    return load_config(Config, path, list(overrides or []))
+
+
+def print_config(console: Console, config: Config) -> None:
+    from precompute.config import toml_of
+
+    console.print("[bold]resolved config[/]")
+    console.print(escaped(toml_of(config)), highlight=False, soft_wrap=True)
+
+
+def console_of(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def emit_rows(rows: Sequence[Mapping[str, Any]], as_json: bool, as_csv: bool) -> bool:
+    """Writes rows for programs where that was asked; says whether it did."""
+    if as_json and as_csv:
+        raise UserError("--json and --csv exclude each other: give one of them")
+    if as_json:
+        emit_json(list(rows))
+    elif as_csv:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(sys.stdout, fieldnames=names)
+        writer.writeheader()
+        writer.writerows(rows)
+    return as_json or as_csv
+
+
+def emit_json(body: Any) -> None:
+    json.dump(body, sys.stdout, indent=2, default=str)
+    sys.stdout.write("\n")
