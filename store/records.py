@@ -82,6 +82,14 @@ class Trace:
     """Hash of the recipe (model, revision, template, sampling) that made it."""
     created_at: datetime
     """UTC."""
+    verdict_detail: str = ""
+    """Why, in words, where the verdict alone does not say it."""
+    parsed_answer: str | None = None
+    """What the verifier read in `answer`, as sympy writes it; None where it read nothing."""
+    parsed_gold: str | None = None
+    """What the verifier read in the problem's gold answer; None where it was not asked."""
+    filtered: str | None = None
+    """Why a filter keeps the trace from the student, e.g. `repetition: ...`; None: it may be used."""
     trace_id: str = field(init=False)
     """Content hash of (problem_id, teacher, sample_index, text)."""
 

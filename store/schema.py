@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from store.records import Problem, TeacherRecord, Trace
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised whenever an older reader could misread what a newer writer wrote."""
 
 ROW_GROUP_ROWS = 8
@@ -38,6 +38,10 @@ TRACE_SCHEMA = pa.schema(
         ("seed", pa.int64()),
         ("generation_fingerprint", pa.string()),
         ("created_at", pa.timestamp("us", tz="UTC")),
+        ("verdict_detail", pa.string()),
+        ("parsed_answer", pa.string()),
+        ("parsed_gold", pa.string()),
+        ("filtered", pa.string()),
     ]
 )
 
