@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from precompute.engines import Completion, Request, Sampling
 from precompute.engines.checks import eos_ids
-from precompute.engines.transformers_engine import (
-    TransformersEngine,
-    inverse_cdf,
-    keep_top_k,
-    keep_top_p,
-    uniforms,
-)
+from precompute.engines.drawing import inverse_cdf, keep_top_k, keep_top_p, uniforms
+from precompute.engines.transformers_engine import TransformersEngine
 from store.errors import EngineError
 
 END = 2
@@ -307,6 +303,96 @@ def test_rows_that_have_ended_are_no_longer_computed(tokenizer: Any) -> None:
     assert len({completion.request_id for completion in found}) == 32
 
 
+def test_what_is_asked_next_may_depend_on_what_came_back(tokenizer: Any) -> None:
+    # Three chains of five: a chain's next request exists once the one before has come back, and begins with
+    # what that one drew.
+    engine = TransformersEngine(random_model(), tokenizer, batch_size=8)
+    back: dict[str, Completion] = {}
+
+    def ids_of(chain: int, link: int) -> tuple[int, ...]:
+        if link == 0:
+            return request(chain).prompt_ids
+        return (*request(chain).prompt_ids, *back[f"{chain}/{link - 1}"].token_ids[:5])
+
+    def feed() -> Iterator[Request | None]:
+        asked: set[str] = set()
+        while len(back) < 15:
+            for chain in range(3):
+                link = sum(f"{chain}/{other}" in back for other in range(5))
+                key = f"{chain}/{link}"
+                if link < 5 and key not in asked:
+                    asked.add(key)
+                    yield Request(request_id=key, prompt_ids=ids_of(chain, link), seed=10 * chain + link)
+            yield None
+
+    for completion in engine.generate(feed(), sampling()):
+        back[completion.request_id] = completion
+    assert sorted(back) == [f"{chain}/{link}" for chain in range(3) for link in range(5)]
+    for key, completion in back.items():
+        chain, link = map(int, key.split("/"))
+        alone = Request(request_id=key, prompt_ids=ids_of(chain, link), seed=10 * chain + link)
+        assert next(engine.generate([alone], sampling())).token_ids == completion.token_ids
+
+
+def test_others_take_the_places_of_rows_that_have_ended(tokenizer: Any) -> None:
+    model = random_model()
+    rows: list[int] = []
+
+    def note(_: Any, inputs: Any, __: Any) -> None:
+        if inputs[0].shape[1] == 1:  # a token's pass, not a prompt's
+            rows.append(inputs[0].shape[0])
+
+    model.model.embed_tokens.register_forward_hook(note)
+    requests = [request(number) for number in range(128)]
+    engine = TransformersEngine(model, tokenizer, batch_size=16)
+    found = by_id(engine.generate(iter(requests), sampling(max_tokens=60)))
+    tokens = sum(len(completion.token_ids) for completion in found.values())
+    assert len(found) == 128
+    # Without others in their places the batches of 16 would run at little more than half of their width.
+    assert tokens / (16 * len(rows)) > 0.7
+    assert max(rows) == 16
+
+
+def test_with_nothing_there_it_waits_and_asks_again(engine: TransformersEngine) -> None:
+    def feed() -> Iterator[Request | None]:
+        yield from [None] * 5
+        yield request(1)
+        yield from [None] * 5
+        yield request(2)
+        yield None
+
+    started = time.monotonic()
+    found = by_id(engine.generate(feed(), sampling(max_tokens=1)))
+    # With one token each it is idle at the Nones: 10 ms for each but those that it meets while it takes.
+    assert 0.08 < time.monotonic() - started < 2
+    assert found == by_id(engine.generate([request(1), request(2)], sampling(max_tokens=1)))
+    assert list(engine.generate(iter([None]), sampling())) == []
+
+
+def test_left_early_no_further_request_is_taken(tokenizer: Any) -> None:
+    taken: list[int] = []
+
+    def feed() -> Iterator[Request]:
+        for number in range(1000):
+            taken.append(number)
+            yield request(number)
+
+    engine = TransformersEngine(random_model(), tokenizer, batch_size=4)
+    completions = engine.generate(feed(), sampling())
+    next(completions)
+    del completions
+    assert len(taken) == 4
+    assert len(list(engine.generate([request(1)], sampling()))) == 1
+
+
+def test_a_fed_prompt_that_leaves_no_room_is_refused_when_it_is_taken(tokenizer: Any) -> None:
+    engine = TransformersEngine(random_model(), tokenizer, batch_size=1)
+    completions = engine.generate(iter([request(1, length=5), request(2, length=80)]), sampling())
+    assert next(completions).request_id == "r1"
+    with pytest.raises(EngineError, match="max_tokens = 24 and a prompt of 80 tokens"):
+        next(completions)
+
+
 def test_a_prompt_that_leaves_no_room_is_refused_before_anything_runs(engine: TransformersEngine) -> None:
     with pytest.raises(
         EngineError, match=r"max_tokens = 90 and a prompt of 10 tokens .* 96 positions; .* 86 at most"
@@ -342,6 +428,6 @@ def test_a_loaded_model_draws_what_the_one_in_memory_drew(tokenizer: Any, tmp_pa
     requests = [request(number) for number in range(4)]
     loaded = TransformersEngine.load(str(tmp_path), tokenizer, batch_size=4)
     assert by_id(loaded.generate(requests, sampling())) == by_id(
-        TransformersEngine(model, tokenizer).generate(requests, sampling())
+        TransformersEngine(model, tokenizer, batch_size=4).generate(requests, sampling())
     )
     loaded.close()

@@ -150,6 +150,57 @@ def test_left_early_it_is_free_for_the_next_requests(engine: Engine, requests: l
     assert {c.request_id for c in found} == {request.request_id for request in requests[:3]}
 
 
+def test_what_is_asked_next_may_depend_on_what_came_back(
+    engine: Engine, requests: list[Request], drawn: dict[str, Completion]
+) -> None:
+    # A request only once the one before has come back, the others beside it at will; and pauses.
+    back: list[str] = []
+
+    def feed() -> Iterator[Request | None]:
+        yield None
+        yield from requests[:40]
+        for number, request in enumerate(requests[40:44]):
+            while len(back) < 40 + number:
+                yield None
+            yield request
+
+    for completion in engine.generate(feed(), SAMPLING):
+        back.append(completion.request_id)
+        assert completion.token_ids == drawn[completion.request_id].token_ids
+    assert len(back) == 44
+    assert back[40:] == [request.request_id for request in requests[40:44]]
+
+
+def test_it_takes_no_more_than_a_little_ahead(engine: Engine, requests: list[Request]) -> None:
+    taken = 0
+
+    def feed() -> Iterator[Request]:
+        nonlocal taken
+        for request in requests * 4:
+            taken += 1
+            yield Request(request_id=str(taken), prompt_ids=request.prompt_ids, seed=request.seed)
+
+    completions = engine.generate(feed(), SAMPLING)
+    next(completions)
+    assert taken == 2 * TEACHER.batch_size
+    del completions
+    # A stop that crosses the end of what it is to stop does no harm.
+    only = engine.generate(requests[:1], SAMPLING)
+    next(only)
+    time.sleep(0.2)
+    del only
+    assert len(list(engine.generate(requests[:1], SAMPLING))) == 1
+
+
+def test_a_fed_prompt_that_does_not_fit_is_refused_and_the_engine_goes_on(
+    engine: Engine, requests: list[Request]
+) -> None:
+    long = Request(request_id="long", prompt_ids=(9,) * 41, seed=1)
+    with pytest.raises(EngineError, match="a prompt of 41 tokens"):
+        list(engine.generate(iter([*requests[:9], long]), SAMPLING))
+    assert len(list(engine.generate(requests[:1], SAMPLING))) == 1
+
+
 def test_temperature_0_is_greedy_and_max_tokens_cuts(engine: Engine, requests: list[Request]) -> None:
     greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=6)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)

@@ -2,12 +2,15 @@
 
     requests (prompt ids, a seed each)  --generate-->  completions, in the order in which they finish
 
+Engines are fed: they take the next request when they have room for one, so that what is asked next may
+depend on what came back.
+
 One Protocol, one file an engine; each heavy import lives in its engine's file alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,14 +53,23 @@ class Completion:
     """The token ids decoded, special tokens left out."""
 
 
+Requests = Iterable[Request | None]
+"""What an engine draws. None: nothing right now, more may come; the end of the iterable: no more."""
+
+
 class Engine(Protocol):
     """Draws completions. A caller may stop iterating at any time; `close` frees the model."""
 
     name: str
     version: str
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
-        """Yields one completion a request, in the order in which they finish."""
+    def generate(self, requests: Requests, sampling: Sampling) -> Iterator[Completion]:
+        """Yields one completion a request, in the order in which they finish.
+
+        Takes requests as it has room for them, in the thread that iterates; at a None it goes on with what
+        runs and asks again later. Raises EngineError for a request that does not fit: at once where
+        `requests` is a sequence, else when it is taken.
+        """
         ...
 
     def close(self) -> None:

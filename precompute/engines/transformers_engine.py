@@ -1,15 +1,17 @@
-"""transformers' own `generate`, with draws that depend on a row's seed alone.
+"""transformers' own `generate`, with draws that depend on a row's seed alone (drawing.py).
 
 `generate` samples a batch from one random stream, so that a row's tokens depend on its neighbours. Here a
 logits processor draws instead: each row brings its own uniforms and the token is the inverse CDF at the
 row's next one. The same request gives the same completion in any batch, up to float noise.
 
-Rows that have ended leave the batch once half of it has: the key-value cache is cut and `generate` goes on.
+Rows that have ended leave the batch: the key-value cache is cut, others take their places (rows.py), and
+`generate` goes on.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +22,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -28,9 +29,16 @@ from transformers import (
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.utils import logging
 
-from precompute.engines import Completion, Request, Sampling
-from precompute.engines.checks import cannot_load, check_lengths, eos_ids
+from precompute.engines import Completion, Request, Requests, Sampling
+from precompute.engines.checks import cannot_load, eos_ids
+from precompute.engines.feed import Feed
+from precompute.engines.rows import Rows
 from store.errors import EngineError
+
+REFILL_SHARE = 1 / 8
+"""Others join a running batch once this share of its places is free."""
+DRY_TOKENS = 16
+"""Tokens between two looks at a feed that had nothing."""
 
 
 class TransformersEngine:
@@ -49,6 +57,7 @@ class TransformersEngine:
         self._batch_size = batch_size
         base = _base_model(model)
         self._eos = eos_ids(base.generation_config, tokenizer)
+        self._eos_set = frozenset(self._eos)
         self._context_length = getattr(base.config.get_text_config(), "max_position_embeddings", None)
 
     @classmethod
@@ -76,13 +85,17 @@ class TransformersEngine:
             raise cannot_load(model_path, error) from error
         return cls(model.to(place), tokenizer, batch_size=batch_size)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
-        """Yields one completion a request, batch by batch, short prompts first.
+    def generate(self, requests: Requests, sampling: Sampling) -> Iterator[Completion]:
+        """Yields one completion a request; those of a sequence are begun short prompts first.
 
-        Raises EngineError at once when a prompt and `max_tokens` together exceed the model's positions.
+        Raises EngineError for a prompt that together with `max_tokens` exceeds the model's positions: at
+        once where `requests` is a sequence.
         """
-        check_lengths(requests, sampling, self._context_length)
-        return self._batches(sorted(requests, key=lambda request: len(request.prompt_ids)), sampling)
+        if isinstance(requests, Sequence):
+            given: list[Request] = [request for request in requests if request is not None]
+            given.sort(key=lambda request: len(request.prompt_ids))
+            requests = given
+        return self._generate(Feed(requests, sampling, self._context_length), sampling)
 
     def close(self) -> None:
         """Lets go of the model; its memory is free once nobody else holds it."""
@@ -91,48 +104,73 @@ class TransformersEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _batches(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
-        for start in range(0, len(requests), self._batch_size):
-            yield from self._batch(requests[start : start + self._batch_size], sampling)
+    def _generate(self, feed: Feed, sampling: Sampling) -> Iterator[Completion]:
+        """Draws until enough rows have ended, hands those over, and puts others in their places: one long
+        completion does not keep the whole batch at work."""
+        rows: Rows | None = None
+        while True:
+            if fresh := feed.take(self._room(rows)):
+                joining = self._rows(fresh, sampling)
+                if rows is not None:
+                    # A prompt's columns are computed apart from the rows that run already.
+                    yield from self._advance(joining, count=1, most=1)
+                    rows.join(joining)
+                else:
+                    rows = joining
+            if rows is not None:
+                count, most = self._pace(rows, feed, sampling)
+                yield from self._advance(rows, count=count, most=most)
+                rows = rows if rows.requests else None
+            elif feed.ended:
+                return
+            else:
+                feed.wait()
 
-    def _batch(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
-        """Draws until half of the rows have ended, hands those over, goes on with the others alone: one
-        long completion does not keep the whole batch at work."""
-        device = self._model.device
-        prompts, mask = left_padded([request.prompt_ids for request in requests], pad_id=self._eos[0])
-        ids, mask = prompts.to(device), mask.to(device)  # [B, P + T]: the completions grow on the right
-        sampler = SeededSampler([request.seed for request in requests], sampling, device)
-        cache = self._new_cache()
-        while requests:
-            ids = self._draw(ids, mask, cache, sampler, sampling)
-            tokens = ids[:, prompts.shape[1] :]
-            full = tokens.shape[1] == sampling.max_tokens
-            ended = torch.isin(tokens, torch.tensor(self._eos, device=device)).any(-1) | full  # [B]
-            rows = zip(requests, ended.tolist(), tokens.tolist(), sampler.logprobs().tolist(), strict=True)
-            yield from [self._completion(row[0], *row[2:]) for row in rows if row[1]]
-            going = (~ended).nonzero().squeeze(1)
-            requests = [requests[row] for row in going.tolist()]
-            mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)[going]
-            ids = ids[going]
-            sampler.keep(going)
-            if cache is not None:
-                cache.batch_select_indices(going)
+    def _rows(self, requests: Sequence[Request], sampling: Sampling) -> Rows:
+        return Rows(
+            requests, sampling, pad_id=self._eos[0], cache=self._new_cache(), device=self._model.device
+        )
 
-    def _draw(
-        self, ids: torch.Tensor, mask: torch.Tensor, cache: Any, sampler: SeededSampler, sampling: Sampling
-    ) -> torch.Tensor:
-        """[B, L] -> [B, L + n]: until half of the rows have ended, or all where there is no cache to cut."""
-        ends = [HalfEnded(self._eos, ids)] if cache is not None else []
+    def _room(self, rows: Rows | None) -> int:
+        """How many requests to take; none for a few free places, for a refill is a pass of its own."""
+        if rows is None:
+            return self._batch_size
+        free = self._batch_size - len(rows)
+        return free if rows.can_be_joined and free >= self._batch_size * REFILL_SHARE else 0
+
+    def _pace(self, rows: Rows, feed: Feed, sampling: Sampling) -> tuple[int, int]:
+        """How many rows have to end, or how many tokens are drawn, before the next look at the feed."""
+        most = sampling.max_tokens - max(rows.sampler.drawn)
+        half = (len(rows) + 1) // 2
+        if rows.cache is None:
+            return len(rows), most
+        if feed.ended or not rows.can_be_joined:
+            return half, most
+        if feed.dry:
+            return half, min(most, DRY_TOKENS)
+        missing = math.ceil(self._batch_size * REFILL_SHARE) - (self._batch_size - len(rows))
+        return min(max(missing, 1), half), most
+
+    def _advance(self, rows: Rows, *, count: int, most: int) -> Iterator[Completion]:
+        """Draws until `count` rows have ended or `most` tokens are drawn; then the ended ones leave."""
         with _lent(self._model):
-            sequences: torch.Tensor = self._model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=cache,
-                generation_config=self._generation_config(sampling.max_tokens - sampler.drawn),
-                logits_processor=LogitsProcessorList([sampler]),
-                stopping_criteria=StoppingCriteriaList(ends),
+            ids = self._model.generate(
+                input_ids=rows.ids,
+                attention_mask=rows.mask,
+                past_key_values=rows.cache,
+                generation_config=self._generation_config(most),
+                logits_processor=LogitsProcessorList([rows.sampler]),
+                stopping_criteria=StoppingCriteriaList([EnoughEnded(self._eos, rows.ids, count)]),
             )
-        return sequences
+        rows.grow(ids)
+        going, completions = [], []
+        for row, (tokens, logprobs) in enumerate(rows.drawn()):
+            if len(tokens) == rows.sampler.max_tokens or not self._eos_set.isdisjoint(tokens):
+                completions.append(self._completion(rows.requests[row], tokens, logprobs))
+            else:
+                going.append(row)
+        rows.keep(going)
+        yield from completions
 
     def _new_cache(self) -> DynamicCache | None:
         """A key-value cache from which rows can be taken; None for models that keep another kind of state."""
@@ -168,105 +206,18 @@ class TransformersEngine:
         )
 
 
-class SeededSampler(LogitsProcessor):
-    """Draws the next token of each row by inverse CDF at the row's own uniform, and forces it.
+class EnoughEnded(StoppingCriteria):
+    """Stops a batch once at least `count` of its rows have ended."""
 
-    Remembers the log-probability of each token at temperature 1, before top_k and top_p.
-    """
-
-    def __init__(self, seeds: Sequence[int], sampling: Sampling, device: torch.device) -> None:
-        self._sampling = sampling
-        # Bins of a large vocabulary are narrower than float32 resolves; MPS has nothing wider.
-        self._precision = torch.float32 if device.type == "mps" else torch.float64
-        self._uniforms = uniforms(seeds, sampling.max_tokens).to(device, self._precision)  # [B, max_tokens]
-        self._logprobs: list[torch.Tensor] = []
-
-    @property
-    def drawn(self) -> int:
-        """T, the tokens drawn so far for each row."""
-        return len(self._logprobs)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """[B, L] and raw logits [B, V] -> [B, V] with everything but the drawn token at -inf."""
-        normalizer = scores.logsumexp(-1, keepdim=True)  # [B, 1]
-        tokens = self._draw(scores, normalizer)
-        self._logprobs.append((scores.gather(1, tokens) - normalizer).squeeze(1))
-        return scores.fill_(-torch.inf).scatter_(1, tokens, 0.0)
-
-    def logprobs(self) -> torch.Tensor:
-        """[B, T], one column for each token drawn so far; what stands behind a row's end means nothing."""
-        return torch.stack(self._logprobs, dim=1)
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Goes on with these rows of the batch alone."""
-        self._uniforms = self._uniforms[rows]
-        self._logprobs = [logprobs[rows] for logprobs in self._logprobs]
-
-    def _draw(self, logits: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
-        """[B, V] -> [B, 1]"""
-        sampling = self._sampling
-        if sampling.temperature == 0:
-            return logits.argmax(-1, keepdim=True)
-        if sampling.temperature == 1:
-            probs = (logits - normalizer).exp_()
-        else:
-            probs = (logits / sampling.temperature).softmax(-1)
-        if sampling.top_k:
-            probs = keep_top_k(probs, sampling.top_k)
-        if sampling.top_p < 1:
-            probs = keep_top_p(probs, sampling.top_p)
-        return inverse_cdf(probs.to(self._precision), self._uniforms[:, self.drawn : self.drawn + 1])
-
-
-class HalfEnded(StoppingCriteria):
-    """Stops a batch once at least half of its rows have ended."""
-
-    def __init__(self, eos: Sequence[int], ids: torch.Tensor) -> None:
+    def __init__(self, eos: Sequence[int], ids: torch.Tensor, count: int) -> None:
         self._eos = torch.tensor(eos, device=ids.device)
         self._ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        self._count = count
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """[B, L] -> [B], the same for all rows."""
         self._ended |= torch.isin(input_ids[:, -1], self._eos)
-        return (2 * self._ended.sum() >= len(self._ended)).expand(len(self._ended))
-
-
-def uniforms(seeds: Sequence[int], count: int) -> torch.Tensor:
-    """[B, count] in [0, 1), float64: row i depends on seeds[i] alone, on the CPU wherever the model is."""
-    rows = [torch.rand(count, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
-    return torch.stack(rows)
-
-
-def inverse_cdf(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Probabilities [B, V] (of any positive sum) and uniforms [B, 1] in [0, 1) -> token ids [B, 1].
-
-    A token of probability 0 is never drawn: its bin is empty.
-    """
-    edges = probs.cumsum(-1)
-    tokens = torch.searchsorted(edges, uniform * edges[:, -1:], right=True)
-    return tokens.clamp_(max=probs.shape[1] - 1)  # only NaN lands behind the last bin
-
-
-def keep_top_k(probs: torch.Tensor, k: int) -> torch.Tensor:
-    """[B, V] with all but the k most probable tokens of a row at 0 (ties with the k-th stay)."""
-    least = probs.topk(min(k, probs.shape[1])).values[:, -1:]
-    return probs.masked_fill(probs < least, 0.0)
-
-
-def keep_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
-    """[B, V] with a row's least probable tokens at 0: those kept are the fewest that hold a share p."""
-    descending, order = probs.sort(dim=-1, descending=True, stable=True)
-    before = descending.cumsum(-1) - descending
-    dropped = before >= p * descending.sum(-1, keepdim=True)
-    return probs.masked_fill(dropped.scatter(1, order, dropped), 0.0)
-
-
-def left_padded(rows: Sequence[Sequence[int]], *, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask, both [B, P]: `generate` appends on the right, so padding goes to the left."""
-    width = max(len(row) for row in rows)
-    ids = [[pad_id] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)
+        return (self._ended.sum() >= self._count).expand(len(self._ended))
 
 
 @contextmanager

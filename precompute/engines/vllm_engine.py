@@ -20,13 +20,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from precompute.engines import Completion, Request, Sampling
-from precompute.engines.checks import cannot_load, check_lengths, eos_ids
-from precompute.engines.vllm_process import STOP, Finished
-from store.errors import EngineError
+from precompute.engines import Completion, Requests, Sampling
+from precompute.engines.checks import cannot_load, eos_ids
+from precompute.engines.feed import PAUSE, Feed
+from precompute.engines.vllm_process import END, STOP, Finished
+from store.errors import EngineError, UserError
 
 DEFAULT_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 """What holds unless the environment says otherwise; the first in GiB."""
+
+HANDFUL = 8
+"""Requests sent to the process at a time."""
 
 
 class VllmEngine:
@@ -35,13 +39,20 @@ class VllmEngine:
     name = "vllm"
 
     def __init__(
-        self, process: VllmProcess, tokenizer: Any, *, stop_ids: Sequence[int], max_length: int
+        self,
+        process: VllmProcess,
+        tokenizer: Any,
+        *,
+        stop_ids: Sequence[int],
+        max_length: int,
+        batch_size: int,
     ) -> None:
         self.version = vllm_version()
         self._process = process
         self._tokenizer = tokenizer
         self._stop_ids = list(stop_ids)
         self._max_length = max_length
+        self._batch_size = batch_size
 
     @classmethod
     def load(
@@ -76,15 +87,17 @@ class VllmEngine:
             }
             | ({} if on_cpu else {"gpu_memory_utilization": gpu_memory_utilization})
         )
-        return cls(process, tokenizer, stop_ids=stop_ids, max_length=max_length)
+        return cls(process, tokenizer, stop_ids=stop_ids, max_length=max_length, batch_size=batch_size)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
+    def generate(self, requests: Requests, sampling: Sampling) -> Iterator[Completion]:
         """Yields one completion a request, each as soon as it is finished.
 
-        Raises EngineError at once when a prompt and `max_tokens` together exceed `max_length`.
+        Raises EngineError for a prompt that together with `max_tokens` exceeds `max_length`: at once where
+        `requests` is a sequence.
         """
-        check_lengths(requests, sampling, self._max_length)
-        return map(self._completion, self._process.generate(requests, sampling, self._stop_ids))
+        feed = Feed(requests, sampling, self._max_length)
+        finished = self._process.generate(feed, sampling, self._stop_ids, ahead=2 * self._batch_size)
+        return map(self._completion, finished)
 
     def close(self) -> None:
         """Ends the process, and with it all that the model took."""
@@ -135,7 +148,7 @@ class VllmProcess:
     def load(self, options: dict[str, Any]) -> None:
         """Returns when the model is loaded; EngineError, with the process ended, when it cannot be."""
         try:
-            self._connection.send(options)
+            self._send(options)
             failure = self._receive()
         except BaseException:
             self.close()
@@ -145,16 +158,16 @@ class VllmProcess:
             raise cannot_load(options["model"], failure)
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, stop_ids: list[int]
+        self, feed: Feed, sampling: Sampling, stop_ids: list[int], *, ahead: int
     ) -> Iterator[Finished]:
-        """What finishes, as it finishes. Left early, it clears the scheduler."""
-        self._connection.send((list(requests), sampling, stop_ids))
+        """What finishes, as it finishes, with up to `ahead` requests in the process at a time. Left early, it
+        clears the scheduler."""
+        self._send((sampling, stop_ids))
         try:
-            while (finished := self._receive()) is not None:
-                yield finished
-        except GeneratorExit:
+            yield from self._pump(feed, ahead)
+        except (GeneratorExit, UserError):
             if not self._connection.closed:
-                self._connection.send(STOP)
+                self._send(STOP)
                 while self._receive() is not None:
                     pass
             raise
@@ -162,6 +175,24 @@ class VllmProcess:
             # Ctrl-C may have cut a message in two: nothing more can be read from this process.
             self.close()
             raise
+
+    def _pump(self, feed: Feed, ahead: int) -> Iterator[Finished]:
+        running, told = 0, False
+        while True:
+            # A handful at a time: the first step need not wait for all requests.
+            while not feed.ended and (taken := feed.take(min(ahead - running, HANDFUL))):
+                self._send(taken)
+                running += len(taken)
+            if feed.ended and not told:
+                self._send(END)
+                told = True
+            if not running and not told:
+                feed.wait()
+            elif running == ahead or told or self._connection.poll(PAUSE):
+                if (finished := self._receive()) is None:
+                    return
+                running -= 1
+                yield finished
 
     def close(self) -> None:
         """Ends the process at once. Harmless when it has ended."""
@@ -171,15 +202,25 @@ class VllmProcess:
         if self._process.stdin is not None:
             self._process.stdin.close()
 
+    def _send(self, message: Any) -> None:
+        try:
+            self._connection.send(message)
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._ended() from None
+
     def _receive(self) -> Any:
         try:
             return self._connection.recv()
         except (EOFError, ConnectionResetError):
-            code = self._process.wait()
-            raise EngineError(
-                f"the vllm process ended with exit code {code} (-9: out of memory?); "
-                "set VLLM_LOGGING_LEVEL=INFO in the environment to see its log"
-            ) from None
+            raise self._ended() from None
+
+    def _ended(self) -> EngineError:
+        code = self._process.wait()
+        self.close()
+        return EngineError(
+            f"the vllm process ended with exit code {code} (-9: out of memory?); "
+            "set VLLM_LOGGING_LEVEL=INFO in the environment to see its log"
+        )
 
 
 def vllm_version() -> str:

@@ -1,26 +1,33 @@
 """vLLM in a process of its own: the one file that imports vllm. precompute/engines/vllm_engine.py starts it.
 
     -> load options                                      <- None, or what went wrong, in one line
-    -> (requests, sampling, stop ids)                    <- (id, token ids, logprobs, finish reason), as they
-    -> STOP, at any time: forget what is left               finish, and None behind the last one
+    -> (sampling, stop ids): a generation begins
+    -> [request, ...], as often as there are some        <- (id, token ids, logprobs, finish reason), as they
+    -> END: no more of them                                 finish, and None behind the last one
+    -> STOP, at any time: forget what is left
 
-Objects travel pickled over the socket whose descriptor is the argument. Standard input carries nothing: it
+A thread reads what comes, whatever the model does: neither side ever waits for the other to read. Objects
+travel pickled over the socket whose descriptor is the argument. Standard input carries nothing: it
 ends when the parent ends, however that came about, and this process with it.
 """
 
 from __future__ import annotations
 
 import os
+import queue
 import sys
 import threading
-from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeAlias
 
-from precompute.engines import Request, Sampling
+from precompute.engines import Sampling
 
+END = "end"
 STOP = "stop"
+
+Inbox: TypeAlias = "queue.SimpleQueue[Any]"
 
 Finished = tuple[str, tuple[int, ...], tuple[float, ...], str]
 """(request id, token ids [T], log-probabilities [T], finish reason)"""
@@ -31,11 +38,21 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     connection = Connection(int(sys.argv[1]))
     llm = _load(connection, connection.recv())
+    inbox: Inbox = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
     while llm is not None:
-        requests, sampling, stop_ids = connection.recv()
-        for finished in _generate(llm, connection, deque(requests), sampling, stop_ids):
+        begin = inbox.get()
+        if begin == STOP:
+            continue  # it crossed the end of what it was to stop
+        for finished in _generate(llm, inbox, *begin):
             connection.send(finished)
         connection.send(None)
+
+
+def _read(connection: Connection[Any, Any], inbox: Inbox) -> None:
+    with suppress(EOFError, OSError):  # the parent is gone, and this process goes with it
+        while True:
+            inbox.put(connection.recv())
 
 
 def _end_with_parent() -> None:
@@ -58,31 +75,36 @@ def _load(connection: Connection[Any, Any], options: dict[str, Any]) -> Any:
     return llm
 
 
-def _generate(
-    llm: Any,
-    connection: Connection[Any, Any],
-    waiting: deque[Request],
-    sampling: Sampling,
-    stop_ids: list[int],
-) -> Iterator[Finished]:
-    """Keeps the scheduler supplied a little ahead, so that the first step need not wait for all requests."""
+def _generate(llm: Any, inbox: Inbox, sampling: Sampling, stop_ids: list[int]) -> Iterator[Finished]:
+    """Gives the scheduler what comes, between two steps; the parent sees to it that it is never too much."""
     engine = llm.llm_engine
-    ahead = 2 * engine.vllm_config.scheduler_config.max_num_seqs
     running: dict[str, str] = {}  # vLLM's id -> ours
-    while waiting or running:
-        while waiting and len(running) < ahead:
-            request = waiting.popleft()
-            parameters = _sampling_params(sampling, request.seed, stop_ids)
-            prompt = {"prompt_token_ids": list(request.prompt_ids)}
-            running[request.request_id] = engine.add_request(request.request_id, prompt, parameters)
-        for output in engine.step():
+    ended = False
+    while running or not ended:
+        for message in _messages(inbox, wait=not running):
+            if message == STOP:
+                engine.abort_request(list(running.values()), internal=True)
+                return
+            if message == END:
+                ended = True
+                continue
+            for request in message:
+                parameters = _sampling_params(sampling, request.seed, stop_ids)
+                prompt = {"prompt_token_ids": list(request.prompt_ids)}
+                running[request.request_id] = engine.add_request(request.request_id, prompt, parameters)
+        for output in engine.step() if running else ():
             if output.finished:
                 del running[output.request_id]
                 yield _finished(output)
-        if connection.poll():
-            assert connection.recv() == STOP
-            engine.abort_request(list(running.values()), internal=True)
-            return
+
+
+def _messages(inbox: Inbox, *, wait: bool) -> Iterator[Any]:
+    """What has come; with `wait` one message at least."""
+    if wait:
+        yield inbox.get()
+    with suppress(queue.Empty):
+        while True:
+            yield inbox.get_nowait()
 
 
 def _sampling_params(sampling: Sampling, seed: int, stop_ids: Sequence[int]) -> Any:

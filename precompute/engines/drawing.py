@@ -1,0 +1,94 @@
+"""Draws that depend on a row's seed alone, whatever stands beside it in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import LogitsProcessor
+
+from precompute.engines import Sampling
+
+
+class SeededSampler(LogitsProcessor):
+    """Draws the next token of each row by inverse CDF at the row's own uniform, and forces it.
+
+    Remembers the log-probability of each token at temperature 1, before top_k and top_p.
+    """
+
+    def __init__(self, seeds: Sequence[int], sampling: Sampling, device: torch.device) -> None:
+        self._sampling = sampling
+        # Bins of a large vocabulary are narrower than float32 resolves; MPS has nothing wider.
+        self._precision = torch.float32 if device.type == "mps" else torch.float64
+        self._uniforms = uniforms(seeds, sampling.max_tokens).to(device, self._precision)  # [B, max_tokens]
+        self.max_tokens = sampling.max_tokens
+        self.logprobs = torch.zeros(len(seeds), sampling.max_tokens, device=device)
+        """[B, max_tokens]; what stands behind a row's end means nothing."""
+        self.drawn = [0] * len(seeds)
+        """[B], the tokens drawn so far for each row; rows that joined later have fewer."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """[B, L] and raw logits [B, V] -> [B, V] with everything but the drawn token at -inf."""
+        normalizer = scores.logsumexp(-1, keepdim=True)  # [B, 1]
+        columns = torch.tensor(self.drawn, device=scores.device)[:, None]  # [B, 1]
+        tokens = self._draw(scores, normalizer, self._uniforms.gather(1, columns))
+        self.logprobs.scatter_(1, columns, (scores.gather(1, tokens) - normalizer).float())
+        self.drawn = [count + 1 for count in self.drawn]
+        return scores.fill_(-torch.inf).scatter_(1, tokens, 0.0)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Goes on with these rows of the batch alone."""
+        index = torch.tensor(rows, dtype=torch.long, device=self._uniforms.device)
+        self._uniforms, self.logprobs = self._uniforms[index], self.logprobs[index]
+        self.drawn = [self.drawn[row] for row in rows]
+
+    def join(self, others: SeededSampler) -> None:
+        """Draws for the rows of `others` too, below these."""
+        self._uniforms = torch.cat([self._uniforms, others._uniforms])
+        self.logprobs = torch.cat([self.logprobs, others.logprobs])
+        self.drawn += others.drawn
+
+    def _draw(self, logits: torch.Tensor, normalizer: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        """Logits [B, V], their logsumexp and the rows' next uniforms [B, 1] -> [B, 1]"""
+        sampling = self._sampling
+        if sampling.temperature == 0:
+            return logits.argmax(-1, keepdim=True)
+        if sampling.temperature == 1:
+            probs = (logits - normalizer).exp_()
+        else:
+            probs = (logits / sampling.temperature).softmax(-1)
+        if sampling.top_k:
+            probs = keep_top_k(probs, sampling.top_k)
+        if sampling.top_p < 1:
+            probs = keep_top_p(probs, sampling.top_p)
+        return inverse_cdf(probs.to(self._precision), uniform)
+
+
+def uniforms(seeds: Sequence[int], count: int) -> torch.Tensor:
+    """[B, count] in [0, 1), float64: row i depends on seeds[i] alone, on the CPU wherever the model is."""
+    rows = [torch.rand(count, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+    return torch.stack(rows)
+
+
+def inverse_cdf(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Probabilities [B, V] (of any positive sum) and uniforms [B, 1] in [0, 1) -> token ids [B, 1].
+
+    A token of probability 0 is never drawn: its bin is empty.
+    """
+    edges = probs.cumsum(-1)
+    tokens = torch.searchsorted(edges, uniform * edges[:, -1:], right=True)
+    return tokens.clamp_(max=probs.shape[1] - 1)  # only NaN lands behind the last bin
+
+
+def keep_top_k(probs: torch.Tensor, k: int) -> torch.Tensor:
+    """[B, V] with all but the k most probable tokens of a row at 0 (ties with the k-th stay)."""
+    least = probs.topk(min(k, probs.shape[1])).values[:, -1:]
+    return probs.masked_fill(probs < least, 0.0)
+
+
+def keep_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
+    """[B, V] with a row's least probable tokens at 0: those kept are the fewest that hold a share p."""
+    descending, order = probs.sort(dim=-1, descending=True, stable=True)
+    before = descending.cumsum(-1) - descending
+    dropped = before >= p * descending.sum(-1, keepdim=True)
+    return probs.masked_fill(dropped.scatter(1, order, dropped), 0.0)
