@@ -10,17 +10,14 @@ Two forms, told apart by what the question cell holds:
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from precompute.data_files import cell_of, data_rows, find_column, short
 from precompute.verify import Verifier
 from store.errors import ProblemsError
 from store.records import Problem
@@ -28,7 +25,6 @@ from store.records import Problem
 QUESTION_COLUMNS = ("question", "problem", "prompt")
 ANSWER_COLUMNS = ("answer", "gold", "reward_model.ground_truth")
 SOURCE_COLUMNS = ("data_source", "source")
-SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +51,13 @@ def load_problems(
     unique: dict[str, Problem] = {}
     rows = 0
     question = answer = ""
-    for number, row in _rows(file):
+    for number, row in data_rows(file, kind="problem file"):
         if not rows:
-            question = _column(file, row, question_column, QUESTION_COLUMNS, "question_column")
-            answer = _column(file, row, answer_column, ANSWER_COLUMNS, "answer_column")
+            question = find_column(file, row, question_column, QUESTION_COLUMNS, "problems.question_column")
+            answer = find_column(file, row, answer_column, ANSWER_COLUMNS, "problems.answer_column")
         rows += 1
         try:
-            problem = _problem(row, question, answer)
+            problem = problem_of_row(row, question, answer)
         except ValueError as error:
             raise ProblemsError(f"{file}, row {number}: {error}") from None
         unique.setdefault(problem.problem_id, problem)
@@ -79,91 +75,13 @@ def split_by_gold(
     return tuple(p for p, fine in pairs if fine), tuple(p for p, fine in pairs if not fine)
 
 
-def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(row number from 1, row); for text files the number is the line's."""
-    if file.suffix not in SUFFIXES:
-        raise ProblemsError(f"{file} ends in {file.suffix!r}; problems come as {', '.join(SUFFIXES)}")
-    try:
-        yield from _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
-    except FileNotFoundError:
-        raise ProblemsError(f"no problem file at {file}") from None
-    except IsADirectoryError:
-        raise ProblemsError(f"{file} is a directory, not a problem file") from None
-    except PermissionError:
-        raise ProblemsError(f"no permission to read {file}") from None
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    number = 0
-    try:
-        with file.open("rb") as handle:
-            for batch in pq.ParquetFile(handle).iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except pa.ArrowException as error:
-        raise ProblemsError(f"{file} is no readable Parquet file: {_one_line(error)}") from None
-
-
-def _json_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ProblemsError(f"{file}, row {number}: no JSON on this line: {error}") from None
-            if not isinstance(row, dict):
-                raise ProblemsError(f"{file}, row {number}: a row is a JSON object, not {_short(row)}")
-            yield number, row
-
-
-def _column(file: Path, row: Mapping[str, Any], wanted: str | None, known: tuple[str, ...], key: str) -> str:
-    for name in (wanted,) if wanted else known:
-        if _has(row, name):
-            return name
-    there = ", ".join(_column_names(row)) or "none"
-    if wanted:
-        raise ProblemsError(f"{file} has no column {wanted!r} (problems.{key}); its columns: {there}")
-    raise ProblemsError(
-        f"{file} has none of the columns {', '.join(known)}; its columns: {there}; set problems.{key}"
-    )
-
-
-def _column_names(row: Mapping[str, Any], above: str = "") -> Iterator[str]:
-    for name, cell in row.items():
-        if isinstance(cell, Mapping):
-            yield from _column_names(cell, f"{above}{name}.")
-        else:
-            yield f"{above}{name}"
-
-
-def _has(row: Mapping[str, Any], name: str) -> bool:
-    try:
-        _cell(row, name)
-    except ValueError:
-        return False
-    return True
-
-
-def _cell(row: Mapping[str, Any], name: str) -> Any:
-    if name in row:
-        return row[name]
-    cell: Any = row
-    for part in name.split("."):
-        if not isinstance(cell, Mapping) or part not in cell:
-            raise ValueError(f"the column {name!r} is missing")
-        cell = cell[part]
-    return cell
-
-
-def _problem(row: Mapping[str, Any], question_column: str, answer_column: str) -> Problem:
-    system_prompt, question = _question(_cell(row, question_column), question_column)
+def problem_of_row(row: Mapping[str, Any], question_column: str, answer_column: str) -> Problem:
+    """The problem that a row states. ValueError when a column is missing or holds no text."""
+    system_prompt, question = _question(cell_of(row, question_column), question_column)
     sources = (row.get(name) for name in SOURCE_COLUMNS)
     return Problem(
         question=question,
-        answer=_answer(_cell(row, answer_column), answer_column),
+        answer=_answer(cell_of(row, answer_column), answer_column),
         source=next((source for source in sources if isinstance(source, str)), ""),
         system_prompt=system_prompt,
     )
@@ -174,10 +92,10 @@ def _question(cell: Any, column: str) -> tuple[str | None, str]:
     if isinstance(cell, str):
         return None, _text(cell, column)
     if not isinstance(cell, Sequence) or not all(isinstance(message, Mapping) for message in cell):
-        raise ValueError(f"{column} is neither a text nor a list of messages: {_short(cell)}")
+        raise ValueError(f"{column} is neither a text nor a list of messages: {short(cell)}")
     turns = {str(message.get("role")): message.get("content") for message in cell}
     if "user" not in turns:
-        raise ValueError(f"{column} has no message of the role 'user': {_short(cell)}")
+        raise ValueError(f"{column} has no message of the role 'user': {short(cell)}")
     system = turns.get("system")
     return (_text(system, f"{column}: system") if system else None), _text(turns["user"], f"{column}: user")
 
@@ -192,14 +110,5 @@ def _answer(cell: Any, column: str) -> str:
 
 def _text(cell: Any, column: str) -> str:
     if not isinstance(cell, str) or not cell.strip():
-        raise ValueError(f"{column} holds no text: {_short(cell)}")
+        raise ValueError(f"{column} holds no text: {short(cell)}")
     return cell
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
