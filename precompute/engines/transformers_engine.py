@@ -35,7 +35,7 @@ from precompute.engines.feed import Feed
 from precompute.engines.rows import Rows
 from store.errors import EngineError
 
-REFILL_SHARE = 1 / 8
+REFILL_SHARE = 1 / 4
 """Others join a running batch once this share of its places is free."""
 DRY_TOKENS = 16
 """Tokens between two looks at a feed that had nothing."""
