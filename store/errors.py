@@ -8,6 +8,7 @@ UserError                    anything a user can mend: one line, exit code 2
     StoreMissingError        no store at that path
     StoreForeignError        a directory that is no trace store
     StoreNewerError          written by a later version of ampo
+    StoreOlderError          written by an earlier version of ampo; `ampo store migrate` rewrites it
     StoreDamagedError        a file of the store cannot be read
     StoreBusyError           another process is writing
     RecipeChangedError       one teacher name, two generation recipes
@@ -48,6 +49,10 @@ class StoreForeignError(StoreError):
 
 class StoreNewerError(StoreError):
     """The store was written by a later version with a schema this one does not know."""
+
+
+class StoreOlderError(StoreError):
+    """The store was written by an earlier version; `ampo store migrate` rewrites it."""
 
 
 class StoreDamagedError(StoreError):

@@ -18,6 +18,12 @@ TMP_MARK = ".tmp-"
 
 WRITE_LOCK = ".write.lock"
 INDEX_LOCK = ".index.lock"
+MANIFEST_LOCK = ".manifest.lock"
+
+
+def shard_lock(shard: str) -> str:
+    """The name of the lock that keeps two writers of one shard apart."""
+    return f".shard-{shard}.lock"
 
 
 @contextmanager
@@ -69,24 +75,26 @@ def remove_orphans(root: Path) -> list[Path]:
 
 def is_bookkeeping(name: str) -> bool:
     """Whether a store that was never finished being created may hold this file already."""
-    return name in (WRITE_LOCK, INDEX_LOCK) or name.startswith(TMP_MARK)
+    return name.startswith(".") and (name.endswith(".lock") or name.startswith(TMP_MARK))
 
 
 class FileLock:
-    """An exclusive lock on a file, by flock: the kernel drops it when the process dies, however it dies.
+    """A lock on a file, by flock: the kernel drops it when the process dies, however it dies. `shared`: any
+    number may hold it, but nobody beside them exclusively.
 
     A forked child (a verifier's worker, say) does not hold it: else a killed parent would leave it behind.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, shared: bool = False) -> None:
         self.path = path
+        self._kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         self._descriptor: int | None = None
 
     def acquire(self, *, wait: bool) -> bool:
         """True once it is held; False when somebody else has it and `wait` is off. Raises OSError."""
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(descriptor, self._kind | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             os.close(descriptor)
             return False
@@ -109,7 +117,10 @@ class FileLock:
         self._descriptor = None
 
     def __enter__(self) -> Self:
-        self.acquire(wait=True)
+        try:
+            self.acquire(wait=True)
+        except OSError as error:
+            raise StoreError(f"cannot write {self.path}: {error.strerror}") from error
         return self
 
     def __exit__(

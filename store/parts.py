@@ -1,30 +1,34 @@
-"""The part files: written whole, listed by name, read a few row groups at a time."""
+"""The part files: written whole, listed by name. Reading single traces: store/part_reader.py."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+import mmap
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from store.errors import StoreDamagedError
 from store.files import whole_file
-from store.manifest import PARTS
-from store.records import Trace, content_hash
-from store.schema import PARQUET_OPTIONS, TOKEN_COLUMNS, TRACE_SCHEMA, trace_of, traces_table
+from store.manifest import PARTS, PartEntry
+from store.pages import pages_of_chunk
+from store.records import Trace
+from store.schema import BIG_COLUMNS, PART_OPTIONS, SMALL_COLUMNS, TRACE_SCHEMA, traces_table
 
-OPEN_PARTS = 128
-"""Parts whose footers stay in memory, at about 0.6 MB for 512 traces."""
+ALL = "all"
+"""The directory of parts with the traces of several teachers: what compaction writes. No teacher has it as
+its name."""
 
 READ_ERRORS = (OSError, ValueError, TypeError, pa.ArrowException)
 """What a cut or altered Parquet file raises, by the place where it was hit."""
 
-TEXT_COLUMNS = [name for name in TRACE_SCHEMA.names if name not in TOKEN_COLUMNS]
+_LEAVES = {"text": "text", "token_ids": "token_ids.list.element", "logprobs": "logprobs.list.element"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,26 +48,59 @@ class DamagedPart:
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Location:
-    """Where one trace lies."""
+def write_part(root: Path, table: pa.Table) -> tuple[str, PartEntry]:
+    """One part with the rows of TRACE_SCHEMA, sorted by problem, teacher and sample; it appears whole or not
+    at all. Returns its path below `parts/` and its entry for the manifest."""
+    table = table.sort_by([(name, "ascending") for name in ("problem_id", "teacher", "sample_index")])
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **PART_OPTIONS)
+    content = sink.getvalue()
+    digest = blake2b(content, digest_size=16).hexdigest()
+    teachers = counts(table["teacher"])
+    directory = next(iter(teachers)) if len(teachers) == 1 else ALL
+    part = f"{directory}/part-{_next_number(root / PARTS / directory):06d}-{digest[:16]}.parquet"
+    with whole_file(root / PARTS / part) as file:
+        file.write(content)
+    return part, PartEntry(bytes=content.size, blake2b=digest, traces=teachers, verified=verified_of(table))
 
-    part: str
-    row_group: int
-    row: int
-    """0-based within the row group."""
+
+def write_traces(root: Path, traces: Sequence[Trace]) -> tuple[str, PartEntry]:
+    """`write_part` for records."""
+    return write_part(root, traces_table(traces))
 
 
-def write_part(root: Path, traces: Sequence[Trace]) -> Path:
-    """One part with the traces of one teacher, sorted by problem; it appears whole or not at all."""
-    ordered = sorted(traces, key=lambda trace: (trace.problem_id, trace.sample_index))
-    directory = root / PARTS / ordered[0].teacher
-    fingerprint = content_hash(*(trace.trace_id for trace in ordered))[:8]
-    path = directory / f"part-{_next_number(directory):06d}-{fingerprint}.parquet"
-    table = traces_table(ordered)
-    with whole_file(path) as file:
-        pq.write_table(table, file, **PARQUET_OPTIONS)
-    return path
+def entry_of(path: Path) -> PartEntry:
+    """The manifest's entry for a file, from its content. Raises one of READ_ERRORS."""
+    digest = file_digest(path)
+    with open_part(path) as file:
+        table = file.read(columns=["teacher", "is_correct"], use_threads=False)
+    size = path.stat().st_size
+    return PartEntry(bytes=size, blake2b=digest, traces=counts(table["teacher"]), verified=verified_of(table))
+
+
+def file_digest(path: Path) -> str:
+    """32 hex digits of blake2b over a file's bytes."""
+    digest = blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def digest_in_name(part: str) -> str:
+    """The beginning of the checksum that a part's name carries."""
+    return part.removesuffix(".parquet").rpartition("-")[2]
+
+
+def verified_of(table: pa.Table) -> dict[str, int]:
+    """teacher -> verified rows."""
+    return counts(table.filter(table["is_correct"])["teacher"])
+
+
+def counts(column: pa.ChunkedArray) -> dict[str, int]:
+    """value -> occurrences, by value."""
+    found = {row["values"]: row["counts"] for row in column.value_counts().to_pylist()}
+    return dict(sorted(found.items()))
 
 
 def _next_number(directory: Path) -> int:
@@ -82,70 +119,65 @@ def list_parts(root: Path) -> dict[str, PartStamp]:
     return stamps
 
 
-def open_part(path: Path, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
-    """The part for reading; page checksums are verified. Raises one of READ_ERRORS."""
-    return pq.ParquetFile(path, metadata=metadata, pre_buffer=False, page_checksum_verification=True)
+def open_part(path: Path) -> pq.ParquetFile:
+    """The part for reading whole columns; page checksums are verified. Raises one of READ_ERRORS."""
+    return pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
 
 
-class PartReader:
-    """Reads single traces out of parts, and keeps the footers of the parts last used."""
+def part_rows(path: Path) -> pa.Table:
+    """The part's small columns, and where the big ones lie: `text_page`, `text_size`, `text_row` and the same
+    for `token_ids` and `logprobs`. Raises one of READ_ERRORS."""
+    with open_part(path) as file:
+        if not set(TRACE_SCHEMA.names) <= set(file.schema_arrow.names):
+            raise ValueError("its columns are not those of a trace")
+        table = file.read(columns=SMALL_COLUMNS, use_threads=False)
+        with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            for column in BIG_COLUMNS:
+                places = _places(file.metadata, data, _LEAVES[column], table.num_rows)
+                for name, values in zip(("page", "size", "row"), places, strict=True):
+                    table = table.append_column(f"{column}_{name}", pa.array(values))
+    return table
 
-    def __init__(self, root: Path) -> None:
-        self._parts = root / PARTS
-        self._open: OrderedDict[str, pq.ParquetFile] = OrderedDict()
 
-    def read(self, locations: Sequence[Location], *, tokens: bool) -> list[Trace]:
-        """The traces at the locations, in their order. Raises StoreDamagedError, naming the part."""
-        by_part: dict[str, list[Location]] = {}
-        for location in locations:
-            by_part.setdefault(location.part, []).append(location)
-        found: dict[Location, Trace] = {}
-        for part, wanted in by_part.items():
-            with damage_named(self._parts / part):
-                rows = self._rows(part, wanted, list(TRACE_SCHEMA.names) if tokens else TEXT_COLUMNS)
-                found.update(zip(wanted, map(trace_of, rows), strict=True))
-        return [found[location] for location in locations]
+def _places(
+    metadata: pq.FileMetaData, data: mmap.mmap, leaf: str, rows: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """(offset of the page, its size, row in it), each [rows]"""
+    pages: list[tuple[int, int, int]] = []
+    with memoryview(data) as view:
+        for group in range(metadata.num_row_groups):
+            chunk = _chunk(metadata.row_group(group), leaf)
+            pages += pages_of_chunk(view, chunk.data_page_offset, chunk.total_compressed_size)
+    counts_of_pages = np.array([page[2] for page in pages], np.int64)
+    if counts_of_pages.sum() != rows:
+        raise ValueError(f"its pages hold {counts_of_pages.sum()} rows of {leaf}, not {rows}")
+    starts = np.repeat(np.cumsum(counts_of_pages) - counts_of_pages, counts_of_pages)
+    offsets = np.repeat(np.array([page[0] for page in pages], np.int64), counts_of_pages)
+    sizes = np.repeat(np.array([page[1] for page in pages], np.int32), counts_of_pages)
+    return offsets, sizes, (np.arange(rows) - starts).astype(np.int32)
 
-    def _rows(
-        self, part: str, wanted: Sequence[Location], columns: Sequence[str]
-    ) -> Sequence[Mapping[str, Any]]:
-        file = self._file(part)
-        groups = sorted({location.row_group for location in wanted})
-        table = file.read_row_groups(groups, columns=columns, use_threads=False)
-        starts, start = {}, 0
-        for group in groups:
-            starts[group] = start
-            start += file.metadata.row_group(group).num_rows
-        rows: Sequence[Mapping[str, Any]] = table.take(
-            [starts[location.row_group] + location.row for location in wanted]
-        ).to_pylist()
-        return rows
 
-    def _file(self, part: str) -> pq.ParquetFile:
-        if part in self._open:
-            self._open.move_to_end(part)
-            return self._open[part]
-        file = self._open[part] = open_part(self._parts / part)
-        if len(self._open) > OPEN_PARTS:
-            self._open.popitem(last=False)[1].close()
-        return file
+def _chunk(group: Any, leaf: str) -> Any:
+    for number in range(group.num_columns):
+        column = group.column(number)
+        if column.path_in_schema == leaf:
+            return column
+    raise ValueError(f"no column {leaf} as this version writes it")
 
-    def close(self) -> None:
-        """Closes every open part."""
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
+
+CHECK = "`ampo store check --repair` sets it aside and says how to make its traces again"
 
 
 @contextmanager
-def damage_named(path: Path) -> Iterator[None]:
-    """Turns what a broken Parquet file raises into a StoreDamagedError that names it and the way out."""
+def damage_named(path: Path, way_out: str = CHECK) -> Iterator[None]:
+    """Turns what a broken Parquet file raises into a StoreDamagedError that names it and the way out; a file
+    that is gone is no damage."""
     try:
         yield
+    except FileNotFoundError:
+        raise
     except READ_ERRORS as error:
-        raise StoreDamagedError(
-            f"{path} cannot be read: {one_line(error)}; remove it and run `ampo precompute teachers` again"
-        ) from error
+        raise StoreDamagedError(f"{path} cannot be read: {one_line(error)}; {way_out}") from error
 
 
 def one_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ def read_problems(root: Path) -> list[Problem]:
     path = root / PROBLEMS
     if not path.exists():
         return []
-    with damage_named(path), open_part(path) as file:
+    with damage_named(path, "remove it and run `ampo precompute teachers` again"), open_part(path) as file:
         return [problem_of(row) for row in file.read(use_threads=False).to_pylist()]
 
 

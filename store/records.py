@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Self
 
 VERDICTS = ("match", "mismatch", "no_answer", "gold_unparseable", "timeout", "error")
 """Every way a verification can end; only `match` is a correct answer."""
@@ -97,6 +97,20 @@ class Trace:
         trace_id = content_hash(self.problem_id, self.teacher, self.sample_index, self.text)
         object.__setattr__(self, "trace_id", trace_id)
 
+    @classmethod
+    def stored(cls, **fields: Any) -> Self:
+        """The trace that a store holds, `trace_id` and every other field given: hashing the texts again
+        would cost as much as reading them, and the page they came from has a checksum."""
+        trace = object.__new__(cls)
+        for name in cls.__dataclass_fields__:
+            object.__setattr__(trace, name, fields[name])
+        return trace
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the trace may guide the student: verified, and no filter holds it back."""
+        return self.is_correct and self.filtered is None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherRecord:
@@ -117,6 +131,11 @@ class TeacherRecord:
     """temperature, top_p, max_tokens."""
     tokenizer_fingerprint: str
     """Hash of the vocabulary: `ratio = "teacher"` needs the student's to be the same."""
+    answer_form: str | None = None
+    """The form in which its answers are looked for; None: as its system turn demands."""
+    filters: Mapping[str, Any] = field(default_factory=dict)
+    """What holds traces back (config: [filters]). No part of the recipe: what is filtered is settled by the
+    stored text, and settled anew without drawing anything."""
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -130,6 +149,8 @@ class TeacherRecord:
             "chat_template_kwargs": dict(self.chat_template_kwargs),
             "sampling": dict(self.sampling),
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
+            # Absent where it is None: the traces of an older ampo keep their fingerprint.
+            **({} if self.answer_form is None else {"answer_form": self.answer_form}),
         }
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from datetime import UTC
 from typing import Any
 
 import pyarrow as pa
@@ -14,11 +13,22 @@ from store.records import Problem, TeacherRecord, Trace
 SCHEMA_VERSION = 2
 """Raised whenever an older reader could misread what a newer writer wrote."""
 
-ROW_GROUP_ROWS = 8
-"""What fetching a few traces must decompress beside them; docs: DESIGN 6 has the measurements."""
+PAGE_ROWS = 8
+"""What fetching one trace must decompress beside it; `python -m bench.store_lookup` has the measurements."""
+
+ROW_GROUP_ROWS = 4096
+"""Large, so that the footer stays small and DuckDB, pandas and polars read fast."""
+
+BIG_COLUMNS = ("text", "token_ids", "logprobs")
+"""What the index does not hold: fetched page by page (store/pages.py)."""
 
 TOKEN_COLUMNS = ("token_ids", "logprobs")
 """Two thirds of a row's bytes; read on demand only."""
+
+
+def _required_list(name: str, element: pa.DataType) -> pa.Field:
+    return pa.field(name, pa.list_(pa.field("element", element, nullable=False)), nullable=False)
+
 
 TRACE_SCHEMA = pa.schema(
     [
@@ -26,12 +36,12 @@ TRACE_SCHEMA = pa.schema(
         ("problem_id", pa.string()),
         ("teacher", pa.string()),
         ("sample_index", pa.int32()),
-        ("text", pa.string()),
+        pa.field("text", pa.string(), nullable=False),
         ("answer", pa.string()),
         ("answer_start", pa.int32()),
         ("n_tokens", pa.int32()),
-        ("token_ids", pa.list_(pa.int32())),
-        ("logprobs", pa.list_(pa.float32())),
+        _required_list("token_ids", pa.int32()),
+        _required_list("logprobs", pa.float32()),
         ("finish_reason", pa.string()),
         ("verdict", pa.string()),
         ("is_correct", pa.bool_()),
@@ -55,14 +65,25 @@ PROBLEM_SCHEMA = pa.schema(
     ]
 )
 
+SMALL_COLUMNS = [name for name in TRACE_SCHEMA.names if name not in BIG_COLUMNS]
+
 PARQUET_OPTIONS: dict[str, Any] = {
     "compression": "zstd",
-    "row_group_size": ROW_GROUP_ROWS,
-    # Groups this small pay for a dictionary page and win nothing by it.
+    # A tenth smaller than at level 1, and read as fast.
+    "compression_level": 6,
     "use_dictionary": False,
-    # Minima and maxima of texts and tokens are a quarter of the footer, and no query asks for them.
+    # Minima and maxima of texts and tokens are dead weight: no query asks for them.
     "write_statistics": ["problem_id"],
     "write_page_checksum": True,
+}
+
+PART_OPTIONS: dict[str, Any] = PARQUET_OPTIONS | {
+    "row_group_size": ROW_GROUP_ROWS,
+    "max_rows_per_page": PAGE_ROWS,
+    "data_page_size": 2**30,  # the rows alone decide where a page ends
+    "data_page_version": "2.0",
+    # The exponents of log-probabilities hardly differ: apart from the mantissas they compress.
+    "column_encoding": {"logprobs.list.element": "BYTE_STREAM_SPLIT"},
 }
 
 
@@ -81,21 +102,6 @@ def _table(records: Sequence[Any], schema: pa.Schema) -> pa.Table:
     return pa.table(
         [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema
     )
-
-
-def trace_of(row: Mapping[str, Any]) -> Trace:
-    """The record of a row; `token_ids` and `logprobs` are () where the row comes without them.
-
-    Raises ValueError when the content does not hash to the row's own trace_id.
-    """
-    fields = {name: value for name, value in row.items() if name != "trace_id"}
-    fields["token_ids"] = tuple(row.get("token_ids") or ())
-    fields["logprobs"] = tuple(row.get("logprobs") or ())
-    fields["created_at"] = row["created_at"].astimezone(UTC)
-    trace = Trace(**fields)
-    if trace.trace_id != row["trace_id"]:
-        raise ValueError(f"trace_id {row['trace_id']} does not fit its content, which gives {trace.trace_id}")
-    return trace
 
 
 def problem_of(row: Mapping[str, Any]) -> Problem:

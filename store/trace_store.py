@@ -7,31 +7,41 @@ with TraceStore("traces") as store:
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from store.index import Index, open_index
+from store.errors import StoreDamagedError
+from store.index import ROW_COLUMNS, Index, open_index
 from store.manifest import Manifest, read_manifest
-from store.parts import DamagedPart, Location, PartReader
+from store.part_reader import PartReader
+from store.parts import DamagedPart
 from store.reading import read_problems, read_teachers
 from store.records import Problem, TeacherRecord, Trace
 
+_SELECT = f"SELECT {', '.join(ROW_COLUMNS)} FROM idx.rows"
+
+# The ids stand in the text, not in a parameter: only then does DuckDB skip row groups by them.
 _CANDIDATES = """
-    SELECT part, row_group, row FROM idx.traces
-    WHERE is_correct AND problem_id IN (SELECT unnest($problem_ids::VARCHAR[]))
+    {select} WHERE problem IN ({problems}) AND is_correct AND filtered IS NULL
       AND ($teachers::VARCHAR[] IS NULL OR list_contains($teachers::VARCHAR[], teacher))
-    ORDER BY problem_id, teacher, sample_index, trace_id
+    ORDER BY problem, teacher, sample_index, trace
 """
 
-_TRACES = """
-    SELECT part, row_group, row FROM idx.traces
-    WHERE ($problem_id::VARCHAR IS NULL OR problem_id = $problem_id)
+_TRACES = f"""
+    {_SELECT}
+    WHERE ($problem::UBIGINT IS NULL OR problem = $problem)
       AND ($teacher::VARCHAR IS NULL OR teacher = $teacher)
       AND ($verdict::VARCHAR IS NULL OR verdict = $verdict)
-    ORDER BY problem_id, teacher, sample_index, trace_id LIMIT $limit
+    ORDER BY problem, teacher, sample_index, trace LIMIT $limit
 """
+
+_REFRESHES = 5
+"""Attempts at reading parts that are being replaced."""
+
+_ID = re.compile(r"[0-9a-f]{16}")
 
 
 class TraceStore:
@@ -56,18 +66,20 @@ class TraceStore:
     def candidates(
         self, problem_ids: Sequence[str], *, teachers: Sequence[str] | None = None, tokens: bool = False
     ) -> dict[str, list[Trace]]:
-        """The verified traces of each problem: every asked id is a key, [] where there is none.
+        """The verified traces of each problem that no filter holds back; every asked id is a key, [] where
+        there is none.
 
         In order of teacher, sample_index, trace_id. `teachers`: None for all. Without `tokens` the
         traces come with empty `token_ids` and `logprobs`, and cost a third of the reading.
         Raises StoreDamagedError when a part broke since it was indexed.
         """
         found: dict[str, list[Trace]] = {problem_id: [] for problem_id in problem_ids}
-        asked = {
-            "problem_ids": list(found),
-            "teachers": None if teachers is None else list(teachers),
-        }
-        for trace in self._read(_CANDIDATES, asked, tokens=tokens):
+        numbers = [str(int(problem_id, 16)) for problem_id in found if _ID.fullmatch(problem_id)]
+        if not numbers:
+            return found
+        sql = _CANDIDATES.format(select=_SELECT, problems=", ".join(numbers))
+        asked = {"teachers": None if teachers is None else list(teachers)}
+        for trace in self._read(sql, asked, tokens=tokens):
             found[trace.problem_id].append(trace)
         return found
 
@@ -81,12 +93,24 @@ class TraceStore:
         tokens: bool = False,
     ) -> list[Trace]:
         """Traces of any verdict, in order of problem_id, teacher, sample_index; None: no filter."""
-        asked = {"problem_id": problem_id, "teacher": teacher, "verdict": verdict, "limit": limit}
+        if problem_id is not None and not _ID.fullmatch(problem_id):
+            return []
+        asked = {
+            "problem": None if problem_id is None else int(problem_id, 16),
+            "teacher": teacher,
+            "verdict": verdict,
+            "limit": limit,
+        }
         return self._read(_TRACES, asked, tokens=tokens)
 
     def _read(self, sql: str, parameters: Mapping[str, object], *, tokens: bool) -> list[Trace]:
-        locations = [Location(**row) for row in self.index.rows(sql, parameters)]
-        return self._reader.read(locations, tokens=tokens)
+        for _ in range(_REFRESHES):
+            try:
+                return self._reader.traces(self.index.rows(sql, parameters), tokens=tokens)
+            except FileNotFoundError:
+                # A compaction put other parts in the place of those that this index knows.
+                self.refresh()
+        raise StoreDamagedError(f"the parts of {self.path} change faster than they can be read; try again")
 
     def teachers(self) -> dict[str, TeacherRecord]:
         """Every registered teacher, by name."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
@@ -14,45 +14,80 @@ from typing import Any, Self
 import pyarrow.parquet as pq
 
 from store.errors import RecipeChangedError, StoreBusyError, StoreError
-from store.files import WRITE_LOCK, FileLock, remove_orphans, whole_file
-from store.index import refresh_index
-from store.manifest import PARTS, PROBLEMS, TEACHERS, Manifest, is_fresh, read_manifest, write_manifest
-from store.parts import READ_ERRORS, DamagedPart, list_parts, one_line, open_part, write_part
+from store.files import (
+    MANIFEST_LOCK,
+    WRITE_LOCK,
+    FileLock,
+    remove_orphans,
+    shard_lock,
+    whole_file,
+)
+from store.index import open_index, refresh_index
+from store.manifest import (
+    PARTS,
+    PROBLEMS,
+    TEACHERS,
+    Manifest,
+    PartEntry,
+    change_parts,
+    create_manifest,
+    is_fresh,
+    read_manifest,
+)
+from store.parts import (
+    ALL,
+    READ_ERRORS,
+    DamagedPart,
+    digest_in_name,
+    entry_of,
+    list_parts,
+    write_traces,
+)
 from store.reading import read_problems, read_teachers
 from store.records import Problem, TeacherRecord, Trace
 from store.schema import PARQUET_OPTIONS, problems_table, teacher_json
 
 
 class StoreWriter:
-    """Appends to a store under an exclusive lock; readers need none and see whole parts only."""
+    """Appends to a store under an exclusive lock; readers need none and see whole parts only.
 
-    def __init__(self, root: Path, manifest: Manifest, lock: FileLock) -> None:
+    Writers of different shards may share the store: each is sure to be alone in its shard, and keeps out
+    whoever is in none. Their traces must not overlap.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, locks: Sequence[FileLock] = ()) -> None:
         self.path = root
         self.manifest = manifest
-        self._lock = lock
+        self._locks = locks
         self._fingerprints = {
             name: record.generation_fingerprint for name, record in read_teachers(root).items()
         }
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, verifier: str, verifier_version: str) -> Self:
-        """Makes a store at `path`, or opens the one there, and takes its write lock.
+    def open(
+        cls, path: str | os.PathLike[str], *, verifier: str, verifier_version: str, shard: str | None = None
+    ) -> Self:
+        """Makes a store at `path`, or opens the one there, and takes its write lock; with `shard`, a name
+        such as `1-of-4`, the lock of that shard alone.
 
-        What a killed writer left half-written is removed.
-        Raises StoreForeignError, StoreNewerError, StoreDamagedError, StoreBusyError, and StoreError when
-        the directory cannot be written or another verifier judged the traces there.
+        What a killed writer left half-written is removed; a part that it wrote and did not come to enter in
+        the manifest is entered.
+        Raises StoreForeignError, StoreNewerError, StoreOlderError, StoreDamagedError, StoreBusyError, and
+        StoreError when the directory cannot be written or another verifier judged the traces there.
         """
         root = Path(path).absolute()
         is_fresh(root)
         with ExitStack() as undo:
-            lock = _lock(root)
-            undo.callback(lock.release)
-            remove_orphans(root)
-            if is_fresh(root):
-                write_manifest(root, verifier=verifier, verifier_version=verifier_version)
+            locks = _lock(root, shard)
+            for lock in locks:
+                undo.callback(lock.release)
+            if shard is None:
+                remove_orphans(root)
+            create_manifest(root, verifier=verifier, verifier_version=verifier_version)
             manifest = read_manifest(root)
             _check_verifier(root, manifest, verifier, verifier_version)
-            writer = cls(root, manifest, lock)
+            enter_parts(root, manifest)
+            writer = cls(root, manifest, locks)
             undo.pop_all()
         return writer
 
@@ -70,18 +105,18 @@ class StoreWriter:
         manifest = read_manifest(root)
         _check_verifier(root, manifest, verifier, verifier_version)
         _check_writable(root)
-        return cls(root, manifest, FileLock(root / WRITE_LOCK))
+        return cls(root, manifest)
 
     def write_problems(self, problems: Sequence[Problem]) -> None:
         """Adds the problems that are not there yet and renews the source and system prompt of those that
         are; the order of arrival stays."""
-        before = {problem.problem_id: problem for problem in read_problems(self.path)}
-        merged = before | {problem.problem_id: problem for problem in problems}
-        if merged == before:
-            return
-        with whole_file(self.path / PROBLEMS) as file:
-            table = problems_table(list(merged.values()))
-            pq.write_table(table, file, **PARQUET_OPTIONS | {"row_group_size": 4096})
+        with FileLock(self.path / MANIFEST_LOCK):  # shards come with the same problems at the same time
+            before = {problem.problem_id: problem for problem in read_problems(self.path)}
+            merged = before | {problem.problem_id: problem for problem in problems}
+            if merged == before:
+                return
+            with whole_file(self.path / PROBLEMS) as file:
+                pq.write_table(problems_table(list(merged.values())), file, **PARQUET_OPTIONS)
 
     def register_teacher(self, record: TeacherRecord) -> None:
         """Files the teacher's recipe; traces can be appended under its name from now on.
@@ -91,6 +126,8 @@ class StoreWriter:
         """
         if record.name != Path(record.name).name or record.name.startswith("."):
             raise ValueError(f"teacher name {record.name!r} cannot be a file name")
+        if record.name == ALL:
+            raise StoreError(f"a teacher cannot be named {ALL!r}: parts/{ALL} holds compacted parts")
         self.check_recipe(record)
         with whole_file(self.path / TEACHERS / f"{record.name}.json") as file:
             file.write((json.dumps(teacher_json(record), indent=2, ensure_ascii=False) + "\n").encode())
@@ -98,7 +135,6 @@ class StoreWriter:
 
     def check_recipe(self, record: TeacherRecord) -> None:
         """Raises RecipeChangedError when there are traces under this name from another recipe."""
-        directory = self.path / PARTS / record.name
         made = self._made_with(record.name)
         if made is None or made == record.generation_fingerprint:
             return
@@ -108,19 +144,15 @@ class StoreWriter:
             changes = "; ".join(recipe_changes(known.recipe, record.recipe))
         raise RecipeChangedError(
             f"teacher {record.name!r} has traces in {self.path} from another recipe: {changes}; "
-            f"give the teacher a new name, or remove {directory}"
+            f"give the teacher a new name, or run `ampo store forget {self.path} --teacher {record.name}`"
         )
 
     def _made_with(self, teacher: str) -> str | None:
         """The fingerprint of the traces on disk, from the traces themselves; None without a readable one."""
-        for part in self._parts_of(teacher):
-            try:
-                with open_part(self.path / PARTS / part) as file:
-                    column = file.read_row_group(0, columns=["generation_fingerprint"], use_threads=False)
-                return str(column["generation_fingerprint"][0])
-            except READ_ERRORS:
-                continue
-        return None
+        rows = self._rows(
+            "SELECT generation_fingerprint FROM idx.rows WHERE teacher = $teacher LIMIT 1", teacher
+        )
+        return rows[0]["generation_fingerprint"] if rows else None
 
     def append(self, traces: Sequence[Trace]) -> Path | None:
         """Writes one part with the traces, which must be of one registered teacher and not yet in the
@@ -140,38 +172,39 @@ class StoreWriter:
                     f"trace {trace.trace_id} has recipe {trace.generation_fingerprint}, "
                     f"teacher {names[0]!r} is registered with {fingerprint}"
                 )
-        return write_part(self.path, traces)
+        part, entry = write_traces(self.path, traces)
+        change_parts(self.path, add={part: entry})
+        return self.path / PARTS / part
 
     def done(self, teacher: str) -> dict[str, dict[int, bool]]:
-        """What the parts hold: for each problem_id, sample_index -> is_correct.
+        """What the parts hold: for each problem_id, sample_index -> is_usable.
 
         A damaged part counts as not there, so that its traces are made again; `damaged` names it.
         """
         found: dict[str, dict[int, bool]] = {}
-        for part in self._parts_of(teacher):
-            try:
-                for problem_id, sample_index, is_correct in _keys(self.path / PARTS / part):
-                    found.setdefault(problem_id, {})[sample_index] = is_correct
-            except READ_ERRORS:
-                continue
+        sql = "SELECT problem_id, sample_index, is_usable FROM idx.traces WHERE teacher = $teacher"
+        for row in self._rows(sql, teacher):
+            found.setdefault(row["problem_id"], {})[row["sample_index"]] = row["is_usable"]
         return found
 
     def damaged(self, teacher: str) -> list[DamagedPart]:
-        """The teacher's parts that cannot be read."""
-        broken = []
-        for part in self._parts_of(teacher):
-            try:
-                list(_keys(self.path / PARTS / part))
-            except READ_ERRORS as error:
-                broken.append(DamagedPart(part=part, reason=one_line(error)))
-        return broken
+        """The parts with traces of the teacher that cannot be read, or that the manifest names and nobody
+        finds."""
+        parts = read_manifest(self.path).parts
+        with open_index(self.path) as index:
+            broken = list(index.damaged())
+        there = list_parts(self.path)
+        broken += [DamagedPart(part=part, reason="it is missing") for part in parts if part not in there]
+        return [each for each in broken if _may_hold(each.part, parts, teacher)]
 
-    def _parts_of(self, teacher: str) -> list[str]:
-        return [part for part in list_parts(self.path) if part.startswith(f"{teacher}/")]
+    def _rows(self, sql: str, teacher: str) -> list[dict[str, Any]]:
+        with open_index(self.path) as index:
+            return index.rows(sql, {"teacher": teacher})
 
     def close(self) -> None:
-        """Releases the write lock."""
-        self._lock.release()
+        """Releases the lock."""
+        for lock in self._locks:
+            lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -184,20 +217,52 @@ class StoreWriter:
             refresh_index(self.path)
 
 
-def _lock(root: Path) -> FileLock:
-    lock = FileLock(root / WRITE_LOCK)
+def enter_parts(root: Path, manifest: Manifest) -> list[str]:
+    """Enters parts that arrived and whose writer was killed before their entry; returns them. Only a part
+    whose content fits the checksum in its name is taken."""
+    arrived = {}
+    for part in list_parts(root):
+        if part not in manifest.parts:
+            with suppress(*READ_ERRORS):
+                entry = entry_of(root / PARTS / part)
+                if entry.blake2b.startswith(digest_in_name(part)):
+                    arrived[part] = entry
+    if arrived:
+        change_parts(root, add=arrived)
+    return list(arrived)
+
+
+def _may_hold(part: str, parts: Mapping[str, PartEntry], teacher: str) -> bool:
+    return teacher in parts[part].traces if part in parts else part.startswith((f"{teacher}/", f"{ALL}/"))
+
+
+def _lock(root: Path, shard: str | None) -> list[FileLock]:
+    locks = [FileLock(root / WRITE_LOCK, shared=shard is not None)]
+    if shard is not None:
+        locks.append(FileLock(root / shard_lock(shard)))
+    with ExitStack() as undo:
+        for lock in locks:
+            if not _acquire(lock, root):
+                raise StoreBusyError(_who_writes(root, lock))
+            undo.callback(lock.release)
+        undo.pop_all()
+    return locks
+
+
+def _acquire(lock: FileLock, root: Path) -> bool:
     try:
         root.mkdir(parents=True, exist_ok=True)
-        held = lock.acquire(wait=False)
+        return lock.acquire(wait=False)
     except OSError as error:
         raise StoreError(f"cannot write to the store at {root}: {error.strerror}") from error
-    if not held:
-        pid = lock.holder()
-        raise StoreBusyError(
-            f"{root} is being written by {f'process {pid}' if pid else 'another process'}; "
-            "wait for it to end, or set store.path to another directory"
-        )
-    return lock
+
+
+def _who_writes(root: Path, lock: FileLock) -> str:
+    pid = lock.holder()
+    return (
+        f"{root} is being written by {f'process {pid}' if pid else 'another process'}; "
+        "wait for it to end, or set store.path to another directory"
+    )
 
 
 def _check_writable(root: Path) -> None:
@@ -213,13 +278,6 @@ def _check_verifier(root: Path, manifest: Manifest, verifier: str, version: str)
             f"{root} holds verdicts of {manifest.verifier} {manifest.verifier_version}, this is "
             f"{verifier} {version}; install that version, or set store.path to a new directory"
         )
-
-
-def _keys(path: Path) -> Iterator[tuple[str, int, bool]]:
-    with open_part(path) as file:
-        table = file.read(columns=["problem_id", "sample_index", "is_correct"], use_threads=False)
-    columns = [table.column(name).to_pylist() for name in ("problem_id", "sample_index", "is_correct")]
-    return zip(*columns, strict=True)
 
 
 def recipe_changes(old: Mapping[str, Any], new: Mapping[str, Any], under: str = "") -> list[str]:

@@ -71,7 +71,7 @@ def test_tokens_come_on_request_only(root: Path) -> None:
 
 
 def test_more_parts_than_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("store.parts.OPEN_PARTS", 2)
+    monkeypatch.setattr("store.part_reader.OPEN_PARTS", 2)
     root = make_store(tmp_path / "traces", *[[trace(number, "ada")] for number in range(4)])
     with TraceStore(root) as store:
         for _ in range(2):
@@ -133,12 +133,12 @@ def test_a_foreign_directory_is_refused(tmp_path: Path) -> None:
 def test_a_newer_store_is_refused_and_a_broken_manifest_named(root: Path) -> None:
     manifest = json.loads((root / "manifest.json").read_text())
     (root / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 99}))
-    with pytest.raises(StoreNewerError, match="schema version 99, this ampo reads up to 1"):
+    with pytest.raises(StoreNewerError, match="schema version 99, this ampo reads up to 2"):
         TraceStore(root)
     (root / "manifest.json").write_text("{")
     with pytest.raises(StoreDamagedError, match=r"manifest\.json cannot be read"):
         TraceStore(root)
-    (root / "manifest.json").write_text('{"schema_version": 1}')
+    (root / "manifest.json").write_text('{"schema_version": 2}')
     with pytest.raises(StoreDamagedError, match="no 'verifier'"):
         TraceStore(root)
 

@@ -32,6 +32,7 @@ from store_examples import (
 
 from store.errors import RecipeChangedError, StoreBusyError, StoreError, StoreForeignError, UserError
 from store.files import TMP_MARK
+from store.parts import part_rows
 from store.records import FINISH_REASONS, VERDICTS, Problem, Trace
 from store.schema import TRACE_SCHEMA, teacher_json
 from store.trace_store import TraceStore
@@ -107,12 +108,15 @@ def test_problems_merge_by_id_and_keep_their_order(tmp_path: Path) -> None:
         assert store.problems() == [renewed, problem(1), problem(2)]
 
 
-def test_a_part_is_plain_parquet_sorted_by_problem_in_groups_of_eight(tmp_path: Path) -> None:
+def test_a_part_is_plain_parquet_sorted_by_problem_in_pages_of_eight(tmp_path: Path) -> None:
     root = make_store(tmp_path / "traces", [trace(number, "ada") for number in range(20)])
     (part,) = root.rglob("part-*.parquet")
     file = pq.ParquetFile(part)
     assert file.schema_arrow == TRACE_SCHEMA
-    assert [file.metadata.row_group(group).num_rows for group in range(3)] == [8, 8, 4]
+    rows = part_rows(part)
+    assert rows["text_row"].to_pylist() == [*range(8), *range(8), *range(4)]
+    assert rows["logprobs_row"].to_pylist() == rows["text_row"].to_pylist()
+    assert len(set(rows["token_ids_page"].to_pylist())) == 3
     ids = file.read(columns=["problem_id"])["problem_id"].to_pylist()
     assert ids == sorted(ids)
     assert part.relative_to(root).parts[:2] == ("parts", "ada")
@@ -243,7 +247,7 @@ def test_another_recipe_under_one_name_is_refused_with_the_difference(tmp_path: 
     message = str(refusal.value)
     assert "revision None -> 'v2'; sampling.temperature 1.0 -> 0.7; give" in message
     assert "top_p" not in message
-    assert str(root / "parts" / "ada") in message
+    assert f"ampo store forget {root} --teacher ada" in message
     with TraceStore(root) as store:
         assert store.teachers() == {"ada": teacher("ada")}
 
