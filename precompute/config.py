@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from store.errors import ConfigError
 
@@ -26,6 +27,13 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 NONE = "none"
+
+SECRET = "secret"
+"""Of an error whose input may be a key: it is not shown."""
+
+
+def _secret(reason: str) -> PydanticCustomError:
+    return PydanticCustomError(SECRET, "{reason}", {"reason": reason})
 
 
 def _can_be_none(model: type[BaseModel], key: Any) -> bool:
@@ -83,6 +91,17 @@ class VerifyConfig(Section):
     """Address-space limit of a worker, in MiB."""
 
 
+VLLM_KEYS = {
+    "model": "model",
+    "revision": "revision",
+    "dtype": "dtype",
+    "max_num_seqs": "batch_size",
+    **{key: key for key in ("quantization", "max_model_len", "gpu_memory_utilization", "enforce_eager")},
+    "tensor_parallel_size": "tensor_parallel_size",
+}
+"""Argument of `vllm.LLM` -> the teacher's key that gives it."""
+
+
 class TeacherConfig(Section):
     """One [[teachers]] table."""
 
@@ -91,8 +110,9 @@ class TeacherConfig(Section):
     model: str
     """A directory or a hub name."""
     revision: str | None = None
-    engine: Literal["auto", "vllm", "transformers"] = "auto"
-    """auto: vllm where it is installed and there is an accelerator, transformers otherwise."""
+    engine: Literal["auto", "vllm", "transformers", "openai"] = "auto"
+    """auto: vllm where it is installed and there is an accelerator, transformers otherwise. openai: the
+    servers at `base_urls`."""
     samples: Positive = 1
     """Samples of each problem."""
     until_verified: Positive | None = None
@@ -110,15 +130,64 @@ class TeacherConfig(Section):
     max_tokens: Positive = 8192
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_size: Positive = 64
-    """Sequences at once (transformers: rows of a batch; vllm: max_num_seqs)."""
+    """Sequences at once (transformers: rows of a batch; vllm: max_num_seqs; openai: requests under way at
+    all `base_urls` together)."""
+    quantization: str | None = None
+    """None: as the checkpoint says. transformers knows bitsandbytes (nf4, 4 bits); vllm is given the word as
+    it stands: fp8, awq, bitsandbytes (with vllm-bnb-plugin) and what else it knows."""
+    max_model_len: Positive | None = None
+    """Positions for prompt and completion together (vllm); None: the longest prompt + max_tokens."""
     gpu_memory_utilization: Share = 0.9
-    """vllm alone."""
+    """vllm alone, as the next three."""
+    tensor_parallel_size: Positive = 1
+    """GPUs that share the model."""
+    enforce_eager: bool | None = None
+    """No CUDA graphs: starts sooner, draws slower. None: only where there is no GPU."""
+    vllm_args: dict[str, Any] = Field(default_factory=dict)
+    """More arguments of `vllm.LLM`, as they stand, e.g. {swap_space = 8}."""
+    base_urls: tuple[str, ...] = ()
+    """openai alone, as the next five: servers of one model, e.g. ["http://127.0.0.1:8000/v1"]; requests are
+    spread over them."""
+    served_model_name: str | None = None
+    """The name that the servers know the model by; None: `model`, which gives the tokenizer in any case."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key; None: no key is sent."""
+    request_timeout: Annotated[float, Field(gt=0)] = 900.0
+    """Seconds for one completion, waiting at the server included."""
+    max_retries: Annotated[int, Field(ge=0)] = 5
+    """Further tries of a request, at growing distances, when a server is busy, fails or cannot be reached.
+    After that the server is given up."""
 
     @model_validator(mode="after")
     def _sampling_plan_holds(self) -> Self:
         if self.max_samples is not None and self.until_verified is None:
             raise ValueError("max_samples needs until_verified; use samples for a fixed number")
         return self
+
+    @field_validator("base_urls")
+    @classmethod
+    def _urls_are_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            if "@" in url or "?" in url:
+                raise _secret("a URL carries no key; name the variable that holds it in api_key_env")
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"{url!r} is no URL; write http://HOST:PORT/v1")
+        return urls
+
+    @field_validator("vllm_args")
+    @classmethod
+    def _named_keys_are_named(cls, more: dict[str, Any]) -> dict[str, Any]:
+        for argument in more:
+            if key := VLLM_KEYS.get(argument):
+                raise ValueError(f"{argument} has a key of its own: set {key} instead")
+        return more
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _key_is_named_not_given(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+            raise _secret("name an environment variable in capitals, such as TEACHER_KEY, not the key itself")
+        return name
 
     @property
     def sample_budget(self) -> int:
@@ -234,6 +303,8 @@ def explain(schema: type[Section], error: ValidationError) -> str:
         return f"unknown key {where} = {_short(first['input'])}; {hint}"
     if first["type"] == "missing":
         return f"{where} is missing; it has no default"
+    if first["type"] == SECRET:
+        return f"{where}: {first['msg']}"
     reason = str(first["msg"]).removeprefix("Value error, ")
     return f"{where} = {_short(first['input'])}: {reason[:1].lower()}{reason[1:]}"
 
