@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from commands.shared import ConfigOption, DryRun, SetOption, console_of, print_config, read_config
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from precompute.outcome import PrecomputePlan
+    from precompute.progress import Reporter
+    from trainer.config import Config
 
 app = typer.Typer(no_args_is_help=True, help="The offline stage: teachers fill the store.")
 
@@ -23,6 +32,14 @@ def precompute_teachers(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N problems.")] = None,
     dry_run: DryRun = False,
+    probe: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Draw one sample of N problems of each teacher, keep nothing, and show what a run would "
+            "take: tokens, hours, disk. Implies --dry-run.",
+        ),
+    ] = 0,
 ) -> None:
     """Let teachers solve the training problems; verify every solution into the store.
 
@@ -31,20 +48,39 @@ def precompute_teachers(
     Example: `ampo precompute teachers --config configs/lab.toml --limit 64`
     """
     from precompute import pipeline
-    from precompute.progress import ConsoleReporter
-    from precompute.tables import plan_tables, report_tables
+    from precompute.tables import report_tables
 
     settings, console = read_config(config, set_), console_of()
     names = list(teacher) if teacher else None
-    if dry_run:
-        plan = pipeline.plan(settings, teachers=names, engine=engine, limit=limit)
-        print_config(console, settings)
-        console.print(plan_tables(plan))
+    if dry_run or probe:
+        with _reporting(console, "nothing was kept") as reporter:
+            plan = pipeline.plan(
+                settings, teachers=names, engine=engine, limit=limit, probe=probe, reporter=reporter
+            )
+        _show_plan(console, settings, plan)
         return
+    with _reporting(console, "every verified trace is kept. Go on with the same command") as reporter:
+        report = pipeline.run(settings, teachers=names, engine=engine, limit=limit, reporter=reporter)
+    console.print(report_tables(report))
+
+
+@contextmanager
+def _reporting(console: Console, when_interrupted: str) -> Iterator[Reporter]:
+    """Ctrl-C leaves with a line that says what became of the work."""
+    from precompute.progress import ConsoleReporter
+
     try:
         with ConsoleReporter(console) as reporter:
-            report = pipeline.run(settings, teachers=names, engine=engine, limit=limit, reporter=reporter)
+            yield reporter
     except KeyboardInterrupt:
-        console.print("\ninterrupted; every verified trace is kept. Go on with the same command.")
+        console.print(f"\ninterrupted; {when_interrupted}.")
         raise typer.Exit(130) from None
-    console.print(report_tables(report))
+
+
+def _show_plan(console: Console, config: Config, plan: PrecomputePlan) -> None:
+    from precompute.tables import plan_tables
+    from trainer.rollout import demanded_form
+
+    print_config(console, config)
+    student_form = demanded_form(config.student, [plan.first_problem])
+    console.print(plan_tables(plan, student_form=student_form))

@@ -44,7 +44,7 @@ class Collector:
 
     def submit(self, verdict: Future[Verdict], make_trace: MakeTrace) -> None:
         """The trace is made and kept once the verdict is there. Raises what the thread failed with."""
-        self._check()
+        self.check()
         with self._changed:
             self._open += 1
         verdict.add_done_callback(lambda done: self._judged.put((make_trace, done)))
@@ -53,7 +53,7 @@ class Collector:
         """Returns when every submitted completion is judged. Raises what the thread failed with."""
         with self._changed:
             self._changed.wait_for(lambda: not self._open or self._work.done())
-        self._check()
+        self.check()
 
     def __enter__(self) -> Self:
         self._work = self._executor.submit(self._collect)
@@ -72,7 +72,8 @@ class Collector:
         if kind is None:
             self._work.result()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises what the thread failed with."""
         if self._work.done():
             self._work.result()
 

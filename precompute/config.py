@@ -91,6 +91,36 @@ class VerifyConfig(Section):
     """Address-space limit of a worker, in MiB."""
 
 
+Script = Literal[
+    "latin", "greek", "cyrillic", "cjk", "hiragana", "katakana", "hangul", "arabic", "hebrew", "devanagari",
+    "bengali", "tamil", "telugu", "thai", "georgian", "armenian",
+]  # fmt: skip
+"""A writing system, as the names of Unicode's letters begin with."""
+
+
+class FiltersConfig(Section):
+    """[filters]: which verified traces are kept from the student. All are off unless they are asked for.
+
+    What a filter holds back stays in the store with the reason; it counts as a try of its problem, and
+    `until_verified` goes on looking for another.
+    """
+
+    min_tokens: Positive | None = None
+    """In the teacher's tokens, as the next."""
+    max_tokens: Positive | None = None
+    max_repetition: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """The share of n-grams that stood in the text before, at most; 0.3 catches loops."""
+    repetition_ngram: Positive = 20
+    """n, in words and single symbols."""
+    scripts: tuple[Script, ...] = ()
+    """The writing systems that letters may come from, e.g. ["latin", "greek"]; empty: any. Scripts are no
+    languages: French is as latin as English is."""
+    max_other_letters: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """With `scripts`: the share of letters that may come from others."""
+    format: bool = False
+    """Only traces with exactly one final answer in the teacher's form, and no broken one."""
+
+
 VLLM_KEYS = {
     "model": "model",
     "revision": "revision",
@@ -116,13 +146,17 @@ class TeacherConfig(Section):
     samples: Positive = 1
     """Samples of each problem."""
     until_verified: Positive | None = None
-    """Stop sampling a problem once it has this many verified traces; None: always take `samples`."""
+    """Stop sampling a problem once it has this many verified traces that no filter holds back; None: always
+    take `samples`."""
     max_samples: Positive | None = None
     """With `until_verified`: the most samples of a problem; None: `samples`."""
     system_prompt: str | None = BOXED_INSTRUCTION
     """None: the problem's own system turn, where it brought one. An empty string: no system turn."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the chat template, e.g. {enable_thinking = false}."""
+    answer_form: AnswerForm | None = None
+    """How its final answers are marked; None: as the system turn demands. The student's form is the student's
+    own affair: a trace is rewritten into it when it is used."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Share = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
@@ -201,6 +235,7 @@ class PrecomputeConfig(Section):
     problems: ProblemsConfig = ProblemsConfig()
     store: StoreConfig = StoreConfig()
     verify: VerifyConfig = VerifyConfig()
+    filters: FiltersConfig = FiltersConfig()
     teachers: tuple[TeacherConfig, ...] = ()
 
     @field_validator("teachers")

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from precompute.config import AnswerForm
+from precompute.probe import Expectation, Probe
 from store.records import Problem
 from store.trace_store import TraceStore
 
@@ -18,9 +20,12 @@ class TeacherPlan:
     model: str
     engine: str
     """Resolved: `vllm` or `transformers`."""
+    sample_budget: int
+    """Samples of a problem, at most."""
     samples_there: int
     """Of these problems, in the store already."""
-    verified_there: int
+    usable_there: int
+    """Of those: verified, and held back by no filter."""
     problems_left: int
     """Problems that still get samples."""
     samples_left: int
@@ -33,6 +38,16 @@ class TeacherPlan:
     """Size of the weight files; None for a model that is not a local directory."""
     first_prompt: str
     """The first problem's, as the teacher will see it."""
+    opens_think: bool
+    """That prompt ends inside a `<think>` block."""
+    answer_form: AnswerForm
+    """In which the answer to that prompt is looked for."""
+    probe: Probe | None = None
+    """What a probe measured; None without one, or when nothing is left to draw."""
+    least: Expectation | None = None
+    """With a probe: what is to be expected if all problems are equally hard."""
+    most: Expectation | None = None
+    """With a probe: the same if each problem is solved always or never."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +71,7 @@ class PrecomputePlan:
     problems: ProblemsSummary
     store: str
     store_exists: bool
+    first_problem: Problem
     teachers: tuple[TeacherPlan, ...]
 
 
@@ -75,6 +91,8 @@ class TeacherOutcome:
     """Problems with a trace of it."""
     samples: int = 0
     verified: int = 0
+    filtered: int = 0
+    """Of the verified: held back by a filter."""
     tokens: int = 0
     """In the teacher's own tokens, all samples together."""
 
@@ -97,13 +115,14 @@ class PrecomputeReport:
     store: str
     teachers: tuple[TeacherOutcome, ...]
     coverage: tuple[int, ...]
-    """[T + 1]: the n-th is how many of the chosen problems have a verified trace of exactly n teachers, of
-    all T that the store knows; sums to `problems.used`."""
+    """[T + 1]: the n-th is how many of the chosen problems have a usable trace (verified, not filtered) of
+    exactly n teachers, of all T that the store knows; sums to `problems.used`."""
 
 
 _COUNTS = """
     SELECT teacher, count(DISTINCT problem_id) AS problems, count(*) AS samples,
-           count(*) FILTER (is_correct) AS verified, sum(n_tokens)::BIGINT AS tokens
+           count(*) FILTER (is_correct) AS verified,
+           count(*) FILTER (is_correct AND NOT is_usable) AS filtered, sum(n_tokens)::BIGINT AS tokens
     FROM idx.traces WHERE problem_id IN (SELECT unnest($problem_ids::VARCHAR[]))
     GROUP BY teacher
 """
@@ -111,14 +130,14 @@ _COUNTS = """
 _COVERING = """
     SELECT teachers, count(*) AS problems FROM (
         SELECT count(DISTINCT teacher) AS teachers
-        FROM idx.traces WHERE is_correct AND problem_id IN (SELECT unnest($problem_ids::VARCHAR[]))
+        FROM idx.traces WHERE is_usable AND problem_id IN (SELECT unnest($problem_ids::VARCHAR[]))
         GROUP BY problem_id)
     GROUP BY teachers
 """
 
 
 def stored_counts(store: TraceStore, problem_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By teacher its problems, samples, verified, tokens; one without a trace of these is not in it."""
+    """By teacher the counts of TeacherOutcome; one without a trace of these is not in it."""
     rows = store.index.rows(_COUNTS, {"problem_ids": list(problem_ids)})
     return {row.pop("teacher"): row for row in rows}
 

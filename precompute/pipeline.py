@@ -7,12 +7,14 @@ by what they are, so the run that goes on draws what the other one would have dr
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from precompute.config import PrecomputeConfig, TeacherConfig
+from precompute.draws import Done, samples_left
 from precompute.engines.select import engine_version, load_engine, load_tokenizer, resolve_engine
 from precompute.outcome import (
     PrecomputePlan,
@@ -23,12 +25,13 @@ from precompute.outcome import (
     coverage,
     stored_counts,
 )
+from precompute.probe import expect, run_probe
 from precompute.problems import load_problems, split_by_gold
 from precompute.progress import Reporter, SilentReporter
-from precompute.prompts import tokenizer_fingerprint
-from precompute.solving import STAGE_PROBLEMS, Done, Job, TeacherWork, fill_prompts, longest_prompt
+from precompute.prompts import demanded_form, tokenizer_fingerprint
+from precompute.refilter import check_filters, filter_settings
+from precompute.solving import STAGE_PROBLEMS, Job, TeacherWork, fill_prompts, longest_prompt
 from precompute.verify import VERIFIER_NAME, VERIFIER_VERSION, Verifier
-from precompute.waves import samples_left
 from store.errors import ConfigError, ProblemsError
 from store.records import Problem, TeacherRecord, content_hash
 from store.trace_store import TraceStore
@@ -55,6 +58,8 @@ def run(
     with Verifier.configured(config.verify) as verifier:
         problems, summary = _problems(config, limit, verifier, reporter)
         with _open_store(config) as writer:
+            for job in jobs:
+                check_filters(writer, job.record)
             writer.write_problems(problems)
             for job in jobs:
                 writer.register_teacher(job.record)
@@ -69,25 +74,34 @@ def plan(
     teachers: Sequence[str] | None = None,
     engine: str | None = None,
     limit: int | None = None,
+    probe: int = 0,
     reporter: Reporter | None = None,
 ) -> PrecomputePlan:
     """What `run` with the same arguments would do; raises what it would raise before a model is loaded.
 
-    Touches nothing.
+    With `probe` every teacher is loaded and draws one sample of that many problems, so that tokens, time and
+    disk can be told. Touches nothing.
     """
     reporter = reporter or SilentReporter()
     jobs = _jobs(config, teachers, engine)
     path = str(Path(config.store.path).absolute())
     with Verifier.configured(config.verify) as verifier:
         problems, summary = _problems(config, limit, verifier, reporter)
-    store = StoreWriter.peek(path, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION)
-    plans = []
-    for job in jobs:
-        if store is not None:
-            store.check_recipe(job.record)
-        done = {} if store is None else store.done(job.name)
-        plans.append(_teacher_plan(job, problems, done, reporter))
-    return PrecomputePlan(problems=summary, store=path, store_exists=store is not None, teachers=tuple(plans))
+        store = StoreWriter.peek(path, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION)
+        there = [_there(store, job) for job in jobs]
+        plans = [_teacher_plan(job, problems, done, reporter) for job, done in zip(jobs, there, strict=True)]
+        if probe:
+            plans = [
+                _probed(plan, job, problems, done, config, probe, verifier, reporter)
+                for plan, job, done in zip(plans, jobs, there, strict=True)
+            ]
+    return PrecomputePlan(
+        problems=summary,
+        store=path,
+        store_exists=store is not None,
+        first_problem=problems[0],
+        teachers=tuple(plans),
+    )
 
 
 def _jobs(config: PrecomputeConfig, names: Sequence[str] | None, engine: str | None) -> list[Job]:
@@ -98,10 +112,11 @@ def _jobs(config: PrecomputeConfig, names: Sequence[str] | None, engine: str | N
         if name not in known:
             raise ConfigError(f"no teacher {name!r} in the config; its teachers: {', '.join(known)}")
     chosen = [teacher for teacher in config.teachers if not names or teacher.name in names]
-    return [_job(teacher, resolve_engine(engine or teacher.engine)) for teacher in chosen]
+    filters = filter_settings(config.filters)
+    return [_job(teacher, resolve_engine(engine or teacher.engine), filters) for teacher in chosen]
 
 
-def _job(teacher: TeacherConfig, engine: str) -> Job:
+def _job(teacher: TeacherConfig, engine: str, filters: Mapping[str, Any]) -> Job:
     tokenizer = load_tokenizer(teacher)
     template = tokenizer.chat_template
     record = TeacherRecord(
@@ -121,6 +136,8 @@ def _job(teacher: TeacherConfig, engine: str) -> Job:
             "max_tokens": teacher.max_tokens,
         },
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        answer_form=teacher.answer_form,
+        filters=filters,
     )
     return Job(config=teacher, engine=engine, tokenizer=tokenizer, record=record)
 
@@ -164,23 +181,55 @@ def _check_golds(
     return tuple(usable), tuple(unparseable)
 
 
+def _there(store: StoreWriter | None, job: Job) -> Done:
+    """What the store has of the teacher. Raises what a run would raise about it."""
+    if store is None:
+        return {}
+    store.check_recipe(job.record)
+    check_filters(store, job.record)
+    return store.done(job.name)
+
+
 def _teacher_plan(job: Job, problems: Sequence[Problem], done: Done, reporter: Reporter) -> TeacherPlan:
     prompts = fill_prompts(job, problems, reporter)
     there = [done.get(problem.problem_id, {}) for problem in problems]
     left = [samples_left(job.config, samples) for samples in there]
+    first = prompts[problems[0].problem_id]
     return TeacherPlan(
         name=job.name,
         model=job.config.model,
         engine=job.engine,
+        sample_budget=job.config.sample_budget,
         samples_there=sum(map(len, there)),
-        verified_there=sum(sum(samples.values()) for samples in there),
+        usable_there=sum(sum(samples.values()) for samples in there),
         problems_left=sum(count > 0 for count in left),
         samples_left=sum(left),
         longest_prompt=longest_prompt(prompts),
         most_tokens=sum(left) * job.config.max_tokens,
         weight_bytes=_weight_bytes(job.config.model),
-        first_prompt=prompts[problems[0].problem_id].text,
+        first_prompt=first.text,
+        opens_think=first.opens_think,
+        answer_form=demanded_form(job.config, problems[0]),
     )
+
+
+def _probed(
+    plan: TeacherPlan,
+    job: Job,
+    problems: Sequence[Problem],
+    done: Done,
+    config: PrecomputeConfig,
+    count: int,
+    verifier: Verifier,
+    reporter: Reporter,
+) -> TeacherPlan:
+    """The plan with what a probe of `count` problems leads to expect."""
+    probe = run_probe(job, problems, done, config, count=count, verifier=verifier, reporter=reporter)
+    if probe is None:
+        return plan
+    there = [done.get(problem.problem_id, {}) for problem in problems]
+    least, most = expect(job.config, there, probe, part_traces=config.store.part_traces)
+    return replace(plan, probe=probe, least=least, most=most)
 
 
 def _weight_bytes(model: str) -> int | None:
@@ -200,13 +249,20 @@ def _solve(
     started = time.monotonic()
     for damaged in writer.damaged(job.name):
         reporter.message(f"{damaged.part} cannot be read ({damaged.reason}); its samples are drawn again")
-    work = TeacherWork(job, problems, writer.done(job.name), verifier, reporter)
+    work = TeacherWork(
+        job,
+        problems,
+        writer.done(job.name),
+        verifier=verifier,
+        filters=config.filters,
+        reporter=reporter,
+    )
     if work.left:
         work.fill_prompts()
         reporter.message(f"{job.name}: loading {job.config.model} with {job.engine}")
         longest = longest_prompt(work.prompts)
         with closing(load_engine(job.config, job.engine, job.tokenizer, longest_prompt=longest)) as engine:
-            work.run(engine, writer, config.store)
+            work.run(engine, writer.append, config.store)
     progress = work.progress()
     reporter.finished(progress)
     return TeacherOutcome(

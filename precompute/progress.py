@@ -28,6 +28,8 @@ class TeacherProgress:
     """Samples to be there in the end; with `until_verified` at most."""
     verified: int
     """Of the samples judged in this run."""
+    filtered: int
+    """Of the verified: held back by a filter."""
     judged: int
     """In this run."""
     tokens: int
@@ -153,7 +155,8 @@ class ConsoleReporter:
 def _note(progress: TeacherProgress) -> str:
     if not progress.judged:
         return ""
-    return f"verified {progress.verified_share:.0%}  {progress.tokens_per_second:,.0f} tokens/s"
+    filtered = f"  filtered {progress.filtered:,}" if progress.filtered else ""
+    return f"verified {progress.verified_share:.0%}{filtered}  {progress.tokens_per_second:,.0f} tokens/s"
 
 
 def _line(progress: TeacherProgress) -> str:

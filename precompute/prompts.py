@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
-from precompute.config import AnswerForm
+from precompute.config import AnswerForm, TeacherConfig
 from store.errors import ConfigError
 from store.records import Problem, content_hash
 
@@ -71,6 +71,11 @@ def plain_text(messages: list[dict[str, str]], *, bos_token: str | None) -> str:
 def answer_form_of(system_prompt: str | None) -> AnswerForm:
     """The form that a system turn demands: `<answer>` tags where it names them, `\\boxed{}` otherwise."""
     return "answer_tags" if system_prompt is not None and "<answer>" in system_prompt else "boxed"
+
+
+def demanded_form(teacher: TeacherConfig, problem: Problem) -> AnswerForm:
+    """The form in which the teacher's answer to the problem is looked for."""
+    return teacher.answer_form or answer_form_of(system_turn(problem, teacher.system_prompt))
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

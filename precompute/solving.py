@@ -1,29 +1,35 @@
-"""One teacher at work on what the store lacks of it: prompts, waves of samples, verdicts, traces."""
+"""One teacher at work on what the store lacks of it: prompts, samples, verdicts, traces.
+
+    feed --what to draw now--> engine --completions--> verifier --verdicts--> traces --> parts
+      ^---------------------------- judged: may it be used? -----------------------|
+
+A problem's next sample is drawn as soon as a verdict asks for it, while the engine is busy with others.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from precompute.collector import Collector
-from precompute.config import StoreConfig, TeacherConfig
+from precompute.config import FiltersConfig, StoreConfig, TeacherConfig
+from precompute.draws import Done, DrawFeed, next_samples, sample_seed, samples_left
 from precompute.engines import Completion, Engine, Request, Sampling
 from precompute.engines.select import check_fits
+from precompute.filters import why_filtered
 from precompute.progress import Reporter, TeacherProgress
-from precompute.prompts import Prompt, answer_form_of, render_prompt, system_turn
+from precompute.prompts import Prompt, demanded_form, render_prompt
 from precompute.verify import Verdict, Verifier
-from precompute.waves import next_samples, sample_seed, samples_left
 from store.records import Problem, TeacherRecord, Trace
-from store.writer import StoreWriter
 
 STAGE_PROBLEMS = 500
 """Problems between two reports of a preparation."""
 
-Done = dict[str, dict[int, bool]]
-"""problem_id -> sample_index -> is_correct"""
+Append = Callable[[Sequence[Trace]], object]
+"""Keeps traces, e.g. `StoreWriter.append`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,18 +69,27 @@ def longest_prompt(prompts: Mapping[str, Prompt]) -> int:
 
 
 class TeacherWork:
-    """One teacher at work: what is done, and the waves of what is not."""
+    """One teacher at work: what is done, and the drawing of what is not."""
 
     def __init__(
-        self, job: Job, problems: Sequence[Problem], done: Done, verifier: Verifier, reporter: Reporter
+        self,
+        job: Job,
+        problems: Sequence[Problem],
+        done: Done,
+        *,
+        verifier: Verifier,
+        filters: FiltersConfig,
+        reporter: Reporter,
     ) -> None:
         self.job = job
         self.done = {problem.problem_id: done.get(problem.problem_id, {}) for problem in problems}
         self.left = [p for p in problems if next_samples(job.config, self.done[p.problem_id])]
         self.prompts: dict[str, Prompt] = {}
+        self._problems = {problem.problem_id: problem for problem in self.left}
         self._verifier = verifier
+        self._filters = filters
         self._reporter = reporter
-        self._judged = self._verified = self._tokens = 0
+        self._judged = self._verified = self._filtered = self._tokens = 0
         self._there = sum(map(len, self.done.values()))
         self._to_come = sum(samples_left(job.config, samples) for samples in self.done.values())
         self._started: float | None = None
@@ -83,28 +98,24 @@ class TeacherWork:
         """For the problems that still get samples."""
         self.prompts = fill_prompts(self.job, self.left, self._reporter)
 
-    def run(self, engine: Engine, writer: StoreWriter, config: StoreConfig) -> None:
-        """Wave after wave, until no problem lacks a sample."""
+    def warm_up(self, engine: Engine, max_tokens: int) -> None:
+        """Lets the engine draw a few tokens for nobody."""
+        sampling = replace(self._sampling(), max_tokens=min(max_tokens, self.job.config.max_tokens))
+        for _ in engine.generate([self._request(self.left[0].problem_id, 0)], sampling):
+            pass
+
+    def run(self, engine: Engine, append: Append, config: StoreConfig) -> None:
+        """Draws until no problem lacks a sample."""
         self._started = time.monotonic()
-        teacher = self.job.config
-        sampling = Sampling(
-            temperature=teacher.temperature,
-            top_p=teacher.top_p,
-            top_k=teacher.top_k,
-            max_tokens=teacher.max_tokens,
-        )
+        feed = DrawFeed(self.job.config, list(self._problems), self.done)
         with Collector(
-            writer.append,
+            append,
             part_traces=config.part_traces,
             part_seconds=config.part_seconds,
-            on_trace=self._note,
+            on_trace=lambda trace: self._note(trace, feed),
         ) as collector:
-            while wave := self._wave():
-                requests = [request for request, _, _ in wave.values()]
-                for completion in engine.generate(requests, sampling):
-                    self._submit(collector, completion, *wave[completion.request_id])
-                # What is to be drawn next depends on the verdicts.
-                collector.wait()
+            for completion in engine.generate(self._requests(feed, collector), self._sampling()):
+                self._submit(collector, completion)
 
     def progress(self) -> TeacherProgress:
         """How far it is."""
@@ -113,38 +124,49 @@ class TeacherWork:
             done=self._there,
             total=self._there + self._to_come,
             verified=self._verified,
+            filtered=self._filtered,
             judged=self._judged,
             tokens=self._tokens,
             seconds=0.0 if self._started is None else time.monotonic() - self._started,
         )
 
-    def _wave(self) -> dict[str, tuple[Request, Problem, int]]:
-        """By request id: what is to be drawn now."""
-        wave = {}
-        for problem in self.left:
-            for index in next_samples(self.job.config, self.done[problem.problem_id]):
-                request = Request(
-                    request_id=f"{problem.problem_id}-{index}",
-                    prompt_ids=self.prompts[problem.problem_id].ids,
-                    seed=sample_seed(problem.problem_id, self.job.name, index),
-                )
-                wave[request.request_id] = request, problem, index
-        return wave
+    def _sampling(self) -> Sampling:
+        teacher = self.job.config
+        return Sampling(
+            temperature=teacher.temperature,
+            top_p=teacher.top_p,
+            top_k=teacher.top_k,
+            max_tokens=teacher.max_tokens,
+        )
 
-    def _submit(
-        self, collector: Collector, completion: Completion, request: Request, problem: Problem, index: int
-    ) -> None:
+    def _requests(self, feed: DrawFeed, collector: Collector) -> Iterator[Request | None]:
+        for draw in feed:
+            if draw is None:
+                # A collector that has failed brings no verdict: this would be a wait without an end.
+                collector.check()
+                yield None
+            else:
+                yield self._request(*draw)
+
+    def _request(self, problem_id: str, index: int) -> Request:
+        return Request(
+            request_id=f"{problem_id}-{index}",
+            prompt_ids=self.prompts[problem_id].ids,
+            seed=sample_seed(problem_id, self.job.name, index),
+        )
+
+    def _submit(self, collector: Collector, completion: Completion) -> None:
+        problem_id, _, index = completion.request_id.rpartition("-")
+        problem = self._problems[problem_id]
         verdict = self._verifier.submit(
             completion.text,
             problem.answer,
-            answer_form_of(system_turn(problem, self.job.config.system_prompt)),
-            opens_think=self.prompts[problem.problem_id].opens_think,
+            demanded_form(self.job.config, problem),
+            opens_think=self.prompts[problem_id].opens_think,
         )
-        collector.submit(verdict, lambda known: self._trace(known, completion, request, problem, index))
+        collector.submit(verdict, lambda known: self._trace(known, completion, problem, int(index)))
 
-    def _trace(
-        self, verdict: Verdict, completion: Completion, request: Request, problem: Problem, index: int
-    ) -> Trace:
+    def _trace(self, verdict: Verdict, completion: Completion, problem: Problem, index: int) -> Trace:
         return Trace(
             problem_id=problem.problem_id,
             teacher=self.job.name,
@@ -158,19 +180,28 @@ class TeacherWork:
             finish_reason=completion.finish_reason,
             verdict=verdict.reason,
             is_correct=verdict.is_correct and completion.finish_reason == "stop",
-            seed=request.seed,
+            seed=sample_seed(problem.problem_id, self.job.name, index),
             generation_fingerprint=self.job.record.generation_fingerprint,
             created_at=datetime.now(UTC),
+            filtered=why_filtered(
+                self._filters,
+                text=completion.text,
+                n_tokens=len(completion.token_ids),
+                form=demanded_form(self.job.config, problem),
+                opens_think=self.prompts[problem.problem_id].opens_think,
+            ),
         )
 
-    def _note(self, trace: Trace) -> None:
+    def _note(self, trace: Trace, feed: DrawFeed) -> None:
         """Called by the collector's thread alone."""
         samples = self.done[trace.problem_id]
         self._to_come -= samples_left(self.job.config, samples)
-        samples[trace.sample_index] = trace.is_correct
+        samples[trace.sample_index] = trace.is_usable
         self._to_come += samples_left(self.job.config, samples)
         self._there += 1
         self._judged += 1
         self._verified += trace.is_correct
+        self._filtered += trace.is_correct and not trace.is_usable
         self._tokens += trace.n_tokens
+        feed.judged(trace.problem_id, trace.sample_index, trace.is_usable)
         self._reporter.progress(self.progress())

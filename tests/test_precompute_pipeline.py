@@ -21,10 +21,10 @@ from rich.console import Console
 
 from precompute import pipeline
 from precompute.config import PrecomputeConfig
+from precompute.draws import next_samples, sample_seed, samples_left
 from precompute.outcome import PrecomputeReport
 from precompute.progress import ConsoleReporter, SilentReporter, TeacherProgress
 from precompute.verify import verify_answer
-from precompute.waves import next_samples, sample_seed, samples_left
 from store.errors import ConfigError, EngineError, ProblemsError, RecipeChangedError
 from store.records import Trace
 from store.trace_store import TraceStore
@@ -320,7 +320,7 @@ def test_waves_end_alike_wherever_they_are_cut(
 def test_progress_in_numbers_worked_out_by_hand() -> None:
     # 20 samples judged in 10 s, 30 still to come: 15 s. 5 of 20 verified; 800 tokens in 10 s.
     progress = TeacherProgress(
-        teacher="totals", done=70, total=100, verified=5, judged=20, tokens=800, seconds=10.0
+        teacher="totals", done=70, total=100, verified=5, filtered=0, judged=20, tokens=800, seconds=10.0
     )
     assert progress.eta_seconds == 15.0
     assert progress.verified_share == 0.25
@@ -329,7 +329,7 @@ def test_progress_in_numbers_worked_out_by_hand() -> None:
 
 def test_without_a_terminal_progress_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     progress = TeacherProgress(
-        teacher="totals", done=70, total=100, verified=5, judged=20, tokens=800, seconds=10.0
+        teacher="totals", done=70, total=100, verified=5, filtered=0, judged=20, tokens=800, seconds=10.0
     )
     with ConsoleReporter(Console(width=200)) as reporter:
         reporter.message("totals: loading [model]")
@@ -343,7 +343,7 @@ def test_without_a_terminal_progress_is_plain_lines(capsys: pytest.CaptureFixtur
 
 def test_on_a_terminal_progress_is_a_bar() -> None:
     progress = TeacherProgress(
-        teacher="totals", done=70, total=100, verified=5, judged=20, tokens=800, seconds=10.0
+        teacher="totals", done=70, total=100, verified=5, filtered=0, judged=20, tokens=800, seconds=10.0
     )
     console = Console(width=120, force_terminal=True, record=True)
     with ConsoleReporter(console) as reporter:
