@@ -29,7 +29,8 @@ def data_rows(
     """(row number from 1, row) of a .parquet file, or of a .jsonl, .ndjson or .json file with an object a
     line, whose row number is the line's.
 
-    `skip` says of a Parquet file's leaves which need not be read; they are then missing from the rows.
+    `skip` says of a Parquet file's leaves which need not be read; they are then missing from the rows, but
+    every column keeps one at least.
     Raises ProblemsError, calling the file a `kind`.
     """
     if file.suffix not in SUFFIXES:
@@ -48,14 +49,21 @@ def _parquet_rows(file: Path, skip: Callable[[Leaf], bool] | None) -> Iterator[t
     number = 0
     try:
         with file.open("rb") as handle, pq.ParquetFile(handle, buffer_size=READ_BYTES) as parquet:
-            leaves = [parquet.schema.column(index).path for index in range(len(parquet.schema))]
-            wanted = [leaf for leaf in leaves if skip is None or not skip(tuple(leaf.split(".")))]
-            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=wanted, use_threads=False):
+            leaves = _wanted(parquet.schema, skip)
+            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=leaves, use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
     except pa.ArrowException as error:
         raise ProblemsError(f"{file} is no readable Parquet file: {' '.join(str(error).split())}") from None
+
+
+def _wanted(schema: Any, skip: Callable[[Leaf], bool] | None) -> list[str]:
+    """The leaves to read; no column goes without any."""
+    leaves = [tuple(schema.column(index).path.split(".")) for index in range(len(schema))]
+    wanted = [leaf for leaf in leaves if skip is None or not skip(leaf)]
+    whole = {leaf[0] for leaf in leaves} - {leaf[0] for leaf in wanted}
+    return [".".join(leaf) for leaf in leaves if leaf in wanted or leaf[0] in whole]
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, Row]]:

@@ -1,0 +1,327 @@
+"""Other people's traces: read in their forms, judged by us, the same file twice changing nothing."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from run_examples import PROBLEMS, config_of, write_problems, write_store
+
+from precompute.config import StoreConfig
+from precompute.import_form import ImportColumns, ImportForm, TeacherNames, files_at
+from precompute.import_report import ImportCounts, ImportReport
+from precompute.importing import import_traces
+from precompute.verify import Verifier
+from store.errors import ConfigError, ProblemsError, RecipeChangedError
+from store.records import Problem, Trace
+from store.trace_store import TraceStore
+from trainer.assemble import SilentReporter
+from trainer.loop import train
+
+SUM = {"prompt": [{"role": "user", "content": "2+2"}], "reward_model": {"ground_truth": "4"}}
+PLAIN = {"question": "2+2", "answer": "4", "teacher": "r1"}
+
+
+def jsonl(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def bring(
+    file: Path,
+    store: Path,
+    *,
+    columns: ImportColumns | None = None,
+    teacher: str | None = None,
+    prefix: str = "",
+    renames: dict[str, str] | None = None,
+    part_traces: int = 512,
+    **options: Any,
+) -> ImportReport:
+    names = TeacherNames(default=teacher, prefix=prefix, renames=renames or {})
+    return import_traces(
+        ImportForm(files_at(file), columns or ImportColumns(), names),
+        store=StoreConfig(path=str(store), part_traces=part_traces),
+        verifier=shared_verifier(),
+        **options,
+    )
+
+
+@cache
+def shared_verifier() -> Verifier:
+    """A worker takes a second to start; it ends with the process."""
+    verifier = Verifier(workers=1)
+    atexit.register(verifier.close, cancel=True)
+    return verifier
+
+
+def traces_of(store: Path) -> list[Trace]:
+    with TraceStore(store) as opened:
+        return opened.traces(tokens=True)
+
+
+def content_of(store: Path) -> dict[str, bytes]:
+    """Every file of the store but its index and its locks."""
+    files = (path for path in store.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {str(path.relative_to(store)): path.read_bytes() for path in files if path.name != "index.duckdb"}
+
+
+def test_the_published_form_is_a_row_a_problem_with_a_trace_a_teacher(tmp_path: Path) -> None:
+    rows = [
+        {
+            "data_source": "openr1",
+            "prompt": [{"role": "system", "content": "Box it."}, {"role": "user", "content": "2+2"}],
+            "ability": "math",
+            "reward_model": {"ground_truth": "4", "style": "rule"},
+            "extra_info": {"index": 0, "split": "train"},
+            "target_lst": [
+                {
+                    "content": "<think>\nfour\n</think>\n\\boxed{4}",
+                    "quality_score": 0.9,
+                    "source": "org/R1 671B",
+                },
+                {"content": "surely \\boxed{5}", "quality_score": 0.1, "source": "qwq"},
+            ],
+        },
+        {
+            "data_source": "openr1",
+            "prompt": [{"role": "system", "content": "Box it."}, {"role": "user", "content": "1+2"}],
+            "ability": "math",
+            "reward_model": {"ground_truth": "3", "style": "rule"},
+            "extra_info": {"index": 1, "split": "train"},
+            "target_lst": None,
+        },
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "ampo.parquet")
+    report = bring(tmp_path / "ampo.parquet", tmp_path / "traces")
+    right, wrong = sorted(traces_of(tmp_path / "traces"), key=lambda trace: not trace.is_correct)
+    assert (right.teacher, right.verdict, right.is_correct) == ("org-R1-671B", "match", True)
+    assert right.text[: right.answer_start].endswith("\\boxed{")
+    assert (wrong.teacher, wrong.verdict, wrong.is_correct, wrong.answer) == ("qwq", "mismatch", False, "5")
+    with TraceStore(tmp_path / "traces") as store:
+        record = store.teachers()["org-R1-671B"]
+        (first, second) = store.problems()
+    assert (record.engine, record.engine_version, record.model) == ("import", "ampo.parquet", "org/R1 671B")
+    assert (first.question, first.answer, first.source, first.system_prompt) == (
+        "2+2",
+        "4",
+        "openr1",
+        "Box it.",
+    )
+    assert second.question == "1+2", "a problem without a trace is a problem all the same"
+    assert report.problems == 2
+
+
+def test_luffys_form_and_plain_rows_are_one_trace_a_row(tmp_path: Path) -> None:
+    luffy = SUM | {"target": [{"role": "assistant", "content": "\\boxed{4}"}]}
+    bring(jsonl(tmp_path / "luffy.jsonl", luffy), tmp_path / "one", teacher="r1")
+    bring(jsonl(tmp_path / "plain.jsonl", PLAIN | {"text": "\\boxed{4}"}), tmp_path / "two")
+    (one,), (two,) = traces_of(tmp_path / "one"), traces_of(tmp_path / "two")
+    assert one.trace_id == two.trace_id
+
+
+def test_what_a_file_claims_is_not_believed(tmp_path: Path) -> None:
+    row = PLAIN | {"text": "\\boxed{5}", "verdict": "match", "is_correct": True}
+    bring(jsonl(tmp_path / "liar.jsonl", row), tmp_path / "traces")
+    (trace,) = traces_of(tmp_path / "traces")
+    assert (trace.verdict, trace.is_correct) == ("mismatch", False)
+
+
+def test_a_gold_that_cannot_be_parsed_earns_nothing_and_says_why(tmp_path: Path) -> None:
+    row = PLAIN | {"answer": "np.arcsin(10/13)", "text": "\\boxed{np.arcsin(10/13)}"}
+    bring(jsonl(tmp_path / "gold.jsonl", row), tmp_path / "traces")
+    (trace,) = traces_of(tmp_path / "traces")
+    assert (trace.verdict, trace.is_correct) == ("gold_unparseable", False)
+
+
+def test_samples_are_numbered_by_their_place_and_equal_texts_are_one(tmp_path: Path) -> None:
+    texts = ["first \\boxed{4}", "second \\boxed{4}", "first \\boxed{4}", "", "third \\boxed{4}"]
+    file = jsonl(tmp_path / "plain.jsonl", *(PLAIN | {"text": text} for text in texts))
+    (counts,) = bring(file, tmp_path / "traces").teachers
+    traces = traces_of(tmp_path / "traces")
+    assert [(trace.sample_index, trace.text.split()[0]) for trace in traces] == [
+        (0, "first"), (1, "second"), (2, "third"),
+    ]  # fmt: skip
+    assert (counts.found, counts.new, counts.repeated, counts.empty) == (5, 3, 1, 1)
+
+
+def test_the_same_content_again_changes_nothing_under_whatever_file_name(tmp_path: Path) -> None:
+    rows = [PLAIN | {"text": f"{n}: \\boxed{{4}}"} for n in range(3)]
+    bring(jsonl(tmp_path / "plain.jsonl", *rows), tmp_path / "traces")
+    before = content_of(tmp_path / "traces")
+    (again,) = bring(tmp_path / "plain.jsonl", tmp_path / "traces").teachers
+    assert (again.there, again.new) == (3, 0)
+    assert content_of(tmp_path / "traces") == before
+    (tmp_path / "plain.jsonl").rename(tmp_path / "moved.jsonl")
+    (moved,) = bring(tmp_path / "moved.jsonl", tmp_path / "traces").teachers
+    assert (moved.there, moved.new) == (3, 0)
+
+
+def test_another_file_under_the_same_teacher_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    bring(jsonl(tmp_path / "one.jsonl", PLAIN | {"text": "\\boxed{4}"}), tmp_path / "traces")
+    before = content_of(tmp_path / "traces")
+    other = jsonl(
+        tmp_path / "two.jsonl", {"question": "3+3", "answer": "6", "teacher": "r1", "text": "\\boxed{6}"}
+    )
+    with pytest.raises(RecipeChangedError, match=r"revision .* --rename r1=NAME or --teacher-prefix"):
+        bring(other, tmp_path / "traces")
+    assert content_of(tmp_path / "traces") == before, "the refused file's problem must not be there"
+    bring(other, tmp_path / "traces", prefix="two-")
+    bring(other, tmp_path / "traces", renames={"r1": "r1b"})
+    with TraceStore(tmp_path / "traces") as store:
+        assert sorted(store.teachers()) == ["r1", "r1b", "two-r1"]
+        assert store.teachers()["two-r1"].model == "r1"
+
+
+def test_other_texts_of_the_same_file_are_another_recipe(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "two.jsonl", PLAIN | {"text": "\\boxed{4}", "long": "so it is \\boxed{4}"})
+    bring(file, tmp_path / "traces")
+    with pytest.raises(RecipeChangedError, match=r"sampling\.text_column 'text' -> 'long'"):
+        bring(file, tmp_path / "traces", columns=ImportColumns(text="long"))
+
+
+def test_a_directory_is_read_as_one_file(tmp_path: Path) -> None:
+    data = tmp_path / "set" / "data"
+    data.mkdir(parents=True)
+    (tmp_path / "set" / "dataset_info.json").write_text("[1, 2]")
+    for number in range(2):
+        row = PLAIN | {"text": f"{number} \\boxed{{4}}"}
+        pq.write_table(pa.Table.from_pylist([row]), data / f"train-{number}.parquet")
+    (counts,) = bring(tmp_path / "set", tmp_path / "traces").teachers
+    assert counts.new == 2
+    with TraceStore(tmp_path / "traces") as store:
+        assert store.teachers()["r1"].engine_version == "2 files"
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "complaint"),
+    [
+        ([PLAIN | {"teacher": None, "text": "x"}], {}, r"row 1: the trace names no teacher; give --teacher"),
+        ([PLAIN | {"text": 5}], {}, "row 1: text is neither a text nor a list: 5"),
+        ([PLAIN | {"text": [{"content": {"a": 1}, "source": "x"}]}], {}, "text holds something that is no"),
+        ([PLAIN | {"text": "x"}, {"question": "?"}], {}, "row 2: the column 'answer' is missing"),
+        ([PLAIN | {"words": "x"}], {}, "none of the columns target_lst, .*; set --text-column"),
+        ([PLAIN | {"text": "x"}], {"columns": ImportColumns(teacher="who")}, r"'who' \(--teacher-column\)"),
+        ([], {}, "bad.jsonl holds no row"),
+        ([SUM | {"target_lst": []}], {}, "holds no trace: its column 'target_lst' is empty"),
+        ([SUM | {"target_lst": [{"source": "a/b", "content": "x"}, {"source": "a b", "content": "x"}]}], {},
+         "'a/b' and 'a b' would both be 'a-b' .* --rename a b=NAME"),
+        ([PLAIN | {"teacher": "//", "text": "x"}], {}, "'//' cannot name a teacher; give --rename //=NAME"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_is_named_and_nothing_is_made(
+    tmp_path: Path, rows: Sequence[dict[str, Any]], options: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises((ConfigError, ProblemsError), match=complaint) as error:
+        bring(jsonl(tmp_path / "bad.jsonl", *rows), tmp_path / "traces", **options)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "traces").exists()
+
+
+def test_a_tokenizer_gives_ids_and_counts(tmp_path: Path, model_dir: Path) -> None:
+    file = jsonl(tmp_path / "plain.jsonl", PLAIN | {"text": "so:\\boxed{4}"})
+    bring(file, tmp_path / "without")
+    bring(file, tmp_path / "with", tokenizer=str(model_dir))
+    (without,), (counted,) = traces_of(tmp_path / "without"), traces_of(tmp_path / "with")
+    assert (without.n_tokens, without.token_ids, without.logprobs) == (0, (), ())
+    # One token a character, "so:\boxed{4}" has 12 of them, and the EOS, which is 1.
+    assert (counted.n_tokens, counted.token_ids[-1], counted.logprobs) == (13, 1, ())
+    assert len(counted.token_ids) == 13
+
+
+def many(path: Path, rows: int) -> Path:
+    return jsonl(
+        path,
+        *(
+            {"question": f"{n}+{n}", "answer": str(2 * n), "teacher": f"t{t}", "text": f"\\boxed{{{2 * n}}}"}
+            for n in range(rows)
+            for t in range(2)
+        ),
+    )  # fmt: skip
+
+
+def test_an_import_that_the_user_interrupts_keeps_what_was_judged_and_goes_on(tmp_path: Path) -> None:
+    file = many(tmp_path / "many.jsonl", 300)
+
+    def interrupt(counts: ImportCounts) -> None:
+        if counts.judged >= 50:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bring(file, tmp_path / "traces", part_traces=32, progress=interrupt)
+    kept = len(traces_of(tmp_path / "traces"))
+    assert 50 <= kept < 600
+    report = bring(file, tmp_path / "traces")
+    assert [(t.there + t.new) for t in report.teachers] == [300, 300]
+    assert sum(t.there for t in report.teachers) == kept
+    bring(file, tmp_path / "straight")
+    assert {t.trace_id for t in traces_of(tmp_path / "traces")} == {
+        t.trace_id for t in traces_of(tmp_path / "straight")
+    }
+
+
+def test_a_killed_import_goes_on_and_nothing_is_there_twice(tmp_path: Path) -> None:
+    file = many(tmp_path / "many.jsonl", 2000)
+    code = (
+        "import sys; from pathlib import Path; from test_precompute_importing import bring;"
+        "bring(Path(sys.argv[1]), Path(sys.argv[2]), part_traces=16)"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(file), str(tmp_path / "traces")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))},
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("traces/parts/t1/part-*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    there = len(traces_of(tmp_path / "traces"))
+    assert 0 < there < 4000
+    report = bring(file, tmp_path / "traces")
+    assert [teacher.there + teacher.new for teacher in report.teachers] == [2000, 2000]
+    assert sum(teacher.there for teacher in report.teachers) == there
+    assert len(traces_of(tmp_path / "traces")) == 4000
+
+
+def test_the_trainer_runs_on_imported_traces_as_on_generated_ones(tmp_path: Path, model_dir: Path) -> None:
+    """The same texts, once from teachers and once imported: the steps must be equal to the last digit."""
+    write_problems(tmp_path / "train.jsonl", PROBLEMS)
+    write_store(tmp_path / "traces")
+    by_id = {problem.problem_id: problem for problem in PROBLEMS}
+    rows = [row_of(trace, by_id[trace.problem_id]) for trace in traces_of(tmp_path / "traces")]
+    bring(jsonl(tmp_path / "others.jsonl", *rows), tmp_path / "imported")
+    changes = {"train__max_steps": 1, "run__save_every": 1}
+    metrics = []
+    for store in ("traces", "imported"):
+        run = {"store__path": str(tmp_path / store), "run__name": store}
+        report = train(
+            config_of(tmp_path, model_dir, **changes, **run), resume="auto", reporter=SilentReporter()
+        )
+        (line,) = (report.run / "metrics.jsonl").read_text().splitlines()
+        metrics.append(
+            {k: v for k, v in json.loads(line).items() if "seconds" not in k and "latency" not in k}
+        )
+    assert metrics[0] == metrics[1]
+    assert metrics[0]["store/hit_rate"] > 0
+    assert metrics[0]["grad_norm"] > 0
+
+
+def row_of(trace: Trace, problem: Problem) -> dict[str, Any]:
+    return {
+        "question": problem.question,
+        "answer": problem.answer,
+        "teacher": trace.teacher,
+        "text": trace.text,
+    }
