@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -10,7 +10,7 @@ from rich.text import Text
 
 from precompute.config import AnswerForm
 from precompute.outcome import PrecomputePlan, PrecomputeReport, ProblemsSummary, TeacherPlan
-from precompute.probe import Expectation
+from precompute.probe import Expectation, Probe
 from precompute.solution import closing, find_answer, opening, to_form
 from store.tables import coverage_table, plain_table
 
@@ -48,7 +48,7 @@ def plan_tables(plan: PrecomputePlan, *, student_form: AnswerForm) -> Group:
         _plan_table(plan),
     ]
     if any(teacher.probe for teacher in plan.teachers):
-        parts.append(_probe_table(plan))
+        parts += _probe_tables(plan)
     for teacher in plan.teachers:
         parts += [Text(f"first prompt of {teacher.name}:"), Text(teacher.first_prompt, style="cyan")]
         parts.append(Text(form_line(teacher, student_form, plan.first_problem.answer)))
@@ -59,8 +59,7 @@ def _plan_table(plan: PrecomputePlan) -> Table:
     table = plain_table(f"plan for {plan.store}")
     table.add_column("teacher", no_wrap=True)
     table.add_column("engine", no_wrap=True)
-    columns = ("problems x samples", "there", "usable", "left", "tokens at most", "longest prompt", "weights")
-    for name in columns:
+    for name in ("samples", "there", "usable", "left", "tokens at most", "longest prompt", "weights"):
         table.add_column(name, justify="right")
     for teacher in plan.teachers:
         size = "-" if teacher.weight_bytes is None else f"{teacher.weight_bytes / 2**20:,.1f} MiB"
@@ -71,53 +70,85 @@ def _plan_table(plan: PrecomputePlan) -> Table:
             f"{teacher.samples_there:,}",
             f"{teacher.usable_there:,}",
             f"{teacher.samples_left:,}",
-            f"{teacher.most_tokens:,}",
+            short_count(teacher.most_tokens),
             f"{teacher.longest_prompt:,}",
             size,
         )
     return table
 
 
-def _probe_table(plan: PrecomputePlan) -> Table:
-    """What the probes measured (left) and what follows for what is left (right), and the sum."""
-    table = plain_table("expected from a probe")
-    table.add_column("teacher", no_wrap=True)
-    for name in ("probed", "usable", "tokens/sample", "tokens/s", "samples", "tokens", "hours", "disk"):
-        table.add_column(name, justify="right", no_wrap=True)
-    expected = []
+def _probe_tables(plan: PrecomputePlan) -> list[RenderableType]:
+    """What the probes measured, and what follows for the samples that are left, and the sum."""
+    measured = plain_table("measured on a probe")
+    expected = plain_table("expected for what is left")
+    for table in (measured, expected):
+        table.add_column("teacher", no_wrap=True)
+    for name in ("samples", "verified", "usable", "tokens each", "tokens/s", "loading"):
+        measured.add_column(name, justify="right")
+    for name in ("samples", "tokens", "time", "disk"):
+        expected.add_column(name, justify="right")
+    both: list[tuple[Expectation, Expectation]] = []
     for teacher in plan.teachers:
-        probe = teacher.probe
-        if probe is None or teacher.least is None or teacher.most is None:
-            table.add_row(teacher.name, "nothing is left")
-            continue
-        expected.append((teacher.least, teacher.most))
-        table.add_row(
-            teacher.name,
-            f"{probe.samples:,}",
-            f"{probe.usable_share:.1%}",
-            f"{probe.mean_tokens:,.1f}",
-            f"{probe.tokens_per_second:,.0f}",
-            *_expectation_cells([teacher.least], [teacher.most]),
-        )
-    table.add_section()
-    table.add_row("all", "", "", "", "", *_expectation_cells(*map(list, zip(*expected, strict=True))))
-    return table
+        if teacher.probe and teacher.least and teacher.most:
+            both.append((teacher.least, teacher.most))
+            measured.add_row(teacher.name, *_probe_cells(teacher.probe))
+            expected.add_row(teacher.name, *_expectation_cells(*both[-1:]))
+        else:
+            expected.add_row(teacher.name, "nothing")
+    expected.add_section()
+    expected.add_row("all", *_expectation_cells(*both))
+    return [measured, expected]
 
 
-def _expectation_cells(least: Sequence[Expectation], most: Sequence[Expectation]) -> list[str]:
-    """Sums over teachers: samples, tokens, hours, disk; `a..b` where least and most differ."""
+def _probe_cells(probe: Probe) -> list[str]:
+    return [
+        f"{probe.samples:,}",
+        f"{probe.verified / probe.samples:.1%}",
+        f"{probe.usable_share:.1%}",
+        f"{probe.mean_tokens:,.0f}",
+        short_count(probe.tokens_per_second),
+        short_time(probe.load_seconds),
+    ]
 
-    def cell(low: float, high: float, form: str) -> str:
-        texts = format(low, form), format(high, form)
-        return texts[0] if texts[0] == texts[1] else "..".join(texts)
+
+def _expectation_cells(*both: tuple[Expectation, Expectation]) -> list[str]:
+    """Sums over teachers of (least, most): samples, tokens, time, disk; `a .. b` where they differ."""
+
+    def cell(quantity: Callable[[Expectation], float], shown: Callable[[float], str]) -> str:
+        texts = [shown(sum(map(quantity, expectations))) for expectations in zip(*both, strict=True)]
+        return " .. ".join(dict.fromkeys(texts))
 
     return [
-        cell(sum(each.samples for each in least), sum(each.samples for each in most), ",.0f"),
-        cell(sum(each.tokens for each in least), sum(each.tokens for each in most), ",.0f"),
-        cell(sum(each.seconds for each in least) / 3600, sum(each.seconds for each in most) / 3600, ",.2f"),
-        cell(sum(each.bytes for each in least) / 2**20, sum(each.bytes for each in most) / 2**20, ",.1f")
-        + " MiB",
+        cell(lambda each: each.samples, short_count),
+        cell(lambda each: each.tokens, short_count),
+        cell(lambda each: each.seconds, short_time),
+        cell(lambda each: each.bytes, short_bytes),
     ]
+
+
+def short_count(count: float) -> str:
+    """`950`, `1.2k`, `3.4M`, `56G`"""
+    return _scaled(count, 1000, ("", "k", "M", "G", "T"))
+
+
+def short_bytes(size: float) -> str:
+    """`950 B`, `1.2 KiB`, `3.4 MiB`"""
+    return _scaled(size, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
+
+
+def short_time(seconds: float) -> str:
+    """`12 s`, `3.4 min`, `5.6 h`, `120 h`"""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.{1 if seconds < 100 * size else 0}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _scaled(value: float, step: int, units: Sequence[str]) -> str:
+    power = 0
+    while round(value) >= step and power + 1 < len(units):
+        value, power = value / step, power + 1
+    return f"{value:.{1 if power and value < 100 else 0}f}{units[power]}"
 
 
 def form_line(teacher: TeacherPlan, student_form: AnswerForm, answer: str) -> str:
@@ -125,10 +156,10 @@ def form_line(teacher: TeacherPlan, student_form: AnswerForm, answer: str) -> st
     form = teacher.answer_form
     ending = f"... {opening(form)}{answer}{closing(form)}"
     reasoning, rest = to_form(ending, find_answer(ending, form=form), student_form)
-    thinking = ", the prompt opens <think>" if teacher.opens_think else ""
+    thought = "; its prompt opens <think>, and nothing before </think> is an answer"
     return (
-        f"answers of {teacher.name} are read in the form {form}{thinking}; "
-        f"for the student: {ending}  ->  {reasoning}{answer}{closing(student_form)}{rest}"
+        f"{teacher.name} answers in the form {form}{thought if teacher.opens_think else ''}\n"
+        f"the student reads {ending}  as  {reasoning}{answer}{closing(student_form)}{rest}"
     )
 
 
