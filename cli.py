@@ -16,6 +16,7 @@ import typer
 
 from commands import inspect_store, lab, precompute, store
 from commands.inspect_run import inspect_run
+from commands.refilter import store_refilter
 from commands.shared import console_of, escaped
 from commands.store_exchange import store_export, store_import
 from commands.train import evaluate, train
@@ -36,6 +37,7 @@ app.add_typer(inspect_app, name="inspect")
 inspect_app.add_typer(inspect_store.app, name="store")
 inspect_app.command("run")(inspect_run)
 app.add_typer(store.app, name="store")
+store.app.command("refilter")(store_refilter)
 store.app.command("import")(store_import)
 store.app.command("export")(store_export)
 app.add_typer(lab.app, name="lab")

@@ -21,7 +21,8 @@ def why_filtered(
     filters: FiltersConfig, *, text: str, n_tokens: int, form: AnswerForm, opens_think: bool
 ) -> str | None:
     """`key: reason` for the first filter that holds the trace back, where key is the config's; None when it
-    may be used. `n_tokens` are the teacher's; `form` and `opens_think` as for `find_answer`."""
+    may be used. `n_tokens` are the teacher's, 0 where nobody counted them; `form` and `opens_think` are
+    those of `find_answer`."""
     return (
         _too_short(filters.min_tokens, n_tokens)
         or _too_long(filters.max_tokens, n_tokens)
@@ -61,7 +62,7 @@ def script_of(letter: str) -> str:
 
 
 def _too_short(least: int | None, n_tokens: int) -> str | None:
-    if least is None or n_tokens >= least:
+    if least is None or n_tokens >= least or not n_tokens:
         return None
     return f"min_tokens: {n_tokens} tokens, fewer than {least}"
 

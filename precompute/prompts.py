@@ -11,7 +11,7 @@ from jinja2.exceptions import TemplateError
 
 from precompute.config import AnswerForm, TeacherConfig
 from store.errors import ConfigError
-from store.records import Problem, content_hash
+from store.records import Problem, TeacherRecord, content_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +73,7 @@ def answer_form_of(system_prompt: str | None) -> AnswerForm:
     return "answer_tags" if system_prompt is not None and "<answer>" in system_prompt else "boxed"
 
 
-def demanded_form(teacher: TeacherConfig, problem: Problem) -> AnswerForm:
+def demanded_form(teacher: TeacherConfig | TeacherRecord, problem: Problem) -> AnswerForm:
     """The form in which the teacher's answer to the problem is looked for."""
     return teacher.answer_form or answer_form_of(system_turn(problem, teacher.system_prompt))
 

@@ -11,6 +11,7 @@ from rich.text import Text
 from precompute.config import AnswerForm
 from precompute.outcome import PrecomputePlan, PrecomputeReport, ProblemsSummary, TeacherPlan
 from precompute.probe import Expectation, Probe
+from precompute.refilter import RefilterReport
 from precompute.solution import closing, find_answer, opening, to_form
 from store.tables import coverage_table, plain_table
 
@@ -161,6 +162,18 @@ def form_line(teacher: TeacherPlan, student_form: AnswerForm, answer: str) -> st
         f"{teacher.name} answers in the form {form}{thought if teacher.opens_think else ''}\n"
         f"the student reads {ending}  as  {reasoning}{answer}{closing(student_form)}{rest}"
     )
+
+
+def refilter_table(reports: Sequence[RefilterReport]) -> Table:
+    """Per teacher what filters held back before, and what they do now."""
+    table = plain_table("verified traces that filters hold back")
+    table.add_column("teacher", no_wrap=True)
+    for name in ("traces", "verified", "before", "now"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for report in reports:
+        counts = (report.traces, report.verified, report.held_before, report.held_now)
+        table.add_row(report.teacher, *(f"{count:,}" for count in counts))
+    return table
 
 
 def problems_line(summary: ProblemsSummary) -> str:

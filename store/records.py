@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import blake2b
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 VERDICTS = ("match", "mismatch", "no_answer", "gold_unparseable", "timeout", "error")
 """Every way a verification can end; only `match` is a correct answer."""
@@ -131,7 +131,7 @@ class TeacherRecord:
     """temperature, top_p, max_tokens."""
     tokenizer_fingerprint: str
     """Hash of the vocabulary: `ratio = "teacher"` needs the student's to be the same."""
-    answer_form: str | None = None
+    answer_form: Literal["boxed", "answer_tags"] | None = None
     """The form in which its answers are looked for; None: as its system turn demands."""
     filters: Mapping[str, Any] = field(default_factory=dict)
     """What holds traces back (config: [filters]). No part of the recipe: what is filtered is settled by the

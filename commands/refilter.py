@@ -1,0 +1,40 @@
+"""`ampo store refilter`: the stored traces under other filters."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from commands.progress import Meter
+from commands.shared import ConfigOption, SetOption, console_of, read_config
+
+
+def store_refilter(
+    store: Annotated[
+        str | None, typer.Argument(help="The store's directory; default: the config's store.path.")
+    ] = None,
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="Only this teacher. May be repeated; default: all.")
+    ] = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Judge the stored traces by the config's [filters]; nothing is drawn or verified again.
+
+    What a filter holds back stays in the store with the reason, and never reaches the student.
+
+    Example: `ampo store refilter --config configs/lab.toml --set filters.max_tokens=4096`
+    """
+    from precompute.refilter import refilter
+    from precompute.tables import refilter_table
+
+    settings, console = read_config(config, set_), console_of()
+    try:
+        with Meter("judging traces") as meter:
+            path = store or settings.store.path
+            reports = refilter(path, settings.filters, teachers=teacher, progress=meter)
+    except KeyboardInterrupt:
+        console.print("\ninterrupted; nothing is lost. Go on with the same command.")
+        raise typer.Exit(130) from None
+    console.print(refilter_table(reports))
