@@ -178,7 +178,7 @@ class TeacherConfig(Section):
     enforce_eager: bool | None = None
     """No CUDA graphs: starts sooner, draws slower. None: only where there is no GPU."""
     vllm_args: dict[str, Any] = Field(default_factory=dict)
-    """More arguments of `vllm.LLM`, as they stand, e.g. {swap_space = 8}."""
+    """More arguments of `vllm.LLM`, as they stand, e.g. {max_num_batched_tokens = 4096}."""
     base_urls: tuple[str, ...] = ()
     """openai alone, as the next five: servers of one model, e.g. ["http://127.0.0.1:8000/v1"]; requests are
     spread over them."""

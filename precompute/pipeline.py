@@ -15,7 +15,7 @@ from typing import Any
 
 from precompute.config import PrecomputeConfig, TeacherConfig
 from precompute.draws import Done, samples_left
-from precompute.engines.select import engine_version, load_engine, load_tokenizer, resolve_engine
+from precompute.engines.select import load_engine, load_tokenizer, prepare_engine, resolve_engine
 from precompute.outcome import (
     PrecomputePlan,
     PrecomputeReport,
@@ -124,7 +124,7 @@ def _job(teacher: TeacherConfig, engine: str, filters: Mapping[str, Any]) -> Job
         model=teacher.model,
         revision=teacher.revision,
         engine=engine,
-        engine_version=engine_version(engine),
+        engine_version=prepare_engine(teacher, engine),
         # A tokenizer may bring none, or several by name.
         chat_template=template if isinstance(template, str) else content_hash(template),
         system_prompt=teacher.system_prompt,
@@ -134,6 +134,8 @@ def _job(teacher: TeacherConfig, engine: str, filters: Mapping[str, Any]) -> Job
             "top_p": teacher.top_p,
             "top_k": teacher.top_k,
             "max_tokens": teacher.max_tokens,
+            # Weights in fewer bits are another model's.
+            **({"quantization": teacher.quantization} if teacher.quantization else {}),
         },
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         answer_form=teacher.answer_form,
@@ -261,7 +263,10 @@ def _solve(
         work.fill_prompts()
         reporter.message(f"{job.name}: loading {job.config.model} with {job.engine}")
         longest = longest_prompt(work.prompts)
-        with closing(load_engine(job.config, job.engine, job.tokenizer, longest_prompt=longest)) as engine:
+        engine = load_engine(
+            job.config, job.engine, job.tokenizer, longest_prompt=longest, report=reporter.message
+        )
+        with closing(engine):
             work.run(engine, writer.append, config.store)
     progress = work.progress()
     reporter.finished(progress)

@@ -25,6 +25,20 @@ def eos_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(int(i) for i in ids))
 
 
+def stop_ids_of(model: str, revision: str | None, tokenizer: Any) -> tuple[int, ...]:
+    """The EOS ids of a model that is loaded elsewhere. EngineError when there is no such model."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        return eos_ids(GenerationConfig.from_pretrained(model, revision=revision or "main"), tokenizer)
+    except OSError:
+        pass  # the file is optional: the model's config says the same
+    try:
+        return eos_ids(AutoConfig.from_pretrained(model, revision=revision), tokenizer)
+    except (OSError, ValueError, KeyError) as error:
+        raise cannot_load(model, error) from error
+
+
 def check_lengths(requests: Sequence[Request], sampling: Sampling, context_length: int | None) -> None:
     """Raises EngineError when a request does not fit into `context_length` positions (None: no limit)."""
     longest = max((len(request.prompt_ids) for request in requests), default=0)

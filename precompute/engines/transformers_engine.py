@@ -21,6 +21,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     GenerationConfig,
     LogitsProcessorList,
     StoppingCriteria,
@@ -68,22 +69,28 @@ class TransformersEngine:
         *,
         revision: str | None = None,
         dtype: str = "auto",
+        quantization: str | None = None,
         device: str = "auto",
         batch_size: int = 64,
     ) -> TransformersEngine:
         """Loads the model onto `device` (auto: CUDA where there is one).
 
-        `dtype = "auto"` is the checkpoint's own on an accelerator and float32 on the CPU. Raises EngineError
-        that names the model when it cannot be loaded.
+        `dtype = "auto"` is the checkpoint's own on an accelerator and float32 on the CPU;
+        `quantization = "bitsandbytes"` puts the linear layers into 4 bits (nf4). Raises EngineError that
+        names the model when it cannot be loaded.
         """
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         kind = "float32" if dtype == "auto" and place.type == "cpu" else dtype
         try:
             with _no_bars():
-                model: Any = AutoModelForCausalLM.from_pretrained(model_path, revision=revision, dtype=kind)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+                model: Any = AutoModelForCausalLM.from_pretrained(
+                    model_path, revision=revision, dtype=kind, **_quantized(quantization, place)
+                )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
             raise cannot_load(model_path, error) from error
-        return cls(model.to(place), tokenizer, batch_size=batch_size)
+        if quantization is None:  # bitsandbytes has put it there already
+            model = model.to(place)
+        return cls(model, tokenizer, batch_size=batch_size)
 
     def generate(self, requests: Requests, sampling: Sampling) -> Iterator[Completion]:
         """Yields one completion a request; those of a sequence are begun short prompts first.
@@ -231,6 +238,19 @@ def _no_bars() -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _quantized(quantization: str | None, place: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` needs to quantize the weights as it loads them."""
+    if quantization is None:
+        return {}
+    nf4 = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32 if place.type == "cpu" else torch.bfloat16,
+    )
+    return {"quantization_config": nf4, "device_map": {"": place}}
 
 
 def _base_model(model: Any) -> Any:

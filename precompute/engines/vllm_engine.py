@@ -18,10 +18,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig
 
+from precompute.config import TeacherConfig
 from precompute.engines import Completion, Requests, Sampling
-from precompute.engines.checks import cannot_load, eos_ids
+from precompute.engines.checks import cannot_load, stop_ids_of
 from precompute.engines.feed import PAUSE, Feed
 from precompute.engines.vllm_process import END, STOP, Finished
 from store.errors import EngineError, UserError
@@ -55,39 +55,18 @@ class VllmEngine:
         self._batch_size = batch_size
 
     @classmethod
-    def load(
-        cls,
-        model_path: str,
-        tokenizer: Any,
-        *,
-        max_length: int,
-        revision: str | None = None,
-        dtype: str = "auto",
-        batch_size: int = 64,
-        gpu_memory_utilization: float = 0.9,
-    ) -> VllmEngine:
-        """Starts vLLM with room for `max_length` tokens of prompt and completion, `batch_size` at once.
+    def load(cls, teacher: TeacherConfig, tokenizer: Any, *, max_length: int) -> VllmEngine:
+        """Starts vLLM with room for `max_length` tokens of prompt and completion.
 
         On the CPU `dtype = "auto"` is float32. Raises EngineError that names the model when it cannot be
         loaded (a `max_length` beyond its positions is one reason).
         """
-        stop_ids = _stop_ids(model_path, revision, tokenizer)
-        on_cpu = not torch.cuda.is_available()
+        stop_ids = stop_ids_of(teacher.model, teacher.revision, tokenizer)
         process = VllmProcess()
-        process.load(
-            {
-                "model": model_path,
-                "revision": revision,
-                "dtype": "float32" if dtype == "auto" and on_cpu else dtype,
-                "max_model_len": max_length,
-                "max_num_seqs": batch_size,
-                "enforce_eager": on_cpu,
-                "skip_tokenizer_init": True,
-                "generation_config": "vllm",  # the model's own sampling defaults stay out
-            }
-            | ({} if on_cpu else {"gpu_memory_utilization": gpu_memory_utilization})
+        process.load(llm_options(teacher, max_length=max_length))
+        return cls(
+            process, tokenizer, stop_ids=stop_ids, max_length=max_length, batch_size=teacher.batch_size
         )
-        return cls(process, tokenizer, stop_ids=stop_ids, max_length=max_length, batch_size=batch_size)
 
     def generate(self, requests: Requests, sampling: Sampling) -> Iterator[Completion]:
         """Yields one completion a request, each as soon as it is finished.
@@ -223,6 +202,25 @@ class VllmProcess:
         )
 
 
+def llm_options(teacher: TeacherConfig, *, max_length: int) -> dict[str, Any]:
+    """The arguments of `vllm.LLM`."""
+    on_cpu = not torch.cuda.is_available()
+    return {
+        "model": teacher.model,
+        "revision": teacher.revision,
+        "dtype": "float32" if teacher.dtype == "auto" and on_cpu else teacher.dtype,
+        "quantization": teacher.quantization,
+        "max_model_len": max_length,
+        "max_num_seqs": teacher.batch_size,
+        "tensor_parallel_size": teacher.tensor_parallel_size,
+        "enforce_eager": on_cpu if teacher.enforce_eager is None else teacher.enforce_eager,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # the model's own sampling defaults stay out
+        **({} if on_cpu else {"gpu_memory_utilization": teacher.gpu_memory_utilization}),
+        **teacher.vllm_args,
+    }
+
+
 def vllm_version() -> str:
     """The version of vLLM, whichever build of it is installed."""
     with suppress(PackageNotFoundError):
@@ -246,15 +244,3 @@ def _environment() -> dict[str, str]:
 def _log() -> int | None:
     """vLLM talks a lot; who sets its log level wants to hear it."""
     return None if "VLLM_LOGGING_LEVEL" in os.environ else subprocess.DEVNULL
-
-
-def _stop_ids(model: str, revision: str | None, tokenizer: Any) -> tuple[int, ...]:
-    """The EOS ids. EngineError when there is no such model."""
-    try:
-        return eos_ids(GenerationConfig.from_pretrained(model, revision=revision or "main"), tokenizer)
-    except OSError:
-        pass  # the file is optional: the model's config says the same
-    try:
-        return eos_ids(AutoConfig.from_pretrained(model, revision=revision), tokenizer)
-    except (OSError, ValueError, KeyError) as error:
-        raise cannot_load(model, error) from error

@@ -22,6 +22,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, TypeAlias
 
+from pydantic import ValidationError
+
 from precompute.engines import Sampling
 
 END = "end"
@@ -67,12 +69,17 @@ def _load(connection: Connection[Any, Any], options: dict[str, Any]) -> Any:
         from vllm import LLM
 
         llm = LLM(**options)
-    except (ImportError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        # pydantic puts the reason on a line behind a heading.
-        connection.send(" ".join(str(error).split())[:400] or type(error).__name__)
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+        connection.send(_reason(error))
         return None
     connection.send(None)
     return llm
+
+
+def _reason(error: Exception) -> str:
+    """In one line; of a pydantic error the first thing that is wrong, without its long heading."""
+    text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+    return " ".join(text.removeprefix("Value error, ").split())[:400] or type(error).__name__
 
 
 def _generate(llm: Any, inbox: Inbox, sampling: Sampling, stop_ids: list[int]) -> Iterator[Finished]:
