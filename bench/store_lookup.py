@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 QUERIES = 60
@@ -99,7 +99,6 @@ def _one(task: str, folder: Path, traces: int) -> dict[str, Any]:
         "median_ms": statistics.median(latencies),
         "p95_ms": statistics.quantiles(latencies, n=20)[-1],
         "rss_mb": _resident() / 1e6,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
     }
 
 
@@ -128,16 +127,16 @@ def write_source(path: Path, traces: int, length: int) -> None:
 
 
 def _paragraphs(generator: np.random.Generator) -> list[str]:
-    """Of 300 characters or so: words by Zipf's law among small sums; they compress as such prose does."""
+    """Of 300 characters or so: stock phrases by Zipf's law, as models reuse theirs, among small sums."""
     syllables = [a + b for a in "bcdfglmnprst" for b in ("a", "e", "i", "o", "u", "an", "er", "is", "on")]
     words = ["".join(generator.choice(syllables, generator.integers(1, 5))) for _ in range(6000)]
+    phrases = [" ".join(generator.choice(words, generator.integers(2, 7))) for _ in range(4000)]
     found = []
     for _ in range(20_000):
-        picks = np.minimum(generator.zipf(1.3, 48) - 1, len(words) - 1)
-        said = [words[pick] for pick in picks]
-        for place in generator.integers(0, 48, 5):
+        said = [phrases[pick] for pick in np.minimum(generator.zipf(1.2, 10) - 1, len(phrases) - 1)]
+        for place in generator.integers(0, 10, 4):
             left, right = generator.integers(1, 999, 2)
-            said[place] = f"${left} \\cdot x_{{{right % 9}}} = {left * right}$"
+            said[place] += f" ${left} \\cdot x_{{{right % 9}}} = {left * right}$"
         found.append(" ".join(said))
     return found
 
@@ -149,8 +148,13 @@ def _rows(
     from store.schema import TRACE_SCHEMA
 
     counts = generator.gamma(8, length / 300 / 8, len(numbers)).astype(int) + 1
-    picks = np.split(generator.integers(0, len(paragraphs), counts.sum()), np.cumsum(counts)[:-1])
-    texts = [" ".join(paragraphs[pick] for pick in each) + " \\boxed{7}" for each in picks]
+    own = np.split(generator.integers(0, len(paragraphs), counts.sum()), np.cumsum(counts)[:-1])
+    # Every teacher restates the problem: that much its solutions have in common.
+    texts = [
+        " ".join([paragraphs[number % len(paragraphs)], *(paragraphs[pick] for pick in picks[1:])])
+        + " \\boxed{7}"
+        for number, picks in zip(numbers, own, strict=True)
+    ]
     many = len(numbers)
     columns: dict[str, list[Any]] = {
         "trace_id": [content_hash(number, teacher) for number in numbers],
@@ -189,7 +193,7 @@ def _build_parts(source: Path, target: Path) -> None:
     for batch in pq.ParquetFile(source).iter_batches(APPENDED):
         table = pa.Table.from_batches([batch])
         for teacher in TEACHERS:
-            own = table.filter(pa.compute.equal(table["teacher"], teacher))
+            own = table.filter(pc.equal(table["teacher"], teacher))
             if own.num_rows:
                 part, entry = write_part(target, own)
                 entries[part] = entry
@@ -212,7 +216,7 @@ def _build_parquet(source: Path, target: Path) -> None:
 
 
 def _build_lance(source: Path, target: Path) -> None:
-    import lance  # type: ignore[import-not-found]
+    import lance
 
     lance.write_dataset(pq.ParquetFile(source).iter_batches(8192), target, schema=pq.read_schema(source))
 
