@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
-from commands.shared import StorePath, console_of, escaped
+from commands.shared import JsonFlag, StorePath, console_of, emit_json, escaped
+
+if TYPE_CHECKING:
+    from store.compaction import CompactionReport
 
 app = typer.Typer(no_args_is_help=True, help="Care for a store.")
 
@@ -17,10 +24,124 @@ def store_reindex(store: StorePath = "traces") -> None:
     """
     from store.index import reindex
 
-    report = reindex(store)
+    with _bar("indexing parts") as progress:
+        report = reindex(store, progress=progress)
     console = console_of()
     console.print(
         f"indexed {report.traces:,} traces in {report.parts} parts, {report.seconds:.1f} s", highlight=False
     )
     for part in report.damaged:
-        console.print(f"[yellow]left out:[/] {escaped(str(part))}", highlight=False, soft_wrap=True)
+        console.print(
+            f"[yellow]left out:[/] {escaped(part.part)}: {escaped(part.reason)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@app.command("check")
+def store_check(
+    store: StorePath = "traces",
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Set aside what is damaged or foreign, so that it can be made again."),
+    ] = False,
+    json_: JsonFlag = False,
+) -> None:
+    """Read every byte of a store; say what is damaged, what is lost, and how to make exactly that again.
+
+    Exit code 1 when something is wrong. `--repair` deletes nothing: what it takes out goes to `quarantine/`.
+
+    Example: `ampo store check traces --repair`
+    """
+    from dataclasses import asdict
+
+    from store.check_table import check_table
+    from store.checking import check
+
+    with _bar("checking parts") as progress:
+        report = check(store, repair=repair, progress=progress)
+    if json_:
+        emit_json(asdict(report) | {"lost": report.lost, "lost_verified": report.lost_verified})
+    else:
+        console_of().print(check_table(report, repaired=repair), soft_wrap=True)
+    if report.findings and not repair:
+        raise typer.Exit(1)
+
+
+@app.command("compact")
+def store_compact(store: StorePath = "traces") -> None:
+    """Merge small parts into large ones, sorted by problem, while readers go on reading.
+
+    Example: `ampo store compact traces`
+    """
+    from store.compaction import compact
+
+    with _bar("writing traces") as progress:
+        report = compact(store, progress=progress)
+    _say_rewritten(report, nothing="nothing to do: the store is compact")
+
+
+@app.command("forget")
+def store_forget(
+    teacher: Annotated[str, typer.Option(help="Whose traces go.")], store: StorePath = "traces"
+) -> None:
+    """Remove every trace of one teacher, and its record.
+
+    Example: `ampo store forget traces --teacher r1-distill`
+    """
+    from store.compaction import forget
+
+    with _bar("writing traces") as progress:
+        report = forget(store, teacher, progress=progress)
+    _say_rewritten(report, nothing=f"forgot {teacher}")
+
+
+@app.command("migrate")
+def store_migrate(store: StorePath = "traces") -> None:
+    """Bring a store that an earlier version wrote to this version's form.
+
+    Example: `ampo store migrate traces`
+    """
+    from store.migration import migrate
+
+    with _bar("rewriting parts") as progress:
+        report = migrate(store, progress=progress)
+    console = console_of()
+    if not report.parts and not report.damaged:
+        console.print(f"nothing to do: schema version {report.to_version}", highlight=False)
+        return
+    console.print(
+        f"schema version {report.from_version} -> {report.to_version}: {report.traces:,} traces in "
+        f"{report.parts} parts",
+        highlight=False,
+    )
+    for part in report.damaged:
+        console.print(
+            f"[yellow]left out:[/] {escaped(part.part)}: {escaped(part.reason)}; "
+            "`ampo store check --repair` sets it aside",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _say_rewritten(report: CompactionReport, *, nothing: str) -> None:
+    if not report.traces:
+        console_of().print(nothing, highlight=False)
+        return
+    console_of().print(
+        f"{report.traces:,} traces written anew: {report.parts_before} parts of "
+        f"{report.bytes_before / 2**20:,.1f} MiB are {report.parts_after} of "
+        f"{report.bytes_after / 2**20:,.1f} MiB",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, for a callback of (done, total)."""
+    from store.bars import progress_bars
+
+    with progress_bars(console_of(stderr=True)) as bars:
+        task = bars.add_task(label, total=None, note="")
+        yield lambda done, total: bars.update(task, completed=done, total=total)

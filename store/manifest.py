@@ -85,7 +85,17 @@ def is_fresh(root: Path) -> bool:
 def read_manifest(root: Path) -> Manifest:
     """The manifest of the store at `root`.
 
-    Raises StoreMissingError, StoreForeignError, StoreNewerError or StoreDamagedError.
+    Raises StoreMissingError, StoreForeignError, StoreNewerError, StoreOlderError or StoreDamagedError.
+    """
+    content = read_content(root)
+    check_version(root, content["schema_version"])
+    return manifest_of(root, content)
+
+
+def read_content(root: Path) -> dict[str, Any]:
+    """What the manifest's file says, of whatever schema version.
+
+    Raises StoreMissingError, StoreForeignError or StoreDamagedError.
     """
     if is_fresh(root):
         raise StoreMissingError(f"no trace store at {root}; make one with `ampo precompute teachers`")
@@ -99,8 +109,7 @@ def read_manifest(root: Path) -> Manifest:
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("schema_version"), int):
         raise StoreForeignError(f"{path} is not a trace store's: it names no schema_version")
-    check_version(root, content["schema_version"])
-    return _manifest_of(path, content)
+    return content
 
 
 def check_version(root: Path, version: int) -> None:
@@ -117,7 +126,9 @@ def check_version(root: Path, version: int) -> None:
         )
 
 
-def _manifest_of(path: Path, content: dict[str, Any]) -> Manifest:
+def manifest_of(root: Path, content: dict[str, Any]) -> Manifest:
+    """The record of this version's content. Raises StoreDamagedError when something is missing."""
+    path = root / MANIFEST
     missing = [name for name in Manifest.__dataclass_fields__ if name not in content]
     if missing:
         raise StoreDamagedError(f"{path} has no {missing[0]!r}; restore the file from a copy")

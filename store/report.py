@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from store.errors import UserError
 from store.manifest import Manifest
 from store.parts import DamagedPart
+from store.records import Trace
 from store.schema import TOKEN_COLUMNS, problems_table
 from store.trace_store import TraceStore
 
@@ -22,9 +24,11 @@ class TeacherReport:
     problems: int
     """Problems with at least one trace of it."""
     covered: int
-    """Problems with at least one verified trace of it."""
+    """Problems with at least one usable trace of it: verified, and not held back by a filter."""
     traces: int
     verified: int
+    filtered: int
+    """Of the verified: held back by a filter."""
     verdicts: Mapping[str, int]
     """verdict -> traces; verdicts that do not occur are left out. A cut response may be a `match` that
     is not verified."""
@@ -52,6 +56,8 @@ class StoreReport:
     problems: int
     traces: int
     verified: int
+    filtered: int
+    """Of the verified: held back by a filter."""
     tokens: int
     parts: int
     bytes: int
@@ -59,14 +65,15 @@ class StoreReport:
     teachers: tuple[TeacherReport, ...]
     """Registered ones without a trace included; by name."""
     coverage: Mapping[int, int]
-    """Number of teachers with a verified trace, 0 to T -> problems; sums to `problems`."""
+    """Number of teachers with a usable trace, 0 to T -> problems; sums to `problems`."""
     damaged: tuple[DamagedPart, ...]
 
 
 _TEACHERS = """
     SELECT teacher, count(DISTINCT problem_id) AS problems,
-           count(DISTINCT problem_id) FILTER (is_correct) AS covered,
+           count(DISTINCT problem_id) FILTER (is_usable) AS covered,
            count(*) AS traces, count(*) FILTER (is_correct) AS verified,
+           count(*) FILTER (is_correct AND NOT is_usable) AS filtered,
            sum(n_tokens)::BIGINT AS tokens,
            coalesce(sum(n_tokens) FILTER (is_correct), 0)::BIGINT AS verified_tokens
     FROM idx.traces GROUP BY teacher ORDER BY teacher
@@ -81,11 +88,12 @@ _PARTS = """
 _PROBLEMS = """
     SELECT p.problem_id, p.question, p.answer, p.source, count(t.trace_id) AS traces,
            count(*) FILTER (t.is_correct) AS verified,
-           coalesce(list(DISTINCT t.teacher ORDER BY t.teacher) FILTER (t.is_correct), []) AS teachers
+           count(*) FILTER (t.is_correct AND NOT t.is_usable) AS filtered,
+           coalesce(list(DISTINCT t.teacher ORDER BY t.teacher) FILTER (t.is_usable), []) AS teachers
     FROM stored_problems AS p LEFT JOIN idx.traces AS t USING (problem_id)
     GROUP BY ALL
-    HAVING NOT $uncovered OR verified = 0
-    ORDER BY verified, p.problem_id LIMIT $limit
+    HAVING NOT $uncovered OR count(*) FILTER (t.is_usable) = 0
+    ORDER BY count(*) FILTER (t.is_usable), p.problem_id LIMIT $limit
 """
 
 
@@ -100,6 +108,7 @@ def store_report(store: TraceStore) -> StoreReport:
         problems=len(covering),
         traces=sum(teacher.traces for teacher in teachers),
         verified=sum(teacher.verified for teacher in teachers),
+        filtered=sum(teacher.filtered for teacher in teachers),
         tokens=sum(teacher.tokens for teacher in teachers),
         parts=parts["parts"],
         bytes=parts["bytes"],
@@ -115,7 +124,8 @@ def _teacher_reports(store: TraceStore) -> tuple[TeacherReport, ...]:
     verdicts: dict[str, dict[str, int]] = {}
     for row in store.index.rows(_VERDICTS):
         verdicts.setdefault(row["teacher"], {})[row["verdict"]] = row["traces"]
-    none = dict.fromkeys(("problems", "covered", "traces", "verified", "tokens", "verified_tokens"), 0)
+    counted = ("problems", "covered", "traces", "verified", "filtered", "tokens", "verified_tokens")
+    none = dict.fromkeys(counted, 0)
     return tuple(
         TeacherReport(
             **{**none, **counts.get(name, {}), "teacher": name},
@@ -129,10 +139,20 @@ def _teacher_reports(store: TraceStore) -> tuple[TeacherReport, ...]:
 def problem_rows(
     store: TraceStore, *, uncovered: bool = False, limit: int | None = None
 ) -> list[dict[str, Any]]:
-    """A row a problem: problem_id, question, answer, source, traces, verified (counts), teachers (names
-    with a verified trace). Hardest first; `uncovered`: only those without a verified trace."""
+    """A row a problem: problem_id, question, answer, source, traces, verified, filtered (of the verified),
+    teachers (names with a usable trace). Hardest first; `uncovered`: only those without a usable trace."""
     store.index.add_table("stored_problems", problems_table(store.problems()))
     return store.index.rows(_PROBLEMS, {"uncovered": uncovered, "limit": limit})
+
+
+_KEYS = """
+    SELECT problem_id, trace_id FROM idx.traces
+    WHERE ($problem_id::VARCHAR IS NULL OR problem_id = $problem_id)
+      AND ($teacher::VARCHAR IS NULL OR teacher = $teacher)
+      AND ($verdict::VARCHAR IS NULL OR verdict = $verdict)
+      AND (NOT $usable OR is_usable) AND (NOT $filtered OR filtered IS NOT NULL)
+    ORDER BY problem_id, teacher, sample_index, trace_id LIMIT $limit
+"""
 
 
 def trace_rows(
@@ -141,12 +161,35 @@ def trace_rows(
     problem_id: str | None = None,
     teacher: str | None = None,
     verdict: str | None = None,
+    usable: bool = False,
+    filtered: bool = False,
     limit: int | None = None,
 ) -> list[dict[str, Any]]:
-    """A row a trace, for tables and JSON: every column but the token ones, `created_at` in ISO 8601."""
-    traces = store.traces(problem_id=problem_id, teacher=teacher, verdict=verdict, limit=limit)
-    rows = []
-    for trace in traces:
-        row = {name: value for name, value in asdict(trace).items() if name not in TOKEN_COLUMNS}
-        rows.append(row | {"created_at": trace.created_at.isoformat()})
-    return rows
+    """A row a trace, for tables and JSON: every column but the token ones, `created_at` in ISO 8601.
+
+    `usable`: only those that may guide a student; `filtered`: only those that a filter holds back.
+    """
+    asked = {"problem_id": problem_id, "teacher": teacher, "verdict": verdict, "limit": limit}
+    if not (usable or filtered):
+        return [_trace_row(trace) for trace in store.traces(**asked)]  # type: ignore[arg-type]
+    keys = store.index.rows(_KEYS, asked | {"usable": usable, "filtered": filtered})
+    wanted = {key["trace_id"] for key in keys}
+    problems = dict.fromkeys(key["problem_id"] for key in keys)
+    found = (trace for problem in problems for trace in store.traces(problem_id=problem))
+    return [_trace_row(trace) for trace in found if trace.trace_id in wanted]
+
+
+def _trace_row(trace: Trace) -> dict[str, Any]:
+    row = {name: value for name, value in asdict(trace).items() if name not in TOKEN_COLUMNS}
+    return row | {"created_at": trace.created_at.isoformat()}
+
+
+def problem_id_of(store: TraceStore, beginning: str) -> str:
+    """The one problem_id of the store that begins so. UserError when there is none, or more than one."""
+    ids = sorted({p.problem_id for p in store.problems() if p.problem_id.startswith(beginning)})
+    if len(ids) == 1:
+        return ids[0]
+    if not ids:
+        raise UserError(f"--problem {beginning}: no problem in {store.path} has an id that begins so")
+    shown = ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
+    raise UserError(f"--problem {beginning}: {len(ids)} ids begin so ({shown}); give more of it")

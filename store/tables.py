@@ -21,15 +21,17 @@ def plain_table(title: str | None = None) -> Table:
 
 
 def summary_tables(report: StoreReport) -> Group:
-    """Teachers x verdicts, coverage, totals. `covered`: problems with a verified trace; `tokens`: mean."""
+    """Teachers x verdicts, coverage, totals. `covered`: problems with a usable trace; `filtered`: verified
+    traces that a filter holds back; `tokens`: mean."""
     return Group(_teachers(report), coverage_table(report.coverage), Text(_totals(report)))
 
 
 def _teachers(report: StoreReport) -> Table:
     seen = [verdict for verdict in VERDICTS if any(t.verdicts.get(verdict) for t in report.teachers)]
+    held_back = ("filtered",) if report.filtered else ()
     table = plain_table(f"teachers in {report.path}")
     table.add_column("teacher", no_wrap=True)
-    for name in ("covered", "traces", "verified", *seen, "tokens"):
+    for name in ("covered", "traces", "verified", *held_back, *seen, "tokens"):
         table.add_column(name, justify="right")
     for teacher in report.teachers:
         table.add_row(
@@ -37,6 +39,7 @@ def _teachers(report: StoreReport) -> Table:
             f"{teacher.covered:,}",
             f"{teacher.traces:,}",
             f"{teacher.verified_share:.1%}",
+            *(f"{getattr(teacher, name):,}" for name in held_back),
             *(f"{teacher.verdicts.get(verdict, 0):,}" for verdict in seen),
             f"{teacher.mean_tokens:.1f}",
         )
@@ -44,9 +47,9 @@ def _teachers(report: StoreReport) -> Table:
 
 
 def coverage_table(coverage: Mapping[int, int]) -> Table:
-    """How many problems have 0, 1, 2, ... teachers with a verified trace."""
+    """How many problems have 0, 1, 2, ... teachers with a usable trace."""
     total = sum(coverage.values())
-    table = plain_table("coverage: teachers with a verified trace")
+    table = plain_table("coverage: teachers with a usable trace")
     for name in ("teachers", "problems", "share"):
         table.add_column(name, justify="right")
     table.add_column("")
@@ -58,8 +61,9 @@ def coverage_table(coverage: Mapping[int, int]) -> Table:
 
 def _totals(report: StoreReport) -> str:
     damaged = f"; {len(report.damaged)} damaged parts left out" if report.damaged else ""
+    filtered = f", {report.filtered:,} of them filtered" if report.filtered else ""
     return (
-        f"{report.problems:,} problems, {report.traces:,} traces ({report.verified:,} verified), "
+        f"{report.problems:,} problems, {report.traces:,} traces ({report.verified:,} verified{filtered}), "
         f"{report.tokens:,} tokens, {report.parts} parts, {report.bytes / 2**20:.1f} MiB{damaged}; "
         f"judged by {report.manifest.verifier} {report.manifest.verifier_version}"
     )
@@ -97,11 +101,25 @@ def traces_table(rows: Sequence[Mapping[str, Any]], *, full: bool) -> Table:
             row["problem_id"],
             row["teacher"],
             str(row["sample_index"]),
-            f"[{colour}]{row['verdict']}[/]",
+            f"[{colour}]{row['verdict']}[/]{_held_back(row)}",
             escape(_clip(row["answer"] or "-", 40)),
             str(row["n_tokens"]),
             escape(row["text"] if full else _clip(row["text"], 200)),
         )
+    return table
+
+
+def _held_back(row: Mapping[str, Any]) -> str:
+    return f"\n[yellow]filtered: {escape(row['filtered'])}[/]" if row["filtered"] else ""
+
+
+def answer_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """The rows of a query; long cells are cut."""
+    table = plain_table()
+    for name in columns:
+        table.add_column(escape(name), overflow="fold")
+    for row in rows:
+        table.add_row(*("[dim]null[/]" if cell is None else escape(_clip(str(cell), 80)) for cell in row))
     return table
 
 
