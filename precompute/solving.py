@@ -183,6 +183,9 @@ class TeacherWork:
             seed=sample_seed(problem.problem_id, self.job.name, index),
             generation_fingerprint=self.job.record.generation_fingerprint,
             created_at=datetime.now(UTC),
+            verdict_detail=verdict.detail,
+            parsed_answer=verdict.parsed_answer,
+            parsed_gold=verdict.parsed_gold,
             filtered=why_filtered(
                 self._filters,
                 text=completion.text,

@@ -18,8 +18,8 @@ import atexit
 import os
 import queue
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,6 +28,7 @@ from typing import Self, TypeVar
 
 from precompute.config import AnswerForm, VerifyConfig
 from precompute.solution import Solution, find_answer
+from precompute.verify_cache import OutcomeCache
 from precompute.verify_process import Outcome, Pair, WorkerProcess
 from store.errors import EngineError
 
@@ -37,7 +38,10 @@ VERIFIER_VERSION = f"{version('math-verify')}+ampo.1"
 
 MAX_ANSWER_CHARS = 10_000
 """A longer answer is a mismatch unread, a longer gold unparseable: no problem of ours has one."""
-CACHED_OUTCOMES = 65_536
+CACHED_CHARS = 64_000_000
+"""What is remembered, in characters: some 60,000 pairs as students write them."""
+STREAM_WINDOW = 1_024
+"""Responses of a stream that may be under way at once."""
 
 _DEFAULTS = VerifyConfig()
 
@@ -60,6 +64,10 @@ class Verdict:
     """Complete final answers in the response; the last opening alone decides."""
     detail: str = ""
     """Why, in words, where the reason alone does not say it."""
+    parsed_answer: str | None = None
+    """What was read in the answer, as sympy writes it, cut to 1,000 characters; None where nothing was."""
+    parsed_gold: str | None = None
+    """What was read in the gold answer; None where nothing was, or no worker was asked."""
 
 
 def verify_answer(
@@ -77,8 +85,8 @@ class Verifier:
     """Worker processes that judge answers. A context manager; every method may be called from any thread.
 
     `timeout` is in seconds from dispatch, `memory_mb` the address space of a worker in MiB. Equal (answer,
-    gold) pairs are judged once: while one waits the next joins it, afterwards a cache of CACHED_OUTCOMES
-    answers. Timeouts and errors are not remembered.
+    gold) pairs are judged once: while one waits the next joins it, afterwards from CACHED_CHARS of memory.
+    Timeouts and errors are not remembered.
     """
 
     def __init__(
@@ -92,7 +100,7 @@ class Verifier:
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._waiting: dict[tuple[Pair, float], Future[Outcome]] = {}
-        self._known: OrderedDict[Pair, Outcome] = OrderedDict()
+        self._known = OutcomeCache(CACHED_CHARS)
         self._closed = False
         self._failure: EngineError | None = None
         self._workers: list[WorkerProcess] = []
@@ -121,10 +129,10 @@ class Verifier:
         solution = find_answer(response, form=answer_form, opens_think=opens_think)
         if solution.answer is None:
             why = "the last opening is never closed or holds nothing" if solution.broken else ""
-            return _done(_verdict(solution, ("no_answer", why)))
+            return _done(_verdict(solution, Outcome("no_answer", why)))
         if len(solution.answer) > MAX_ANSWER_CHARS:
             why = f"the answer has {len(solution.answer)} characters, more than {MAX_ANSWER_CHARS}"
-            return _done(_verdict(solution, ("mismatch", why)))
+            return _done(_verdict(solution, Outcome("mismatch", why)))
         outcome = self._judge(
             (gold.strip(), solution.answer.strip()), self._timeout if timeout is None else timeout
         )
@@ -137,6 +145,18 @@ class Verifier:
         futures = [self.submit(response, gold, answer_form) for response, gold in pairs]
         return [future.result() for future in futures]
 
+    def stream(
+        self, pairs: Iterable[tuple[str, str]], answer_form: AnswerForm | None = None
+    ) -> Iterator[Verdict]:
+        """As `verify_all`, for more pairs than memory holds: at most STREAM_WINDOW are under way."""
+        under_way: deque[Future[Verdict]] = deque()
+        for response, gold in pairs:
+            under_way.append(self.submit(response, gold, answer_form))
+            if len(under_way) >= STREAM_WINDOW or under_way[0].done():
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
     def check_golds(self, golds: Iterable[str]) -> list[bool]:
         """For each gold answer: can it be parsed? One that cannot never earns a reward.
 
@@ -146,7 +166,7 @@ class Verifier:
         pairs: list[Pair] = [(gold.strip(), None) for gold in golds]
         outcomes = [future.result() for future in [self._judge(pair, self._timeout) for pair in pairs]]
         return [
-            (self._judge(pair, 4 * self._timeout).result() if outcome[0] == "timeout" else outcome)[0]
+            (self._judge(pair, 4 * self._timeout).result() if outcome.reason == "timeout" else outcome).reason
             == "parsed"
             for pair, outcome in zip(pairs, outcomes, strict=True)
         ]
@@ -176,11 +196,12 @@ class Verifier:
 
     def _judge(self, pair: Pair, timeout: float) -> Future[Outcome]:
         if len(pair[0]) > MAX_ANSWER_CHARS:
-            return _done(("gold_unparseable", f"the gold has more than {MAX_ANSWER_CHARS} characters"))
+            why = f"the gold has more than {MAX_ANSWER_CHARS} characters"
+            return _done(Outcome("gold_unparseable", why))
         with self._lock:
-            if pair in self._known:
-                self._known.move_to_end(pair)
-                return _done(self._known[pair])
+            known = self._known.get(pair)
+            if known is not None:
+                return _done(known)
             if (pair, timeout) in self._waiting:
                 return self._waiting[pair, timeout]
             if self._closed:
@@ -198,11 +219,8 @@ class Verifier:
     def _remember(self, job: _Job, outcome: Future[Outcome]) -> None:
         with self._lock:
             self._waiting.pop((job.pair, job.timeout), None)
-            failed = outcome.cancelled() or outcome.exception() is not None
-            if not failed and outcome.result()[0] not in ("timeout", "error"):
-                self._known[job.pair] = outcome.result()
-                if len(self._known) > CACHED_OUTCOMES:
-                    self._known.popitem(last=False)
+            if not outcome.cancelled() and outcome.exception() is None:
+                self._known.put(job.pair, outcome.result())
 
     def _serve(self) -> None:
         """One worker's thread. It starts it, too: Linux ends a worker together with its starting thread."""
@@ -258,12 +276,14 @@ class _Job:
 
 def _verdict(solution: Solution, outcome: Outcome) -> Verdict:
     return Verdict(
-        is_correct=outcome[0] == "match",
-        reason=outcome[0],
+        is_correct=outcome.reason == "match",
+        reason=outcome.reason,
         answer=solution.answer,
         answer_start=solution.answer_start,
         n_answers=solution.count,
-        detail=outcome[1],
+        detail=outcome.detail,
+        parsed_answer=outcome.parsed_answer,
+        parsed_gold=outcome.parsed_gold,
     )
 
 

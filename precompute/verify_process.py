@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from store.errors import EngineError
 
@@ -20,10 +21,21 @@ TAKE_SECONDS = 10.0
 """An idle worker takes a pair at once; one that does not has stopped working."""
 HAND_OVERS = 3
 
-Outcome = tuple[str, str]
-"""(reason, detail): one of store.records.VERDICTS, or `parsed` for a gold checked alone."""
 Pair = tuple[str, str | None]
 """(gold, answer); the answer is None where only the gold is checked."""
+
+
+class Outcome(NamedTuple):
+    """What a worker, or its end, says about a pair."""
+
+    reason: str
+    """One of store.records.VERDICTS, or `parsed` for a gold checked alone."""
+    detail: str
+    """Why, in words, where the reason alone does not say it."""
+    parsed_gold: str | None = None
+    """What was read in the gold answer, as sympy writes it, cut to 1,000 characters."""
+    parsed_answer: str | None = None
+
 
 _WORKER_FILE = Path(__file__).with_name("verify_worker.py")
 
@@ -60,11 +72,12 @@ class WorkerProcess:
         try:
             outcome = self._read(deadline)
         except TimeoutError:
-            outcome = "timeout", f"no verdict within {timeout:g} s"
+            outcome = Outcome("timeout", f"no verdict within {timeout:g} s")
         except EOFError:
             self.kill()
-            outcome = "error", f"the worker ended with exit code {self._process.returncode}, out of memory?"
-        if outcome[0] in ("timeout", "error"):
+            code = self._process.returncode
+            outcome = Outcome("error", f"the worker ended with exit code {code}, out of memory?")
+        if outcome.reason in ("timeout", "error"):
             self._restart()
         return outcome
 
@@ -133,5 +146,4 @@ class WorkerProcess:
                 raise EOFError
             self._received += chunk
         line, _, self._received = self._received.partition(b"\n")
-        reply = json.loads(line)
-        return reply["reason"], reply["detail"]
+        return Outcome(*json.loads(line))

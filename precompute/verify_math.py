@@ -1,0 +1,271 @@
+"""What a gold answer and an answer say, and whether they say the same: math-verify's grammar and comparison.
+
+The one file that imports math_verify (and with it sympy). It runs in the workers alone (verify_worker.py),
+since to read or to compare what a model wrote may take for ever. How it departs from math-verify's own
+`parse` and `verify`, so that a match means equality:
+
+- The whole text is parsed, nothing is searched in it: no number is picked out of a sentence, and of
+  `10^10^10^10` no part can match.
+- Digits that a space parts are thousands, a mixed number or an error, and `2(3)` is a product;
+  math-verify reads `4 2` as 6 and `2(3)` as 5.
+- Numbers agree in six decimals *and* six significant digits; math-verify's absolute rounding takes
+  10^{-20} for 10^{-22}.
+
+And so that it is quick: what was read is kept, ANTLR predicts in its fast mode first, and a difference that
+shows in numbers needs no `simplify` to be believed.
+"""
+
+from __future__ import annotations
+
+import cmath
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import mpmath  # type: ignore[import-untyped]
+import sympy  # type: ignore[import-untyped]
+from antlr4.atn.PredictionMode import PredictionMode  # type: ignore[import-untyped]
+from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
+from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
+from math_verify.grader import should_treat_as_complex, verify
+from math_verify.parser import get_last_eq
+from sympy.core.function import AppliedUndef  # type: ignore[import-untyped]
+
+SHOWN_CHARS = 1_000
+KEPT_READINGS = 512
+"""Texts of which a worker remembers what they say."""
+CLEARLY = 1e-5
+"""Relative difference from which on two values are no rounding of one another; math-verify's own limit is
+1e-6, absolute."""
+POINT = (1.1357, 0.7321, 2.2389, 1.6431, 0.4142, 3.3166)
+"""Where formulas are compared: positive, and nothing special."""
+DECIMALS = 6
+"""math-verify's own default for comparing decimals; here it holds for significant digits, too."""
+
+_NORMALIZATION = NormalizationConfig(
+    basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="none", equations=False
+)
+_SYMBOLS = str.maketrans(
+    {"−": "-", "×": "\\times ", "÷": "\\div ", "·": "\\cdot ", "∞": "\\infty ", "√": "\\sqrt ", "∈": "\\in "}
+    | {"°": "^\\circ ", "≤": "\\leq ", "≥": "\\geq ", "≠": "\\neq ", "∪": "\\cup ", "∩": "\\cap "}
+    | {"²": "^2", "³": "^3", "\u00a0": " ", "\u2009": " ", "\u202f": " "}
+    | dict.fromkeys("€£¥₹", "")
+)
+_WRAPPINGS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"))
+_LEAD_IN = re.compile(r"^(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*[:=])\s*:?", re.IGNORECASE)
+_SPACE = r"(?:\\[,;:! ]|~|\s|\{,\})"
+_NUMBER_BEGINS = r"(?<![\w.,^\\])(?<!frac )(?<!binom )"
+_THOUSANDS = re.compile(rf"{_NUMBER_BEGINS}\d{{1,3}}(?:{_SPACE}\d{{3}})+(?!\d)")
+_MIXED_NUMBER = re.compile(rf"{_NUMBER_BEGINS}(\d+){_SPACE}+(\d+)\s*/\s*(\d+)(?![\d.])")
+_FACTOR = r"\(\s*-?[\d.]+\s*\)|\\[dt]?binom"
+_PRODUCT = re.compile(rf"((?<![\w.\\])\d[\d.]*(?=\s*(?:{_FACTOR}))|\)(?=\s*(?:{_FACTOR}|\\[dtc]?frac)))")
+_NO_NUMBER = re.compile(rf"{_NUMBER_BEGINS}\d[\d.]*{_SPACE}+\d|\.\d+\.\d")
+_EXPONENT = re.compile(r"(?<=\d)[eE]([-+]?\d+)(?![\d.])")
+_BARE_POINT = re.compile(r"(?<=\d)\.(?![\d.])")
+_DOUBLE_POWER = re.compile(r"\^\s*(?:-?\w+|\{[^{}]*\})\s*\^")
+
+
+_UNCLEAR = (
+    # Of 28 % math-verify makes 28; the others have no value, or one that takes long.
+    *(sympy.UnevaluatedExpr, AppliedUndef, sympy.Derivative, sympy.Integral, sympy.Sum, sympy.Product),
+    *(sympy.Limit, sympy.MatrixExpr, sympy.Determinant, sympy.Trace),
+)
+
+
+class Reading(NamedTuple):
+    """What is said about one pair."""
+
+    reason: str
+    """One of store.records.VERDICTS, or `parsed` for a gold checked alone."""
+    detail: str
+    parsed_gold: str | None
+    """What was read, as sympy writes it; None where nothing was."""
+    parsed_answer: str | None
+
+
+def judge(gold: str, answer: str | None) -> Reading:
+    """The verdict on one pair; `parsed` for a gold alone that can be parsed."""
+    gold_math = read_math(gold)
+    if gold_math is None:
+        return Reading("gold_unparseable", "the gold answer cannot be parsed", None, None)
+    if answer is None:
+        return Reading("parsed", "", shown(gold_math), None)
+    answer_math = read_math(answer)
+    if answer_math is None:
+        return Reading("mismatch", "the answer cannot be parsed", shown(gold_math), None)
+    reason = "match" if agree(gold_math, answer_math) else "mismatch"
+    return Reading(reason, "", shown(gold_math), shown(answer_math))
+
+
+def shown(math_object: Any) -> str:
+    """As sympy writes it, cut to SHOWN_CHARS. What it cannot write (an integer of more than 4,300 digits,
+    say) is named by its type."""
+    try:
+        return str(math_object)[:SHOWN_CHARS]
+    except (ValueError, RecursionError):
+        return f"<{type(math_object).__name__}>"
+
+
+@lru_cache(maxsize=KEPT_READINGS)
+def read_math(text: str) -> Any | None:
+    """The sympy object that the whole of `text` says; None when it says none, or no definite one."""
+    latex = plain_latex(text)
+    if not latex or _NO_NUMBER.search(latex) or _DOUBLE_POWER.search(latex):
+        return None
+    try:
+        math_object = _parse(normalize_latex(latex, _NORMALIZATION))
+        if not isinstance(math_object, sympy.Basic | sympy.MatrixBase):
+            return None
+        undefined = math_object.has(sympy.nan, sympy.zoo)
+    except MemoryError:
+        # Says nothing about the text: another worker may have room for it.
+        raise
+    except Exception:  # noqa: BLE001  The grammar raises bare Exception, sympy anything at all.
+        return None
+    return None if undefined else math_object
+
+
+def _parse(latex: str) -> Any:
+    """As math-verify does: the whole, or else what its last equals sign leads to."""
+    attempts = [
+        (text, quick) for text in dict.fromkeys((latex, get_last_eq(latex))) for quick in (True, False)
+    ]
+    for text, quick in attempts[:-1]:
+        with suppress(Exception):
+            return _Grammar(text, quick=quick).parse(text)
+    text, quick = attempts[-1]
+    return _Grammar(text, quick=quick).parse(text)
+
+
+class _Grammar(_Latex2Sympy):  # type: ignore[misc]
+    """latex2sympy's grammar. `quick`: ANTLR predicts in its SLL mode, which gives the tree that the full mode
+    gives or a syntax error (documented at PredictionMode.SLL)."""
+
+    def __init__(self, latex: str, *, quick: bool) -> None:
+        super().__init__(is_real=not should_treat_as_complex(latex))
+        self._quick = quick
+
+    def create_parser(self, latex_str: str) -> Any:
+        parser = super().create_parser(latex_str)
+        if self._quick:
+            parser._interp.predictionMode = PredictionMode.SLL
+        return parser
+
+    def parse_number(self, text: str) -> Any:
+        """Whole numbers without the detour through Python's `eval` that sympy.Number takes."""
+        return sympy.Integer(text) if text.isascii() and text.isdigit() else super().parse_number(text)
+
+
+def plain_latex(text: str) -> str:
+    """`text` without its wrapping ($, \\(, \\boxed, "The answer is"), numbers written in one way."""
+    text = _unwrap(text.translate(_SYMBOLS)).replace("\\left(", "(").replace("\\right)", ")")
+    text = _THOUSANDS.sub(lambda match: re.sub(_SPACE, "", match[0]), text)
+    text = _MIXED_NUMBER.sub(r"\1\\frac{\2}{\3}", text)
+    text = _PRODUCT.sub(r"\1 \\times ", text)
+    text = _EXPONENT.sub(r" \\times 10^{\1}", text)
+    return _BARE_POINT.sub("", text).strip()
+
+
+def _unwrap(text: str) -> str:
+    before = None
+    while text != before:
+        before = text
+        text = _LEAD_IN.sub("", text.strip(), count=1).strip()
+        if text[-1:] in (".", ",", ";", ":") and text[-2:-1] not in (".", "\\"):
+            text = text[:-1]
+        for left, right in _WRAPPINGS:
+            inner = text[len(left) : -len(right)]
+            if text.startswith(left) and text.endswith(right) and inner and left not in inner:
+                text = inner
+        text = _unbox(text)
+    return text
+
+
+def _unbox(text: str) -> str:
+    match = re.match(r"\\(?:boxed|fbox)\s*\{", text)
+    if match is None or not text.endswith("}"):
+        return text
+    inner, depth = text[match.end() : -1], 0
+    for brace in re.findall(r"(?<!\\)[{}]", inner):
+        depth += 1 if brace == "{" else -1
+        if depth < 0:
+            return text
+    return inner
+
+
+def agree(gold: Any, answer: Any) -> bool:
+    """math-verify's verdict, held to six significant digits and to equations that say something."""
+    if apart(gold, answer) or not verify(gold, answer, timeout_seconds=None):
+        return False
+    smallest = min((*_magnitudes(gold), *_magnitudes(answer)), default=mpmath.mpf(1))
+    extra = max(0, -1 - int(mpmath.floor(mpmath.log10(smallest))))
+    if extra and not verify(
+        gold, answer, float_rounding=DECIMALS + extra, numeric_precision=15 + extra, timeout_seconds=None
+    ):
+        return False
+    return not _is_vacuous(gold, answer)
+
+
+def apart(gold: Any, answer: Any) -> bool:
+    """Whether both say numbers, or formulas, whose values are clearly apart at one point: math-verify would
+    find no equality either, after a long `simplify`."""
+    if isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq):
+        return _is_definition(gold) and gold.lhs == answer.lhs and apart(gold.rhs, answer.rhs)
+    if not (isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr)):
+        return False
+    if isinstance(gold, sympy.Rational) and isinstance(answer, sympy.Rational):
+        return bool(gold != answer)
+    # A letter may stand for a product of letters: math-verify takes `abc` for \\text{abc}.
+    if gold.is_Symbol or answer.is_Symbol or gold.has(*_UNCLEAR) or answer.has(*_UNCLEAR):
+        return False
+    names = sorted({symbol.name for symbol in gold.free_symbols | answer.free_symbols})
+    point = dict(zip(names, map(sympy.Float, POINT), strict=False))
+    try:
+        left, right = _value(gold, point), _value(answer, point)
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError):
+        return False
+    return abs(left - right) > CLEARLY * max(1.0, abs(left), abs(right))
+
+
+def _is_definition(equation: Any) -> bool:
+    """x = ... or f(x) = ..., with a right side that speaks of neither x nor f."""
+    left, right = equation.args
+    return bool(left.is_Symbol and not right.has(left)) or (
+        isinstance(left, AppliedUndef) and not right.has(AppliedUndef)
+    )
+
+
+def _value(formula: Any, point: Mapping[str, Any]) -> complex:
+    """Its value where each symbol, by its name, is as `point` says; KeyError, TypeError or ValueError where
+    it has none."""
+    value = complex(formula.evalf(15, subs={symbol: point[symbol.name] for symbol in formula.free_symbols}))
+    if not cmath.isfinite(value):
+        raise ValueError("no finite value at that point")
+    return value
+
+
+def _magnitudes(math_object: Any) -> Iterator[Any]:
+    """The absolute values of the numbers in it, zero and infinity left out."""
+    if isinstance(math_object, sympy.MatrixBase):
+        for entry in math_object.flat():
+            yield from _magnitudes(entry)
+    elif getattr(math_object, "is_number", False):
+        size = sympy.Abs(math_object.doit().evalf()).evalf()
+        if size.is_Float and size.is_finite and size > 0:
+            yield size._to_mpmath(53)
+    else:
+        for part in getattr(math_object, "args", ()):
+            yield from _magnitudes(part)
+
+
+def _is_vacuous(gold: Any, answer: Any) -> bool:
+    """Two different equations without a solution: math-verify finds all of their no solutions equal."""
+    if not (isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq)):
+        return False
+    if not all(isinstance(side, sympy.Expr) for side in (*gold.args, *answer.args)):
+        return False
+    if verify(gold.lhs - gold.rhs, answer.lhs - answer.rhs, timeout_seconds=None):
+        return False
+    return not sympy.solve(gold, gold.free_symbols)
