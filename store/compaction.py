@@ -21,7 +21,7 @@ from store.errors import StoreError
 from store.index import ROW_COLUMNS, Index, open_index, refresh_index
 from store.manifest import PARTS, TEACHERS, PartEntry, change_parts, read_manifest
 from store.part_reader import PartReader
-from store.parts import ALL, list_parts, write_part
+from store.parts import list_parts, write_part
 from store.schema import TOKEN_COLUMNS, TRACE_SCHEMA
 from store.writer import StoreWriter
 
@@ -90,9 +90,7 @@ def _own_writer(path: str | os.PathLike[str]) -> StoreWriter:
 
 
 def _is_compact(parts: Sequence[str], index: Index, part_traces: int) -> bool:
-    """All in sorted parts that do not overlap, and no more of them than need be."""
-    if not all(part.startswith(f"{ALL}/") for part in parts):
-        return False
+    """In parts that do not overlap, and no more of them than need be."""
     rows = index.rows(
         "SELECT min(problem) AS low, max(problem) AS high FROM idx.rows GROUP BY part ORDER BY low"
     )
