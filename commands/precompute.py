@@ -31,6 +31,13 @@ def precompute_teachers(
         str | None, typer.Option(help="auto, vllm or transformers; default: what each teacher's table says.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N problems.")] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="i/n, e.g. 3/16: only the i-th of n shards of the problems, beside processes that take the "
+            "others into the same store. All must name the same n."
+        ),
+    ] = None,
     dry_run: DryRun = False,
     probe: Annotated[
         int,
@@ -46,21 +53,33 @@ def precompute_teachers(
     Stopped at any moment, the same command goes on where it was.
 
     Example: `ampo precompute teachers --config configs/lab.toml --limit 64`
+
+    On many machines with a common directory: `ampo precompute teachers --config F --shard 3/16`
     """
     from precompute import pipeline
+    from precompute.sharding import Shard
     from precompute.tables import report_tables
 
+    part = Shard.parse(shard) if shard is not None else None
     settings, console = read_config(config, set_), console_of()
     names = list(teacher) if teacher else None
     if dry_run or probe:
         with _reporting(console, "nothing was kept") as reporter:
             plan = pipeline.plan(
-                settings, teachers=names, engine=engine, limit=limit, probe=probe, reporter=reporter
+                settings,
+                teachers=names,
+                engine=engine,
+                limit=limit,
+                shard=part,
+                probe=probe,
+                reporter=reporter,
             )
         _show_plan(console, settings, plan)
         return
     with _reporting(console, "every verified trace is kept. Go on with the same command") as reporter:
-        report = pipeline.run(settings, teachers=names, engine=engine, limit=limit, reporter=reporter)
+        report = pipeline.run(
+            settings, teachers=names, engine=engine, limit=limit, shard=part, reporter=reporter
+        )
     console.print(report_tables(report))
 
 

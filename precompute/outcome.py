@@ -62,6 +62,8 @@ class ProblemsSummary:
     """Left out: their gold answer cannot be parsed."""
     used: int
     """Problems that teachers are to solve."""
+    shard: str | None = None
+    """`3/16`: these are the problems of that shard alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,7 @@ from precompute.problems import load_problems, split_by_gold
 from precompute.progress import Reporter, SilentReporter
 from precompute.prompts import demanded_form, tokenizer_fingerprint
 from precompute.refilter import check_filters, filter_settings
+from precompute.sharding import Shard
 from precompute.solving import STAGE_PROBLEMS, Job, TeacherWork, fill_prompts, longest_prompt
 from precompute.verify import VERIFIER_NAME, VERIFIER_VERSION, Verifier
 from store.errors import ConfigError, ProblemsError
@@ -44,10 +45,12 @@ def run(
     teachers: Sequence[str] | None = None,
     engine: str | None = None,
     limit: int | None = None,
+    shard: Shard | None = None,
     reporter: Reporter | None = None,
 ) -> PrecomputeReport:
     """Lets the teachers (None: all of the config) solve the problems (None: all; else the first `limit`)
-    and fills the store. `engine` overrides what the teachers' tables say.
+    and fills the store. `engine` overrides what the teachers' tables say. With `shard` only its share of
+    those problems, beside processes that solve the other shards; it may be empty.
 
     Every recipe and tokenizer is checked before the first model is loaded. Raises UserErrors;
     KeyboardInterrupt after writing what was verified by then: the same call goes on.
@@ -56,8 +59,8 @@ def run(
     jobs = _jobs(config, teachers, engine)
     outcomes = []
     with Verifier.configured(config.verify) as verifier:
-        problems, summary = _problems(config, limit, verifier, reporter)
-        with _open_store(config) as writer:
+        problems, summary = _problems(config, limit, shard, verifier, reporter)
+        with _open_store(config, shard.name if shard else None) as writer:
             for job in jobs:
                 check_filters(writer, job.record)
             writer.write_problems(problems)
@@ -74,6 +77,7 @@ def plan(
     teachers: Sequence[str] | None = None,
     engine: str | None = None,
     limit: int | None = None,
+    shard: Shard | None = None,
     probe: int = 0,
     reporter: Reporter | None = None,
 ) -> PrecomputePlan:
@@ -86,7 +90,9 @@ def plan(
     jobs = _jobs(config, teachers, engine)
     path = str(Path(config.store.path).absolute())
     with Verifier.configured(config.verify) as verifier:
-        problems, summary = _problems(config, limit, verifier, reporter)
+        problems, summary = _problems(config, limit, shard, verifier, reporter)
+        if not problems:
+            raise ProblemsError(f"shard {shard} holds none of the problems; there is nothing to plan")
         store = StoreWriter.peek(path, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION)
         there = [_there(store, job) for job in jobs]
         plans = [_teacher_plan(job, problems, done, reporter) for job, done in zip(jobs, there, strict=True)]
@@ -145,9 +151,9 @@ def _job(teacher: TeacherConfig, engine: str, filters: Mapping[str, Any]) -> Job
 
 
 def _problems(
-    config: PrecomputeConfig, limit: int | None, verifier: Verifier, reporter: Reporter
+    config: PrecomputeConfig, limit: int | None, shard: Shard | None, verifier: Verifier, reporter: Reporter
 ) -> tuple[tuple[Problem, ...], ProblemsSummary]:
-    """The problems to solve. ProblemsError when no gold answer can be parsed."""
+    """The problems to solve. ProblemsError when there are some and no gold answer can be parsed."""
     if not config.problems.train:
         raise ConfigError("problems.train is empty; name a Parquet or JSONL file with the problems to solve")
     found = load_problems(
@@ -155,8 +161,11 @@ def _problems(
         question_column=config.problems.question_column,
         answer_column=config.problems.answer_column,
     )
-    usable, unparseable = _check_golds(found.problems[:limit], verifier, reporter)
-    if not usable:
+    chosen = found.problems[:limit]
+    if shard is not None:
+        chosen = shard.of(chosen)
+    usable, unparseable = _check_golds(chosen, verifier, reporter)
+    if not usable and not shard:
         raise ProblemsError(f"{config.problems.train}: no gold answer of its problems can be parsed")
     if unparseable:
         shown = ", ".join(f"{problem.problem_id} ({problem.answer[:30]!r})" for problem in unparseable[:3])
@@ -167,6 +176,7 @@ def _problems(
         duplicates=found.duplicates,
         unparseable=unparseable,
         used=len(usable),
+        shard=str(shard) if shard else None,
     )
 
 
@@ -297,5 +307,7 @@ def _report(
         )
 
 
-def _open_store(config: PrecomputeConfig) -> StoreWriter:
-    return StoreWriter.open(config.store.path, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION)
+def _open_store(config: PrecomputeConfig, shard: str | None) -> StoreWriter:
+    return StoreWriter.open(
+        config.store.path, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION, shard=shard
+    )

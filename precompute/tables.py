@@ -184,4 +184,5 @@ def problems_line(summary: ProblemsSummary) -> str:
         if summary.unparseable
         else ""
     )
-    return f"{summary.path}: {summary.rows:,} rows{repeats}{left_out}; {summary.used:,} problems used"
+    part = f" (shard {summary.shard})" if summary.shard else ""
+    return f"{summary.path}: {summary.rows:,} rows{repeats}{left_out}; {summary.used:,} problems used{part}"

@@ -1,0 +1,199 @@
+"""Shards: processes that share a store, each with its own part of the problems."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from precompute import pipeline
+from precompute.config import PrecomputeConfig
+from precompute.outcome import PrecomputeReport
+from precompute.sharding import Shard
+from precompute.tables import problems_line
+from store.errors import ConfigError, ProblemsError, StoreBusyError
+from store.records import Problem
+from store.trace_store import TraceStore
+from store.writer import StoreWriter
+
+LAB = Path(__file__).parents[1] / "lab"
+PROBLEMS = 16
+SAMPLES = 2
+
+
+def config(store: Path, **store_keys: Any) -> PrecomputeConfig:
+    teacher = {"name": "totals", "model": str(LAB / "models" / "teacher-totals"), "samples": SAMPLES}
+    return PrecomputeConfig.model_validate(
+        {
+            "problems": {"train": str(LAB / "problems" / "train.jsonl")},
+            "store": {"path": str(store), "part_traces": 3} | store_keys,
+            "verify": {"workers": 1},
+            "teachers": [teacher | {"system_prompt": "", "max_tokens": 60, "batch_size": 4}],
+        }
+    )
+
+
+def run_shard(store: str, shard: str | None) -> PrecomputeReport:
+    import torch
+
+    torch.set_num_threads(1)
+    part = Shard.parse(shard) if shard else None
+    return pipeline.run(config(Path(store)), limit=PROBLEMS, shard=part)
+
+
+def start(store: Path, shard: str | None) -> Any:
+    """A process of its own, child of a server that has the heavy imports behind it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["precompute.engines.transformers_engine", "precompute.pipeline"])
+    process = context.Process(target=run_shard, args=(str(store), shard))
+    process.start()
+    return process
+
+
+def finished(*processes: Any) -> None:
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+
+
+def keys_of(store: Path) -> dict[tuple[str, int], str]:
+    """(problem, sample) -> trace_id as the part files have them; one that stands twice fails."""
+    with TraceStore(store) as opened:
+        rows = opened.traces()
+    assert len(list(store.rglob("part-*.parquet"))) > 0
+    keys = {(trace.problem_id, trace.sample_index): trace.trace_id for trace in rows}
+    assert len(keys) == len(rows)
+    return keys
+
+
+def rows_in_parts(store: Path) -> int:
+    """Doubled rows too, which a reader would not see."""
+    import pyarrow.parquet as pq
+
+    return sum(pq.read_metadata(part).num_rows for part in store.rglob("part-*.parquet"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What one process makes of all problems."""
+    store = tmp_path_factory.mktemp("whole") / "traces"
+    finished(start(store, None))
+    assert len(keys_of(store)) == PROBLEMS * SAMPLES
+    yield store
+
+
+def test_a_shard_is_read_from_what_users_write() -> None:
+    assert Shard.parse("3/16") == Shard(number=3, count=16)
+    assert (Shard.parse("3/16").name, str(Shard.parse("3/16"))) == ("3-of-16", "3/16")
+    assert Shard.parse("1/1").holds("00000000000000ff")
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "a/b", "", "3", "1/0", "-1/4", "1/4/2", "1.5/4", "²/4"])
+def test_a_bad_shard_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--shard '.*': write i/n, .* e\.g\. --shard 3/16$") as error:
+        Shard.parse(text)
+    assert repr(text) in str(error.value)
+
+
+def test_which_shard_holds_a_problem_in_numbers_worked_out_by_hand() -> None:
+    # 0xff = 255 = 63 * 4 + 3: the fourth of four; 0x100 = 256 = 64 * 4: the first.
+    assert [Shard(number=n, count=4).holds("00000000000000ff") for n in (1, 2, 3, 4)] == [False] * 3 + [True]
+    assert Shard(number=1, count=4).holds("0000000000000100")
+
+
+@given(
+    questions=st.lists(st.text(min_size=1), min_size=1, max_size=40, unique=True),
+    count=st.integers(1, 9),
+    data=st.data(),
+)
+def test_every_problem_is_in_exactly_one_shard_wherever_it_stands(
+    questions: list[str], count: int, data: st.DataObject
+) -> None:
+    problems = [Problem(question=question, answer="1", source="x") for question in questions]
+    mixed = data.draw(st.permutations(problems))
+    shards = [Shard(number=number, count=count) for number in range(1, count + 1)]
+    ids = [problem.problem_id for shard in shards for problem in shard.of(problems)]
+    assert sorted(ids) == sorted(problem.problem_id for problem in problems)
+    for shard in shards:
+        assert set(shard.of(mixed)) == set(shard.of(problems))
+
+
+def test_two_shards_at_once_make_what_one_process_makes(whole: Path, tmp_path: Path) -> None:
+    store = tmp_path / "traces"
+    finished(start(store, "1/2"), start(store, "2/2"))
+    assert keys_of(store) == keys_of(whole)
+    assert rows_in_parts(store) == PROBLEMS * SAMPLES
+    # Done is done, whoever asks; and a report counts the problems of its own shard.
+    reports = [pipeline.run(config(store), limit=PROBLEMS, shard=Shard.parse(f"{n}/2")) for n in (1, 2)]
+    assert [report.teachers[0].new_samples for report in reports] == [0, 0]
+    sizes = [report.problems.used for report in reports]
+    assert sum(sizes) == PROBLEMS
+    assert min(sizes) > 0
+    assert [report.teachers[0].samples for report in reports] == [size * SAMPLES for size in sizes]
+    assert [sum(report.coverage) for report in reports] == sizes
+    assert problems_line(reports[0].problems).endswith(f"{sizes[0]} problems used (shard 1/2)")
+
+
+def test_a_killed_shard_goes_on_beside_the_other(whole: Path, tmp_path: Path) -> None:
+    store = tmp_path / "traces"
+    killed, other = start(store, "1/2"), start(store, "2/2")
+    while not list(store.rglob("part-*.parquet")):
+        time.sleep(0.01)
+    killed.kill()
+    killed.join()
+    kept = rows_in_parts(store)
+    again = start(store, "1/2")
+    finished(other, again)
+    assert 0 < kept < PROBLEMS * SAMPLES
+    assert keys_of(store) == keys_of(whole)
+    assert rows_in_parts(store) == PROBLEMS * SAMPLES
+
+
+def test_who_may_write_beside_whom(tmp_path: Path) -> None:
+    store = tmp_path / "traces"
+    settings = config(store)
+
+    def writer(shard: str | None) -> StoreWriter:
+        from precompute.verify import VERIFIER_NAME, VERIFIER_VERSION
+
+        return StoreWriter.open(store, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION, shard=shard)
+
+    with writer("1-of-2"):
+        for shard in (Shard.parse("1/2"), None):
+            with pytest.raises(StoreBusyError, match="is being written by process"):
+                pipeline.run(settings, limit=2, shard=shard)
+    with writer(None), pytest.raises(StoreBusyError, match="is being written by process"):
+        pipeline.run(settings, limit=2, shard=Shard.parse("1/2"))
+
+
+def test_a_plan_of_a_shard_is_a_plan_of_its_problems(tmp_path: Path) -> None:
+    plans = [
+        pipeline.plan(config(tmp_path / "traces"), limit=PROBLEMS, shard=Shard.parse(f"{n}/3"))
+        for n in (1, 2, 3)
+    ]
+    assert sum(plan.problems.used for plan in plans) == PROBLEMS
+    assert [plan.teachers[0].samples_left for plan in plans] == [
+        plan.problems.used * SAMPLES for plan in plans
+    ]
+    assert [plan.problems.shard for plan in plans] == ["1/3", "2/3", "3/3"]
+
+
+def test_a_shard_without_a_problem_has_nothing_to_do(tmp_path: Path) -> None:
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(json.dumps({"question": "12+3-4", "answer": "11"}))
+    settings = config(tmp_path / "traces").model_copy(
+        update={"problems": config(tmp_path).problems.model_copy(update={"train": str(problems)})}
+    )
+    only = Problem(question="12+3-4", answer="11").problem_id
+    empty = next(Shard(number=n, count=2) for n in (1, 2) if not Shard(number=n, count=2).holds(only))
+    report = pipeline.run(settings, shard=empty)
+    assert (report.problems.used, report.teachers[0].new_samples, sum(report.coverage)) == (0, 0, 0)
+    with pytest.raises(ProblemsError, match=f"shard {empty} holds none of the problems"):
+        pipeline.plan(settings, shard=empty)
