@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import duckdb
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
@@ -119,3 +121,15 @@ def test_a_forgotten_teacher_is_gone_and_nobody_else(root: Path, compacted: bool
 def test_an_unknown_teacher_cannot_be_forgotten(root: Path) -> None:
     with pytest.raises(StoreError, match=r"no teacher 'eve' in .*; its teachers: ada, bob"):
         forget(root, "eve")
+
+
+def test_anybody_opens_the_parts_as_plain_parquet(root: Path) -> None:
+    compact(root)
+    duckdb_rows = duckdb.sql(
+        f"SELECT teacher, text, len(token_ids) FROM '{root}/parts/**/*.parquet' WHERE is_correct ORDER BY ALL"
+    ).fetchall()
+    assert len(duckdb_rows) == 12
+    assert duckdb_rows[0] == ("ada", "ada says: it is \\boxed{0}", 3)
+    (part,) = root.rglob("part-*.parquet")
+    frame = pd.read_parquet(part)
+    assert sorted(frame["text"][frame["is_correct"]]) == sorted(row[1] for row in duckdb_rows)
