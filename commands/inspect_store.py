@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +12,15 @@ from store.errors import UserError
 
 if TYPE_CHECKING:
     from trainer.config import Config
+
+SQL_VIEWS = """\
+Views: **traces** (trace_id, problem_id, teacher, sample_index, text, answer, answer_start, n_tokens,
+token_ids, logprobs, finish_reason, verdict, is_correct, seed, generation_fingerprint, created_at,
+verdict_detail, parsed_answer, parsed_gold, filtered, is_usable); **problems** (problem_id, question, answer,
+source, system_prompt); **teachers** (name, model, revision, engine, engine_version, chat_template,
+system_prompt, chat_template_kwargs, sampling, tokenizer_fingerprint, generation_fingerprint); **parts**
+(part, size, mtime_ns, rows, error)."""
+"""store.views.VIEWS in words: a help text must not load what reads Parquet."""
 
 app = typer.Typer(no_args_is_help=True, help="Look into a store, and what was asked of it.")
 
@@ -87,9 +97,17 @@ def inspect_summary(store: StorePath = "traces", json_: JsonFlag = False) -> Non
 @app.command("traces")
 def inspect_traces(
     store: StorePath = "traces",
-    problem: Annotated[str | None, typer.Option(help="Only this problem_id; shows whole texts.")] = None,
+    problem: Annotated[
+        str | None, typer.Option(help="Only this problem_id, or its beginning; shows whole texts.")
+    ] = None,
     teacher: Annotated[str | None, typer.Option(help="Only this teacher.")] = None,
     verdict: Annotated[str | None, typer.Option(help="Only this verdict, e.g. mismatch.")] = None,
+    usable: Annotated[
+        bool, typer.Option("--usable", help="Only traces that may guide a student: verified, not filtered.")
+    ] = False,
+    filtered: Annotated[
+        bool, typer.Option("--filtered", help="Only traces that a filter holds back, with the reason.")
+    ] = False,
     limit: Annotated[int, typer.Option(min=0, help="At most N traces; 0: all.")] = 20,
     json_: JsonFlag = False,
     csv_: CsvFlag = False,
@@ -99,14 +117,24 @@ def inspect_traces(
     Example: `ampo inspect store traces traces --problem 5f0c1d2e3a4b5c6d`
     """
     from store.records import VERDICTS
-    from store.report import trace_rows
+    from store.report import problem_id_of, trace_rows
     from store.tables import traces_table
     from store.trace_store import TraceStore
 
     if verdict is not None and verdict not in VERDICTS:
         raise UserError(f"--verdict {verdict}: one of {', '.join(VERDICTS)}")
+    if usable and filtered:
+        raise UserError("--usable and --filtered exclude each other: give one of them")
     with TraceStore(store) as opened:
-        rows = trace_rows(opened, problem_id=problem, teacher=teacher, verdict=verdict, limit=limit or None)
+        rows = trace_rows(
+            opened,
+            problem_id=None if problem is None else problem_id_of(opened, problem),
+            teacher=teacher,
+            verdict=verdict,
+            usable=usable,
+            filtered=filtered,
+            limit=limit or None,
+        )
     if not emit_rows(rows, json_, csv_):
         console_of().print(traces_table(rows, full=problem is not None))
 
@@ -115,7 +143,7 @@ def inspect_traces(
 def inspect_problems(
     store: StorePath = "traces",
     uncovered: Annotated[
-        bool, typer.Option("--uncovered", help="Only those that no teacher solved.")
+        bool, typer.Option("--uncovered", help="Only those without a usable trace of any teacher.")
     ] = False,
     limit: Annotated[int, typer.Option(min=0, help="At most N problems; 0: all.")] = 20,
     json_: JsonFlag = False,
@@ -133,3 +161,79 @@ def inspect_problems(
         rows = problem_rows(opened, uncovered=uncovered, limit=limit or None)
     if not emit_rows(rows, json_, csv_):
         console_of().print(problems_table(rows))
+
+
+@app.command("agreement")
+def inspect_agreement(store: StorePath = "traces", json_: JsonFlag = False, csv_: CsvFlag = False) -> None:
+    """Show which teachers solve the same problems, pair by pair, and whether they err alike.
+
+    Example: `ampo inspect store agreement traces`
+    """
+    from store.agreement import agreement_rows, agreement_tables, agreements
+    from store.trace_store import TraceStore
+
+    with TraceStore(store) as opened:
+        pairs = agreements(opened)
+    if not emit_rows(agreement_rows(pairs), json_, csv_):
+        console_of().print(agreement_tables(pairs))
+
+
+@app.command("lengths")
+def inspect_lengths(
+    store: StorePath = "traces",
+    unit: Annotated[str, typer.Option(help="tokens (each teacher's own) or chars.")] = "tokens",
+    png: Annotated[Path | None, typer.Option(help="Draw a histogram a teacher into this PNG.")] = None,
+    json_: JsonFlag = False,
+    csv_: CsvFlag = False,
+) -> None:
+    """Show how long the traces are, verified ones and others apart: quantiles, and histograms as a PNG.
+
+    Example: `ampo inspect store lengths traces --png lengths.png`
+    """
+    from store.lengths import length_rows, lengths, lengths_table, plot_lengths
+    from store.trace_store import TraceStore
+
+    with TraceStore(store) as opened:
+        found = lengths(opened, unit)
+    if png is not None:
+        plot_lengths(found, unit, png)
+    rows = length_rows(found)
+    if emit_rows(rows, json_, csv_):
+        return
+    console_of().print(lengths_table(rows, unit))
+    if png is not None:
+        console_of().print(f"drew {png}", highlight=False, soft_wrap=True)
+
+
+@app.command("sql", epilog=SQL_VIEWS)
+def inspect_sql(
+    query: Annotated[str, typer.Argument(help="One SELECT, in DuckDB's SQL.")],
+    store: StorePath = "traces",
+    limit: Annotated[int, typer.Option(min=0, help="The table shows the first N rows; 0: all.")] = 100,
+    json_: JsonFlag = False,
+    csv_: CsvFlag = False,
+) -> None:
+    """Ask the store in SQL. Nothing can be written, and no other file read; a writer is not disturbed.
+
+    `--json` and `--csv` give every row, whole cells.
+
+    Example: `ampo inspect store sql "SELECT teacher, avg(n_tokens) FROM traces GROUP BY teacher" traces`
+    """
+    from store.tables import answer_table
+    from store.trace_store import TraceStore
+    from store.views import Views
+
+    everything = json_ or csv_ or limit == 0
+    with TraceStore(store) as opened, Views(opened) as views:
+        try:
+            answer = views.query(query, limit=None if everything else limit)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        damaged = len(opened.damaged)
+    if damaged:
+        typer.echo(f"{damaged} damaged parts are left out; see `ampo store check`", err=True)
+    if emit_rows(answer.dicts(), json_, csv_):
+        return
+    console_of().print(answer_table(answer.columns, answer.rows))
+    if answer.more:
+        console_of().print(f"the first {limit:,} rows; --limit 0 shows all")

@@ -107,7 +107,7 @@ def lengths_table(rows: Sequence[Mapping[str, Any]], unit: str) -> Table:
 
 def plot_lengths(found: Sequence[TeacherLengths], unit: str, path: Path) -> None:
     """A histogram a teacher, verified traces below the others, one scale for all; the longest 1 % of all
-    traces share the last bar, a dashed line marks the median of the verified ones.
+    traces share the last bar, a dashed line is the median of the verified ones.
 
     Raises EngineError without matplotlib, and StoreError for a path that cannot be written.
     """
@@ -122,7 +122,7 @@ def plot_lengths(found: Sequence[TeacherLengths], unit: str, path: Path) -> None
     panels = figure.subplots(len(found), 1, sharex=True, squeeze=False)[:, 0]
     for axes, of in zip(panels, found, strict=True):
         _draw(axes, of, edges)
-    panels[-1].set_xlabel(f"{unit} of a trace", fontsize=9)
+    panels[-1].set_xlabel(f"{unit} of a trace (the longest 1 % of all: in the last bar)", fontsize=9)
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
@@ -143,6 +143,7 @@ def _draw(axes: Any, of: TeacherLengths, edges: Sequence[float]) -> None:
     axes.set_title(of.teacher, fontsize=10, loc="left")
     axes.grid(alpha=0.25)
     axes.tick_params(labelsize=8)
-    axes.legend(fontsize=8, frameon=False)
     if of.verified:
-        axes.axvline(float(np.median(of.verified)), color="black", linewidth=1, linestyle="--")
+        middle = float(np.median(of.verified))
+        axes.axvline(middle, color="black", linewidth=1, linestyle="--", label=f"median {middle:,.0f}")
+    axes.legend(fontsize=8, frameon=False)

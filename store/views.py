@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -106,17 +107,27 @@ class Views:
 
         Raises UserError, in one line, for what DuckDB cannot do or what is no SELECT.
         """
+        # In a thread of its own: DuckDB does not see Ctrl-C while it computes, but can be told of it.
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            answer = thread.submit(self._answer, sql, parameters, limit)
+            try:
+                return answer.result()
+            except KeyboardInterrupt:
+                self._connection.interrupt()
+                raise
+
+    def _answer(self, sql: str, parameters: Mapping[str, object] | None, limit: int | None) -> Answer:
         try:
             statements = duckdb.extract_statements(sql)
             if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-                raise UserError("inspect store sql takes one SELECT; nothing can be written")
+                raise UserError("SQL: one SELECT is wanted; nothing can be written")
             cursor = self._connection.execute(statements[0], parameters)
             columns = _different([column[0] for column in cursor.description or ()])
             rows = list(_fetched(cursor, None if limit is None else limit + 1))
         except duckdb.IOException as error:
             raise StoreError(f"a part went away while it was read ({one_line(error)}); ask again") from error
         except duckdb.Error as error:
-            raise UserError(f"SQL: {_first_lines(error)}") from error
+            raise UserError(f"SQL: {_in_one_line(error)}") from error
         return Answer(columns=columns, rows=rows[:limit], more=limit is not None and len(rows) > limit)
 
     def close(self) -> None:
@@ -201,6 +212,8 @@ def _list(paths: Sequence[str]) -> str:
     return "[" + ", ".join("'" + path.replace("'", "''") + "'" for path in paths) + "]"
 
 
-def _first_lines(error: duckdb.Error) -> str:
+def _in_one_line(error: duckdb.Error) -> str:
     """What DuckDB says, without the picture of the place."""
+    if "'pytz'" in str(error):
+        return "a timestamp with a time zone cannot be shown; cast it, e.g. now()::TIMESTAMP"
     return " ".join(str(error).split("\n\nLINE ")[0].split())
