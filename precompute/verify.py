@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +29,7 @@ from precompute.config import AnswerForm, VerifyConfig
 from precompute.solution import Solution, find_answer
 from precompute.verify_cache import OutcomeCache
 from precompute.verify_process import Outcome, Pair, WorkerProcess
+from precompute.verify_queue import Job, JobQueue
 from store.errors import EngineError
 
 VERIFIER_NAME = "math-verify"
@@ -98,13 +98,15 @@ class Verifier:
         self._timeout = timeout
         self._memory_mb = memory_mb
         self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs = JobQueue(workers)
         self._waiting: dict[tuple[Pair, float], Future[Outcome]] = {}
         self._known = OutcomeCache(CACHED_CHARS)
         self._closed = False
         self._failure: EngineError | None = None
         self._workers: list[WorkerProcess] = []
-        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(workers)]
+        self._threads = [
+            threading.Thread(target=self._serve, args=(number,), daemon=True) for number in range(workers)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -133,9 +135,12 @@ class Verifier:
         if len(solution.answer) > MAX_ANSWER_CHARS:
             why = f"the answer has {len(solution.answer)} characters, more than {MAX_ANSWER_CHARS}"
             return _done(_verdict(solution, Outcome("mismatch", why)))
-        outcome = self._judge(
-            (gold.strip(), solution.answer.strip()), self._timeout if timeout is None else timeout
-        )
+        pair: Pair = gold.strip(), solution.answer.strip()
+        with self._lock:
+            remembered = self._known.get(pair)
+        if remembered is not None:
+            return _done(_verdict(solution, remembered))
+        outcome = self._judge(pair, self._timeout if timeout is None else timeout)
         return _then(outcome, lambda known: _verdict(solution, known))
 
     def verify_all(
@@ -175,12 +180,11 @@ class Verifier:
         """Ends the workers, after all that was submitted is judged; with `cancel`, at once."""
         with self._lock:
             self._closed = True
-            dropped = self._take_waiting() if cancel else []
+            dropped = self._jobs.drain() if cancel else []
         # Outside the lock: the callbacks of a cancelled outcome take it.
         for job in dropped:
             job.outcome.cancel()
-        for _ in self._threads:
-            self._jobs.put(None)
+        self._jobs.close()
         for worker in self._workers if cancel else ():
             worker.interrupt()
         for thread in self._threads:
@@ -206,7 +210,7 @@ class Verifier:
                 return self._waiting[pair, timeout]
             if self._closed:
                 raise RuntimeError("the verifier is closed")
-            job = _Job(pair, timeout)
+            job = Job(pair, timeout)
             if self._failure is not None:
                 job.outcome.set_exception(self._failure)
                 return job.outcome
@@ -216,13 +220,13 @@ class Verifier:
         job.outcome.add_done_callback(lambda outcome: self._remember(job, outcome))
         return job.outcome
 
-    def _remember(self, job: _Job, outcome: Future[Outcome]) -> None:
+    def _remember(self, job: Job, outcome: Future[Outcome]) -> None:
         with self._lock:
             self._waiting.pop((job.pair, job.timeout), None)
             if not outcome.cancelled() and outcome.exception() is None:
                 self._known.put(job.pair, outcome.result())
 
-    def _serve(self) -> None:
+    def _serve(self, number: int) -> None:
         """One worker's thread. It starts it, too: Linux ends a worker together with its starting thread."""
         worker = WorkerProcess(self._memory_mb)
         self._workers.append(worker)
@@ -230,7 +234,7 @@ class Verifier:
             while True:
                 # Ready before it takes a job, so that a job never waits for a start beside an idle worker.
                 worker.wait_until_ready()
-                job = self._jobs.get()
+                job = self._jobs.get(number)
                 if job is None:
                     return
                 if job.outcome.set_running_or_notify_cancel():
@@ -240,7 +244,7 @@ class Verifier:
         finally:
             worker.kill()
 
-    def _answer(self, job: _Job, worker: WorkerProcess) -> None:
+    def _answer(self, job: Job, worker: WorkerProcess) -> None:
         try:
             job.outcome.set_result(worker.ask(job.pair, job.timeout))
         except EngineError as failure:
@@ -250,28 +254,10 @@ class Verifier:
     def _fail(self, failure: EngineError) -> None:
         with self._lock:
             self._failure = failure
-            dropped = self._take_waiting()
+            dropped = self._jobs.drain()
         for job in dropped:
             if job.outcome.set_running_or_notify_cancel():
                 job.outcome.set_exception(failure)
-
-    def _take_waiting(self) -> list[_Job]:
-        """The jobs that no worker has taken yet; the calls to stop among them stay."""
-        taken = []
-        while not self._jobs.empty():
-            taken.append(self._jobs.get())
-        for _ in range(taken.count(None)):
-            self._jobs.put(None)
-        return [job for job in taken if job is not None]
-
-
-class _Job:
-    """A pair on its way to a worker."""
-
-    def __init__(self, pair: Pair, timeout: float) -> None:
-        self.pair = pair
-        self.timeout = timeout
-        self.outcome: Future[Outcome] = Future()
 
 
 def _verdict(solution: Solution, outcome: Outcome) -> Verdict:

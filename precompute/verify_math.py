@@ -1,7 +1,7 @@
 """What a gold answer and an answer say, and whether they say the same: math-verify's grammar and comparison.
 
 The one file that imports math_verify (and with it sympy). It runs in the workers alone (verify_worker.py),
-since to read or to compare what a model wrote may take for ever. How it departs from math-verify's own
+for to read or to compare what a model wrote may take for ever. How it departs from math-verify's own
 `parse` and `verify`, so that a match means equality:
 
 - The whole text is parsed, nothing is searched in it: no number is picked out of a sentence, and of
@@ -36,6 +36,40 @@ from sympy.core.function import AppliedUndef  # type: ignore[import-untyped]
 SHOWN_CHARS = 1_000
 KEPT_READINGS = 512
 """Texts of which a worker remembers what they say."""
+TYPICAL = (
+    *(
+        "\\frac{1}{2}",
+        "3\\sqrt{2}",
+        "x^{2}+2x-1",
+        "2^{n}",
+        "\\frac{\\sqrt{3}}{2}",
+        "-\\frac{3x}{4}+1",
+        "12\\pi",
+    ),
+    *("(1,2)", "(1, 2, 3)", "[0,1)", "(-\\infty, 2] \\cup (3, \\infty)", "\\{1,2,3\\}", "1, 2, 3", "x = 5"),
+    *("y = 2x+1", "f(x) = x^2", "x \\geq 2", "1 < x \\leq 3", "x \\in [1,2]", "a=1, b=2", "3 \\pm \\sqrt{5}"),
+    *("\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", "90^\\circ", "50\\%", "\\text{(A)}", "A", "x_{1}"),
+    *(
+        "\\sin x",
+        "\\cos(2t)",
+        "\\log_{2} 3",
+        "\\ln 2",
+        "e^{-2t}",
+        "\\binom{5}{2}",
+        "5!",
+        "|x|",
+        "\\lfloor x \\rfloor",
+    ),
+    *(
+        "1.5 \\times 10^{-3}",
+        "\\left(\\frac{1}{2}\\right)^{3}",
+        "\\sqrt[3]{2}",
+        "2+3i",
+        "\\frac{a}{b+c} \\cdot c",
+    ),
+)
+"""Forms that answers take: ANTLR learns the grammar as it reads, its first formulas take ten times as long as
+its hundredth."""
 CLEARLY = 1e-5
 """Relative difference from which on two values are no rounding of one another; math-verify's own limit is
 1e-6, absolute."""
@@ -64,6 +98,9 @@ _PRODUCT = re.compile(rf"((?<![\w.\\])\d[\d.]*(?=\s*(?:{_FACTOR}))|\)(?=\s*(?:{_
 _NO_NUMBER = re.compile(rf"{_NUMBER_BEGINS}\d[\d.]*{_SPACE}+\d|\.\d+\.\d")
 _EXPONENT = re.compile(r"(?<=\d)[eE]([-+]?\d+)(?![\d.])")
 _BARE_POINT = re.compile(r"(?<=\d)\.(?![\d.])")
+_INTEGER = re.compile(r"-?[0-9]{1,300}")
+_DECIMAL = re.compile(r"-?[0-9]{1,7}\.[0-9]{1,7}")
+_FRACTION = re.compile(r"(?P<sign>-?)\\[dtc]?frac\{(?P<above>[0-9]{1,300})\}\{(?P<below>[0-9]{1,300})\}")
 _DOUBLE_POWER = re.compile(r"\^\s*(?:-?\w+|\{[^{}]*\})\s*\^")
 
 
@@ -108,14 +145,19 @@ def shown(math_object: Any) -> str:
         return f"<{type(math_object).__name__}>"
 
 
-@lru_cache(maxsize=KEPT_READINGS)
 def read_math(text: str) -> Any | None:
     """The sympy object that the whole of `text` says; None when it says none, or no definite one."""
-    latex = plain_latex(text)
+    return _read(plain_latex(text))
+
+
+@lru_cache(maxsize=KEPT_READINGS)
+def _read(latex: str) -> Any | None:
     if not latex or _NO_NUMBER.search(latex) or _DOUBLE_POWER.search(latex):
         return None
     try:
-        math_object = _parse(normalize_latex(latex, _NORMALIZATION))
+        math_object = plain_number(latex)
+        if math_object is None:
+            math_object = parse(normalize_latex(latex, _NORMALIZATION))
         if not isinstance(math_object, sympy.Basic | sympy.MatrixBase):
             return None
         undefined = math_object.has(sympy.nan, sympy.zoo)
@@ -127,8 +169,23 @@ def read_math(text: str) -> Any | None:
     return None if undefined else math_object
 
 
-def _parse(latex: str) -> Any:
-    """As math-verify does: the whole, or else what its last equals sign leads to."""
+def plain_number(latex: str) -> Any | None:
+    """What the grammar makes of an integer, a short decimal or a fraction of integers; None for all else."""
+    if _INTEGER.fullmatch(latex):
+        return sympy.Integer(latex)
+    if _DECIMAL.fullmatch(latex):
+        return sympy.Float(latex)
+    fraction = _FRACTION.fullmatch(latex)
+    if fraction is None or not int(fraction["below"]):
+        return None
+    return sympy.Rational(int(fraction["sign"] + fraction["above"]), int(fraction["below"]))
+
+
+def parse(latex: str) -> Any:
+    """What the grammar reads, as math-verify asks it: the whole, or else what follows the last equals sign.
+
+    Raises what the grammar raises: Exception itself, among others.
+    """
     attempts = [
         (text, quick) for text in dict.fromkeys((latex, get_last_eq(latex))) for quick in (True, False)
     ]
@@ -197,6 +254,8 @@ def _unbox(text: str) -> str:
 
 def agree(gold: Any, answer: Any) -> bool:
     """math-verify's verdict, held to six significant digits and to equations that say something."""
+    if gold is answer:
+        return True
     if apart(gold, answer) or not verify(gold, answer, timeout_seconds=None):
         return False
     smallest = min((*_magnitudes(gold), *_magnitudes(answer)), default=mpmath.mpf(1))
