@@ -18,10 +18,11 @@ from typing import Any
 import pyarrow as pa
 
 from store.errors import StoreError
+from store.files import disk_errors_named
 from store.index import ROW_COLUMNS, Index, open_index, refresh_index
-from store.manifest import PARTS, TEACHERS, PartEntry, change_parts, read_manifest
+from store.manifest import TEACHERS, PartEntry, change_parts, read_manifest
 from store.part_reader import PartReader
-from store.parts import list_parts, write_part
+from store.parts import list_parts, remove_parts, write_part
 from store.schema import TOKEN_COLUMNS, TRACE_SCHEMA
 from store.writer import StoreWriter
 
@@ -69,17 +70,16 @@ def forget(
     """
     with _own_writer(path) as writer, open_index(writer.path) as index:
         record = writer.path / TEACHERS / f"{teacher}.json"
-        parts = [
-            row["part"]
-            for row in index.rows(
-                "SELECT DISTINCT part FROM idx.rows WHERE teacher = $name", {"name": teacher}
-            )
-        ]
+        # The index does not tell: a part whose traces all stand in another too has no row in it.
+        damaged = {broken.part for broken in index.damaged()}
+        entries = read_manifest(writer.path).parts
+        parts = [part for part, entry in entries.items() if teacher in entry.traces and part not in damaged]
         if not parts and not record.exists():
             known = ", ".join(sorted(file.stem for file in record.parent.glob("*.json"))) or "none"
             raise StoreError(f"no teacher {teacher!r} in {writer.path}; its teachers: {known}")
         report = _rewrite(writer.path, index, parts, f"teacher <> {_quoted(teacher)}", PART_TRACES, progress)
-        record.unlink(missing_ok=True)
+        with disk_errors_named(record):
+            record.unlink(missing_ok=True)
         return report
 
 
@@ -96,15 +96,14 @@ def _is_compact(parts: Sequence[str], index: Index, part_traces: int) -> bool:
     )
     overlap = any(left["high"] >= right["low"] for left, right in pairwise(rows))
     traces = index.rows("SELECT count(*) AS traces FROM idx.rows")[0]["traces"]
-    return not overlap and len(parts) <= traces // part_traces + 1
+    return not overlap and len(rows) == len(parts) <= traces // part_traces + 1
 
 
 def _rewrite(
-    root: Path, index: Index, parts: Sequence[str], keep: str, part_traces: int, progress: Progress | None
+    root: Path, index: Index, parts: Sequence[str], chosen: str, part_traces: int, progress: Progress | None
 ) -> CompactionReport:
-    """Writes the traces of `parts` for which the SQL condition `keep` holds anew, then drops the parts."""
+    """Writes the traces for which the SQL condition `chosen` holds anew, then drops `parts`, which hold them."""
     before = _sizes(root)
-    chosen = f"part IN ({', '.join(map(_quoted, parts)) or 'NULL'}) AND {keep}"
     total = index.rows(f"SELECT count(*) AS traces FROM idx.rows WHERE {chosen}")[0]["traces"]
     reader, new, written = PartReader(root), {}, 0
     try:
@@ -118,7 +117,7 @@ def _rewrite(
             if progress is not None:
                 progress(written, total)
     except BaseException:
-        _remove(root, new)
+        remove_parts(root, new)
         raise
     finally:
         reader.close()
@@ -129,7 +128,7 @@ def _rewrite(
 def _swap(root: Path, *, old: Sequence[str], new: Mapping[str, PartEntry]) -> None:
     gone = [part for part in old if part not in new]
     change_parts(root, add=new, drop=gone)
-    _remove(root, gone)
+    remove_parts(root, gone)
     refresh_index(root)
 
 
@@ -164,11 +163,6 @@ def _table(reader: PartReader, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
         for field in TRACE_SCHEMA
     ]
     return pa.table(arrays, TRACE_SCHEMA)
-
-
-def _remove(root: Path, parts: Sequence[str] | Mapping[str, Any]) -> None:
-    for part in parts:
-        (root / PARTS / part).unlink(missing_ok=True)
 
 
 def _sizes(root: Path) -> tuple[int, int]:

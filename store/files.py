@@ -6,7 +6,7 @@ import fcntl
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -35,23 +35,32 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """
     tmp = path.with_name(f"{TMP_MARK}{secrets.token_hex(4)}-{path.name}")
     try:
-        _make_directory(path.parent)
-        with tmp.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        tmp.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+        with disk_errors_named(path):
+            make_directory(path.parent)
+            with tmp.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            tmp.replace(path)
+            sync(path.parent)
     finally:
         with suppress(OSError):
             tmp.unlink(missing_ok=True)
 
 
-def _make_directory(directory: Path) -> None:
+@contextmanager
+def disk_errors_named(path: Path) -> Iterator[None]:
+    """Turns what a full, read-only or failing disk raises into a StoreError that names what was written."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def make_directory(directory: Path) -> None:
+    """Makes a directory and those above it, durable. Raises OSError."""
     if not directory.is_dir():
-        _make_directory(directory.parent)
+        make_directory(directory.parent)
         directory.mkdir(exist_ok=True)
         sync(directory.parent)
 
@@ -66,7 +75,8 @@ def sync(path: Path) -> None:
 
 
 def remove_orphans(root: Path) -> list[Path]:
-    """Removes what killed writers left half-written below `root`; only the holder of the write lock may."""
+    """Removes what killed writers left half-written below `root`; only the holder of the write lock may.
+    Raises OSError."""
     orphans = sorted(root.rglob(f"{TMP_MARK}*"))
     for orphan in orphans:
         orphan.unlink(missing_ok=True)
@@ -93,21 +103,23 @@ class FileLock:
     def acquire(self, *, wait: bool) -> bool:
         """True once it is held; False when somebody else has it and `wait` is off. Raises OSError."""
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, self._kind | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(descriptor)
-            return False
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+        with ExitStack() as undo:
+            undo.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, self._kind | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                return False
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+            undo.pop_all()
         self._descriptor = descriptor
         _HELD.add(descriptor)
         return True
 
     def holder(self) -> int | None:
-        """The pid that the holder wrote; None when it has not come to that yet."""
+        """The pid of the process that took it last; None when that wrote none yet or has ended since."""
         text = self.path.read_text().strip()
-        return int(text) if text.isdecimal() else None
+        return int(text) if text.isdecimal() and _lives(int(text)) else None
 
     def release(self) -> None:
         """Lets go; harmless when not held."""
@@ -117,16 +129,24 @@ class FileLock:
         self._descriptor = None
 
     def __enter__(self) -> Self:
-        try:
+        with disk_errors_named(self.path):
             self.acquire(wait=True)
-        except OSError as error:
-            raise StoreError(f"cannot write {self.path}: {error.strerror}") from error
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 _HELD: set[int] = set()

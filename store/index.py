@@ -27,7 +27,7 @@ import pyarrow as pa
 from store.errors import StoreDamagedError, StoreError
 from store.files import INDEX_LOCK, FileLock
 from store.manifest import INDEX, PARTS, read_manifest
-from store.parts import READ_ERRORS, DamagedPart, PartStamp, list_parts, one_line, part_rows
+from store.parts import READ_ERRORS, DamagedPart, PartStamp, check_digest, list_parts, one_line, part_rows
 from store.schema import BIG_COLUMNS, SMALL_COLUMNS
 
 Progress = Callable[[int, int], None]
@@ -35,6 +35,9 @@ Progress = Callable[[int, int], None]
 
 BUILDING = ".building-index.duckdb"
 """Its name while it is built; the index lock is held, so one is enough."""
+
+REBUILDS = 5
+"""Attempts at indexing parts that are being replaced."""
 
 WAY_OUT = "make it anew with `ampo store reindex`"
 
@@ -156,7 +159,7 @@ def reindex(
     try:
         with FileLock(root / INDEX_LOCK):
             old = root / INDEX if reuse else None
-            return _replace(root, list_parts(root), old=old, progress=progress)
+            return _replace(root, old=old, progress=progress)
     except (OSError, duckdb.IOException) as error:
         raise StoreError(f"cannot write {root / INDEX}: {one_line(error)}") from error
 
@@ -176,7 +179,7 @@ def open_index(root: Path) -> Index:
             # Whoever held the lock before may have built it.
             index = _open_current(root)
             if index is None:
-                _replace(root, list_parts(root), old=root / INDEX)
+                _replace(root, old=root / INDEX)
                 index = _attach(root / INDEX)
     except (OSError, StoreError, duckdb.IOException):
         return _in_memory(root)
@@ -222,8 +225,15 @@ def _quoted(path: Path) -> str:
     return "'" + str(path).replace("'", "''") + "'"
 
 
-def _replace(
-    root: Path, parts: Mapping[str, PartStamp], *, old: Path | None, progress: Progress | None = None
+def _replace(root: Path, *, old: Path | None, progress: Progress | None = None) -> IndexReport:
+    for _ in range(REBUILDS):
+        with suppress(FileNotFoundError):
+            return _built(root, list_parts(root), old=old, progress=progress)
+    raise StoreDamagedError(f"the parts of {root} change faster than they can be indexed; try again")
+
+
+def _built(
+    root: Path, parts: Mapping[str, PartStamp], *, old: Path | None, progress: Progress | None
 ) -> IndexReport:
     building = root / BUILDING
     for leftover in (building, building.with_name(BUILDING + ".wal")):
@@ -239,10 +249,14 @@ def _replace(
 
 
 def _in_memory(root: Path) -> Index:
-    connection = _connect()
-    connection.execute("ATTACH ':memory:' AS idx")
-    _fill(connection, root, list_parts(root), old=root / INDEX)
-    return Index(connection, f"the index in memory of {root}")
+    for _ in range(REBUILDS):
+        connection = _connect()
+        connection.execute("ATTACH ':memory:' AS idx")
+        with suppress(FileNotFoundError):
+            _fill(connection, root, list_parts(root), old=root / INDEX)
+            return Index(connection, f"the index in memory of {root}")
+        connection.close()
+    raise StoreDamagedError(f"the parts of {root} change faster than they can be indexed; try again")
 
 
 def _fill(
@@ -253,7 +267,7 @@ def _fill(
     old: Path | None,
     progress: Progress | None = None,
 ) -> IndexReport:
-    """Fills the attached database `idx`."""
+    """Fills the attached database `idx`. Raises FileNotFoundError when one of the parts is gone."""
     began = time.perf_counter()
     connection.execute(_TABLES)
     reused = _reuse(connection, parts, old) if old is not None else {}
@@ -304,9 +318,13 @@ def _reuse(
 
 
 def _add_part(connection: duckdb.DuckDBPyConnection, root: Path, part: str) -> tuple[int, str | None]:
-    """Adds the rows of one part; returns their number, and why it could not be read."""
+    """Adds the rows of one part; returns their number, and why it could not be read. Raises FileNotFoundError
+    for one that is gone: other parts have taken its place, and without them its traces would be missing."""
     try:
+        check_digest(root / PARTS / part)
         table = part_rows(root / PARTS / part)
+    except FileNotFoundError:
+        raise
     except READ_ERRORS as error:
         return 0, one_line(error)
     connection.register("part_rows", table)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from typing import Any
 import pyarrow as pa
 
 from store.errors import StoreBusyError
-from store.files import MANIFEST_LOCK, WRITE_LOCK, FileLock, remove_orphans
+from store.files import MANIFEST_LOCK, WRITE_LOCK, FileLock, disk_errors_named, remove_orphans
 from store.index import refresh_index
 from store.manifest import PARTS, PartEntry, check_version, manifest_of, read_content, write_manifest
-from store.parts import READ_ERRORS, DamagedPart, list_parts, one_line, open_part, write_part
+from store.parts import READ_ERRORS, DamagedPart, list_parts, one_line, open_part, remove_parts, write_part
 from store.schema import SCHEMA_VERSION, TRACE_SCHEMA
 
 Progress = Callable[[int, int], None]
@@ -56,10 +57,13 @@ def migrate(path: str | os.PathLike[str], *, progress: Progress | None = None) -
     if version >= SCHEMA_VERSION:
         check_version(root, version)
     lock = FileLock(root / WRITE_LOCK)
-    if not lock.acquire(wait=False):
+    with disk_errors_named(root):
+        free = lock.acquire(wait=False)
+    if not free:
         raise StoreBusyError(f"{root} is being written by another process; wait for it to end")
     try:
-        remove_orphans(root)
+        with disk_errors_named(root):
+            remove_orphans(root)
         report = _rewrite(root, progress)
     finally:
         lock.release()
@@ -71,11 +75,12 @@ def _rewrite(root: Path, progress: Progress | None) -> MigrationReport:
     content = read_content(root)
     old = [part for part in list_parts(root) if _OLD_NAME.fullmatch(Path(part).name)]
     if content["schema_version"] == SCHEMA_VERSION:
-        _remove(root, old)  # left by a migration that was killed at its very end
+        # Left by a migration that was killed at its very end; what it could not read is no leftover.
+        remove_parts(root, [part for part in old if _is_readable(root / PARTS / part)])
         return MigrationReport(
             from_version=SCHEMA_VERSION, to_version=SCHEMA_VERSION, parts=0, traces=0, damaged=()
         )
-    _remove(root, [part for part in list_parts(root) if part not in old])
+    remove_parts(root, [part for part in list_parts(root) if part not in old])
     new: dict[str, PartEntry] = {}
     damaged: list[DamagedPart] = []
     for done, part in enumerate(old, start=1):
@@ -92,7 +97,7 @@ def _rewrite(root: Path, progress: Progress | None) -> MigrationReport:
         manifest = manifest_of(root, content | {"schema_version": SCHEMA_VERSION, "parts": {}})
         write_manifest(root, replace(manifest, parts=new))
     broken = {part.part for part in damaged}
-    _remove(root, [part for part in old if part not in broken])
+    remove_parts(root, [part for part in old if part not in broken])
     return MigrationReport(
         from_version=content["schema_version"],
         to_version=SCHEMA_VERSION,
@@ -100,6 +105,13 @@ def _rewrite(root: Path, progress: Progress | None) -> MigrationReport:
         traces=sum(sum(entry.traces.values()) for entry in new.values()),
         damaged=tuple(damaged),
     )
+
+
+def _is_readable(path: Path) -> bool:
+    with suppress(*READ_ERRORS):
+        _in_this_schema(path)
+        return True
+    return False
 
 
 def _in_this_schema(path: Path) -> pa.Table:
@@ -114,8 +126,3 @@ def _in_this_schema(path: Path) -> pa.Table:
         for field in TRACE_SCHEMA
     ]
     return pa.table(columns, TRACE_SCHEMA)
-
-
-def _remove(root: Path, parts: list[str]) -> None:
-    for part in parts:
-        (root / PARTS / part).unlink(missing_ok=True)

@@ -84,16 +84,20 @@ def pages_of_chunk(data: bytes | memoryview, start: int, size: int) -> Iterator[
         header = page_header(data, place)
         yield place, header.length + header.body, header.rows
         place += header.length + header.body
+    if place != start + size:
+        raise ValueError("a page reaches over the end of its column")
 
 
 def texts_of_page(page: bytes) -> list[bytes]:
     """The UTF-8 texts of a page of a required string column, [rows]. Raises ValueError when it is altered."""
     header, values = _values(page, PLAIN)
     texts, place = [], 0
-    for _ in range(header.rows):
+    while place + 4 <= len(values):
         (length,) = struct.unpack_from("<I", values, place)
         texts.append(values[place + 4 : place + 4 + length])
         place += 4 + length
+    if (place, len(texts)) != (len(values), header.rows):
+        raise ValueError(f"a page whose content is not {header.rows} texts")
     return texts
 
 
@@ -112,6 +116,8 @@ def lists_of_page(page: bytes, dtype: str) -> list[np.ndarray[Any, Any]]:
     levels = memoryview(page)[header.length :]
     starts_row = ~_bits(levels[: header.repetition_bytes], header.values)
     has_value = _bits(levels[header.repetition_bytes :][: header.definition_bytes], header.values)
+    if (starts_row.sum(), has_value.sum()) != (header.rows, len(flat)):
+        raise ValueError(f"a page whose content is not {header.rows} lists of {len(flat)} elements in all")
     row_of_value = (np.cumsum(starts_row) - 1)[has_value]
     lengths = np.bincount(row_of_value, minlength=header.rows)
     return np.split(flat, np.cumsum(lengths)[:-1])
@@ -129,7 +135,10 @@ def _values(page: bytes, encoding: int) -> tuple[PageHeader, bytes]:
     values = body[levels:]
     if not header.is_compressed:
         return header, bytes(values)
-    plain: bytes = _ZSTD.decompress(values, header.plain_body - levels, asbytes=True)
+    size = header.plain_body - levels
+    if size < 0:
+        raise ValueError(f"a page of {size} bytes")
+    plain: bytes = _ZSTD.decompress(values, size, asbytes=True)
     return header, plain
 
 
@@ -138,6 +147,8 @@ def _bits(data: memoryview, count: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
     runs: list[np.ndarray[Any, Any]] = []
     place = found = 0
     while found < count:
+        if place >= len(data):
+            raise ValueError(f"a page with {found} of {count} levels")
         head, place = _varint(data, place)
         if head & 1:
             size = head >> 1  # groups of eight bits, a byte each

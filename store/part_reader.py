@@ -45,7 +45,7 @@ class PartReader:
 
     def texts(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """The texts of index rows."""
-        return [text.decode() for text in self._values(rows, "text", texts_of_page)]
+        return self._values(rows, "text", lambda page: [text.decode() for text in texts_of_page(page)])
 
     def lists(self, rows: Sequence[Mapping[str, Any]], column: str) -> list[np.ndarray[Any, Any]]:
         """The `token_ids` or `logprobs` of index rows."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from store.errors import StoreDamagedError
-from store.files import whole_file
+from store.files import disk_errors_named, whole_file
 from store.manifest import PARTS, PartEntry
 from store.pages import pages_of_chunk
 from store.records import Trace
@@ -27,6 +28,8 @@ its name."""
 
 READ_ERRORS = (OSError, ValueError, TypeError, pa.ArrowException)
 """What a cut or altered Parquet file raises, by the place where it was hit."""
+
+_DIGEST = re.compile(r"[0-9a-f]{16}")
 
 _LEAVES = {"text": "text", "token_ids": "token_ids.list.element", "logprobs": "logprobs.list.element"}
 
@@ -87,6 +90,14 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def check_digest(path: Path) -> None:
+    """Raises ValueError when a part's bytes do not fit the checksum in its name; a name without one, somebody
+    else's, is let pass. The footer and the headers of pages have no other checksum."""
+    expected = digest_in_name(path.name)
+    if _DIGEST.fullmatch(expected) and not file_digest(path).startswith(expected):
+        raise ValueError("its checksum is not the one that its name carries")
+
+
 def digest_in_name(part: str) -> str:
     """The beginning of the checksum that a part's name carries."""
     return part.removesuffix(".parquet").rpartition("-")[2]
@@ -108,8 +119,24 @@ def _next_number(directory: Path) -> int:
     return max((int(number) for number in numbers if number.isdecimal()), default=0) + 1
 
 
+def remove_parts(root: Path, parts: Iterable[str]) -> None:
+    """Removes part files; those that are gone already are no matter. Raises StoreError."""
+    for part in parts:
+        with disk_errors_named(root / PARTS / part):
+            (root / PARTS / part).unlink(missing_ok=True)
+
+
 def list_parts(root: Path) -> dict[str, PartStamp]:
     """Every whole part, by its path below `parts/`, in order of the path."""
+    # A listing reads one directory after the other. Did a compaction come in between, it may have seen
+    # neither the new part in the first nor the old one in the second.
+    before, now = _listed(root), _listed(root)
+    while before.keys() - now.keys():
+        before, now = now, _listed(root)
+    return now
+
+
+def _listed(root: Path) -> dict[str, PartStamp]:
     stamps: dict[str, PartStamp] = {}
     for path in sorted((root / PARTS).glob("*/part-*.parquet")):
         with suppress(FileNotFoundError):  # removed since it was listed

@@ -18,6 +18,8 @@ from store.files import (
     MANIFEST_LOCK,
     WRITE_LOCK,
     FileLock,
+    disk_errors_named,
+    make_directory,
     remove_orphans,
     shard_lock,
     whole_file,
@@ -82,7 +84,8 @@ class StoreWriter:
             for lock in locks:
                 undo.callback(lock.release)
             if shard is None:
-                remove_orphans(root)
+                with disk_errors_named(root):
+                    remove_orphans(root)
             create_manifest(root, verifier=verifier, verifier_version=verifier_version)
             manifest = read_manifest(root)
             _check_verifier(root, manifest, verifier, verifier_version)
@@ -251,14 +254,16 @@ def _lock(root: Path, shard: str | None) -> list[FileLock]:
 
 def _acquire(lock: FileLock, root: Path) -> bool:
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_directory(root)
         return lock.acquire(wait=False)
     except OSError as error:
         raise StoreError(f"cannot write to the store at {root}: {error.strerror}") from error
 
 
 def _who_writes(root: Path, lock: FileLock) -> str:
-    pid = lock.holder()
+    # Shards share one lock, and its file names the last that came: one that may have gone.
+    others = [FileLock(path) for path in sorted(root.glob(shard_lock("*")))]
+    pid = next((pid for each in (lock, *others) if (pid := each.holder())), None)
     return (
         f"{root} is being written by {f'process {pid}' if pid else 'another process'}; "
         "wait for it to end, or set store.path to another directory"
