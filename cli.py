@@ -20,6 +20,7 @@ from commands.refilter import store_refilter
 from commands.shared import console_of, escaped
 from commands.store_exchange import store_export, store_import
 from commands.train import evaluate, train
+from commands.verify import verify
 from store.errors import UserError
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ inspect_app = typer.Typer(no_args_is_help=True, help="Look into stores and runs.
 app.add_typer(precompute.app, name="precompute")
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(verify)
 app.add_typer(inspect_app, name="inspect")
 inspect_app.add_typer(inspect_store.app, name="store")
 inspect_app.command("run")(inspect_run)
