@@ -9,19 +9,17 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 
 from precompute import pipeline
 from precompute.config import PrecomputeConfig
-from precompute.draws import next_samples, sample_seed, samples_left
+from precompute.draws import sample_seed
 from precompute.outcome import PrecomputeReport
 from precompute.progress import ConsoleReporter, SilentReporter, TeacherProgress
 from precompute.verify import verify_answer
@@ -182,6 +180,58 @@ def test_sampling_stops_once_enough_is_verified(tmp_path: Path) -> None:
     assert 24 < report.teachers[0].samples < 72
 
 
+def test_another_try_is_drawn_while_other_problems_wait_for_their_first(tmp_path: Path) -> None:
+    tries = POOR | {"until_verified": 1, "max_samples": 3, "batch_size": 4}
+    pipeline.run(config(tmp_path / "traces", tries), limit=24)
+    in_order = sorted(traces_of(tmp_path / "traces"), key=lambda trace: trace.created_at)
+    places = {0: 0, 1: 0}
+    for place, trace in enumerate(in_order):
+        if trace.sample_index == 0:
+            places[0] = place
+        elif not places[1]:
+            places[1] = place
+    # Wave after wave, every first try would be judged before any second.
+    assert 0 < places[1] < places[0]
+
+
+def test_what_a_filter_holds_back_is_kept_counted_and_no_candidate(tmp_path: Path) -> None:
+    plan = GOOD | {"until_verified": 1, "max_samples": 3}
+    settings = config(tmp_path / "traces", plan)
+    limits = {"filters": {"max_tokens": 45}}
+    settings = settings.model_validate(settings.model_dump() | limits)
+    report = pipeline.run(settings, limit=16)
+    traces = traces_of(tmp_path / "traces")
+    for trace in traces:
+        said = f"max_tokens: {trace.n_tokens} tokens, more than 45"
+        assert trace.filtered == (said if trace.n_tokens > 45 else None)
+    held = [trace for trace in traces if trace.is_correct and trace.filtered]
+    usable = {trace.problem_id for trace in traces if trace.is_usable}
+    assert held
+    assert report.teachers[0].filtered == len(held)
+    assert report.teachers[0].verified == sum(trace.is_correct for trace in traces)
+    assert report.coverage == (16 - len(usable), len(usable))
+    with TraceStore(tmp_path / "traces") as store:
+        candidates = store.candidates([trace.problem_id for trace in held])
+    assert all(trace.filtered is None for found in candidates.values() for trace in found)
+    # It was a try, and not what is looked for: another one was drawn, as long as there were tries.
+    for trace in held:
+        tries = [other for other in traces if other.problem_id == trace.problem_id]
+        assert trace.sample_index == 2 or len(tries) > trace.sample_index + 1
+    assert pipeline.run(settings, limit=16).teachers[0].new_samples == 0
+
+
+def test_another_answer_form_is_another_recipe(filled: tuple[Path, PrecomputeReport]) -> None:
+    store, _ = filled
+    with pytest.raises(RecipeChangedError, match=r"'totals'.*: answer_form None -> 'answer_tags'"):
+        pipeline.plan(config(store, GOOD | {"answer_form": "answer_tags"}), limit=2)
+
+
+def test_answers_are_read_in_the_form_that_the_config_names(tmp_path: Path) -> None:
+    # The lab's models box their answers: read as tags, there is none.
+    pipeline.run(config(tmp_path / "traces", GOOD | {"answer_form": "answer_tags"}), limit=2)
+    assert {trace.verdict for trace in traces_of(tmp_path / "traces")} == {"no_answer"}
+
+
 def test_a_response_that_was_cut_is_never_correct(
     filled: tuple[Path, PrecomputeReport], tmp_path: Path
 ) -> None:
@@ -289,34 +339,6 @@ def test_golds_that_do_not_parse_are_left_out_and_reported(tmp_path: Path) -> No
         pipeline.run(settings)
 
 
-@given(
-    st.integers(1, 4),
-    st.integers(1, 8),
-    st.lists(st.booleans(), min_size=8, max_size=8),
-    st.lists(st.integers(0, 7)),
-)
-def test_waves_end_alike_wherever_they_are_cut(
-    wanted: int, budget: int, right: list[bool], lost: list[int]
-) -> None:
-    teacher = config(Path("x"), GOOD | {"until_verified": wanted, "max_samples": budget}).teachers[0]
-
-    def finish(done: dict[int, bool]) -> dict[int, bool]:
-        while wave := next_samples(teacher, done):
-            assert len(wave) <= samples_left(teacher, done)
-            done |= {index: right[index] for index in wave}
-        return done
-
-    waves: list[dict[int, bool]] = [{}]
-    while wave := next_samples(teacher, waves[-1]):
-        waves.append(waves[-1] | {index: right[index] for index in wave})
-    whole = waves[-1]
-    assert sum(whole.values()) >= wanted or len(whole) == budget
-    # Any wave may have lost some of its own samples to a kill; the waves before it are whole.
-    for before, after in pairwise(waves):
-        torn = {i: known for i, known in after.items() if i in before or i not in lost}
-        assert finish(torn) == whole
-
-
 def test_progress_in_numbers_worked_out_by_hand() -> None:
     # 20 samples judged in 10 s, 30 still to come: 15 s. 5 of 20 verified; 800 tokens in 10 s.
     progress = TeacherProgress(
@@ -335,9 +357,11 @@ def test_without_a_terminal_progress_is_plain_lines(capsys: pytest.CaptureFixtur
         reporter.message("totals: loading [model]")
         reporter.progress(progress)
         reporter.finished(progress)
+        reporter.finished(replace(progress, filtered=2))
     assert capsys.readouterr().out.splitlines() == [
         "totals: loading [model]",
         "totals: 70/100  verified 25%  80 tokens/s  ETA 15 s",
+        "totals: 70/100  verified 25%  filtered 2  80 tokens/s  ETA 15 s",
     ]
 
 

@@ -1,0 +1,146 @@
+"""Other filters over a store that is there: judged from its texts, whole or not at all, and nothing drawn."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from precompute import pipeline, refilter
+from precompute.config import FiltersConfig, PrecomputeConfig
+from precompute.refilter import filter_settings
+from store.compaction import compact
+from store.errors import RecipeChangedError, StoreError
+from store.records import Trace
+from store.trace_store import TraceStore
+
+LAB = Path(__file__).parents[1] / "lab"
+SHORT = {"max_tokens": 45, "format": True}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """A model this small only waits for its other threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def config(store: Path, **filters: Any) -> PrecomputeConfig:
+    teachers = [
+        {
+            "name": name,
+            "model": str(LAB / "models" / model),
+            "system_prompt": "",
+            "max_tokens": 120,
+            "samples": 2,
+        }
+        for name, model in (("totals", "teacher-totals"), ("student", "student"))
+    ]
+    return PrecomputeConfig.model_validate(
+        {
+            "problems": {"train": str(LAB / "problems" / "train.jsonl")},
+            "store": {"path": str(store), "part_traces": 5},
+            "verify": {"workers": 1},
+            "filters": filters,
+            "teachers": teachers,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def unfiltered(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 problems, two teachers, two samples each, no filter."""
+    path = tmp_path_factory.mktemp("unfiltered") / "traces"
+    pipeline.run(config(path), limit=12)
+    return path
+
+
+@pytest.fixture
+def store(unfiltered: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(unfiltered, tmp_path / "traces")
+
+
+def traces_of(store: Path) -> list[Trace]:
+    with TraceStore(store) as opened:
+        return opened.traces(tokens=True)
+
+
+def reasons(store: Path) -> dict[str, str | None]:
+    traces = traces_of(store)
+    found = {trace.trace_id: trace.filtered for trace in traces}
+    assert len(found) == len(traces)
+    return found
+
+
+def test_judged_anew_a_store_is_as_if_it_had_been_drawn_so(store: Path, tmp_path: Path) -> None:
+    drawn = tmp_path / "drawn"
+    pipeline.run(config(drawn, **SHORT), limit=12)
+    before = traces_of(store)
+    with pytest.raises(
+        RecipeChangedError, match=r"'totals'.* filters\.max_tokens None -> 45.*store refilter"
+    ):
+        pipeline.run(config(store, **SHORT), limit=12)
+    reports = refilter.refilter(store, FiltersConfig(**SHORT))
+    assert reasons(store) == reasons(drawn)
+    held = sum(trace.is_correct and trace.filtered is not None for trace in traces_of(store))
+    assert sum(report.held_now for report in reports) == held > 0
+    assert [(report.traces, report.held_before) for report in reports] == [(24, 0), (24, 0)]
+    # The run under these filters has nothing left to do; the one under the old ones is refused.
+    assert [t.new_samples for t in pipeline.run(config(store, **SHORT), limit=12).teachers] == [0, 0]
+    with pytest.raises(RecipeChangedError, match=r"filters\.max_tokens 45 -> None"):
+        pipeline.plan(config(store), limit=12)
+    # And back: nothing but the reasons ever changed.
+    refilter.refilter(store, FiltersConfig())
+    assert traces_of(store) == before
+
+
+def test_one_teacher_alone_and_within_a_compacted_part(store: Path) -> None:
+    compact(store)
+    refilter.refilter(store, FiltersConfig(**SHORT), teachers=["totals"])
+    assert {trace.teacher for trace in traces_of(store) if trace.filtered} == {"totals"}
+    with TraceStore(store) as opened:
+        settings = {name: dict(record.filters) for name, record in opened.teachers().items()}
+    assert settings == {"totals": filter_settings(FiltersConfig(**SHORT)), "student": {}}
+    with pytest.raises(StoreError, match=r"no teacher 'totls' in .*; its teachers: student, totals"):
+        refilter.refilter(store, FiltersConfig(), teachers=["totls"])
+
+
+@pytest.mark.parametrize("stopped_at", ["change_parts", "refresh_index"])
+def test_stopped_half_way_it_loses_nothing_and_goes_on(
+    store: Path, stopped_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = traces_of(store)
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(refilter, stopped_at, stop)
+        with pytest.raises(KeyboardInterrupt):
+            refilter.refilter(store, FiltersConfig(**SHORT))
+    assert len(reasons(store)) == len(before)
+    with pytest.raises(RecipeChangedError):
+        pipeline.run(config(store, **SHORT), limit=12)
+    # Another filter than that of the call that was stopped: nothing of the other may be left.
+    refilter.refilter(store, FiltersConfig(min_tokens=40))
+    for trace in traces_of(store):
+        said = f"min_tokens: {trace.n_tokens} tokens, fewer than 40"
+        assert trace.filtered == (said if trace.n_tokens < 40 else None)
+
+
+def test_where_nothing_changes_no_part_is_touched(store: Path) -> None:
+    parts = {path: path.stat().st_mtime_ns for path in store.rglob("*.parquet")}
+    refilter.refilter(store, FiltersConfig(max_tokens=121))
+    assert {path: path.stat().st_mtime_ns for path in store.rglob("*.parquet")} == parts
+    assert pipeline.plan(config(store, max_tokens=121), limit=12).teachers[0].samples_left == 0
+
+
+def test_filters_that_are_all_off_are_no_settings() -> None:
+    assert filter_settings(FiltersConfig(repetition_ngram=7)) == {}
+    assert filter_settings(FiltersConfig(scripts=("latin",)))["max_other_letters"] == 0.05
