@@ -156,7 +156,7 @@ def test_the_plan_fits_80_columns_and_shows_the_way_into_the_students_form(tmp_p
 
 def test_amounts_are_short() -> None:
     assert [short_count(n) for n in (0, 999, 1000, 12_345, 999_999, 3.4e12)] == [
-        "0", "999", "1.0k", "12.3k", "1000k", "3.4T",
+        "0", "999", "1.0k", "12.3k", "1.0M", "3.4T",
     ]  # fmt: skip
     assert [short_bytes(n) for n in (12, 2048, 300 * 2**20)] == ["12 B", "2.0 KiB", "300 MiB"]
     assert [short_time(s) for s in (12, 90, 3600, 500 * 3600)] == ["12 s", "1.5 min", "1.0 h", "500 h"]
