@@ -1,0 +1,258 @@
+"""A kill or a failing disk at any system call of any operation: nothing lost, nothing half, nothing doubled.
+
+pytest tests/test_store_crash.py               calls drawn by chance
+pytest tests/test_store_crash.py -m slow       every call in turn, and the kernel's own by strace
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from store_faults import (
+    BEGINNINGS,
+    ERRORS,
+    EVERYTHING,
+    Contents,
+    Outcome,
+    Work,
+    assert_in_order,
+    contents,
+    run,
+)
+
+from store.errors import StoreOlderError
+
+OPERATIONS = st.sampled_from(sorted(BEGINNINGS))
+FEW = settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+
+SYSCALLS = ("write", "pwrite64", "fsync", "rename", "unlink", "mkdir", "flock", "truncate", "ftruncate")
+"""What may change a disk, DuckDB's writing of the index included."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation, the store that it begins with, and what holds before and after it."""
+
+    template: Path
+    work: Work
+    before: Contents
+    after: Contents
+    calls: list[str]
+
+
+class Cases:
+    """Made once each: what an operation that nothing interrupts comes to."""
+
+    def __init__(self, place: Path) -> None:
+        self._place = place
+        self._made: dict[str, Case] = {}
+
+    def __getitem__(self, name: str) -> Case:
+        if name not in self._made:
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def _make(self, name: str) -> Case:
+        begin, work = BEGINNINGS[name]
+        template, whole = self._place / name / "before", self._place / name / "after"
+        template.parent.mkdir()
+        begin(template)
+        if template.exists():
+            shutil.copytree(template, whole)
+        before = seen(template)
+        outcome = run(work, whole)
+        assert outcome.finished, outcome
+        return Case(template, work, before, contents(whole), outcome.calls)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
+    return Cases(tmp_path_factory.mktemp("cases"))
+
+
+@contextmanager
+def store_of(case: Case) -> Iterator[Path]:
+    """A copy of the store that the case begins with."""
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place) / "traces"
+        if case.template.exists():
+            shutil.copytree(case.template, root)
+        yield root
+
+
+def seen(root: Path) -> Contents:
+    """What a reader sees; of an older schema nothing until it is migrated."""
+    try:
+        return contents(root)
+    except StoreOlderError:
+        return {}
+
+
+def assert_nothing_hurt(case: Case, root: Path, outcome: Outcome) -> None:
+    """What held before and after holds meanwhile, as does what was acknowledged; nothing else is there."""
+    there = seen(root)
+    kept = {key for key in case.before if case.after.get(key) == case.before[key]}
+    assert kept <= there.keys()
+    assert set(outcome.acknowledged) <= {str(key) for key in there}
+    possible = case.before | case.after
+    assert {key: possible.get(key) for key in there} == there
+
+
+def assert_same_end(case: Case, root: Path) -> None:
+    """The same operation again, and all is as if nothing had happened."""
+    outcome = run(case.work, root)
+    assert outcome.finished, outcome
+    assert contents(root) == case.after
+    assert_in_order(root)
+
+
+def assert_survives(case: Case, at: int) -> None:
+    with store_of(case) as root:
+        outcome = run(case.work, root, at=at)
+        assert outcome.killed, outcome
+        assert_nothing_hurt(case, root, outcome)
+        assert_same_end(case, root)
+
+
+def assert_refuses(case: Case, at: int, fault: int) -> None:
+    """An error of the disk is one line of StoreError, and the same process can go on afterwards."""
+    with store_of(case) as root:
+        outcome = run(case.work, root, at=at, fault=fault, retry=True)
+        assert outcome.finished, f"at {case.calls[at - 1]}: {outcome}"
+        assert contents(root) == case.after
+        assert_same_end(case, root)
+
+
+def test_the_operations_do_what_they_should(cases: Cases) -> None:
+    assert cases["write"].after == EVERYTHING
+    assert cases["compact"].before == cases["compact"].after == EVERYTHING
+    # ada's four of seven go; bob's three stay.
+    assert sorted(key[1] for key in cases["forget"].after) == ["bob"] * 3
+    # tests/data/store_v1 holds four traces of ada and two of bob.
+    assert sorted(key[1] for key in cases["migrate"].after) == ["ada"] * 4 + ["bob"] * 2
+    assert cases["repair"].after == EVERYTHING
+
+
+@FEW
+@given(name=OPERATIONS, data=st.data())
+def test_a_kill_at_any_call_hurts_nothing(cases: Cases, name: str, data: st.DataObject) -> None:
+    assert_survives(cases[name], data.draw(st.integers(1, len(cases[name].calls)), "call"))
+
+
+@FEW
+@given(name=OPERATIONS, data=st.data())
+def test_a_second_kill_while_recovering_hurts_nothing(cases: Cases, name: str, data: st.DataObject) -> None:
+    case = cases[name]
+    with store_of(case) as root:
+        first = run(case.work, root, at=data.draw(st.integers(1, len(case.calls)), "first"))
+        assert first.killed, first
+        second = run(case.work, root, at=data.draw(st.integers(1, len(case.calls)), "second"))
+        assert second.killed or second.finished, second
+        second.acknowledged.extend(first.acknowledged)
+        assert_nothing_hurt(case, root, second)
+        assert_same_end(case, root)
+
+
+@FEW
+@given(name=OPERATIONS, fault=st.sampled_from(ERRORS), data=st.data())
+def test_a_failing_disk_is_one_line_and_hurts_nothing(
+    cases: Cases, name: str, fault: int, data: st.DataObject
+) -> None:
+    assert_refuses(cases[name], data.draw(st.integers(1, len(cases[name].calls)), "call"), fault)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BEGINNINGS)
+def test_a_kill_at_every_call_hurts_nothing(cases: Cases, name: str) -> None:
+    for at in range(1, len(cases[name].calls) + 1):
+        assert_survives(cases[name], at)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BEGINNINGS)
+def test_a_disk_that_fails_at_every_call_hurts_nothing(cases: Cases, name: str) -> None:
+    for at in range(1, len(cases[name].calls) + 1):
+        assert_refuses(cases[name], at, ERRORS[at % len(ERRORS)])
+
+
+@pytest.mark.parametrize("name", BEGINNINGS)
+def test_what_is_named_is_on_the_disk_first(cases: Cases, name: str) -> None:
+    """The order that decides what a power cut leaves, and that no kill can show."""
+    calls = [call.split(" ") for call in cases[name].calls if "index.duckdb" not in call]
+    manifest_durable = False
+    for number, call in enumerate(calls):
+        later = calls[number + 1 :]
+        if call[0] == "replace" and ".tmp-" in call[1]:
+            own = [each[0] for each in calls[:number] if each[1] == call[1]]
+            assert own[-1] == "fsync", f"{call[2]} was renamed before its content was durable"
+            assert_synced(os.path.dirname(call[2]), later)
+            manifest_durable = call[2].endswith("manifest.json")
+        if call[0] == "mkdir" and "quarantine" not in call[1]:
+            assert_synced(os.path.dirname(call[1]), later)
+        if call[0] == "unlink" and "/part-" in call[1] and ".tmp-" not in call[1]:
+            assert manifest_durable, f"{call[1]} went before the manifest said so"
+
+
+def assert_synced(directory: str, later: list[list[str]]) -> None:
+    """The directory becomes durable before anything else is renamed."""
+    for call in later:
+        if call == ["fsync", directory]:
+            return
+        assert call[0] != "replace", f"{call[2]} came before {directory} was durable"
+    raise AssertionError(f"{directory} was never made durable")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@pytest.mark.parametrize("name", BEGINNINGS)
+@pytest.mark.parametrize("syscall", SYSCALLS)
+def test_a_kill_at_the_kernels_own_calls_hurts_nothing(cases: Cases, name: str, syscall: str) -> None:
+    case, number = cases[name], 0
+    while True:
+        number += 1
+        with store_of(case) as root:
+            outcome = killed_by_strace(case.work, root, syscall, number)
+            if not outcome.killed:
+                assert outcome.finished, outcome
+                return
+            assert_nothing_hurt(case, root, outcome)
+            assert_same_end(case, root)
+
+
+def killed_by_strace(work: Work, root: Path, syscall: str, number: int) -> Outcome:
+    """`work` in a child that is killed as it enters its `number`-th `syscall`."""
+
+    inject = f"inject={syscall}:signal=KILL:when={number}"
+
+    def traced(root: Path, ack: Callable[[object], None]) -> None:
+        tracer = subprocess.Popen(
+            [
+                "strace",
+                "-f",
+                "-o",
+                os.devnull,
+                "-p",
+                str(os.getpid()),
+                "-e",
+                f"trace={syscall}",
+                "-e",
+                inject,
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert tracer.stderr is not None
+        assert "attached" in tracer.stderr.readline()
+        work(root, ack)
+
+    return run(traced, root)
