@@ -108,18 +108,25 @@ def inspect_traces(
     filtered: Annotated[
         bool, typer.Option("--filtered", help="Only traces that a filter holds back, with the reason.")
     ] = False,
+    why: Annotated[
+        bool,
+        typer.Option("--why", help="Show gold and answer as they stand and as the verifier read them."),
+    ] = False,
     limit: Annotated[int, typer.Option(min=0, help="At most N traces; 0: all.")] = 20,
     json_: JsonFlag = False,
     csv_: CsvFlag = False,
 ) -> None:
-    """Read traces side by side.
+    """Read traces side by side; with `--why`, what the verifier read in gold and answer.
 
     Example: `ampo inspect store traces traces --problem 5f0c1d2e3a4b5c6d`
+
+    Why answers failed: `ampo inspect store traces traces --verdict mismatch --why`
     """
     from store.records import VERDICTS
     from store.report import problem_id_of, trace_rows
     from store.tables import traces_table
     from store.trace_store import TraceStore
+    from store.why_table import why_table, with_golds
 
     if verdict is not None and verdict not in VERDICTS:
         raise UserError(f"--verdict {verdict}: one of {', '.join(VERDICTS)}")
@@ -135,8 +142,10 @@ def inspect_traces(
             filtered=filtered,
             limit=limit or None,
         )
+        if why:
+            rows = with_golds(opened, rows)
     if not emit_rows(rows, json_, csv_):
-        console_of().print(traces_table(rows, full=problem is not None))
+        console_of().print(why_table(rows) if why else traces_table(rows, full=problem is not None))
 
 
 @app.command("problems")
