@@ -77,7 +77,9 @@ def forget(
         if not parts and not record.exists():
             known = ", ".join(sorted(file.stem for file in record.parent.glob("*.json"))) or "none"
             raise StoreError(f"no teacher {teacher!r} in {writer.path}; its teachers: {known}")
-        report = _rewrite(writer.path, index, parts, f"teacher <> {_quoted(teacher)}", PART_TRACES, progress)
+        index.add_table("parts_of_teacher", pa.table({"part": pa.array(parts, pa.string())}))
+        others = f"part IN (SELECT part FROM parts_of_teacher) AND teacher <> {_quoted(teacher)}"
+        report = _rewrite(writer.path, index, parts, others, PART_TRACES, progress)
         with disk_errors_named(record):
             record.unlink(missing_ok=True)
         return report
@@ -102,7 +104,7 @@ def _is_compact(parts: Sequence[str], index: Index, part_traces: int) -> bool:
 def _rewrite(
     root: Path, index: Index, parts: Sequence[str], chosen: str, part_traces: int, progress: Progress | None
 ) -> CompactionReport:
-    """Writes the traces for which the SQL condition `chosen` holds anew, then drops `parts`, which hold them."""
+    """Writes the traces for which the SQL condition `chosen` holds anew, then drops the `parts` they are in."""
     before = _sizes(root)
     total = index.rows(f"SELECT count(*) AS traces FROM idx.rows WHERE {chosen}")[0]["traces"]
     reader, new, written = PartReader(root), {}, 0
