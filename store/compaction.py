@@ -104,7 +104,7 @@ def _is_compact(parts: Sequence[str], index: Index, part_traces: int) -> bool:
 def _rewrite(
     root: Path, index: Index, parts: Sequence[str], chosen: str, part_traces: int, progress: Progress | None
 ) -> CompactionReport:
-    """Writes the traces for which the SQL condition `chosen` holds anew, then drops the `parts` they are in."""
+    """Writes the traces for which the SQL condition `chosen` holds anew, then drops their `parts`."""
     before = _sizes(root)
     total = index.rows(f"SELECT count(*) AS traces FROM idx.rows WHERE {chosen}")[0]["traces"]
     reader, new, written = PartReader(root), {}, 0
