@@ -28,7 +28,12 @@ def precompute_teachers(
         list[str] | None, typer.Option(help="Only this teacher. May be repeated; default: all.")
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="auto, vllm or transformers; default: what each teacher's table says.")
+        str | None,
+        typer.Option(
+            help="auto, vllm, transformers or openai; default: what each teacher's table says. ray: the "
+            "teachers' own engines on the workers of a Ray cluster, the one at RAY_ADDRESS or the one that "
+            "`ray start` started on this machine; see [ray] in the config."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N problems.")] = None,
     shard: Annotated[
@@ -76,7 +81,8 @@ def precompute_teachers(
             )
         _show_plan(console, settings, plan)
         return
-    with _reporting(console, "every verified trace is kept. Go on with the same command") as reporter:
+    kept = "what the workers wrote" if engine == "ray" else "every verified trace"
+    with _reporting(console, f"{kept} is kept. Go on with the same command") as reporter:
         report = pipeline.run(
             settings, teachers=names, engine=engine, limit=limit, shard=part, reporter=reporter
         )

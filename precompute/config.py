@@ -229,6 +229,24 @@ class TeacherConfig(Section):
         return self.max_samples or self.samples
 
 
+class RayConfig(Section):
+    """[ray]: what `--engine ray` takes of a cluster."""
+
+    num_workers: Positive | None = None
+    """Workers at once, each with the teacher loaded. None: as many as the cluster has room for when the
+    teacher begins."""
+    num_gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
+    """None: the teacher's `tensor_parallel_size` where the cluster has GPUs, 0 elsewhere. A fraction shares
+    one GPU; `gpu_memory_utilization` has to fit."""
+    num_cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    problems_per_task: Positive = 512
+    """Problems that a worker is given at a time, at most. At a task's end its last samples run alone: many
+    problems keep an engine full, few spread the rest better over the workers. A task that is tried again goes
+    on from what is written."""
+    max_task_retries: Annotated[int, Field(ge=0)] = 3
+    """How often the task of a worker that died is given to another before the run is given up."""
+
+
 class PrecomputeConfig(Section):
     """The sections that `ampo precompute teachers` reads."""
 
@@ -236,6 +254,7 @@ class PrecomputeConfig(Section):
     store: StoreConfig = StoreConfig()
     verify: VerifyConfig = VerifyConfig()
     filters: FiltersConfig = FiltersConfig()
+    ray: RayConfig = RayConfig()
     teachers: tuple[TeacherConfig, ...] = ()
 
     @field_validator("teachers")

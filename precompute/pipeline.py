@@ -6,16 +6,15 @@ by what they are, so the run that goes on draws what the other one would have dr
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from precompute.config import PrecomputeConfig, TeacherConfig
 from precompute.draws import Done, samples_left
-from precompute.engines.select import load_engine, load_tokenizer, prepare_engine, resolve_engine
+from precompute.engines.select import load_tokenizer
 from precompute.outcome import (
     PrecomputePlan,
     PrecomputeReport,
@@ -25,13 +24,14 @@ from precompute.outcome import (
     coverage,
     stored_counts,
 )
+from precompute.places import RAY, Place, place_of
 from precompute.probe import expect, run_probe
 from precompute.problems import load_problems, split_by_gold
 from precompute.progress import Reporter, SilentReporter
 from precompute.prompts import demanded_form, tokenizer_fingerprint
 from precompute.refilter import check_filters, filter_settings
 from precompute.sharding import Shard
-from precompute.solving import STAGE_PROBLEMS, Job, TeacherWork, fill_prompts, longest_prompt
+from precompute.solving import STAGE_PROBLEMS, Job, fill_prompts, longest_prompt
 from precompute.verify import VERIFIER_NAME, VERIFIER_VERSION, Verifier
 from store.errors import ConfigError, ProblemsError
 from store.records import Problem, TeacherRecord, content_hash
@@ -56,18 +56,21 @@ def run(
     KeyboardInterrupt after writing what was verified by then: the same call goes on.
     """
     reporter = reporter or SilentReporter()
-    jobs = _jobs(config, teachers, engine)
     outcomes = []
-    with Verifier.configured(config.verify) as verifier:
+    with ExitStack() as stack:
+        place = stack.enter_context(place_of(config, engine, shard, reporter))
+        jobs = _jobs(config, teachers, place)
+        verifier = stack.enter_context(Verifier.configured(config.verify))
         problems, summary = _problems(config, limit, shard, verifier, reporter)
-        with _open_store(config, shard.name if shard else None) as writer:
+        with _open_store(config, place.shard) as writer:
             for job in jobs:
                 check_filters(writer, job.record)
             writer.write_problems(problems)
             for job in jobs:
                 writer.register_teacher(job.record)
             for job in jobs:
-                outcomes.append(_solve(job, problems, config, writer, verifier, reporter))
+                _say_damaged(writer, job, reporter)
+                outcomes.append(place.solve(job, problems, config, writer, verifier, reporter))
     return _report(config, summary, problems, outcomes)
 
 
@@ -87,7 +90,10 @@ def plan(
     disk can be told. Touches nothing.
     """
     reporter = reporter or SilentReporter()
-    jobs = _jobs(config, teachers, engine)
+    if probe and engine == RAY:
+        raise ConfigError("--probe measures this machine alone; leave --engine ray out")
+    with place_of(config, engine, shard, reporter) as place:
+        jobs = _jobs(config, teachers, place)
     path = str(Path(config.store.path).absolute())
     with Verifier.configured(config.verify) as verifier:
         problems, summary = _problems(config, limit, shard, verifier, reporter)
@@ -110,7 +116,7 @@ def plan(
     )
 
 
-def _jobs(config: PrecomputeConfig, names: Sequence[str] | None, engine: str | None) -> list[Job]:
+def _jobs(config: PrecomputeConfig, names: Sequence[str] | None, place: Place) -> list[Job]:
     known = [teacher.name for teacher in config.teachers]
     if not known:
         raise ConfigError("the config names no teacher; add a [[teachers]] table with a name and a model")
@@ -119,10 +125,11 @@ def _jobs(config: PrecomputeConfig, names: Sequence[str] | None, engine: str | N
             raise ConfigError(f"no teacher {name!r} in the config; its teachers: {', '.join(known)}")
     chosen = [teacher for teacher in config.teachers if not names or teacher.name in names]
     filters = filter_settings(config.filters)
-    return [_job(teacher, resolve_engine(engine or teacher.engine), filters) for teacher in chosen]
+    return [_job(teacher, place, filters) for teacher in chosen]
 
 
-def _job(teacher: TeacherConfig, engine: str, filters: Mapping[str, Any]) -> Job:
+def _job(teacher: TeacherConfig, place: Place, filters: Mapping[str, Any]) -> Job:
+    engine = place.engine_of(teacher)
     tokenizer = load_tokenizer(teacher)
     template = tokenizer.chat_template
     record = TeacherRecord(
@@ -130,7 +137,7 @@ def _job(teacher: TeacherConfig, engine: str, filters: Mapping[str, Any]) -> Job
         model=teacher.model,
         revision=teacher.revision,
         engine=engine,
-        engine_version=prepare_engine(teacher, engine),
+        engine_version=place.version_of(teacher, engine),
         # A tokenizer may bring none, or several by name.
         chat_template=template if isinstance(template, str) else content_hash(template),
         system_prompt=teacher.system_prompt,
@@ -249,45 +256,9 @@ def _weight_bytes(model: str) -> int | None:
     return sum(file.stat().st_size for file in files) if files else None
 
 
-def _solve(
-    job: Job,
-    problems: Sequence[Problem],
-    config: PrecomputeConfig,
-    writer: StoreWriter,
-    verifier: Verifier,
-    reporter: Reporter,
-) -> TeacherOutcome:
-    """Draws, judges and keeps what the store lacks of one teacher. Counts of the store are left at 0."""
-    started = time.monotonic()
+def _say_damaged(writer: StoreWriter, job: Job, reporter: Reporter) -> None:
     for damaged in writer.damaged(job.name):
         reporter.message(f"{damaged.part} cannot be read ({damaged.reason}); its samples are drawn again")
-    work = TeacherWork(
-        job,
-        problems,
-        writer.done(job.name),
-        verifier=verifier,
-        filters=config.filters,
-        reporter=reporter,
-    )
-    if work.left:
-        work.fill_prompts()
-        reporter.message(f"{job.name}: loading {job.config.model} with {job.engine}")
-        longest = longest_prompt(work.prompts)
-        engine = load_engine(
-            job.config, job.engine, job.tokenizer, longest_prompt=longest, report=reporter.message
-        )
-        with closing(engine):
-            work.run(engine, writer.append, config.store)
-    progress = work.progress()
-    reporter.finished(progress)
-    return TeacherOutcome(
-        name=job.name,
-        model=job.config.model,
-        engine=job.engine,
-        new_samples=progress.judged,
-        new_tokens=progress.tokens,
-        seconds=time.monotonic() - started,
-    )
 
 
 def _report(
