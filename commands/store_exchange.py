@@ -74,6 +74,7 @@ def store_import(
         question=question_column, answer=answer_column, text=text_column, teacher=teacher_column
     )
     form = ImportForm(files_at(file), columns, names)
+    console_of(stderr=True).print(f"reading {file}", highlight=False, soft_wrap=True)
     with Verifier.configured(settings.verify) as verifier, Meter("importing") as meter:
         try:
             report = import_traces(

@@ -283,6 +283,8 @@ class _Import:
             generation_fingerprint=self._records[candidate.teacher].generation_fingerprint,
             created_at=datetime.now(UTC),
             verdict_detail=verdict.detail,
+            parsed_answer=verdict.parsed_answer,
+            parsed_gold=verdict.parsed_gold,
         )
 
     def _is_late(self) -> bool:

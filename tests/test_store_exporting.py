@@ -1,0 +1,261 @@
+"""Exports: each form's rows written out by hand, files that are whole or not there, and the way back in."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
+
+from precompute.import_form import ImportColumns, ImportForm, TeacherNames
+from store import exporting
+from store.errors import StoreError, UserError
+from store.export_forms import FORMS, Solved
+from store.exporting import WRITERS, ExportOptions, ExportReport, export, in_turns
+from store.records import Problem
+from store.trace_store import TraceStore
+from store.writer import StoreWriter
+
+HELD_BACK = "repetition: 0.9"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """ada solved 0 twice, of which a filter holds one back, and 1; bob solved 0 and failed at 1."""
+    return make_store(
+        tmp_path / "traces",
+        [trace(0, "ada"), trace(0, "ada", 1, filtered=HELD_BACK), trace(1, "ada")],
+        [trace(0, "bob"), wrong(1, "bob")],
+    )
+
+
+def run(root: Path, out: Path, form: str, **options: Any) -> ExportReport:
+    with TraceStore(root) as store:
+        return export(store, out, form, ExportOptions(**options))
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    if out.suffix == ".parquet":
+        rows: list[dict[str, Any]] = pq.read_table(out).to_pylist()
+        return rows
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_verl_is_a_row_a_problem_with_its_traces_in_target_lst(root: Path, suffix: str) -> None:
+    out = root.parent / f"verl{suffix}"
+    report = run(root, out, "verl")
+    first, second = rows_of(out)
+    assert first == {
+        "data_source": "",
+        "prompt": [{"role": "user", "content": "What is 0 + 0?"}],
+        "ability": "math",
+        "reward_model": {"ground_truth": "0", "style": "rule"},
+        "target_lst": [
+            # "ada says: it is \boxed{0}" has 25 characters.
+            {
+                "content": "ada says: it is \\boxed{0}",
+                "source": "ada",
+                "quality_score": 1 / 25,
+                "is_correct": True,
+            },
+            {
+                "content": "bob says: it is \\boxed{0}",
+                "source": "bob",
+                "quality_score": 1 / 25,
+                "is_correct": True,
+            },
+        ],
+        "extra_info": {"index": 0, "split": "train", "problem_id": problem(0).problem_id},
+    }
+    assert [target["source"] for target in second["target_lst"]] == ["ada"]
+    assert second["extra_info"]["index"] == 1
+    assert (report.rows, report.problems, report.traces) == (2, 2, {"ada": 2, "bob": 1})
+    assert report.bytes == out.stat().st_size
+
+
+def test_luffy_is_a_row_a_trace_with_the_one_message_in_target(root: Path) -> None:
+    run(root, root.parent / "luffy.parquet", "luffy")
+    rows = rows_of(root.parent / "luffy.parquet")
+    assert [(row["reward_model"]["ground_truth"], row["extra_info"]["teacher"]) for row in rows] == [
+        ("0", "ada"), ("0", "bob"), ("2", "ada"),
+    ]  # fmt: skip
+    assert rows[1]["target"] == [{"role": "assistant", "content": "bob says: it is \\boxed{0}"}]
+    run(root, root.parent / "one.parquet", "luffy", max_per_problem=1)
+    assert [row["extra_info"]["index"] for row in rows_of(root.parent / "one.parquet")] == [0, 1]
+
+
+def test_chat_has_the_system_turn_that_the_teacher_had(root: Path) -> None:
+    with StoreWriter.open(root, **JUDGE) as writer:
+        own = teacher("eve", system_prompt=None)
+        writer.register_teacher(own)
+        asked = Problem(question="What is 2 + 2?", answer="4", system_prompt="Box it.")
+        writer.write_problems([asked])
+        writer.append([trace(2, "eve", generation_fingerprint=own.generation_fingerprint)])
+    out = root.parent / "chat.jsonl"
+    run(root, out, "chat", teachers=("bob", "eve"))
+    bob, eve = rows_of(out)
+    assert bob == {
+        "messages": [
+            {"role": "system", "content": "Think."},
+            {"role": "user", "content": "What is 0 + 0?"},
+            {"role": "assistant", "content": "bob says: it is \\boxed{0}"},
+        ]
+    }
+    assert eve["messages"][0] == {"role": "system", "content": "Box it."}
+    run(root, out, "chat", teachers=("bob", "eve"), system_prompt="", overwrite=True)
+    assert [len(row["messages"]) for row in rows_of(out)] == [2, 2]
+    run(root, out, "chat", system_prompt="Be brief.", overwrite=True)
+    assert {row["messages"][0]["content"] for row in rows_of(out)} == {"Be brief."}
+
+
+def test_wrong_and_filtered_traces_go_out_only_when_all_is_asked_for(root: Path) -> None:
+    run(root, root.parent / "all.jsonl", "verl", everything=True)
+    targets = [
+        (target["source"], target["is_correct"])
+        for row in rows_of(root.parent / "all.jsonl")
+        for target in row["target_lst"]
+    ]
+    assert targets == [("ada", True), ("bob", True), ("ada", True), ("ada", True), ("bob", False)]
+
+
+def test_teachers_take_turns() -> None:
+    traces = [trace(0, "ada", n) for n in range(3)] + [trace(0, "bob", n) for n in (4, 7)]
+    assert [(t.teacher, t.sample_index) for t in in_turns(traces[::-1])] == [
+        ("ada", 0), ("bob", 4), ("ada", 1), ("bob", 7), ("ada", 2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("form", "out", "options", "complaint"),
+    [
+        ("csv", "x.csv", {}, "--to csv: one of verl, luffy, chat, hf"),
+        ("verl", "x.csv", {}, r"verl needs a file that ends in \.parquet or \.jsonl"),
+        ("hf", "x.parquet", {}, r"hf makes a directory, not a \.parquet file"),
+        ("verl", "there.jsonl", {}, "is there already; --overwrite replaces it"),
+        ("hf", "full", {"overwrite": True}, "holds something else than a data set of ours"),
+        ("verl", "x.jsonl", {"teachers": ("eve",)}, "--teacher eve: .* has ada, bob"),
+    ],
+)
+def test_what_cannot_be_written_is_said_and_nothing_is_touched(
+    root: Path, form: str, out: str, options: dict[str, Any], complaint: str
+) -> None:
+    (root.parent / "there.jsonl").write_text("mine")
+    (root.parent / "full").mkdir()
+    (root.parent / "full" / "thesis.tex").write_text("mine")
+    before = sorted(root.parent.iterdir())
+    with pytest.raises(UserError, match=complaint):
+        run(root, root.parent / out, form, **options)
+    assert sorted(root.parent.iterdir()) == before
+    assert (root.parent / "there.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("form", "name"), [("verl", "out.parquet"), ("chat", "out.jsonl"), ("hf", "out")])
+def test_an_export_that_stops_leaves_what_was_there(root: Path, form: str, name: str) -> None:
+    out = root.parent / name
+    run(root, out, form, max_per_problem=1)
+    before = content_of(out)
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with TraceStore(root) as store, pytest.raises(KeyboardInterrupt):
+        export(store, out, form, ExportOptions(overwrite=True), progress=interrupt)
+    assert content_of(out) == before
+    assert sorted(path.name for path in root.parent.iterdir()) == sorted([name, "traces"])
+    run(root, out, form, overwrite=True)
+    assert content_of(out) != before
+
+
+def content_of(out: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in [out, *out.rglob("*")] if path.is_file()}
+
+
+def test_a_store_without_a_verified_trace_makes_no_empty_file(tmp_path: Path) -> None:
+    make_store(tmp_path / "traces", [wrong(0, "ada")])
+    for form, out in (("chat", "x.jsonl"), ("verl", "x.parquet"), ("hf", "x")):
+        with pytest.raises(StoreError, match="no trace to export; --all"):
+            run(tmp_path / "traces", tmp_path / out, form)
+    assert [path.name for path in tmp_path.iterdir()] == ["traces"]
+
+
+def test_datasets_loads_the_directory_and_the_hub_reads_its_card(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets import load_dataset
+    from huggingface_hub import DatasetCard
+
+    monkeypatch.setattr(exporting, "SHARD_BYTES", 1)
+    out = root.parent / "set"
+    run(root, out, "hf", everything=True, license="apache-2.0")
+    assert [path.name for path in sorted((out / "data").iterdir())] == [
+        "train-00000-of-00002.parquet", "train-00001-of-00002.parquet",
+    ]  # fmt: skip
+    loaded = load_dataset(str(out), cache_dir=str(root.parent / "cache"))
+    assert list(loaded) == ["train"]
+    rows = loaded["train"].to_list()
+    assert [(row["question"], row["teacher"], row["verdict"], row["filtered"]) for row in rows] == [
+        ("What is 0 + 0?", "ada", "match", None),
+        ("What is 0 + 0?", "bob", "match", None),
+        ("What is 0 + 0?", "ada", "match", HELD_BACK),
+        ("What is 1 + 1?", "ada", "match", None),
+        ("What is 1 + 1?", "bob", "mismatch", None),
+    ]
+    card = DatasetCard.load(out / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert card.data.size_categories == ["n<1K"]
+    # bob: one of two traces is verified.
+    assert "| bob | models/bob | 2 | 2 | 50.0% |" in card.text
+    for said in ("math-verify 0.9.0", '"temperature": 1.0', teacher("ada").generation_fingerprint):
+        assert said in card.text
+
+
+def test_a_card_without_a_licence_says_what_to_look_up(root: Path) -> None:
+    run(root, root.parent / "set", "hf")
+    text = (root.parent / "set" / "README.md").read_text(encoding="utf-8")
+    assert text.startswith('---\nlicense: "unknown"\n')
+    assert "look up the terms of both" in text
+
+
+WORDS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20).filter(
+    lambda text: bool(text.strip())
+)
+TRACES = st.lists(
+    st.tuples(st.integers(0, 2), st.sampled_from(["ada", "bob"]), WORDS), min_size=1, max_size=8
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(items=TRACES, questions=st.lists(WORDS, min_size=3, max_size=3, unique=True))
+@pytest.mark.parametrize(
+    ("form", "suffix"), [("verl", ".parquet"), ("verl", ".jsonl"), ("luffy", ".parquet")]
+)
+def test_what_is_written_reads_back_the_same(
+    form: str, suffix: str, items: list[tuple[int, str, str]], questions: list[str]
+) -> None:
+    problems = [Problem(question=q, answer=str(2 * n)) for n, q in enumerate(questions)]
+    solved = [
+        Solved(
+            index=number,
+            problem=problem,
+            traces=[trace(number, name, text=text, answer_start=0) for n, name, text in items if n == number],
+            teachers={},
+            system_prompt=None,
+        )
+        for number, problem in enumerate(problems)
+    ]
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / f"out{suffix}"
+        with out.open("wb") as file:
+            WRITERS[suffix](file, FORMS[form], (one for one in solved if one.traces))
+        read = ImportForm([out], ImportColumns(), TeacherNames(renames={}))
+        back = {
+            (c.problem.question, c.problem.answer, c.teacher, c.text) for _, row in read.rows() for c in row
+        }
+    assert back == {(questions[number], str(2 * number), name, text) for number, name, text in items}
