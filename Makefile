@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Waiting threads that spin starve everything else on a small machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-slow check lab clean
+.PHONY: help install demo test test-slow soak check lab clean
 
 help: ## what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -47,6 +47,9 @@ test: $(VENV)/.dev ## ruff, mypy and every test but the slow ones
 
 test-slow: $(VENV)/.dev ## what takes longer than CI may
 	$(BIN)/pytest -m slow
+
+soak: $(VENV)/.dev ## kill writers of a store 200 times at random: nothing lost, nothing doubled (about 10 minutes)
+	PYTHONPATH=. $(BIN)/python tests/store_soak.py
 
 check: $(VENV)/.dev ## ruff, ruff format, mypy --strict
 	$(BIN)/ruff check $(SOURCES)

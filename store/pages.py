@@ -73,7 +73,7 @@ def page_header(data: bytes | memoryview, start: int = 0) -> PageHeader:
             repetition_bytes=page[6],
             is_compressed=page.get(7, True),
         )
-    except (IndexError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError("no page header where one should be") from error
 
 
@@ -114,8 +114,11 @@ def lists_of_page(page: bytes, dtype: str) -> list[np.ndarray[Any, Any]]:
     else:
         flat = np.frombuffer(values, dtype)
     levels = memoryview(page)[header.length :]
-    starts_row = ~_bits(levels[: header.repetition_bytes], header.values)
-    has_value = _bits(levels[header.repetition_bytes :][: header.definition_bytes], header.values)
+    try:
+        starts_row = ~_bits(levels[: header.repetition_bytes], header.values)
+        has_value = _bits(levels[header.repetition_bytes :][: header.definition_bytes], header.values)
+    except IndexError as error:
+        raise ValueError(f"a page without {header.values} levels") from error
     if (starts_row.sum(), has_value.sum()) != (header.rows, len(flat)):
         raise ValueError(f"a page whose content is not {header.rows} lists of {len(flat)} elements in all")
     row_of_value = (np.cumsum(starts_row) - 1)[has_value]
@@ -147,8 +150,6 @@ def _bits(data: memoryview, count: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
     runs: list[np.ndarray[Any, Any]] = []
     place = found = 0
     while found < count:
-        if place >= len(data):
-            raise ValueError(f"a page with {found} of {count} levels")
         head, place = _varint(data, place)
         if head & 1:
             size = head >> 1  # groups of eight bits, a byte each

@@ -168,7 +168,14 @@ def run(work: Work, root: Path, *, at: int = 0, fault: int = KILL, retry: bool =
     child = os.fork()
     if child == 0:
         os.close(reading)
-        os._exit(_child(work, root, writing, Faults(at, fault), retry=retry))
+        code = 1
+        try:
+            code = _child(work, root, writing, Faults(at, fault), retry=retry)
+        finally:
+            # Nothing of the parent's, pytest least of all, may run on in the child.
+            if code == 1:
+                os.write(writing, traceback.format_exc().encode())
+            os._exit(code)
     os.close(writing)
     with open(reading, encoding="utf-8", errors="replace") as pipe:
         output = pipe.read()
@@ -180,20 +187,16 @@ def _child(work: Work, root: Path, pipe: int, faults: Faults, *, retry: bool) ->
     def say(kind: str, what: object) -> None:
         os.write(pipe, f"{kind} {what}\n".encode())
 
+    faults.install()
     try:
-        faults.install()
-        try:
-            work(root, lambda what: say("ack", what))
-        except StoreError as error:
-            say("error", error)
-            if len(str(error).splitlines()) != 1:
-                return 1
-            if not retry:
-                return 2
-            work(root, lambda what: say("ack", what))
-    except BaseException:
-        say("traceback", traceback.format_exc())
-        return 1
+        work(root, lambda what: say("ack", what))
+    except StoreError as error:
+        say("error", error)
+        if len(str(error).splitlines()) != 1:
+            return 3
+        if not retry:
+            return 2
+        work(root, lambda what: say("ack", what))
     for call in faults.calls:
         say("call", call)
     return 0

@@ -1,0 +1,159 @@
+"""A byte altered anywhere: the right trace or an error that names the part, never another text."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
+from store_faults import contents, keyed
+
+from store.checking import check
+from store.compaction import compact
+from store.errors import StoreDamagedError
+from store.pages import lists_of_page, page_header, texts_of_page
+from store.parts import READ_ERRORS, part_rows
+from store.trace_store import TraceStore
+from store.writer import StoreWriter
+
+ADA = [
+    trace(
+        number,
+        "ada",
+        text=f"{number} é " * (number % 5 + 1),
+        token_ids=tuple(range(number % 4)),
+        logprobs=tuple(-0.5 * place for place in range(number % 4)),
+    )
+    for number in range(21)
+]  # three pages of eight, eight and five
+BOB = [trace(0, "bob"), wrong(1, "bob", 3), trace(2, "bob", text="")]
+EVERYTHING = keyed([*ADA, *BOB])
+ASKED = [problem(number).problem_id for number in range(0, 21, 3)]
+
+
+@pytest.fixture(scope="module", params=["as written", "compacted"])
+def sound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three parts, or one of both teachers."""
+    root = make_store(tmp_path_factory.mktemp("sound") / "traces", ADA[:20], ADA[20:], BOB, problems=21)
+    if request.param == "compacted":
+        compact(root)
+    return root
+
+
+@pytest.fixture
+def root(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "traces"))
+
+
+def parts_of(root: Path) -> list[Path]:
+    return sorted((root / "parts").rglob("part-*.parquet"))
+
+
+def flip(part: Path, place: int, bit: int, *, silently: bool) -> None:
+    """Alters one bit; `silently`: as a failing disk does, without a new time of change."""
+    stat = part.stat()
+    with part.open("r+b") as file:
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ (1 << bit)]))
+    if silently:
+        os.utime(part, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def held_by(part: Path) -> set[tuple[str, str, int]]:
+    columns = part_rows(part).select(["problem_id", "teacher", "sample_index"]).to_pydict()
+    return set(zip(*columns.values(), strict=True))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_bit_that_turned_after_indexing_gives_no_other_trace(root: Path, data: st.DataObject) -> None:
+    part = data.draw(st.sampled_from(parts_of(root)), "part")
+    place, bit = (
+        data.draw(st.integers(0, part.stat().st_size - 1), "place"),
+        data.draw(st.integers(0, 7), "bit"),
+    )
+    flip(part, place, bit, silently=True)
+    try:
+        with TraceStore(root) as store:
+            for problem_id in ASKED:
+                try:
+                    found = store.traces(problem_id=problem_id, tokens=True)
+                except StoreDamagedError as error:
+                    complaint = str(error)
+                else:
+                    complaint = f"{part} cannot be read"
+                    assert keyed(found) == {key: t for key, t in EVERYTHING.items() if key[0] == problem_id}
+                assert f"{part} cannot be read" in complaint
+    finally:
+        flip(part, place, bit, silently=True)
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_an_altered_part_is_left_out_found_and_made_again(
+    sound: Path, tmp_path: Path, data: st.DataObject
+) -> None:
+    root = Path(shutil.copytree(sound, tmp_path / "traces"))
+    try:
+        part = data.draw(st.sampled_from(parts_of(root)), "part")
+        lost = held_by(part)
+        place = data.draw(st.integers(0, part.stat().st_size - 1), "place")
+        flip(part, place, data.draw(st.integers(0, 7), "bit"), silently=False)
+        rest = {key: each for key, each in EVERYTHING.items() if key not in lost}
+        assert contents(root) == rest
+        with TraceStore(root) as store:
+            assert [broken.part for broken in store.damaged] == [str(part.relative_to(root / "parts"))]
+        (finding,) = check(root).findings
+        assert (finding.fault, sum(finding.traces.values())) == ("altered", len(lost))
+        check(root, repair=True)
+        assert check(root).findings == ()
+        assert contents(root) == rest
+        make_again(root)
+        assert contents(root) == EVERYTHING
+    finally:
+        shutil.rmtree(root)
+
+
+def make_again(root: Path) -> None:
+    """What `done` does not list, and nothing else."""
+    with StoreWriter.open(root, **JUDGE) as writer:
+        for name, batch in (("ada", ADA), ("bob", BOB)):
+            writer.register_teacher(teacher(name))
+            done = writer.done(name)
+            writer.append([each for each in batch if each.sample_index not in done.get(each.problem_id, {})])
+
+
+def pages(root: Path, column: str) -> Iterator[bytes]:
+    for part in parts_of(root):
+        rows = part_rows(part)
+        content = part.read_bytes()
+        places = set(zip(rows[f"{column}_page"].to_pylist(), rows[f"{column}_size"].to_pylist(), strict=True))
+        for start, size in sorted(places):
+            yield content[start : start + size]
+
+
+@pytest.mark.parametrize("column", ["text", "token_ids", "logprobs"])
+def test_every_bit_of_every_page_header_counts(sound: Path, column: str) -> None:
+    """Page checksums leave the headers out; what a header says must fit what the page holds."""
+
+    def decoded(page: bytes) -> list[object]:
+        if column == "text":
+            return list(texts_of_page(page))
+        return [values.tolist() for values in lists_of_page(page, "<f4" if column == "logprobs" else "<i4")]
+
+    for page in pages(sound, column):
+        right = decoded(page)
+        for place in range(page_header(page).length):
+            for bit in range(8):
+                altered = bytearray(page)
+                altered[place] ^= 1 << bit
+                with suppress(*READ_ERRORS):
+                    assert decoded(bytes(altered)) == right, f"bit {bit} of byte {place}"
