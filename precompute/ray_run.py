@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,9 @@ NO_CLUSTER = (
     "`ray start --address=HOST:6379` on further machines), or set RAY_ADDRESS=HOST:6379"
 )
 
+ANSWER_SECONDS = 20.0
+"""How long a cluster may take to answer at all."""
+
 CPUS_LEFT = 1
 """For Ray Data itself: workers that hold every CPU would wait for data that nobody brings."""
 
@@ -68,6 +72,7 @@ def connected(config: PrecomputeConfig, reporter: Reporter) -> Iterator[RayPlace
 
     Leaving ends this run's workers and nothing else. Raises EngineError when there is none.
     """
+    _check_address(os.environ.get("RAY_ADDRESS", ""))
     try:
         # Its core would print a warning about the workers' arguments, which Ray Data keeps alive.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -84,6 +89,18 @@ def connected(config: PrecomputeConfig, reporter: Reporter) -> Iterator[RayPlace
         yield place
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Ray itself would try for minutes to reach a cluster that is gone. Raises EngineError."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+    except OSError as error:
+        reason = f"RAY_ADDRESS = {address}: {error.strerror or error}"
+        raise EngineError(NO_CLUSTER.format(reason=reason)) from None
 
 
 def machines() -> list[Mapping[str, float]]:

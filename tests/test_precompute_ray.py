@@ -1,0 +1,402 @@
+"""`--engine ray` on a real cluster of two nodes on this machine, with workers that are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from precompute import pipeline
+from precompute.block_progress import Tally, Watch
+from precompute.block_work import BlockTask, BlockWorker, block_shard, waited
+from precompute.config import PrecomputeConfig, load_config
+from precompute.places import Here
+from precompute.progress import SilentReporter, TeacherProgress
+from precompute.sharding import Shard
+from precompute.verify import Verifier
+from store.errors import ConfigError, EngineError, StoreBusyError
+from store.trace_store import TraceStore
+from store.writer import StoreWriter
+
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+
+ROOT = Path(__file__).parents[1]
+PROBLEMS = 32
+SAMPLES = 2
+CONFIG = f"""
+[problems]
+train = "{ROOT / "lab" / "problems" / "train.jsonl"}"
+[store]
+part_traces = 2
+[verify]
+workers = 1
+[ray]
+num_workers = 2
+problems_per_task = 8
+[[teachers]]
+name = "totals"
+model = "{ROOT / "lab" / "models" / "teacher-totals"}"
+system_prompt = ""
+max_tokens = 80
+batch_size = 4
+samples = {SAMPLES}
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "ray.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], str]:
+    """What one process without Ray makes of all problems."""
+    store = tmp_path_factory.mktemp("whole") / "traces"
+    pipeline.run(settings(config_file, store), limit=PROBLEMS)
+    return keys_of(store)
+
+
+def settings(config_file: Path, store: Path, *more: str) -> PrecomputeConfig:
+    return load_config(PrecomputeConfig, str(config_file), [f"store.path={store}", *more])
+
+
+def keys_of(store: Path) -> dict[tuple[str, int], str]:
+    """(problem, sample) -> trace_id; one that stands in two parts fails."""
+    rows = sum(pq.read_metadata(part).num_rows for part in parts_of(store))
+    with TraceStore(store) as opened:
+        keys = {(trace.problem_id, trace.sample_index): trace.trace_id for trace in opened.traces()}
+    assert len(keys) == rows
+    return keys
+
+
+def parts_of(store: Path) -> list[Path]:
+    return list(store.rglob("part-*.parquet"))
+
+
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+
+node = {"num_cpus": 2, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=node)
+cluster.add_node(**node)
+nodes = [node.all_processes["raylet"][0].process.pid for node in cluster.list_all_nodes()]
+print("cluster", cluster.address, *nodes, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nodes:
+    """A cluster on this machine."""
+
+    address: str
+    pids: frozenset[int]
+    """Of its nodes; the workers are their children."""
+
+    def workers(self) -> list[int]:
+        """The pids of the workers that draw."""
+        lines = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
+        rows = [line.split(maxsplit=2) for line in lines.stdout.splitlines()]
+        return [int(row[0]) for row in rows if int(row[1]) in self.pids and "(RayWorker)" in row[2]]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Nodes]:
+    """Two nodes of two CPUs, in a process of their own, which stops what it started and nothing else."""
+    with subprocess.Popen(
+        [sys.executable, "-c", CLUSTER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"},
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        line = next(line for line in process.stdout if line.startswith("cluster "))
+        _, address, *pids = line.split()
+        yield Nodes(address=address, pids=frozenset(map(int, pids)))
+        # The pipe's end is the process's.
+
+
+def start(cluster: Nodes | None, config_file: Path, store: Path, *more: str) -> subprocess.Popen[str]:
+    """`ampo precompute teachers --engine ray`, as a user starts it."""
+    command = ["precompute", "teachers", "--config", str(config_file), "--engine", "ray"]
+    options = ["--set", f"store.path={store}", "--limit", str(PROBLEMS), *more]
+    return subprocess.Popen(
+        [sys.executable, "-m", "cli", *command, *options],
+        cwd=ROOT,
+        env=os.environ | {"RAY_ADDRESS": cluster.address if cluster else "127.0.0.1:9"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_worker_killed_half_way_costs_nothing(
+    cluster: Nodes, config_file: Path, whole: dict[tuple[str, int], str], tmp_path: Path
+) -> None:
+    store = tmp_path / "traces"
+    run = start(cluster, config_file, store)
+    wait_for(lambda: len(parts_of(store)) >= 8, run)
+    workers = cluster.workers()
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    before = len(parts_of(store))
+    output, _ = run.communicate(timeout=240)
+    assert run.returncode == 0, output
+    # 64 samples in parts of two or fewer: a quarter was there when the worker died.
+    assert 8 <= before < PROBLEMS
+    assert "died; another goes on with it" in output
+    assert keys_of(store) == whole
+    assert len(whole) == PROBLEMS * SAMPLES
+    assert f"{PROBLEMS * SAMPLES}/{PROBLEMS * SAMPLES}" in output
+    # Blocks leave no locks behind, and a second run has nothing left to do: it starts no worker.
+    assert not list(store.glob(".shard-ray-*"))
+    output, _ = start(cluster, config_file, store).communicate(timeout=240)
+    assert "totals: 64/64  nothing left to do" in output
+    assert "blocks for" not in output
+
+
+def test_workers_of_a_cluster_make_what_one_process_makes(
+    cluster: Nodes, config_file: Path, whole: dict[tuple[str, int], str], tmp_path: Path
+) -> None:
+    store = tmp_path / "traces"
+    output, _ = start(cluster, config_file, store, "--limit", "8").communicate(timeout=240)
+    assert "Ray cluster: 2 machines, 4 CPUs, 0 GPUs" in output
+    assert "totals: 2 blocks for 2 workers of 1 CPU and 0 GPU with transformers" in output
+    made = keys_of(store)
+    assert len(made) == 8 * SAMPLES
+    assert made.items() <= whole.items()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_workers_and_the_next_run_goes_on(
+    cluster: Nodes, config_file: Path, whole: dict[tuple[str, int], str], tmp_path: Path
+) -> None:
+    store = tmp_path / "traces"
+    run = start(cluster, config_file, store)
+    wait_for(lambda: len(parts_of(store)) >= 4, run)
+    with pytest.raises(StoreBusyError, match="is being written by process"):
+        pipeline.run(settings(config_file, store), limit=2)
+    run.send_signal(signal.SIGINT)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 130, output
+    assert "interrupted; what the workers wrote is kept. Go on with the same command." in output
+    deadline = time.monotonic() + 30
+    while cluster.workers():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    kept = keys_of(store)
+    assert 0 < len(kept) < len(whole)
+    # Also without Ray.
+    pipeline.run(settings(config_file, store), limit=PROBLEMS)
+    assert keys_of(store) == whole
+
+
+@pytest.mark.slow
+def test_a_block_that_kills_its_workers_is_given_up(
+    cluster: Nodes, config_file: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "traces"
+    run = start(cluster, config_file, store, "--set", "ray.max_task_retries=1", "--set", "ray.num_workers=1")
+    killed = 0
+    while run.poll() is None:
+        for worker in cluster.workers():
+            # Only one that has begun: the part or the lock of its block tells.
+            if list(store.glob(".shard-ray-*")):
+                time.sleep(1)
+                os.kill(worker, signal.SIGKILL)
+                killed += 1
+        time.sleep(0.2)
+    output = run.communicate()[0]
+    assert run.returncode == 2, output
+    assert "block 0 was given up: 2 workers died over it" in output
+    assert killed >= 2
+
+
+@pytest.mark.slow
+def test_an_error_of_a_worker_is_the_error_of_the_run(
+    cluster: Nodes, config_file: Path, tmp_path: Path
+) -> None:
+    # The driver looks at config and tokenizer alone; the weights are the workers' affair.
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in (ROOT / "lab" / "models" / "teacher-totals").iterdir():
+        if file.suffix != ".safetensors":
+            (model / file.name).write_bytes(file.read_bytes())
+    run = start(cluster, config_file, tmp_path / "traces", "--set", f"teachers.totals.model={model}")
+    output, _ = run.communicate(timeout=240)
+    assert run.returncode == 2, output
+    assert "error: teacher 'totals': " in output
+    assert "Traceback" not in output
+
+
+def test_without_a_cluster_the_way_to_one_is_told(config_file: Path, tmp_path: Path) -> None:
+    run = start(None, config_file, tmp_path / "traces")
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 2, output
+    assert "found no Ray cluster to connect to" in output
+    assert "ray start --head" in output
+    assert not (tmp_path / "traces").exists()
+
+
+def test_what_goes_with_no_cluster_is_refused_before_one_is_looked_for(
+    config_file: Path, tmp_path: Path
+) -> None:
+    config = settings(config_file, tmp_path / "traces")
+    with pytest.raises(ConfigError, match="--shard 1/2: --engine ray splits the problems itself"):
+        pipeline.run(config, engine="ray", shard=Shard.parse("1/2"))
+    with pytest.raises(ConfigError, match="--probe measures this machine alone"):
+        pipeline.plan(config, engine="ray", probe=1)
+
+
+def test_room_in_numbers_worked_out_by_hand() -> None:
+    from precompute.ray_run import Needs, blocks_of, room
+
+    machines = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0, "GPU": 1.0}, {"memory": 1.0}]
+    # By CPU: 8 + 4 fit, 12 - 1 CPUs are to be had: 11.
+    assert room(machines, Needs(cpus=1, gpus=0)) == 11
+    # 8/3 -> 2 and 4/3 -> 1: 3 workers, and 11/3 -> 3.
+    assert room(machines, Needs(cpus=3, gpus=0)) == 3
+    # Of two GPUs each there is one machine, though three GPUs are there.
+    assert room(machines, Needs(cpus=1, gpus=2)) == 1
+    # Four to a GPU: 8 on the first machine (which has 8 CPUs), 4 on the second; 11 of them leave a CPU.
+    assert room(machines, Needs(cpus=1, gpus=0.25)) == 11
+    assert room([{"CPU": 1.0}], Needs(cpus=1, gpus=0)) == 0
+    assert room([{"CPU": 2.0}], Needs(cpus=0.5, gpus=0)) == 2
+    # 10 problems for 3 workers: 4 + 4 + 2; at most 3 at a time: 3 + 3 + 3 + 1.
+    ids = [str(number) for number in range(10)]
+    assert list(map(len, blocks_of(ids, workers=3, largest=512))) == [4, 4, 2]
+    assert list(map(len, blocks_of(ids, workers=3, largest=3))) == [3, 3, 3, 1]
+    assert blocks_of(ids, workers=20, largest=3) == [[each] for each in ids]
+
+
+def test_an_engine_for_workers_is_chosen_by_what_they_have(config_file: Path, tmp_path: Path) -> None:
+    from precompute.ray_run import RayPlace
+
+    config = settings(config_file, tmp_path / "traces", "teachers.totals.tensor_parallel_size=2")
+    (teacher,) = config.teachers
+    plain = RayPlace(config.ray, [{"CPU": 4.0}])
+    rich = RayPlace(config.ray, [{"CPU": 4.0, "GPU": 2.0}])
+    assert (str(plain.needs(teacher)), plain.engine_of(teacher)) == ("1 CPU and 0 GPU", "transformers")
+    assert str(rich.needs(teacher)) == "1 CPU and 2 GPU"
+    assert rich.engine_of(teacher) == ("vllm" if find_spec("vllm") else "transformers")
+    with pytest.raises(
+        EngineError, match="no machine of the cluster has room for a worker of 1 CPU and 2 GPU"
+    ):
+        RayPlace(config.ray, [{"CPU": 4.0, "GPU": 1.0}] * 2).version_of(teacher, "transformers")
+    served = teacher.model_copy(update={"engine": "openai"})
+    with pytest.raises(EngineError, match="teacher 'totals': its servers draw"):
+        plain.engine_of(served)
+
+
+class Listener:
+    """What a worker tells, kept."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, TeacherProgress]] = []
+
+    def progress(self, block: int, progress: TeacherProgress) -> None:
+        self.told.append((block, progress))
+
+    def message(self, text: str) -> None:
+        raise AssertionError(text)
+
+
+def task_of(config: PrecomputeConfig) -> BlockTask:
+    (job,) = pipeline._jobs(config, None, Here(None, None))
+    return BlockTask(
+        config=config, teacher=job.config, engine=job.engine, record=job.record, longest_prompt=40
+    )
+
+
+def test_a_block_goes_on_from_what_is_written(
+    config_file: Path, whole: dict[tuple[str, int], str], tmp_path: Path
+) -> None:
+    store = tmp_path / "traces"
+    pipeline.run(settings(config_file, store, "teachers.totals.samples=1"), limit=3)
+    kept = keys_of(store)
+    ids = [problem_id for problem_id, _ in kept]
+    listener = Listener()
+    worker = BlockWorker(task_of(settings(config_file, store)), listener)
+    worker.solve(7, ids)
+    worker.solve(8, ids)
+    worker.close()
+    made = keys_of(store)
+    assert kept.items() < made.items() <= whole.items()
+    # Three samples of six were there; the second block finds all of them.
+    last = {block: (told.done, told.total, told.judged) for block, told in listener.told}
+    assert last == {7: (6, 6, 3), 8: (6, 6, 0)}
+
+
+@pytest.mark.parametrize("field", ["tokenizer_fingerprint", "engine_version"])
+def test_a_worker_with_other_packages_or_models_is_refused(
+    config_file: Path, tmp_path: Path, field: str
+) -> None:
+    task = task_of(settings(config_file, tmp_path / "traces"))
+    (tmp_path / "traces").mkdir()
+    other = replace(task, record=replace(task.record, **{field: "other"}))
+    with pytest.raises(EngineError, match=rf"'totals': {field} is .* on a worker and other where the run"):
+        BlockWorker(other, Listener()).solve(0, [])
+
+
+def test_a_block_waits_until_its_last_worker_is_dead() -> None:
+    asked = []
+
+    def opens_at_the_third() -> StoreWriter:
+        asked.append(time.monotonic())
+        if len(asked) < 3:
+            raise StoreBusyError("busy")
+        return "writer"  # type: ignore[return-value]
+
+    assert waited(opens_at_the_third, seconds=60) == "writer"
+    asked.clear()
+    with pytest.raises(StoreBusyError, match="busy"):
+        waited(opens_at_the_third, seconds=0)
+    assert block_shard(3) == "ray-3"
+
+
+def test_the_sum_over_blocks_in_numbers_worked_out_by_hand(config_file: Path, tmp_path: Path) -> None:
+    config = settings(config_file, tmp_path / "traces")
+    (job,) = pipeline._jobs(config, None, Here(None, None))
+    with Verifier.configured(config.verify) as verifier:
+        problems, _ = pipeline._problems(config, 5, None, verifier, SilentReporter())
+    ids = [problem.problem_id for problem in problems]
+    watch = Watch(job, problems, {ids[0]: {0: True}, ids[4]: {0: True, 1: False}}, SilentReporter())
+    # Two samples of five problems; three are there: 3 of 10.
+    assert (watch.progress().done, watch.progress().total) == (3, 10)
+    watch.plan([[ids[0], ids[1]], [ids[2], ids[3]]])
+    tally = Tally()
+    assert (tally.begin(0), tally.begin(1), tally.begin(0)) == (1, 1, 2)
+    one = TeacherProgress(
+        teacher="totals", done=3, total=4, verified=1, filtered=0, judged=2, tokens=100, seconds=1.0
+    )
+    tally.progress(0, replace(one, done=2, judged=1, tokens=40))
+    tally.progress(0, one)
+    with watch.following(tally.take):
+        pass
+    # Block 0: 3 of 4. Block 1 is not begun: 0 of 4. The fifth problem: 2 of 2.
+    summed = watch.progress()
+    assert (summed.done, summed.total, summed.judged, summed.tokens) == (5, 10, 2, 100)
+    assert tally.take() == ({0: one}, [])
