@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -30,7 +31,7 @@ from store.records import Trace
 from store.trace_store import TraceStore
 from store.writer import StoreWriter
 
-ROUNDS_OF_A_STORE = 20
+ROUNDS_OF_A_STORE = 10
 """Then a new one is begun: every store ages, and none grows without end."""
 
 
@@ -53,6 +54,7 @@ class NotKeptError(Exception):
     """A law that was broken."""
 
 
+@cache
 def soaked(name: str, number: int) -> Trace:
     """The trace that stands under a number: any length from nothing to some kilobytes, some wrong."""
     if number % 7 == 3:
@@ -70,7 +72,7 @@ def soaked(name: str, number: int) -> Trace:
 
 
 def write_for_ever(root: Path, journal: Path, seed: int) -> None:
-    """The process to be killed: appends parts of 1 to 40 traces, and now and then compacts."""
+    """The process to be killed: appends parts of 1 to 20 traces, and now and then compacts."""
     draw = random.Random(seed)
     with journal.open("ab", buffering=0) as told:
         while True:
@@ -78,8 +80,8 @@ def write_for_ever(root: Path, journal: Path, seed: int) -> None:
                 for name in ("ada", "bob"):
                     writer.register_teacher(teacher(name))
                     start = sum(map(len, writer.done(name).values()))
-                    for _ in range(draw.randrange(1, 20)):
-                        stop = start + draw.randrange(1, 41)
+                    for _ in range(draw.randrange(1, 12)):
+                        stop = start + draw.randrange(1, 21)
                         told.write(f"begin {name} {start} {stop}\n".encode())
                         writer.append([soaked(name, number) for number in range(start, stop)])
                         told.write(f"done {name} {start} {stop}\n".encode())
@@ -98,7 +100,7 @@ def kill_a_writer(root: Path, journal: Path, seed: int, tally: Tally) -> None:
             write_for_ever(root, journal, seed)
         finally:
             os._exit(1)
-    time.sleep(random.Random(seed).uniform(0.02, 2.0))
+    time.sleep(random.Random(seed).uniform(0.02, 1.5))
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if not os.WIFSIGNALED(status):
