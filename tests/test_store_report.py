@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
 
-from store.report import problem_rows, store_report, trace_rows
+from store.errors import UserError
+from store.report import problem_id_of, problem_rows, store_report, trace_rows
+from store.tables import summary_tables
 from store.trace_store import TraceStore
 from store.writer import StoreWriter
 
@@ -71,6 +74,7 @@ def test_problem_rows_begin_with_what_nobody_solved(root: Path) -> None:
         "source": "",
         "traces": 2,
         "verified": 2,
+        "filtered": 0,
         "teachers": ["ada"],
     }
     assert [rows[problem(n).problem_id]["traces"] for n in range(4)] == [3, 2, 1, 0]
@@ -89,3 +93,38 @@ def test_a_store_without_traces_has_a_report(tmp_path: Path) -> None:
     with TraceStore(make_store(tmp_path / "traces", problems=3)) as store:
         report = store_report(store)
     assert (report.problems, report.traces, report.teachers, report.coverage) == (3, 0, (), {0: 3})
+
+
+def test_what_a_filter_holds_back_is_verified_but_covers_nothing(tmp_path: Path) -> None:
+    held_back = trace(1, "ada", filtered="repetition: 0.9")
+    root = make_store(tmp_path / "traces", [trace(0, "ada"), held_back, wrong(2, "ada")], problems=3)
+    with TraceStore(root) as store:
+        report = store_report(store)
+        uncovered = {row["problem_id"]: row for row in problem_rows(store, uncovered=True)}
+        filtered, usable = trace_rows(store, filtered=True), trace_rows(store, usable=True)
+        assert trace_rows(store, filtered=True, teacher="bob") == []
+        assert [row["trace_id"] for row in trace_rows(store, usable=True, limit=1)] == [
+            trace(0, "ada").trace_id
+        ]
+    (ada,) = report.teachers
+    assert (ada.traces, ada.verified, ada.filtered, ada.covered) == (3, 2, 1, 1)
+    assert (report.filtered, report.coverage) == (1, {0: 2, 1: 1})
+    assert uncovered.keys() == {problem(1).problem_id, problem(2).problem_id}
+    assert uncovered[problem(1).problem_id]["filtered"] == 1
+    assert [(row["trace_id"], row["filtered"]) for row in filtered] == [
+        (held_back.trace_id, "repetition: 0.9")
+    ]
+    assert [row["trace_id"] for row in usable] == [trace(0, "ada").trace_id]
+    console = Console(width=80, record=True)
+    console.print(summary_tables(report))
+    assert "3 traces (2 verified, 1 of them filtered)" in console.export_text()
+
+
+def test_a_problem_is_found_by_the_beginning_of_its_id(root: Path) -> None:
+    ids = sorted(problem(number).problem_id for number in range(4))
+    with TraceStore(root) as store:
+        assert [problem_id_of(store, problem_id[:8]) for problem_id in ids] == ids
+        with pytest.raises(UserError, match=r"--problem zzz: no problem in .* has an id that begins so"):
+            problem_id_of(store, "zzz")
+        with pytest.raises(UserError, match=r"--problem : 4 ids begin so \(.*, \.\.\.\); give more of it"):
+            problem_id_of(store, "")

@@ -1,0 +1,84 @@
+"""Lengths: quantiles by hand, and a picture that is one."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from store_examples import make_store, trace, wrong
+
+from store.errors import StoreError, UserError
+from store.lengths import bin_edges, length_rows, lengths, lengths_table, plot_lengths
+from store.trace_store import TraceStore
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """ada: 5 verified traces of 10, 20, 30, 40, 50 tokens and a wrong one of 3; bob: one of 3."""
+    ada = [trace(0, "ada", n, n_tokens=10 * (n + 1)) for n in range(5)]
+    return make_store(tmp_path / "traces", [*ada, wrong(1, "ada")], [trace(0, "bob")])
+
+
+def test_quantiles_are_those_of_the_sorted_lengths(root: Path) -> None:
+    with TraceStore(root) as store:
+        rows = length_rows(lengths(store, "tokens"))
+    assert [(row["teacher"], row["traces"], row["count"]) for row in rows] == [
+        ("ada", "verified", 5), ("ada", "other", 1), ("bob", "verified", 1),
+    ]  # fmt: skip
+    # Places 0.2, 1, 2, 3 and 3.8 among 10, 20, 30, 40, 50.
+    numbers = {name: rows[0][name] for name in ("min", "p5", "p25", "p50", "p75", "p95", "max", "mean")}
+    assert numbers == pytest.approx(
+        {"min": 10, "p5": 12, "p25": 20, "p50": 30, "p75": 40, "p95": 48, "max": 50, "mean": 30}
+    )
+
+
+def test_characters_are_those_of_the_texts(root: Path) -> None:
+    with TraceStore(root) as store:
+        ada, bob = lengths(store, "chars")
+    # "ada says: it is \boxed{0}" and "no idea"
+    assert (ada.verified, ada.other, bob.verified) == ((25,) * 5, (7,), (25,))
+
+
+def test_tokens_that_nobody_counted_are_no_lengths(tmp_path: Path) -> None:
+    uncounted = trace(0, "ada", n_tokens=0, token_ids=(), logprobs=())
+    with TraceStore(make_store(tmp_path / "traces", [uncounted], [trace(0, "bob")])) as store:
+        assert [of.teacher for of in lengths(store, "tokens")] == ["bob"]
+        assert [of.teacher for of in lengths(store, "chars")] == ["ada", "bob"]
+        with pytest.raises(UserError, match="--unit words: one of tokens, chars"):
+            lengths(store, "words")
+    with (
+        TraceStore(make_store(tmp_path / "imported", [uncounted])) as store,
+        pytest.raises(StoreError, match="--unit chars measures the texts"),
+    ):
+        lengths(store, "tokens")
+
+
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=50))
+def test_bins_are_equal_few_and_reach_the_99_percent_quantile(values: list[int]) -> None:
+    edges = bin_edges(values)
+    assert edges[0] == min(values)
+    assert 2 <= len(edges) <= 41
+    assert len({after - before for before, after in pairwise(edges)}) == 1
+    # Of at most 50 lengths all but the longest lie within the 99 % quantile.
+    assert sum(value >= edges[-1] for value in values) <= 1
+
+
+def test_the_picture_has_a_panel_a_teacher_and_the_table_fits(root: Path) -> None:
+    from matplotlib.image import imread
+
+    with TraceStore(root) as store:
+        found = lengths(store, "tokens")
+    plot_lengths(found, "tokens", root.parent / "lengths.png")
+    pixels = imread(root.parent / "lengths.png")[..., :3]
+    height, width = pixels.shape[:2]
+    blue = (abs(pixels - (0.0, 0x72 / 255, 0xB2 / 255)).max(axis=2) < 0.02).any(axis=1)
+    assert (height, width) == (int((0.9 + 1.9 * 2) * 110), 990)
+    assert blue[: height // 2].any(), "ada's verified traces are drawn in the upper panel"
+    assert blue[height // 2 :].any(), "bob's in the lower"
+    console = Console(width=80, record=True)
+    console.print(lengths_table(length_rows(found), "tokens"))
+    assert "…" not in console.export_text()
