@@ -1,6 +1,6 @@
 """What stopping at enough saves, and what the pipeline costs on top of bare vLLM, on the lab's teachers.
 
-    python -m bench.precompute [--problems 64] [--overhead-problems 256] [--repeats 3]
+    python -m bench.precompute [--problems 64] [--overhead-problems 256] [--repeats 5]
 
 Tries: every (problem, teacher) pair gets 8 samples (fixed), and in another run up to 8 until one is verified.
 Fixed numbers below 8 are read off the first run: the n-th sample of a pair is the same whatever n is.
@@ -26,6 +26,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -58,6 +59,9 @@ def main() -> None:
     if options.bare:
         bare_process()
         return
+    # Models this small only wait for further threads, and threads that spin starve whoever works.
+    torch.set_num_threads(1)
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} | os.environ
     console = Console()
     with TemporaryDirectory() as directory:
         tries = measure_tries(options.config, Path(directory), options.problems)
@@ -74,7 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", default="configs/lab.toml")
     parser.add_argument("--problems", type=int, default=64, help="of the tries")
     parser.add_argument("--overhead-problems", type=int, default=256, help=f"x {OVERHEAD_SAMPLES} samples")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tries-only", action="store_true", help="for a machine without vLLM")
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
