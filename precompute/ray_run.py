@@ -78,7 +78,7 @@ def connected(config: PrecomputeConfig, reporter: Reporter) -> Iterator[RayPlace
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = " ".join(str(error).split())[:300]
         raise EngineError(NO_CLUSTER.format(reason=reason)) from None
     try:
         context = ray.data.DataContext.get_current()

@@ -24,6 +24,7 @@ from precompute.progress import SilentReporter, TeacherProgress
 from precompute.sharding import Shard
 from precompute.verify import Verifier
 from store.errors import ConfigError, EngineError, StoreBusyError
+from store.files import shard_lock
 from store.trace_store import TraceStore
 from store.writer import StoreWriter
 
@@ -220,19 +221,18 @@ def test_a_block_that_kills_its_workers_is_given_up(
 ) -> None:
     store = tmp_path / "traces"
     run = start(cluster, config_file, store, "--set", "ray.max_task_retries=1", "--set", "ray.num_workers=1")
-    killed = 0
+    lock, killed = store / shard_lock(block_shard(0)), set[int]()
     while run.poll() is None:
-        for worker in cluster.workers():
-            # Only one that has begun: the part or the lock of its block tells.
-            if list(store.glob(".shard-ray-*")):
-                time.sleep(1)
-                os.kill(worker, signal.SIGKILL)
-                killed += 1
-        time.sleep(0.2)
+        # Whoever has the first block wrote so into its lock.
+        holder = int(lock.read_text() or 0) if lock.exists() else 0
+        if holder in cluster.workers() and holder not in killed:
+            os.kill(holder, signal.SIGKILL)
+            killed.add(holder)
+        time.sleep(0.05)
     output = run.communicate()[0]
     assert run.returncode == 2, output
     assert "block 0 was given up: 2 workers died over it" in output
-    assert killed >= 2
+    assert len(killed) == 2
 
 
 @pytest.mark.slow
