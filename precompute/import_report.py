@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 from rich.console import Group
@@ -46,8 +45,8 @@ class TeacherImport:
     there: int = 0
     """In the store before."""
     new: int = 0
-    verdicts: Counter[str] = field(default_factory=Counter)
-    """Of the new ones."""
+    verdicts: dict[str, int] = field(default_factory=dict)
+    """Of the new ones; a verdict that does not occur is missing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +63,7 @@ class ImportReport:
 
 def import_tables(report: ImportReport) -> Group:
     """Per teacher what became of its traces, with the verdicts on the new ones."""
-    seen = [verdict for verdict in VERDICTS if any(t.verdicts[verdict] for t in report.teachers)]
+    seen = [verdict for verdict in VERDICTS if any(verdict in t.verdicts for t in report.teachers)]
     left_out = [name for name in ("empty", "repeated") if any(getattr(t, name) for t in report.teachers)]
     table = plain_table(f"imported into {report.store}")
     table.add_column("teacher", no_wrap=True)
@@ -74,14 +73,14 @@ def import_tables(report: ImportReport) -> Group:
         table.add_row(
             teacher.teacher,
             *(f"{getattr(teacher, name):,}" for name in ("found", *left_out, "there", "new")),
-            *(f"{teacher.verdicts[verdict]:,}" for verdict in seen),
+            *(f"{teacher.verdicts.get(verdict, 0):,}" for verdict in seen),
         )
     return Group(table, Text(_totals(report)))
 
 
 def _totals(report: ImportReport) -> str:
     new = sum(teacher.new for teacher in report.teachers)
-    verified = sum(teacher.verdicts["match"] for teacher in report.teachers)
+    verified = sum(teacher.verdicts.get("match", 0) for teacher in report.teachers)
     share = f", {verified / new:.1%} of them verified" if new else ""
     files = report.files[0] if len(report.files) == 1 else f"{len(report.files)} files"
     return f"{files}: {report.problems:,} problems; {new:,} new traces{share}; {report.seconds:.1f} s"

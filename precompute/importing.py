@@ -253,7 +253,7 @@ class _Import:
         trace = self._trace(placed, verdict.result())
         counts = self.counts[trace.teacher]
         counts.new += 1
-        counts.verdicts[trace.verdict] += 1
+        counts.verdicts[trace.verdict] = counts.verdicts.get(trace.verdict, 0) + 1
         self._all.judged += 1
         self._all.verified += trace.is_correct
         ready = self._ready.setdefault(trace.teacher, [])

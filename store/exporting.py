@@ -61,7 +61,7 @@ class ExportReport:
     problems: int = 0
     """With at least one trace."""
     rows: int = 0
-    traces: Counter[str]
+    traces: dict[str, int]
     """By teacher."""
     bytes: int = 0
 
@@ -71,7 +71,7 @@ class ExportReport:
         teachers = ", ".join(f"{name} {count:,}" for name, count in sorted(self.traces.items()))
         return (
             f"wrote {self.path}: {self.form}, {self.rows:,} rows, {self.problems:,} problems, "
-            f"{self.traces.total():,} traces ({teachers}), {self.bytes / 2**20:.1f} MiB"
+            f"{sum(self.traces.values()):,} traces ({teachers}), {self.bytes / 2**20:.1f} MiB"
         )
 
 
@@ -89,7 +89,7 @@ def export(
     for name in options.teachers:
         if name not in known:
             raise StoreError(f"--teacher {name}: {store.path} has {', '.join(known) or 'no teacher'}")
-    report = ExportReport(path=str(out), form=form, traces=Counter())
+    report = ExportReport(path=str(out), form=form, traces={})
     solved = _counted(_solved(store, options, progress), report)
     if form == "hf":
         _write_directory(out, solved, store, options, report)
@@ -177,7 +177,8 @@ def in_turns(traces: Sequence[Trace]) -> list[Trace]:
 def _counted(solved: Iterator[Solved], report: ExportReport) -> Iterator[Solved]:
     for one in solved:
         report.problems += 1
-        report.traces.update(trace.teacher for trace in one.traces)
+        for trace in one.traces:
+            report.traces[trace.teacher] = report.traces.get(trace.teacher, 0) + 1
         yield one
 
 
