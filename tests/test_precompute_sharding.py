@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +80,12 @@ def rows_in_parts(store: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process makes of all problems."""
     store = tmp_path_factory.mktemp("whole") / "traces"
     finished(start(store, None))
     assert len(keys_of(store)) == PROBLEMS * SAMPLES
-    yield store
+    return store
 
 
 def test_a_shard_is_read_from_what_users_write() -> None:

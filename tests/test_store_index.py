@@ -177,7 +177,7 @@ def test_a_part_that_broke_after_indexing_is_named(root: Path) -> None:
         sound = bob.read_bytes()
         middle = sound.index(b"bob says") if b"bob says" in sound else len(sound) // 3
         bob.write_bytes(sound[:4] + bytes(middle) + sound[4 + middle :])
-        with pytest.raises(StoreDamagedError, match=f"{bob.name} cannot be read: .*ampo store check --repair"):
+        with pytest.raises(StoreDamagedError, match=f"{bob.name} cannot be read: .*store check --repair"):
             store.candidates(IDS)
 
 
