@@ -6,7 +6,6 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -20,7 +19,8 @@ class Calls(Generic[T]):
         self.running = 0
         """Coroutines whose result has not been taken."""
         self._on_close = on_close
-        self._ended: queue.SimpleQueue[Future[T]] = queue.SimpleQueue()
+        self._tasks: set[asyncio.Task[T]] = set()
+        self._ended: queue.SimpleQueue[asyncio.Task[T]] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -28,7 +28,7 @@ class Calls(Generic[T]):
     def start(self, coroutine: Coroutine[Any, Any, T]) -> None:
         """Returns at once."""
         self.running += 1
-        asyncio.run_coroutine_threadsafe(coroutine, self._loop).add_done_callback(self._ended.put)
+        self._loop.call_soon_threadsafe(self._begin, coroutine)
 
     def take(self, timeout: float | None) -> list[T]:
         """The result of the coroutine that ended first, alone in a list; an empty one after `timeout`
@@ -50,14 +50,25 @@ class Calls(Generic[T]):
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
 
+    def _begin(self, coroutine: Coroutine[Any, Any, T]) -> None:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._end)
+
+    def _end(self, task: asyncio.Task[T]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # looked at, or asyncio complains about those that nobody takes
+            self._ended.put(task)
+
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             runner.run(self._until_stopped())
 
     async def _until_stopped(self) -> None:
         await self._stop.wait()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
+        # These alone: the tasks that they have started are theirs to end.
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._on_close()

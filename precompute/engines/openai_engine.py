@@ -56,7 +56,7 @@ def survey(teacher: TeacherConfig) -> Survey:
         with openai.OpenAI(**_client_options(teacher, url) | IMPATIENT) as client:
             try:
                 models[url] = _served_model(client, teacher, url)
-                versions.add(_version(client, url))
+                versions.add(_version(client, teacher, url))
             except GONE as error:
                 gone[url] = _reason(error, teacher)
             except openai.APIStatusError as error:
@@ -74,7 +74,7 @@ def survey(teacher: TeacherConfig) -> Survey:
 
 def _served_model(client: openai.OpenAI, teacher: TeacherConfig, url: str) -> Any:
     name = served_name(teacher)
-    served = {model.id: model for model in client.models.list()}
+    served = {model.id: model for model in client.models.list(extra_headers=_headers(teacher))}
     if name not in served:
         raise EngineError(
             f"{url} does not serve {name!r}; served_model_name may be: {', '.join(map(repr, served)) or None}"
@@ -82,10 +82,14 @@ def _served_model(client: openai.OpenAI, teacher: TeacherConfig, url: str) -> An
     return served[name]
 
 
-def _version(client: openai.OpenAI, url: str) -> str:
+def _version(client: openai.OpenAI, teacher: TeacherConfig, url: str) -> str:
     """What vLLM answers beside its API; of others there is no common way to know."""
     try:
-        answer: Any = client.get(url.rstrip("/").removesuffix("/v1") + "/version", cast_to=object)
+        answer: Any = client.get(
+            url.rstrip("/").removesuffix("/v1") + "/version",
+            cast_to=object,
+            options={"headers": _headers(teacher)},
+        )
     except openai.APIError:
         return UNKNOWN
     return str(answer.get("version", UNKNOWN)) if isinstance(answer, dict) else UNKNOWN
@@ -190,7 +194,9 @@ class OpenAIEngine:
             server = min(alive, key=lambda server: server.busy)
             server.busy += 1
             try:
-                answer = await server.client.completions.create(**self._call(request, sampling, server))
+                answer = await server.client.completions.create(
+                    **self._call(request, sampling, server), extra_headers=_headers(self._teacher)
+                )
                 completion = completion_of(request, answer, self._tokenizer, url=server.url)
                 if completion is not None:
                     return completion
@@ -225,10 +231,14 @@ def _client_options(teacher: TeacherConfig, url: str) -> dict[str, Any]:
     return {
         "base_url": url,
         "api_key": key,
-        "default_headers": {} if teacher.api_key_env else {"Authorization": openai.Omit()},
         "timeout": openai.Timeout(teacher.request_timeout, connect=CONNECT_SECONDS),
         "max_retries": teacher.max_retries,
     }
+
+
+def _headers(teacher: TeacherConfig) -> dict[str, Any]:
+    """Of every call: without a key of the config's none is sent, whatever else stands in the environment."""
+    return {} if teacher.api_key_env else {"Authorization": openai.Omit()}
 
 
 def _stop_ids(teacher: TeacherConfig, tokenizer: Any) -> tuple[int, ...]:
@@ -258,9 +268,16 @@ def _reason(error: openai.APIError, teacher: TeacherConfig) -> str:
     elif isinstance(error, openai.APIStatusError):
         said = f"{error.status_code} {_message(error)}"
     else:
-        said = str(error.__cause__ or error)
+        said = _root(error)
     key = os.environ.get(teacher.api_key_env or "")
     return " ".join((said.replace(key, "***") if key else said).split())[:300]
+
+
+def _root(error: BaseException) -> str:
+    """What the system said, below what was made of it."""
+    while error.__cause__ is not None and not isinstance(error.__cause__, BaseExceptionGroup):
+        error = error.__cause__
+    return str(error) or type(error).__name__
 
 
 def _message(error: openai.APIStatusError) -> str:
