@@ -72,7 +72,7 @@ def soaked(name: str, number: int) -> Trace:
 
 
 def write_for_ever(root: Path, journal: Path, seed: int) -> None:
-    """The process to be killed: appends parts of 1 to 20 traces, and now and then compacts."""
+    """The process to be killed: appends parts of 1 to 20 traces, compacts, and so on."""
     draw = random.Random(seed)
     with journal.open("ab", buffering=0) as told:
         while True:
@@ -80,16 +80,15 @@ def write_for_ever(root: Path, journal: Path, seed: int) -> None:
                 for name in ("ada", "bob"):
                     writer.register_teacher(teacher(name))
                     start = sum(map(len, writer.done(name).values()))
-                    for _ in range(draw.randrange(1, 12)):
+                    for _ in range(draw.randrange(1, 6)):
                         stop = start + draw.randrange(1, 21)
                         told.write(f"begin {name} {start} {stop}\n".encode())
                         writer.append([soaked(name, number) for number in range(start, stop)])
                         told.write(f"done {name} {start} {stop}\n".encode())
                         start = stop
-            if draw.random() < 0.5:
-                told.write(b"compact begin 0 0\n")
-                compact(root, part_traces=draw.choice([50, 200, 8192]))
-                told.write(b"compact done 0 0\n")
+            told.write(b"compact begin 0 0\n")
+            compact(root, part_traces=draw.choice([20, 50, 8192]))
+            told.write(b"compact done 0 0\n")
 
 
 def kill_a_writer(root: Path, journal: Path, seed: int, tally: Tally) -> None:
@@ -174,7 +173,7 @@ def kill_precompute(root: Path, seed: int, tally: Tally, before: dict[str, Trace
 
 def precompute(root: Path) -> list[str]:
     ampo = Path(sys.executable).with_name("ampo")
-    small = ["--limit", "128", "--teacher", "totals", "--teacher", "signs"]
+    small = ["--limit", "192", "--teacher", "totals", "--teacher", "signs"]
     parts = ["--set", "store.part_traces=16", "--set", "store.part_seconds=0.2"]
     options = ["--config", "configs/lab.toml", "--set", f"store.path={root}", *parts, *small]
     return [str(ampo), "precompute", "teachers", *options]
@@ -216,13 +215,16 @@ def soak(place: Path, *, writers: int, commands: int, seed: int) -> Tally:
         if (number + 1) % 10 == 0 or number + 1 == writers:
             report("appending and compacting", number + 1, writers)
     seen: dict[str, Trace] = {}
-    for number in range(commands):
-        if number % 5 == 0:
+    number = 0
+    while tally.kills < writers + commands:
+        late = tally.late
+        seen = kill_precompute(place / f"lab-{late}", seed + number, tally, seen)
+        if tally.late > late:  # it ended by itself: the store is full, and another is begun
             seen = {}
-        seen = kill_precompute(place / f"lab-{number // 5}", seed + number, tally, seen)
-        report("precomputing", number + 1, commands)
+        number += 1
+        report("precomputing", tally.kills - writers, commands)
     if commands:
-        finish(place / "lab-0", tally)
+        finish(place / f"lab-{tally.late}", tally)
     return tally
 
 
@@ -231,10 +233,10 @@ def finish(root: Path, tally: Tally) -> None:
     before = kept(root, {}, tally)
     subprocess.run(precompute(root), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     after = kept(root, before, tally)
-    # 128 problems, two teachers, one sample each unless the config asks for more.
+    # 192 problems and two teachers.
     pairs = {(each.problem_id, each.teacher) for each in after.values()}
-    if len(pairs) != 2 * 128:
-        raise NotKeptError(f"{len(pairs)} of 256 pairs of problem and teacher are there at the end")
+    if len(pairs) != 2 * 192:
+        raise NotKeptError(f"{len(pairs)} of 384 pairs of problem and teacher are there at the end")
 
 
 def main() -> int:
