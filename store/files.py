@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -60,6 +61,8 @@ def disk_errors_named(path: Path) -> Iterator[None]:
 def make_directory(directory: Path) -> None:
     """Makes a directory and those above it, durable. Raises OSError."""
     if not directory.is_dir():
+        if directory.exists():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
         make_directory(directory.parent)
         directory.mkdir(exist_ok=True)
         sync(directory.parent)
