@@ -30,7 +30,9 @@ from store_faults import (
     run,
 )
 
+from store.compaction import forget
 from store.errors import StoreOlderError
+from store.files import TMP_MARK
 
 OPERATIONS = st.sampled_from(sorted(BEGINNINGS))
 FEW = settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
@@ -169,6 +171,22 @@ def test_a_failing_disk_is_one_line_and_hurts_nothing(
     cases: Cases, name: str, fault: int, data: st.DataObject
 ) -> None:
     assert_refuses(cases[name], data.draw(st.integers(1, len(cases[name].calls)), "call"), fault)
+
+
+def test_a_teacher_forgotten_after_a_killed_compaction_stays_forgotten(cases: Cases) -> None:
+    case = cases["compact"]
+    # Killed with the new parts in the manifest and the old ones still there: every trace stands in two parts.
+    at = next(
+        n
+        for n, call in enumerate(case.calls, 1)
+        if call.startswith("unlink") and "/part-" in call and TMP_MARK not in call
+    )
+    with store_of(case) as root:
+        assert run(case.work, root, at=at).killed
+        forget(root, "ada")
+        assert {key[1] for key in contents(root)} == {"bob"}
+        assert len(contents(root)) == 3
+        assert_in_order(root)
 
 
 @pytest.mark.slow
