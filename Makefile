@@ -48,7 +48,7 @@ test: $(VENV)/.dev ## ruff, mypy and every test but the slow ones
 test-slow: $(VENV)/.dev ## what takes longer than CI may
 	$(BIN)/pytest -m slow
 
-soak: $(VENV)/.dev ## kill writers of a store 200 times at random: nothing lost, nothing doubled (about 10 minutes)
+soak: $(VENV)/.dev ## kill writers of a store 200 times at random: nothing lost, nothing doubled (about 7 minutes)
 	PYTHONPATH=. $(BIN)/python tests/store_soak.py
 
 check: $(VENV)/.dev ## ruff, ruff format, mypy --strict
