@@ -7,7 +7,8 @@ Fixed numbers below 8 are read off the first run: the n-th sample of a pair is t
 
 Overhead: seconds from problems to a closed store (prompts, vLLM, verdicts, parts, index) against bare
 `LLM.generate` on the same prompts, seeds and settings, both warm, turn by turn; loading is left out of both.
-Each has a process of its own for vLLM. The last line is JSON.
+Each has a process of its own for vLLM, whose CPU seconds are told too: what else runs on the machine moves
+them little. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from store.writer import StoreWriter
 from trainer.config import Config
 
 SAMPLES = 8
-OVERHEAD_SAMPLES = 4
+OVERHEAD_SAMPLES = 8
 MARK = "bench: "
 """Before what the bare process says; vLLM talks too."""
 
@@ -149,6 +150,8 @@ def tries_table(rows: Sequence[Tries]) -> Table:
 
 def measure_overhead(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Seconds of each turn, ours and bare, and the medians' ratio."""
+    import psutil  # type: ignore[import-untyped]  # comes with vLLM
+
     config, job, problems = overhead_job(options)
     filled = fill_prompts(job, problems, SilentReporter())
     prompts = [
@@ -158,15 +161,21 @@ def measure_overhead(options: argparse.Namespace, directory: Path) -> dict[str, 
     ]
     length = longest_prompt(filled)
     turns: dict[str, list[float]] = {"ours": [], "bare": []}
+    cpu: dict[str, list[float]] = {"ours": [], "bare": []}
     tokens: dict[str, int] = {}
     engine = load_engine(job.config, "vllm", job.tokenizer, longest_prompt=length)
-    with closing(engine), bare_vllm(job, prompts, length + job.config.max_tokens) as bare:
+    our_vllm = psutil.Process().children()[0]
+    with closing(engine), bare_vllm(job, prompts, length + job.config.max_tokens) as (bare, bare_process_id):
+        processes = {"ours": our_vllm, "bare": psutil.Process(bare_process_id)}
         for turn in range(options.repeats + 1):
             for way in ("ours", "bare") if turn % 2 else ("bare", "ours"):
                 store = directory / f"overhead-{turn}"
+                before = processes[way].cpu_times()
                 took, tokens[way] = bare() if way == "bare" else ours(engine, job, problems, config, store)
                 if turn:  # the first is the warm-up
+                    after = processes[way].cpu_times()
                     turns[way].append(took)
+                    cpu[way].append(after.user + after.system - before.user - before.system)
     medians = {way: median(seconds) for way, seconds in turns.items()}
     return {
         "model": job.config.model,
@@ -174,6 +183,7 @@ def measure_overhead(options: argparse.Namespace, directory: Path) -> dict[str, 
         "tokens": tokens,
         "seconds": {way: [round(each, 2) for each in seconds] for way, seconds in turns.items()},
         "median_seconds": {way: round(seconds, 3) for way, seconds in medians.items()},
+        "median_cpu_seconds_of_vllm": {way: round(median(seconds), 3) for way, seconds in cpu.items()},
         "overhead": round(medians["ours"] / medians["bare"] - 1, 4),
     }
 
@@ -219,8 +229,9 @@ def ours(
 
 
 @contextmanager
-def bare_vllm(job: Job, prompts: Sequence[dict[str, Any]], length: int) -> Iterator[Any]:
-    """A process with nothing but vLLM; called, it generates once and returns (seconds, tokens)."""
+def bare_vllm(job: Job, prompts: Sequence[dict[str, Any]], length: int) -> Iterator[tuple[Any, int]]:
+    """A process with nothing but vLLM, as a function that generates once and returns (seconds, tokens), and
+    its id."""
     environment = DEFAULT_ENVIRONMENT | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "bench.precompute", "--bare"],
@@ -259,7 +270,7 @@ def bare_vllm(job: Job, prompts: Sequence[dict[str, Any]], length: int) -> Itera
         raise RuntimeError("the bare vllm process ended")
 
     try:
-        yield generate
+        yield generate, process.pid
     finally:
         process.kill()
         process.wait()
@@ -295,8 +306,11 @@ def overhead_table(measured: dict[str, Any]) -> Table:
     table.add_column("")
     table.add_column("seconds")
     table.add_column("median", justify="right")
+    table.add_column("vllm's CPU", justify="right")
     for way, name in (("bare", "LLM.generate"), ("ours", "the whole pipeline")):
-        table.add_row(name, str(measured["seconds"][way]), f"{measured['median_seconds'][way]:.2f}")
+        turns = "  ".join(f"{each:.1f}" for each in measured["seconds"][way])
+        busy = measured["median_cpu_seconds_of_vllm"][way]
+        table.add_row(name, turns, f"{measured['median_seconds'][way]:.2f}", f"{busy:.2f}")
     table.caption = f"overhead {measured['overhead']:+.1%}"
     return table
 
