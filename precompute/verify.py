@@ -33,7 +33,7 @@ from precompute.verify_queue import Job, JobQueue
 from store.errors import EngineError
 
 VERIFIER_NAME = "math-verify"
-VERIFIER_VERSION = f"{version('math-verify')}+ampo.1"
+VERIFIER_VERSION = f"{version('math-verify')}+ampo.2"
 """math-verify's version and the revision of our rules around it (precompute/verify_worker.py)."""
 
 MAX_ANSWER_CHARS = 10_000

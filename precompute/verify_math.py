@@ -8,6 +8,7 @@ for to read or to compare what a model wrote may take for ever. How it departs f
   `10^10^10^10` no part can match.
 - Digits that a space parts are thousands, a mixed number or an error, and `2(3)` is a product;
   math-verify reads `4 2` as 6 and `2(3)` as 5.
+- A letter is a unit only after a space and a number: `2t` is not 2.
 - Numbers agree in six decimals *and* six significant digits; math-verify's absolute rounding takes
   10^{-20} for 10^{-22}.
 
@@ -21,6 +22,7 @@ import cmath
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -81,12 +83,17 @@ DECIMALS = 6
 _NORMALIZATION = NormalizationConfig(
     basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="none", equations=False
 )
+_NO_UNITS = replace(_NORMALIZATION, units=False)
+_LAST_LETTER = re.compile(r"(?<=[\d}\s])[a-z]$")
+_OPERATOR = re.compile(r"(?:\\cdot|\\times|[-+*/=])\s*$")
+_COMMAND = re.compile(r"\\(?:text|mbox|mathrm)\s*\{[^{}]*\}|\\[a-zA-Z]+")
 _SYMBOLS = str.maketrans(
     {"−": "-", "×": "\\times ", "÷": "\\div ", "·": "\\cdot ", "∞": "\\infty ", "√": "\\sqrt ", "∈": "\\in "}
     | {"°": "^\\circ ", "≤": "\\leq ", "≥": "\\geq ", "≠": "\\neq ", "∪": "\\cup ", "∩": "\\cap "}
     | {"²": "^2", "³": "^3", "\u00a0": " ", "\u2009": " ", "\u202f": " "}
     | dict.fromkeys("€£¥₹", "")
 )
+_UPRIGHT = re.compile(r"\\(?:mathrm|operatorname)\s*\{\s*([ei])\s*\}")
 _WRAPPINGS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"))
 _LEAD_IN = re.compile(r"^(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*[:=])\s*:?", re.IGNORECASE)
 _SPACE = r"(?:\\[,;:! ]|~|\s|\{,\})"
@@ -157,7 +164,7 @@ def _read(latex: str) -> Any | None:
     try:
         math_object = plain_number(latex)
         if math_object is None:
-            math_object = parse(normalize_latex(latex, _NORMALIZATION))
+            math_object = parse(normalized(latex))
         if not isinstance(math_object, sympy.Basic | sympy.MatrixBase):
             return None
         undefined = math_object.has(sympy.nan, sympy.zoo)
@@ -169,11 +176,27 @@ def _read(latex: str) -> Any | None:
     return None if undefined else math_object
 
 
+def normalized(latex: str) -> str:
+    """Without units, in math-verify's way; but a letter that reads as a variable is no unit."""
+    return str(normalize_latex(latex, _NO_UNITS if _ends_in_a_variable(latex) else _NORMALIZATION))
+
+
+def _ends_in_a_variable(latex: str) -> bool:
+    """`2t` does, and `\\frac{1}{m} t`; in `5 m` and `x = 5 m` the letter may stand for metres. math-verify
+    drops all of them, so that 2 is 2t to it."""
+    match = _LAST_LETTER.search(latex)
+    if match is None:
+        return False
+    before = latex[: match.start()]
+    rest = _COMMAND.sub("", before.rpartition("=")[2])
+    return bool(_OPERATOR.search(before)) or not rest.endswith(" ") or any(map(str.isalpha, rest))
+
+
 def plain_number(latex: str) -> Any | None:
     """What the grammar makes of an integer, a short decimal or a fraction of integers; None for all else."""
     if _INTEGER.fullmatch(latex):
         return sympy.Integer(latex)
-    if _DECIMAL.fullmatch(latex):
+    if _DECIMAL.fullmatch(latex) and latex != "0.5":  # of which math-verify makes a fraction
         return sympy.Float(latex)
     fraction = _FRACTION.fullmatch(latex)
     if fraction is None or not int(fraction["below"]):
@@ -218,6 +241,8 @@ class _Grammar(_Latex2Sympy):  # type: ignore[misc]
 def plain_latex(text: str) -> str:
     """`text` without its wrapping ($, \\(, \\boxed, "The answer is"), numbers written in one way."""
     text = _unwrap(text.translate(_SYMBOLS)).replace("\\left(", "(").replace("\\right)", ")")
+    # math-verify takes these for units and drops them: 2i is 2 to it, and 1 - 1/e is 1 + 1/e.
+    text = _UPRIGHT.sub(r"\1 ", text)
     text = _THOUSANDS.sub(lambda match: re.sub(_SPACE, "", match[0]), text)
     text = _MIXED_NUMBER.sub(r"\1\\frac{\2}{\3}", text)
     text = _PRODUCT.sub(r"\1 \\times ", text)

@@ -125,6 +125,11 @@ DIFFERENT = [
     ("5\\%", "500\\%"),
     ("10", "10^10^10^10"),
     ("6", "4 2"),
+    ("2t", "2"),
+    ("2", "2t"),
+    ("\\frac{1}{m} t", "\\frac{1}{m}"),
+    ("2", "2\\mathrm{i}"),
+    ("1-\\frac{1}{\\mathrm{e}}", "1+\\frac{1}{\\mathrm{e}}"),
     ("5", "2(3)"),
     ("42", "41 or 42"),
     ("42", "it is not 42"),
@@ -342,6 +347,7 @@ def test_verdicts_come_in_the_order_of_the_pairs(verifier: Verifier) -> None:
 
 def test_verify_answer_needs_nothing_but_strings() -> None:
     verdict = verify_answer(response="so \\boxed{1.75}", gold="\\frac{7}{4}")
+    assert (verdict.parsed_answer, verdict.parsed_gold) == ("1.75000000000000", "7/4")
     # s=0, o=1, blank=2, the backslash=3, the brace=9
     assert (verdict.is_correct, verdict.reason, verdict.answer_start) == (True, "match", 10)
     assert not verify_answer(response="so 1.75", gold="\\frac{7}{4}", timeout=1.0).is_correct

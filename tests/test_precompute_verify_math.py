@@ -1,0 +1,189 @@
+"""What gold and answer say: the quick ways give what the whole grammar gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sympy
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from math_verify.grader import verify
+
+from precompute import verify_math
+from precompute.verify_math import (
+    TYPICAL,
+    agree,
+    apart,
+    judge,
+    normalized,
+    parse,
+    plain_latex,
+    plain_number,
+    read_math,
+)
+
+EXAMPLES = Path(__file__).parent / "data" / "math_verify_examples.jsonl"
+TEXTS = sorted(
+    {
+        row[key]
+        for row in map(json.loads, EXAMPLES.read_text("utf-8").splitlines())
+        for key in ("gold", "answer")
+    }
+)
+
+integers = st.integers(-(10**30), 10**30).map(str)
+decimals = st.from_regex(r"-?[0-9]{1,7}\.[0-9]{1,7}", fullmatch=True).filter(str.isascii)
+fractions = st.tuples(
+    st.sampled_from(["", "-"]),
+    st.sampled_from(["\\frac", "\\dfrac", "\\tfrac", "\\cfrac"]),
+    st.integers(0, 10**12),
+    st.integers(1, 10**12),
+).map(lambda parts: f"{parts[0]}{parts[1]}{{{parts[2]}}}{{{parts[3]}}}")
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.one_of(integers, decimals, fractions))
+@example("-0.5")
+@example("007")
+@example("-0")
+def test_a_plain_number_is_what_the_grammar_makes_of_it(text: str) -> None:
+    quick = plain_number(text)
+    assert quick is not None
+    whole = parse(normalized(text))
+    assert sympy.srepr(quick) == sympy.srepr(whole)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "-", "1,000", "\\frac{1}{0}", "1e5", "٣", "x", "1.", ".5", "--1", "0.5"]
+)
+def test_what_is_no_plain_number_is_left_to_the_grammar(text: str) -> None:
+    assert plain_number(text) is None
+
+
+def read_without_haste(text: str) -> Any:
+    latex = normalized(plain_latex(text))
+    try:
+        return verify_math._Grammar(latex, quick=False).parse(latex)
+    except Exception:  # noqa: BLE001  What the grammar raises.
+        return None
+
+
+def test_the_quick_mode_of_the_grammar_reads_what_the_full_mode_reads() -> None:
+    read = 0
+    for text in TEXTS[::2]:
+        latex = normalized(plain_latex(text))
+        try:
+            quick = verify_math._Grammar(latex, quick=True).parse(latex)
+        except Exception:  # noqa: BLE001
+            continue
+        assert sympy.srepr(quick) == sympy.srepr(read_without_haste(text)), text
+        read += 1
+    assert read > len(TEXTS) / 4
+
+
+def formulas() -> st.SearchStrategy[str]:
+    atoms = st.one_of(st.integers(-9, 9).map(str), st.sampled_from(["x", "y", "\\pi", "0.5", "\\sqrt{2}"]))
+    return st.recursive(
+        atoms,
+        lambda inner: st.one_of(
+            st.tuples(inner, st.sampled_from("+-"), inner).map(lambda p: f"({p[0]}){p[1]}({p[2]})"),
+            st.tuples(inner, inner).map(lambda p: f"\\frac{{{p[0]}}}{{{p[1]}}}"),
+            inner.map(lambda text: f"({text})^{{2}}"),
+        ),
+        max_leaves=4,
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(formulas(), formulas())
+def test_what_is_apart_is_no_match_for_math_verify_either(gold: str, answer: str) -> None:
+    left, right = read_math(gold), read_math(answer)
+    if left is None or right is None:
+        return
+    if apart(left, right):
+        assert not verify(left, right, timeout_seconds=None)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("2", "3"),
+        ("x^2+1", "x^2+2"),
+        ("\\sqrt{2}", "1.41"),
+        ("f(n) = 2n+1", "f(n) = 2n+3"),
+        ("x = 5", "x = 6"),
+        ("a+b", "a-b"),
+    ],
+)
+def test_clear_differences_need_no_simplify(gold: str, answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_math, "verify", lambda *_, **__: pytest.fail("math-verify was asked"))
+    assert not agree(read_math(gold), read_math(answer))
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("a+2b-a", "2b"),  # b must have one value on both sides, whatever other letters there are
+        ("28\\%", "28"),
+        ("\\text{abc}", "abc"),
+        ("x=5", "5"),
+        ("2x+4y-3=0", "y=-\\frac{1}{2}x+\\frac{3}{4}"),
+        ("1/3", "0.333333"),
+        ("10^{20}", "10^{20}"),
+        ("\\frac{0}{5}", "0"),
+        ("f(x)", "f(x)"),
+    ],
+)
+def test_what_may_be_equal_is_never_apart(gold: str, answer: str) -> None:
+    assert not apart(read_math(gold), read_math(answer))
+    assert agree(read_math(gold), read_math(answer))
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("2t", "2*t"),
+        ("x^{2}t", "t*x**2"),
+        ("\\frac{1}{m} t", "1*t/m"),
+        ("2 \\cdot c", "2*c"),
+        ("x = m", "Eq(x, m)"),
+        ("5 m", "5"),
+        ("5 cm", "5"),
+        ("5cm", "5"),
+        ("12\\pi m", "12*pi"),
+        ("x = 5 m", "Eq(x, 5)"),
+        ("15\\text{ cm}^2", "15"),
+    ],
+)
+def test_a_letter_is_a_unit_only_after_a_space_and_a_number(text: str, meant: str) -> None:
+    assert str(read_math(text)) == meant
+
+
+def test_typical_forms_can_all_be_read() -> None:
+    assert [text for text in TYPICAL if read_math(text) is None] == []
+
+
+def test_what_was_read_is_said() -> None:
+    assert judge("\\frac{7}{4}", "1.75") == ("match", "", "7/4", "1.75000000000000")
+    assert judge("5", "{" * 9) == ("mismatch", "the answer cannot be parsed", "5", None)
+    assert judge("5", None) == ("parsed", "", "5", None)
+    assert judge("1/0", "5")[2:] == (None, None)
+
+
+def test_what_was_read_is_cut_and_what_cannot_be_written_is_named() -> None:
+    assert judge("1", "x+" * 900 + "x").parsed_answer == "x + " * 250
+    # Python writes no integer of more than 4,300 digits.
+    assert judge("5", "10^{5000}").parsed_answer in ("10**5000", "<Integer>")
+    assert verify_math.shown(sympy.Integer(10**5000)) == "<Integer>"
+
+
+def test_no_room_says_nothing_about_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(latex: str) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(verify_math, "parse", no_room)
+    with pytest.raises(MemoryError):
+        read_math("x + 17 y")
