@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from precompute.config import TeacherConfig
 from precompute.engines import Completion, Request, Sampling
 from precompute.engines.checks import eos_ids
 from precompute.engines.drawing import inverse_cdf, keep_top_k, keep_top_p, uniforms
+from precompute.engines.options import check_options
+from precompute.engines.select import check_fits, prepare_engine
 from precompute.engines.transformers_engine import TransformersEngine
+from precompute.engines.vllm_engine import llm_options
 from store.errors import EngineError
 
 END = 2
@@ -27,13 +32,13 @@ OTHER_END = 40
 CONTEXT = 96
 
 
-def random_model(eos: int | list[int] = END) -> Any:
+def random_model(eos: int | list[int] = END, *, intermediate_size: int = 96) -> Any:
     """Two layers with weights wide enough that some tokens are likely and others are not."""
     torch.manual_seed(5)
     config = Qwen2Config(
         vocab_size=103,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
@@ -432,3 +437,113 @@ def test_a_loaded_model_draws_what_the_one_in_memory_drew(tokenizer: Any, tmp_pa
         TransformersEngine(model, tokenizer, batch_size=4).generate(requests, sampling())
     )
     loaded.close()
+
+
+def teacher(**changes: Any) -> TeacherConfig:
+    return TeacherConfig(**{"name": "ada", "model": "m", "max_tokens": 24} | changes)
+
+
+@pytest.mark.parametrize(
+    ("engine", "changes", "message"),
+    [
+        ("vllm", {"tensor_parallel_size": 2}, "tensor_parallel_size = 2 needs as many GPUs; there are 0"),
+        (
+            "vllm",
+            {"quantization": "fp8"},
+            "quantization = 'fp8' needs a GPU with vllm; on the CPU take engine",
+        ),
+        ("transformers", {"quantization": "awq"}, "quantization = 'awq' is not for transformers"),
+        ("openai", {}, 'engine "openai" needs base_urls'),
+    ],
+)
+def test_what_an_engine_cannot_honour_is_said_before_it_starts(
+    monkeypatch: pytest.MonkeyPatch, engine: str, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(EngineError, match="teacher 'ada': ") as caught:
+        prepare_engine(teacher(**changes), engine)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_on_gpus_vllm_is_left_to_judge_all_but_what_it_has_moved_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_options(teacher(tensor_parallel_size=2, quantization="fp8"), "vllm")
+    monkeypatch.setattr("precompute.engines.options.find_spec", lambda _: None)
+    with pytest.raises(EngineError, match="pip install vllm-bnb-plugin"):
+        check_options(teacher(quantization="bitsandbytes"), "vllm")
+    with pytest.raises(EngineError, match=r'pip install "ampo\[qlora\]"'):
+        check_options(teacher(quantization="bitsandbytes"), "transformers")
+
+
+def test_vllm_is_told_what_the_teachers_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plain = llm_options(teacher(), max_length=80)
+    assert (plain["dtype"], plain["enforce_eager"], plain["max_model_len"]) == ("float32", True, 80)
+    assert "gpu_memory_utilization" not in plain
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    said = teacher(
+        quantization="fp8",
+        tensor_parallel_size=4,
+        gpu_memory_utilization=0.5,
+        batch_size=7,
+        vllm_args={"max_num_batched_tokens": 4096},
+    )
+    told = llm_options(said, max_length=80)
+    assert (told["dtype"], told["enforce_eager"], told["quantization"]) == ("auto", False, "fp8")
+    assert (told["tensor_parallel_size"], told["gpu_memory_utilization"], told["max_num_seqs"]) == (4, 0.5, 7)
+    assert told["max_num_batched_tokens"] == 4096
+    assert llm_options(teacher(enforce_eager=True), max_length=80)["enforce_eager"] is True
+
+
+def test_vllms_arguments_with_a_key_of_their_own_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_num_seqs has a key of its own: set batch_size instead"):
+        teacher(vllm_args={"max_num_seqs": 3})
+
+
+def test_max_model_len_has_to_hold_the_longest_prompt_and_max_tokens(tmp_path: Path) -> None:
+    random_model().save_pretrained(tmp_path)
+    # 10 + 24 = 34 positions are needed; the model has 96.
+    check_fits(teacher(model=str(tmp_path), max_model_len=34), 10)
+    with pytest.raises(
+        EngineError, match=r"max_model_len = 33 is too small .* of 10 tokens .* 34 are needed"
+    ):
+        check_fits(teacher(model=str(tmp_path), max_model_len=33), 10)
+    with pytest.raises(EngineError, match=r"exceed the 96 positions of .* may be 16 at most"):
+        check_fits(teacher(model=str(tmp_path)), 80)
+    with pytest.raises(EngineError, match="there is no directory"):
+        check_fits(teacher(model=str(tmp_path / "absent")), 10)
+    # Behind a server only the tokenizer has to be here.
+    check_fits(teacher(model=str(tmp_path / "absent"), base_urls=["http://h/v1"]), 10)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_bitsandbytes_draws_with_weights_of_four_bits(tokenizer: Any, tmp_path: Path) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    random_model().save_pretrained(tmp_path / "odd")
+    with pytest.raises(EngineError, match=r"a multiple of 64; model.layers.0.mlp.down_proj has 96: leave"):
+        TransformersEngine.load(str(tmp_path / "odd"), tokenizer, quantization="bitsandbytes", device="cpu")
+    model = random_model(intermediate_size=128)
+    model.save_pretrained(tmp_path / "even")
+    engine = TransformersEngine.load(
+        str(tmp_path / "even"), tokenizer, quantization="bitsandbytes", device="cpu"
+    )
+    projection = engine._model.model.layers[0].mlp.up_proj.weight
+    # 128 x 64 weights of half a byte.
+    assert (projection.dtype, projection.numel()) == (torch.uint8, 128 * 64 // 2)
+    for name, layer in engine._model.named_modules():
+        if hasattr(getattr(layer, "weight", None), "quant_state"):
+            narrow = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            wide = model.get_parameter(f"{name}.weight").data
+            # Of normal weights nf4 loses 0.09 of their size.
+            assert (narrow - wide).norm() / wide.norm() < 0.11
+            wide.copy_(narrow)
+    requests = [request(number) for number in range(16)]
+    found = by_id(engine.generate(requests, sampling()))
+    for each in requests:
+        completion = found[each.request_id]
+        logprobs = forward_logits(model, each, completion).log_softmax(-1)
+        expected = logprobs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        # On some CPUs bitsandbytes computes in bfloat16.
+        assert completion.logprobs == pytest.approx(expected.tolist(), abs=0.4)

@@ -88,8 +88,10 @@ class TransformersEngine:
                 )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
             raise cannot_load(model_path, error) from error
-        if quantization is None:  # bitsandbytes has put it there already
+        if quantization is None:
             model = model.to(place)
+        else:  # it stands there already
+            _check_blocks(model, model_path, place)
         return cls(model, tokenizer, batch_size=batch_size)
 
     def generate(self, requests: Requests, sampling: Sampling) -> Iterator[Completion]:
@@ -251,6 +253,18 @@ def _quantized(quantization: str | None, place: torch.device) -> dict[str, Any]:
         bnb_4bit_compute_dtype=torch.float32 if place.type == "cpu" else torch.bfloat16,
     )
     return {"quantization_config": nf4, "device_map": {"": place}}
+
+
+def _check_blocks(model: Any, model_path: str, place: torch.device) -> None:
+    """Raises EngineError where bitsandbytes would compute wrongly: on the CPU it takes for granted that no
+    block of weights that share a scale reaches over the end of a row."""
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if place.type == "cpu" and state is not None and state.shape[-1] % state.blocksize:
+            raise EngineError(
+                f"model {model_path!r}: on the CPU bitsandbytes needs layers whose width is a multiple of "
+                f"{state.blocksize}; {name} has {state.shape[-1]}: leave quantization out"
+            )
 
 
 def _base_model(model: Any) -> Any:
