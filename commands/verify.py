@@ -25,7 +25,7 @@ def verify(
     ] = None,
     form: Annotated[
         Literal["any", "boxed", "answer_tags"],
-        typer.Option(help="Where the final answer stands: in \\boxed{}, in <answer></answer>, or in either."),
+        typer.Option(help="Where the final answer stands: `\\boxed{}`, `<answer>` tags, or either."),
     ] = "any",
     failed: Annotated[int, typer.Option(min=0, help="Show the first N rows that are no match.")] = 20,
     out: Annotated[
