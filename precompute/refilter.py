@@ -60,7 +60,8 @@ def check_filters(writer: StoreWriter, record: TeacherRecord) -> None:
     known = read_teachers(writer.path).get(record.name)
     if known is None or dict(known.filters) == dict(record.filters) or not writer.done(record.name):
         return
-    changes = "; ".join(recipe_changes(known.filters, record.filters, "filters."))
+    off = FiltersConfig().model_dump(mode="json")
+    changes = "; ".join(recipe_changes(off | dict(known.filters), off | dict(record.filters), "filters."))
     raise RecipeChangedError(
         f"teacher {record.name!r} has traces in {writer.path} that other filters have judged: {changes}; "
         "`ampo store refilter` with this config judges them anew, and nothing is drawn again"

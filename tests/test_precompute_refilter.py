@@ -83,7 +83,7 @@ def test_judged_anew_a_store_is_as_if_it_had_been_drawn_so(store: Path, tmp_path
     pipeline.run(config(drawn, **SHORT), limit=12)
     before = traces_of(store)
     with pytest.raises(
-        RecipeChangedError, match=r"'totals'.* filters\.max_tokens None -> 45.*store refilter"
+        RecipeChangedError, match=r": filters\.format False -> True; filters\.max_tokens None -> 45; "
     ):
         pipeline.run(config(store, **SHORT), limit=12)
     reports = refilter.refilter(store, FiltersConfig(**SHORT))
@@ -93,7 +93,9 @@ def test_judged_anew_a_store_is_as_if_it_had_been_drawn_so(store: Path, tmp_path
     assert [(report.traces, report.held_before) for report in reports] == [(24, 0), (24, 0)]
     # The run under these filters has nothing left to do; the one under the old ones is refused.
     assert [t.new_samples for t in pipeline.run(config(store, **SHORT), limit=12).teachers] == [0, 0]
-    with pytest.raises(RecipeChangedError, match=r"filters\.max_tokens 45 -> None"):
+    with pytest.raises(
+        RecipeChangedError, match=r": filters\.format True -> False; filters\.max_tokens 45 -> None; "
+    ):
         pipeline.plan(config(store), limit=12)
     # And back: nothing but the reasons ever changed.
     refilter.refilter(store, FiltersConfig())
@@ -111,9 +113,11 @@ def test_one_teacher_alone_and_within_a_compacted_part(store: Path) -> None:
         refilter.refilter(store, FiltersConfig(), teachers=["totls"])
 
 
-@pytest.mark.parametrize("stopped_at", ["change_parts", "refresh_index"])
+@pytest.mark.parametrize(
+    ("where", "what"), [(refilter, "change_parts"), (Path, "unlink"), (refilter, "refresh_index")]
+)
 def test_stopped_half_way_it_loses_nothing_and_goes_on(
-    store: Path, stopped_at: str, monkeypatch: pytest.MonkeyPatch
+    store: Path, where: Any, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = traces_of(store)
 
@@ -121,7 +125,7 @@ def test_stopped_half_way_it_loses_nothing_and_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(refilter, stopped_at, stop)
+        patched.setattr(where, what, stop)
         with pytest.raises(KeyboardInterrupt):
             refilter.refilter(store, FiltersConfig(**SHORT))
     assert len(reasons(store)) == len(before)
