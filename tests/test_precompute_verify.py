@@ -9,16 +9,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from verify_processes import memory_kb, needs_proc, wait_until, workers_of
 
 from precompute.verify import MAX_ANSWER_CHARS, VERIFIER_VERSION, Verifier, verify_answer
 from store.errors import EngineError
 from store.records import VERDICTS
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 
 
 @pytest.fixture(scope="module")
@@ -31,37 +30,6 @@ def is_match(verifier: Verifier, gold: str, answer: str) -> bool:
     verdict = verifier.submit(f"so \\boxed{{{answer}}}", gold).result()
     assert verdict.is_correct is (verdict.reason == "match")
     return verdict.is_correct
-
-
-def workers_of(parent: int) -> set[int]:
-    """The process ids of the workers that `parent` started."""
-    found = set()
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (entry / "cmdline").read_bytes()
-            above = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if b"verify_worker" in line and above == parent:
-            found.add(int(entry.name))
-    return found
-
-
-def peak_memory_kb(process: int) -> int:
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("VmPeak")), 0)
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 10.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if holds():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 EQUAL = [
@@ -221,7 +189,7 @@ def test_the_memory_of_a_worker_is_bounded() -> None:
         # 2^9999999999 takes 1250 MB as an integer.
         pending, peak = judge.submit("\\boxed{2^{9999999999}}", "5"), 0
         while not pending.done():
-            peak = max(peak, peak_memory_kb(worker))
+            peak = max(peak, memory_kb(worker, "VmPeak"))
             time.sleep(0.005)
         assert not pending.result().is_correct
         assert 0 < peak <= 300 * 1024
