@@ -89,7 +89,9 @@ class Proxy:
         """(status, message) of the next answers."""
         self.rewrite: Callable[[dict[str, Any]], dict[str, Any]] = lambda answer: answer
         self.delay = 0.0
-        """Seconds before a completion is passed on."""
+        """Seconds before a completion is passed on..."""
+        self.quick_calls = 0
+        """...but for these first ones."""
         self.stop_after: int | None = None
         """Completions after which it goes away, with the others under way cut off."""
         self._upstream = upstream
@@ -140,6 +142,7 @@ class Proxy:
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
             failure = self.failures.pop(0) if self.failures else None
+            delay = self.delay if self.calls > self.quick_calls else 0
             over = self.stop_after is not None and self.calls > self.stop_after
         try:
             if over:
@@ -147,7 +150,7 @@ class Proxy:
             elif failure is not None:
                 self._answer(handler, failure[0], json.dumps({"error": {"message": failure[1]}}).encode())
             else:
-                time.sleep(self.delay)
+                time.sleep(delay)
                 self._pass_on(handler, body)
         finally:
             with self._lock:

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -140,6 +141,9 @@ def test_a_seed_decides_the_sample_and_max_tokens_cuts(
     engine = engine_of(teacher(address(port)), tokenizer)
     again = by_id(engine.generate(requests[7:12], SAMPLING))
     assert {i: c.token_ids for i, c in again.items()} == {i: drawn[i].token_ids for i in again}
+    first = requests[0]
+    others = [Request(request_id=str(n), prompt_ids=first.prompt_ids, seed=n) for n in range(900, 916)]
+    assert len({completion.token_ids for completion in engine.generate(others, SAMPLING)}) > 1
     short = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=5)
     for completion in engine.generate(requests[:4], short):
         assert (completion.finish_reason, len(completion.token_ids)) == ("length", 5)
@@ -407,13 +411,20 @@ def test_a_completion_that_a_server_breaks_off_is_no_sample(
         list(engine_of(teacher(server.url), tokenizer).generate(requests[:1], SAMPLING))
 
 
-def test_left_early_nothing_stays_under_way(port: int, requests: list[Request], tokenizer: Any) -> None:
+def test_left_early_nothing_stays_under_way(
+    proxy: Callable[[], Proxy], requests: list[Request], tokenizer: Any
+) -> None:
+    server = proxy()
+    server.delay, server.quick_calls = 30, 1
     before = set(threading.enumerate())
-    completions = engine_of(teacher(address(port)), tokenizer).generate(requests, SAMPLING)
+    completions = engine_of(teacher(server.url), tokenizer).generate(requests, SAMPLING)
     next(completions)
-    assert set(threading.enumerate()) - before
+    assert [thread for thread in set(threading.enumerate()) - before if thread.name.endswith("(_run)")]
+    started = time.monotonic()
     del completions
-    assert not set(threading.enumerate()) - before
+    # The others under way would have taken half a minute.
+    assert time.monotonic() - started < 10
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name.endswith("(_run)")]
 
 
 @pytest.mark.parametrize(
