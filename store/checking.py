@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
+from store.files import disk_errors_named, make_directory, sync
 from store.index import refresh_index
 from store.manifest import PARTS, PartEntry, change_parts, read_manifest
 from store.parts import READ_ERRORS, digest_in_name, entry_of, file_digest, one_line
@@ -112,7 +115,8 @@ def _examine(root: Path, progress: Progress | None) -> CheckReport:
     for done, name in enumerate(names, start=1):
         finding = _finding(name, there.get(name), entries.get(name))
         findings += [finding] if finding else []
-        size += there[name].stat().st_size if name in there and there[name].exists() else 0
+        with suppress(KeyError, FileNotFoundError):
+            size += there[name].stat().st_size
         if progress is not None:
             progress(done, len(names))
     # A part that went meanwhile was compacted away.
@@ -124,10 +128,17 @@ def _examine(root: Path, progress: Progress | None) -> CheckReport:
 
 
 def _finding(part: str, file: Path | None, entry: PartEntry | None) -> Finding | None:
-    if file is None or not file.exists():
+    try:
+        if file is None:
+            raise FileNotFoundError
+        return _unlike_entry(part, file, entry) if entry else _unentered(part, file)
+    except FileNotFoundError:
         return _found(part, "missing", "there is no such file", entry) if entry else None
-    if entry is None:
-        return _unentered(part, file)
+    except OSError as error:
+        return _found(part, "altered", f"it cannot be read: {error.strerror}", entry)
+
+
+def _unlike_entry(part: str, file: Path, entry: PartEntry) -> Finding | None:
     size = file.stat().st_size
     if size < entry.bytes:
         return _found(part, "truncated", f"{size:,} of {entry.bytes:,} bytes", entry)
@@ -139,6 +150,8 @@ def _finding(part: str, file: Path | None, entry: PartEntry | None) -> Finding |
 def _unentered(part: str, file: Path) -> Finding | None:
     try:
         entry = entry_of(file)
+    except FileNotFoundError:
+        raise
     except READ_ERRORS as error:
         return _found(part, "foreign", f"not in the manifest, and no part: {one_line(error)}", None)
     if not entry.blake2b.startswith(digest_in_name(part)):
@@ -157,10 +170,18 @@ def _found(part: str, fault: str, detail: str, entry: PartEntry | None) -> Findi
 
 
 def _set_aside(root: Path, part: str) -> str:
-    target = root / QUARANTINE / part
-    target.parent.mkdir(parents=True, exist_ok=True)
-    (root / PARTS / part).replace(target)
+    target = next(place for place in _places(root / QUARANTINE / part) if not place.exists())
+    with disk_errors_named(target):
+        make_directory(target.parent)
+        (root / PARTS / part).replace(target)
+        sync(target.parent)
     return str(target.relative_to(root))
+
+
+def _places(first: Path) -> Iterator[Path]:
+    """`first`, and where it is taken already `first.2`, `first.3` and so on: nothing is written over."""
+    yield first
+    yield from (first.with_name(f"{first.name}.{number}") for number in count(2))
 
 
 def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

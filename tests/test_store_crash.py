@@ -215,7 +215,7 @@ def test_what_is_named_is_on_the_disk_first(cases: Cases, name: str) -> None:
             assert own[-1] == "fsync", f"{call[2]} was renamed before its content was durable"
             assert_synced(os.path.dirname(call[2]), later)
             manifest_durable = call[2].endswith("manifest.json")
-        if call[0] == "mkdir" and "quarantine" not in call[1]:
+        if call[0] == "mkdir":
             assert_synced(os.path.dirname(call[1]), later)
         if call[0] == "unlink" and "/part-" in call[1] and ".tmp-" not in call[1]:
             assert manifest_durable, f"{call[1]} went before the manifest said so"

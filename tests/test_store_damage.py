@@ -18,7 +18,7 @@ from store.checking import check
 from store.compaction import compact
 from store.errors import StoreDamagedError
 from store.pages import lists_of_page, texts_of_page
-from store.parts import READ_ERRORS, part_rows
+from store.parts import READ_ERRORS, file_digest, part_rows
 from store.trace_store import TraceStore
 from store.writer import StoreWriter
 
@@ -157,3 +157,29 @@ def test_every_bit_of_every_page_counts(sound: Path, column: str) -> None:
                 altered[place] ^= 1 << bit
                 with suppress(*READ_ERRORS):
                     assert decoded(bytes(altered)) == right, f"bit {bit} of byte {place}"
+
+
+def test_what_is_set_aside_is_never_written_over(root: Path) -> None:
+    foreign = root / "parts" / "ada" / "notes.txt"
+    foreign.parent.mkdir(exist_ok=True)
+    for content in ("first", "second"):
+        foreign.write_text(content)
+        check(root, repair=True)
+    assert (root / "quarantine" / "ada" / "notes.txt").read_text() == "first"
+    assert (root / "quarantine" / "ada" / "notes.txt.2").read_text() == "second"
+
+
+def test_a_part_that_goes_while_it_is_checked_is_no_finding(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compacted = Path(shutil.copytree(root, root.with_name("compacted")))
+    compact(compacted, part_traces=2)
+
+    def digest(path: Path) -> str:
+        if path.exists() and "compacted" not in path.parts:
+            shutil.rmtree(root)
+            shutil.copytree(compacted, root)
+        return file_digest(path)
+
+    monkeypatch.setattr("store.checking.file_digest", digest)
+    assert check(root).findings == ()
