@@ -50,6 +50,8 @@ class Measured:
     """One way over all pairs."""
 
     seconds: float
+    cpu_seconds: float
+    """Of all its processes: what `seconds` times the cores would be on a machine with nothing else to do."""
     correct: tuple[bool, ...]
     peak_mb: float
     """Largest resident memory of the process that asked, in MiB."""
@@ -96,26 +98,45 @@ def plain_loop(pairs: Sequence[PairOfTexts]) -> Measured:
     logging.disable(logging.CRITICAL)
     for text in TYPICAL:
         parse(f"\\boxed{{{text}}}")
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), cpu_seconds()
     correct = tuple(verify(parse(f"\\boxed{{{gold}}}"), parse(response)) for response, gold in pairs)
-    return measured(time.perf_counter() - started, correct)
+    return measured(time.perf_counter() - started, cpu_seconds() - cpu, correct)
 
 
 def service(pairs: Sequence[PairOfTexts]) -> Measured:
-    with Verifier(workers=2) as verifier:
-        # Until both workers have their imports and the typical forms behind them.
-        verifier.verify_all([(f"\\boxed{{{number}}}", "-1") for number in range(8)])
-        time.sleep(6)
+    # What two workers cost until they are warm is known only when they have ended.
+    with warm_verifier():
+        pass
+    starts, own = worker_cpu_seconds(), cpu_seconds()
+    with warm_verifier() as verifier:
         started = time.perf_counter()
         correct = tuple(verdict.is_correct for verdict in verifier.verify_all(pairs))
         seconds = time.perf_counter() - started
-    return measured(seconds, correct)
+    return measured(seconds, cpu_seconds() - own + worker_cpu_seconds() - 2 * starts, correct)
 
 
-def measured(seconds: float, correct: tuple[bool, ...]) -> Measured:
+def warm_verifier() -> Verifier:
+    """Two workers with their imports and the typical forms behind them."""
+    verifier = Verifier(workers=2)
+    verifier.verify_all([(f"\\boxed{{{number}}}", "-1") for number in range(8)])
+    time.sleep(6)
+    return verifier
+
+
+def cpu_seconds() -> float:
+    return time.process_time()
+
+
+def worker_cpu_seconds() -> float:
+    """Of the workers that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def measured(seconds: float, cpu: float, correct: tuple[bool, ...]) -> Measured:
     unit = 2**20 if sys.platform == "darwin" else 2**10
     own, workers = (resource.getrusage(who).ru_maxrss / unit for who in PROCESSES)
-    return Measured(seconds=seconds, correct=correct, peak_mb=own, worker_peak_mb=workers)
+    return Measured(seconds=seconds, cpu_seconds=cpu, correct=correct, peak_mb=own, worker_peak_mb=workers)
 
 
 def gold_answers(count: int) -> list[str]:
@@ -200,21 +221,23 @@ def service_over(task: tuple[Sequence[str], int]) -> Measured:
         started = time.perf_counter()
         correct = sum(verdict.is_correct for verdict in verifier.stream(stream))
         seconds = time.perf_counter() - started
-    return measured(seconds, (correct > 0,))
+    return measured(seconds, cpu_seconds() + worker_cpu_seconds(), (correct > 0,))
 
 
 def table(ways: dict[str, Measured], count: int) -> Table:
     drawn = plain_table(f"{count} answers with repeats")
     drawn.add_column("way", no_wrap=True)
-    for name in ("seconds", "verdicts/s", "ratio", "peak MiB"):
+    for name in ("seconds", "verdicts/s", "ratio", "CPU s", "CPU ratio", "peak MiB"):
         drawn.add_column(name, justify="right")
-    first = next(iter(ways.values())).seconds
+    first = next(iter(ways.values()))
     for name, way in ways.items():
         drawn.add_row(
             name,
             f"{way.seconds:.2f}",
             f"{count / way.seconds:,.0f}",
-            f"{first / way.seconds:.1f}",
+            f"{first.seconds / way.seconds:.1f}",
+            f"{way.cpu_seconds:.2f}",
+            f"{first.cpu_seconds / way.cpu_seconds:.1f}",
             f"{way.peak_mb:.0f}",
         )
     return drawn
@@ -229,6 +252,7 @@ def summary(pairs: Sequence[PairOfTexts], plain: Measured, ours: Measured) -> di
         "plain_per_second": round(len(pairs) / plain.seconds, 1),
         "ours_per_second": round(len(pairs) / ours.seconds, 1),
         "ratio": round(plain.seconds / ours.seconds, 2),
+        "cpu_ratio": round(plain.cpu_seconds / ours.cpu_seconds, 2),
         "agreement": round((both[True, True] + both[False, False]) / len(pairs), 5),
         "only_plain": both[True, False],
         "only_ours": both[False, True],

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import cmath
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -75,7 +75,12 @@ its hundredth."""
 CLEARLY = 1e-5
 """Relative difference from which on two values are no rounding of one another; math-verify's own limit is
 1e-6, absolute."""
-POINT = (1.1357, 0.7321, 2.2389, 1.6431, 0.4142, 3.3166)
+HOLDS = 1e-9
+"""Relative difference up to which two sides are equal."""
+POINTS = (
+    (1.1357, 0.7321, 2.2389, 1.6431, 0.4142, 3.3166),
+    (17.3205, 12.1655, 31.6228, 23.4307, 9.5394, 41.8330),
+)
 """Where formulas are compared: positive, and nothing special."""
 DECIMALS = 6
 """math-verify's own default for comparing decimals; here it holds for significant digits, too."""
@@ -113,7 +118,7 @@ _DOUBLE_POWER = re.compile(r"\^\s*(?:-?\w+|\{[^{}]*\})\s*\^")
 
 _UNCLEAR = (
     # Of 28 % math-verify makes 28; the others have no value, or one that takes long.
-    *(sympy.UnevaluatedExpr, AppliedUndef, sympy.Derivative, sympy.Integral, sympy.Sum, sympy.Product),
+    *(sympy.UnevaluatedExpr, sympy.Derivative, sympy.Integral, sympy.Sum, sympy.Product),
     *(sympy.Limit, sympy.MatrixExpr, sympy.Determinant, sympy.Trace),
 )
 
@@ -131,16 +136,24 @@ class Reading(NamedTuple):
 
 def judge(gold: str, answer: str | None) -> Reading:
     """The verdict on one pair; `parsed` for a gold alone that can be parsed."""
-    gold_math = read_math(gold)
+    gold_latex = plain_latex(gold)
+    gold_math, parsed_gold = _read(gold_latex), _said(gold_latex)
     if gold_math is None:
         return Reading("gold_unparseable", "the gold answer cannot be parsed", None, None)
     if answer is None:
-        return Reading("parsed", "", shown(gold_math), None)
-    answer_math = read_math(answer)
+        return Reading("parsed", "", parsed_gold, None)
+    answer_latex = plain_latex(answer)
+    answer_math = _read(answer_latex)
     if answer_math is None:
-        return Reading("mismatch", "the answer cannot be parsed", shown(gold_math), None)
+        return Reading("mismatch", "the answer cannot be parsed", parsed_gold, None)
     reason = "match" if agree(gold_math, answer_math) else "mismatch"
-    return Reading(reason, "", shown(gold_math), shown(answer_math))
+    return Reading(reason, "", parsed_gold, _said(answer_latex))
+
+
+@lru_cache(maxsize=KEPT_READINGS)
+def _said(latex: str) -> str | None:
+    math_object = _read(latex)
+    return None if math_object is None else shown(math_object)
 
 
 def shown(math_object: Any) -> str:
@@ -281,6 +294,7 @@ def agree(gold: Any, answer: Any) -> bool:
     """math-verify's verdict, held to six significant digits and to equations that say something."""
     if gold is answer:
         return True
+    gold, answer = _with_common_symbols(gold, answer)
     if apart(gold, answer) or not verify(gold, answer, timeout_seconds=None):
         return False
     smallest = min((*_magnitudes(gold), *_magnitudes(answer)), default=mpmath.mpf(1))
@@ -292,33 +306,76 @@ def agree(gold: Any, answer: Any) -> bool:
     return not _is_vacuous(gold, answer)
 
 
+def _with_common_symbols(gold: Any, answer: Any) -> tuple[Any, Any]:
+    """Both with one symbol a name: the grammar takes the letters of `2 i t` for complex, those of `2it` for
+    real, and math-verify finds them different."""
+    symbols = gold.free_symbols | answer.free_symbols
+    if len(symbols) == len({symbol.name for symbol in symbols}):
+        return gold, answer
+    common = {symbol: sympy.Symbol(symbol.name) for symbol in symbols}
+    return gold.xreplace(common), answer.xreplace(common)
+
+
 def apart(gold: Any, answer: Any) -> bool:
-    """Whether both say numbers, or formulas, whose values are clearly apart at one point: math-verify would
-    find no equality either, after a long `simplify`."""
-    if isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq):
-        return _is_definition(gold) and gold.lhs == answer.lhs and apart(gold.rhs, answer.rhs)
-    if not (isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr)):
-        return False
+    """Whether both say numbers or formulas whose values are clearly apart at a point, equations of which one
+    does not hold where the other does, or collections of such: math-verify would find no equality either,
+    after a long `simplify` or `solve`."""
+    if isinstance(gold, sympy.FiniteSet) and isinstance(answer, sympy.FiniteSet):
+        return any(all(apart(one, other) for other in answer.args) for one in gold.args)
+    if isinstance(gold, sympy.Tuple) and isinstance(answer, sympy.Tuple):
+        return any(map(apart, gold.args, answer.args))
     if isinstance(gold, sympy.Rational) and isinstance(answer, sympy.Rational):
         return bool(gold != answer)
-    # A letter may stand for a product of letters: math-verify takes `abc` for \\text{abc}.
-    if gold.is_Symbol or answer.is_Symbol or gold.has(*_UNCLEAR) or answer.has(*_UNCLEAR):
+    if isinstance(gold, sympy.Eq) is not isinstance(answer, sympy.Eq):
+        # x = 5 and 5 are one to math-verify.
+        return apart(*(side.rhs if isinstance(side, sympy.Eq) else side for side in (gold, answer)))
+    # A letter may stand for a product of letters, and of 28 % math-verify makes 28.
+    if not (_is_clear(gold) and _is_clear(answer)) or gold.is_Symbol or answer.is_Symbol:
         return False
+    gold, answer = _without_calls(gold), _without_calls(answer)
+    return any(_apart_at(gold, answer, point) for point in POINTS)
+
+
+def _is_clear(formula: Any) -> bool:
+    sides = formula.args if isinstance(formula, sympy.Eq) else (formula,)
+    return all(isinstance(side, sympy.Expr) for side in sides) and not formula.has(*_UNCLEAR)
+
+
+def _without_calls(formula: Any) -> Any:
+    """With a symbol of its own for each f(x): nothing more is known of it."""
+    calls = formula.atoms(AppliedUndef)
+    return formula.xreplace({call: sympy.Symbol(str(call)) for call in calls}) if calls else formula
+
+
+def _apart_at(gold: Any, answer: Any, coordinates: Sequence[float]) -> bool:
     names = sorted({symbol.name for symbol in gold.free_symbols | answer.free_symbols})
-    point = dict(zip(names, map(sympy.Float, POINT), strict=False))
+    point = dict(zip(names, map(sympy.Float, coordinates), strict=False))
     try:
-        left, right = _value(gold, point), _value(answer, point)
+        if isinstance(gold, sympy.Eq):
+            return _fails(answer, gold, point) or _fails(gold, answer, point)
+        return _differ(_value(gold, point), _value(answer, point))
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError):
         return False
+
+
+def _fails(equation: Any, other: Any, point: Mapping[str, Any]) -> bool:
+    """Whether an equation fails where `other` holds: at a point that is moved along one coordinate until it
+    does, which a straight line finds where `other` is linear in it."""
+    for symbol in sorted(other.free_symbols, key=str):
+        zero, one = (
+            _value(other.lhs - other.rhs, {**point, symbol.name: sympy.Integer(value)}) for value in (0, 1)
+        )
+        if zero == one:
+            continue
+        there = {**point, symbol.name: sympy.sympify(zero / (zero - one))}
+        left, right = _value(other.lhs, there), _value(other.rhs, there)
+        if abs(left - right) <= HOLDS * max(abs(left), abs(right)):
+            return _differ(_value(equation.lhs, there), _value(equation.rhs, there))
+    return False
+
+
+def _differ(left: complex, right: complex) -> bool:
     return abs(left - right) > CLEARLY * max(1.0, abs(left), abs(right))
-
-
-def _is_definition(equation: Any) -> bool:
-    """x = ... or f(x) = ..., with a right side that speaks of neither x nor f."""
-    left, right = equation.args
-    return bool(left.is_Symbol and not right.has(left)) or (
-        isinstance(left, AppliedUndef) and not right.has(AppliedUndef)
-    )
 
 
 def _value(formula: Any, point: Mapping[str, Any]) -> complex:

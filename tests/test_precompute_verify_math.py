@@ -116,6 +116,15 @@ def test_what_is_apart_is_no_match_for_math_verify_either(gold: str, answer: str
         ("f(n) = 2n+1", "f(n) = 2n+3"),
         ("x = 5", "x = 6"),
         ("a+b", "a-b"),
+        ("x = 5", "y = 5"),
+        ("x = 5", "6"),
+        ("5", "x = 6"),
+        ("MR = SRMC", "MR = SRMC + 1"),
+        ("x + y = 3", "x + 2y = 3"),
+        ("y = 2x+1", "2y = 2x+1"),
+        ("N(n) = \\lfloor \\frac{2n}{3} \\rfloor", "N(n) = \\lfloor \\frac{2n}{6} \\rfloor"),
+        ("\\{1, 2, 3\\}", "\\{1, 2, 4\\}"),
+        ("(1, 2, 3)", "(1, 3, 2)"),
     ],
 )
 def test_clear_differences_need_no_simplify(gold: str, answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +144,13 @@ def test_clear_differences_need_no_simplify(gold: str, answer: str, monkeypatch:
         ("10^{20}", "10^{20}"),
         ("\\frac{0}{5}", "0"),
         ("f(x)", "f(x)"),
+        ("e^{2 i t}", "e^{2it}"),
+        ("\\{1, 2, x\\}", "\\{x, 2, 1\\}"),
+        ("(1, \\frac{1}{2}, 3)", "(1, 0.5, 3)"),
+        ("y = 2x", "y = x + x"),
+        ("x^2 + y = 3", "y = 3 - x^2"),
+        ("x + y = 3", "y + x - 3 = 0"),
+        ("10^{-9}x^2 = 10^{-9} \\cdot 25", "x^2 = 25"),
     ],
 )
 def test_what_may_be_equal_is_never_apart(gold: str, answer: str) -> None:
