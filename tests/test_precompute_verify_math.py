@@ -158,7 +158,7 @@ def test_what_may_be_equal_is_never_apart(gold: str, answer: str) -> None:
 
 
 def test_small_sides_hold_only_where_they_are_equal() -> None:
-    # A straight line through x = 0 and 1 meets zero at 25, where 10^-9 * 625 and 10^-9 * 25 are near, not equal.
+    # The line through x = 0 and 1 meets zero at 25, where 10^-9 * 625 and 10^-9 * 25 are near, not equal.
     assert not apart(read_math("10^{-9}x^2 = 10^{-9} \\cdot 25"), read_math("x^2 = 25"))
 
 
