@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from commands.progress import Meter
 from commands.shared import JsonFlag, StorePath, console_of, emit_json, escaped
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from store.compaction import CompactionReport
+    from store.parts import DamagedPart
 
 app = typer.Typer(no_args_is_help=True, help="Care for a store.")
 
@@ -24,18 +27,13 @@ def store_reindex(store: StorePath = "traces") -> None:
     """
     from store.index import reindex
 
-    with _bar("indexing parts") as progress:
+    with Meter("indexing parts") as progress:
         report = reindex(store, progress=progress)
     console = console_of()
     console.print(
         f"indexed {report.traces:,} traces in {report.parts} parts, {report.seconds:.1f} s", highlight=False
     )
-    for part in report.damaged:
-        console.print(
-            f"[yellow]left out:[/] {escaped(part.part)}: {escaped(part.reason)}",
-            highlight=False,
-            soft_wrap=True,
-        )
+    _say_left_out(console, report.damaged)
 
 
 @app.command("check")
@@ -58,7 +56,7 @@ def store_check(
     from store.check_table import check_table
     from store.checking import check
 
-    with _bar("checking parts") as progress:
+    with Meter("checking parts") as progress:
         report = check(store, repair=repair, progress=progress)
     if json_:
         emit_json(asdict(report) | {"lost": report.lost, "lost_verified": report.lost_verified})
@@ -76,7 +74,7 @@ def store_compact(store: StorePath = "traces") -> None:
     """
     from store.compaction import compact
 
-    with _bar("writing traces") as progress:
+    with Meter("writing traces") as progress:
         report = compact(store, progress=progress)
     _say_rewritten(report, nothing="nothing to do: the store is compact")
 
@@ -91,7 +89,7 @@ def store_forget(
     """
     from store.compaction import forget
 
-    with _bar("writing traces") as progress:
+    with Meter("writing traces") as progress:
         report = forget(store, teacher, progress=progress)
     _say_rewritten(report, nothing=f"forgot {teacher}")
 
@@ -104,7 +102,7 @@ def store_migrate(store: StorePath = "traces") -> None:
     """
     from store.migration import migrate
 
-    with _bar("rewriting parts") as progress:
+    with Meter("rewriting parts") as progress:
         report = migrate(store, progress=progress)
     console = console_of()
     if not report.parts and not report.damaged:
@@ -115,10 +113,13 @@ def store_migrate(store: StorePath = "traces") -> None:
         f"{report.parts} parts",
         highlight=False,
     )
-    for part in report.damaged:
+    _say_left_out(console, report.damaged, "; `ampo store check --repair` sets it aside")
+
+
+def _say_left_out(console: Console, damaged: Sequence[DamagedPart], way_out: str = "") -> None:
+    for part in damaged:
         console.print(
-            f"[yellow]left out:[/] {escaped(part.part)}: {escaped(part.reason)}; "
-            "`ampo store check --repair` sets it aside",
+            f"[yellow]left out:[/] {escaped(part.part)}: {escaped(part.reason)}{way_out}",
             highlight=False,
             soft_wrap=True,
         )
@@ -135,13 +136,3 @@ def _say_rewritten(report: CompactionReport, *, nothing: str) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-@contextmanager
-def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, for a callback of (done, total)."""
-    from store.bars import progress_bars
-
-    with progress_bars(console_of(stderr=True)) as bars:
-        task = bars.add_task(label, total=None, note="")
-        yield lambda done, total: bars.update(task, completed=done, total=total)

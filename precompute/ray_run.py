@@ -32,7 +32,7 @@ from precompute.block_progress import Tally, TallyTell, Told, Watch
 from precompute.block_work import BlockTask, BlockWorker, block_shard
 from precompute.config import PrecomputeConfig, RayConfig, TeacherConfig
 from precompute.draws import next_samples
-from precompute.engines.select import resolve_engine
+from precompute.engines.select import engine_version, resolve_engine
 from precompute.outcome import TeacherOutcome, stored_counts
 from precompute.progress import Reporter
 from precompute.solving import Job, fill_prompts, longest_prompt
@@ -159,13 +159,7 @@ class RayPlace:
                 f"{self.needs(teacher)} beside {CPUS_LEFT} CPU for Ray Data ({self}); see "
                 "ray.num_cpus_per_worker and ray.num_gpus_per_worker"
             )
-        if engine == "vllm":
-            from precompute.engines.vllm_engine import vllm_version
-
-            return vllm_version()
-        import transformers
-
-        return str(transformers.__version__)
+        return engine_version(engine)
 
     def needs(self, teacher: TeacherConfig) -> Needs:
         """Of one of its workers."""

@@ -20,9 +20,9 @@ from precompute.filters import why_filtered
 from precompute.prompts import demanded_form
 from precompute.solution import find_answer
 from precompute.verify import VERIFIER_NAME, VERIFIER_VERSION
+from store.compaction import swap_parts
 from store.errors import RecipeChangedError, StoreError
-from store.index import refresh_index
-from store.manifest import PARTS, PartEntry, change_parts, read_manifest
+from store.manifest import PARTS, PartEntry, read_manifest
 from store.parts import damage_named, open_part, write_part
 from store.reading import read_problems, read_teachers
 from store.records import Problem, TeacherRecord
@@ -97,7 +97,7 @@ def refilter(
             seen += sum(entry.traces.values())
             if progress is not None:
                 progress(seen, total)
-        _swap(root, old, new)
+        swap_parts(root, old=old, new=new)
         # Last: as long as the records name the old filters, whoever comes is told to judge anew.
         for record in records.values():
             writer.register_teacher(replace(record, filters=filter_settings(filters)))
@@ -129,13 +129,6 @@ def _opened_think(text: str, form: AnswerForm, answer_start: int | None) -> bool
     """Whether the prompt ended inside a `<think>` block: only then is the answer found where it was."""
     found = [find_answer(text, form=form, opens_think=opens).answer_start for opens in (False, True)]
     return found[0] != answer_start and found[1] == answer_start
-
-
-def _swap(root: Path, old: Sequence[str], new: Mapping[str, PartEntry]) -> None:
-    change_parts(root, add=new, drop=old)
-    for part in old:
-        (root / PARTS / part).unlink(missing_ok=True)
-    refresh_index(root)
 
 
 class _Judge:

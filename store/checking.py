@@ -15,7 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from store.files import disk_errors_named, make_directory, sync
 from store.index import refresh_index
 from store.manifest import PARTS, PartEntry, change_parts, read_manifest
 from store.parts import READ_ERRORS, digest_in_name, entry_of, file_digest, one_line
-from store.writer import StoreWriter, enter_parts
+from store.writer import StoreWriter
 
 QUARANTINE = "quarantine"
 """Where `repair` moves what it takes out of a store: nothing is deleted."""
@@ -85,22 +85,14 @@ def check(
     root = Path(path).absolute()
     if not repair:
         return _examine(root, progress)
-    manifest = read_manifest(root)
-    with StoreWriter.open(root, verifier=manifest.verifier, verifier_version=manifest.verifier_version):
-        entered = [*enter_parts(root, read_manifest(root))]
-        entered += [part for part in read_manifest(root).parts if part not in manifest.parts]
+    before = read_manifest(root).parts
+    with StoreWriter.reopen(root):  # which enters the parts that arrived
+        entered = sorted(read_manifest(root).parts.keys() - before.keys())
         report = _examine(root, progress)
         moved = [_set_aside(root, finding.part) for finding in report.findings if finding.fault != "missing"]
         change_parts(root, add={}, drop=[finding.part for finding in report.findings])
     refresh_index(root)
-    return CheckReport(
-        path=report.path,
-        parts=report.parts,
-        bytes=report.bytes,
-        findings=report.findings,
-        entered=tuple(sorted(set(entered))),
-        moved=tuple(moved),
-    )
+    return replace(report, entered=tuple(entered), moved=tuple(moved))
 
 
 def _examine(root: Path, progress: Progress | None) -> CheckReport:

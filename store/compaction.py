@@ -19,11 +19,11 @@ import pyarrow as pa
 
 from store.errors import StoreError
 from store.files import disk_errors_named
-from store.index import ROW_COLUMNS, Index, open_index, refresh_index
+from store.index import ROW_COLUMNS, Index, open_index, quoted, refresh_index
 from store.manifest import TEACHERS, PartEntry, change_parts, read_manifest
 from store.part_reader import PartReader
 from store.parts import list_parts, remove_parts, write_part
-from store.schema import TOKEN_COLUMNS, TRACE_SCHEMA
+from store.schema import PLAIN_COLUMNS, TOKEN_COLUMNS, TRACE_SCHEMA
 from store.writer import StoreWriter
 
 PART_TRACES = 8192
@@ -54,7 +54,7 @@ def compact(
     Readers go on reading. Damaged parts stay as they are. A store that is compact by now is left alone.
     Raises what StoreWriter.open raises, and StoreError when the disk is full: the store is then as before.
     """
-    with _own_writer(path) as writer, open_index(writer.path) as index:
+    with StoreWriter.reopen(path) as writer, open_index(writer.path) as index:
         parts = [row["part"] for row in index.rows("SELECT part FROM idx.parts WHERE error IS NULL")]
         if _is_compact(parts, index, part_traces):
             return _report(writer.path, before=_sizes(writer.path), traces=0)
@@ -68,7 +68,7 @@ def forget(
 
     Raises StoreError for a teacher that the store does not know, else what `compact` raises.
     """
-    with _own_writer(path) as writer, open_index(writer.path) as index:
+    with StoreWriter.reopen(path) as writer, open_index(writer.path) as index:
         record = writer.path / TEACHERS / f"{teacher}.json"
         # The index does not tell: a part whose traces all stand in another too has no row in it.
         damaged = {broken.part for broken in index.damaged()}
@@ -78,17 +78,11 @@ def forget(
             known = ", ".join(sorted(file.stem for file in record.parent.glob("*.json"))) or "none"
             raise StoreError(f"no teacher {teacher!r} in {writer.path}; its teachers: {known}")
         index.add_table("parts_of_teacher", pa.table({"part": pa.array(parts, pa.string())}))
-        others = f"part IN (SELECT part FROM parts_of_teacher) AND teacher <> {_quoted(teacher)}"
+        others = f"part IN (SELECT part FROM parts_of_teacher) AND teacher <> {quoted(teacher)}"
         report = _rewrite(writer.path, index, parts, others, PART_TRACES, progress)
         with disk_errors_named(record):
             record.unlink(missing_ok=True)
         return report
-
-
-def _own_writer(path: str | os.PathLike[str]) -> StoreWriter:
-    """The store under its write lock, whoever judged its traces."""
-    manifest = read_manifest(Path(path).absolute())
-    return StoreWriter.open(path, verifier=manifest.verifier, verifier_version=manifest.verifier_version)
 
 
 def _is_compact(parts: Sequence[str], index: Index, part_traces: int) -> bool:
@@ -123,11 +117,12 @@ def _rewrite(
         raise
     finally:
         reader.close()
-    _swap(root, old=parts, new=new)
+    swap_parts(root, old=parts, new=new)
     return _report(root, before=before, traces=written)
 
 
-def _swap(root: Path, *, old: Sequence[str], new: Mapping[str, PartEntry]) -> None:
+def swap_parts(root: Path, *, old: Sequence[str], new: Mapping[str, PartEntry]) -> None:
+    """Puts parts that are written by now in the place of others, whose files go. Raises StoreError."""
     gone = [part for part in old if part not in new]
     change_parts(root, add=new, drop=gone)
     remove_parts(root, gone)
@@ -151,20 +146,14 @@ def _ranges(index: Index, chosen: str, part_traces: int) -> Iterator[str]:
 
 def _table(reader: PartReader, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """The rows with everything that belongs to them, in TRACE_SCHEMA."""
-    columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in TRACE_SCHEMA.names}
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in PLAIN_COLUMNS}
     columns["problem_id"] = [f"{row['problem']:016x}" for row in rows]
     columns["trace_id"] = [f"{row['trace']:016x}" for row in rows]
-    columns["created_at"] = pa.array([row["created_us"] for row in rows], pa.int64())
+    columns["created_at"] = [row["created_us"] for row in rows]
     columns["text"] = reader.texts(rows)
     for name in TOKEN_COLUMNS:
         columns[name] = reader.lists(rows, name)
-    arrays = [
-        columns[field.name].cast(field.type)
-        if isinstance(columns[field.name], pa.Array)
-        else pa.array(columns[field.name], field.type)
-        for field in TRACE_SCHEMA
-    ]
-    return pa.table(arrays, TRACE_SCHEMA)
+    return pa.table([pa.array(columns[field.name], field.type) for field in TRACE_SCHEMA], TRACE_SCHEMA)
 
 
 def _sizes(root: Path) -> tuple[int, int]:
@@ -181,7 +170,3 @@ def _report(root: Path, *, before: tuple[int, int], traces: int) -> CompactionRe
         bytes_before=before[1],
         bytes_after=after[1],
     )
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from store.data_card import data_card
 from store.errors import StoreError, UserError
 from store.export_forms import FORMS, Form, Solved
-from store.files import TMP_MARK, sync, whole_file
+from store.files import TMP_MARK, disk_errors_named, sync, whole_file
 from store.records import Problem, Trace
 from store.trace_store import TraceStore
 
@@ -223,7 +223,7 @@ def _write_directory(
         for leftover in (aside, before):
             shutil.rmtree(leftover, ignore_errors=True)
             cleanup.callback(shutil.rmtree, leftover, ignore_errors=True)
-        try:
+        with disk_errors_named(out):
             (aside / "data").mkdir(parents=True)
             report.rows = _write_shards(aside / "data", solved)
             _refuse_nothing(report, store)
@@ -232,8 +232,6 @@ def _write_directory(
                 out.rename(before)
             aside.rename(out)
             sync(out.parent)
-        except OSError as error:
-            raise StoreError(f"cannot write {out}: {error.strerror or error}") from error
 
 
 def _write_shards(directory: Path, solved: Iterator[Solved]) -> int:

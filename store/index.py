@@ -28,7 +28,7 @@ from store.errors import StoreDamagedError, StoreError
 from store.files import INDEX_LOCK, FileLock
 from store.manifest import INDEX, PARTS, read_manifest
 from store.parts import READ_ERRORS, DamagedPart, PartStamp, check_digest, list_parts, one_line, part_rows
-from store.schema import BIG_COLUMNS, SMALL_COLUMNS
+from store.schema import BIG_COLUMNS, PLAIN_COLUMNS
 
 Progress = Callable[[int, int], None]
 """Called with (parts done, parts in all)."""
@@ -45,9 +45,8 @@ ROW_GROUP_ROWS = 2048
 """DuckDB's smallest: what a look-up scans of the index for each problem."""
 
 _PLACES = [f"{column}_{name}" for column in BIG_COLUMNS for name in ("page", "size", "row")]
-_PLAIN = [name for name in SMALL_COLUMNS if name not in ("problem_id", "trace_id", "created_at")]
 
-ROW_COLUMNS = ["problem", "trace", "created_us", *_PLAIN, "part", *_PLACES]
+ROW_COLUMNS = ["problem", "trace", "created_us", *PLAIN_COLUMNS, "part", *_PLACES]
 """The columns of `idx.rows`: what store.part_reader needs of a trace."""
 
 _TABLES = """
@@ -205,7 +204,7 @@ def _attach(path: Path) -> Index | None:
     try:
         # Attached, not connected to: `duckdb.connect` would hand out the file that an earlier connection
         # of this process still has open under the same name.
-        connection.execute(f"ATTACH {_quoted(path)} AS idx (READ_ONLY)")
+        connection.execute(f"ATTACH {quoted(path)} AS idx (READ_ONLY)")
         index = Index(connection, str(path))
         index.rows(f"SELECT {', '.join(ROW_COLUMNS)} FROM idx.rows LIMIT 0")
         index.rows("SELECT trace_id, is_usable FROM idx.traces LIMIT 0")
@@ -221,8 +220,9 @@ def _connect() -> duckdb.DuckDBPyConnection:
     return duckdb.connect(config={"threads": 1})
 
 
-def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("'", "''") + "'"
+def quoted(text: object) -> str:
+    """As a string in SQL."""
+    return "'" + str(text).replace("'", "''") + "'"
 
 
 def _replace(root: Path, *, old: Path | None, progress: Progress | None = None) -> IndexReport:
@@ -241,7 +241,7 @@ def _built(
     with ExitStack() as stack:
         connection = _connect()
         stack.callback(connection.close)
-        connection.execute(f"ATTACH {_quoted(building)} AS idx (ROW_GROUP_SIZE {ROW_GROUP_ROWS})")
+        connection.execute(f"ATTACH {quoted(building)} AS idx (ROW_GROUP_SIZE {ROW_GROUP_ROWS})")
         report = _fill(connection, root, parts, old=old, progress=progress)
         connection.execute("DETACH idx")
     building.replace(root / INDEX)
@@ -301,7 +301,7 @@ def _reuse(
     if not old.exists():
         return {}
     try:
-        connection.execute(f"ATTACH {_quoted(old)} AS old (READ_ONLY)")
+        connection.execute(f"ATTACH {quoted(old)} AS old (READ_ONLY)")
         connection.execute("BEGIN")
         candidates = connection.execute(_REUSABLE).fetchall()
         same = [row for row in candidates if parts.get(row[0]) == PartStamp(size=row[1], mtime_ns=row[2])]
@@ -330,7 +330,7 @@ def _add_part(connection: duckdb.DuckDBPyConnection, root: Path, part: str) -> t
     connection.register("part_rows", table)
     connection.execute(
         f"""INSERT INTO found SELECT ('0x' || problem_id)::UBIGINT, ('0x' || trace_id)::UBIGINT,
-            epoch_us(created_at), {", ".join(_PLAIN)}, $part, {", ".join(_PLACES)} FROM part_rows""",
+            epoch_us(created_at), {", ".join(PLAIN_COLUMNS)}, $part, {", ".join(_PLACES)} FROM part_rows""",
         {"part": part},
     )
     connection.unregister("part_rows")

@@ -12,19 +12,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from store.errors import StoreBusyError
-from store.files import MANIFEST_LOCK, WRITE_LOCK, FileLock, disk_errors_named, remove_orphans
+from store.files import MANIFEST_LOCK, FileLock, disk_errors_named, remove_orphans
 from store.index import refresh_index
 from store.manifest import PARTS, PartEntry, check_version, manifest_of, read_content, write_manifest
 from store.parts import READ_ERRORS, DamagedPart, list_parts, one_line, open_part, remove_parts, write_part
 from store.schema import SCHEMA_VERSION, TRACE_SCHEMA
+from store.writer import take_locks
 
 Progress = Callable[[int, int], None]
 """Called with (parts done, parts in all)."""
@@ -56,17 +56,12 @@ def migrate(path: str | os.PathLike[str], *, progress: Progress | None = None) -
     version = read_content(root)["schema_version"]
     if version >= SCHEMA_VERSION:
         check_version(root, version)
-    lock = FileLock(root / WRITE_LOCK)
-    with disk_errors_named(root):
-        free = lock.acquire(wait=False)
-    if not free:
-        raise StoreBusyError(f"{root} is being written by another process; wait for it to end")
-    try:
+    with ExitStack() as held:
+        for lock in take_locks(root, None):
+            held.callback(lock.release)
         with disk_errors_named(root):
             remove_orphans(root)
         report = _rewrite(root, progress)
-    finally:
-        lock.release()
     refresh_index(root)
     return report
 

@@ -15,13 +15,12 @@ from store.manifest import PARTS
 from store.pages import lists_of_page, texts_of_page
 from store.parts import damage_named
 from store.records import Trace
-from store.schema import SMALL_COLUMNS, TOKEN_COLUMNS
+from store.schema import PLAIN_COLUMNS, TOKEN_COLUMNS
 
 OPEN_PARTS = 256
 """Files kept open for reading."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_FIELDS = [name for name in SMALL_COLUMNS if name not in ("problem_id", "trace_id", "created_at")]
 
 
 class PartReader:
@@ -32,7 +31,7 @@ class PartReader:
         self._open: OrderedDict[str, int] = OrderedDict()
 
     def traces(self, rows: Sequence[Mapping[str, Any]], *, tokens: bool) -> list[Trace]:
-        """The traces of index rows (store.index.TRACE_ROWS), in their order.
+        """The traces of index rows (store.index.ROW_COLUMNS), in their order.
 
         Raises StoreDamagedError, naming the part, and FileNotFoundError for a part that is gone.
         """
@@ -89,7 +88,7 @@ def _trace(
     row: Mapping[str, Any], text: str, token_ids: tuple[int, ...], logprobs: tuple[float, ...]
 ) -> Trace:
     return Trace.stored(
-        **{name: row[name] for name in _FIELDS},
+        **{name: row[name] for name in PLAIN_COLUMNS},
         problem_id=f"{row['problem']:016x}",
         trace_id=f"{row['trace']:016x}",
         created_at=_EPOCH + timedelta(microseconds=row["created_us"]),

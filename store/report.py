@@ -145,16 +145,6 @@ def problem_rows(
     return store.index.rows(_PROBLEMS, {"uncovered": uncovered, "limit": limit})
 
 
-_KEYS = """
-    SELECT problem_id, trace_id FROM idx.traces
-    WHERE ($problem_id::VARCHAR IS NULL OR problem_id = $problem_id)
-      AND ($teacher::VARCHAR IS NULL OR teacher = $teacher)
-      AND ($verdict::VARCHAR IS NULL OR verdict = $verdict)
-      AND (NOT $usable OR is_usable) AND (NOT $filtered OR filtered IS NOT NULL)
-    ORDER BY problem_id, teacher, sample_index, trace_id LIMIT $limit
-"""
-
-
 def trace_rows(
     store: TraceStore,
     *,
@@ -169,14 +159,15 @@ def trace_rows(
 
     `usable`: only those that may guide a student; `filtered`: only those that a filter holds back.
     """
-    asked = {"problem_id": problem_id, "teacher": teacher, "verdict": verdict, "limit": limit}
-    if not (usable or filtered):
-        return [_trace_row(trace) for trace in store.traces(**asked)]  # type: ignore[arg-type]
-    keys = store.index.rows(_KEYS, asked | {"usable": usable, "filtered": filtered})
-    wanted = {key["trace_id"] for key in keys}
-    problems = dict.fromkeys(key["problem_id"] for key in keys)
-    found = (trace for problem in problems for trace in store.traces(problem_id=problem))
-    return [_trace_row(trace) for trace in found if trace.trace_id in wanted]
+    traces = store.traces(
+        problem_id=problem_id,
+        teacher=teacher,
+        verdict=verdict,
+        usable=usable,
+        filtered=filtered,
+        limit=limit,
+    )
+    return [_trace_row(trace) for trace in traces]
 
 
 def _trace_row(trace: Trace) -> dict[str, Any]:

@@ -67,6 +67,9 @@ PROBLEM_SCHEMA = pa.schema(
 
 SMALL_COLUMNS = [name for name in TRACE_SCHEMA.names if name not in BIG_COLUMNS]
 
+PLAIN_COLUMNS = [name for name in SMALL_COLUMNS if name not in ("trace_id", "problem_id", "created_at")]
+"""What the index holds as it stands in a part; the other three are numbers there."""
+
 PARQUET_OPTIONS: dict[str, Any] = {
     "compression": "zstd",
     # A tenth smaller than at level 1, and read as fast.

@@ -38,6 +38,7 @@ _TRACES = """
     WHERE ($problem::UBIGINT IS NULL OR problem = $problem)
       AND ($teacher::VARCHAR IS NULL OR teacher = $teacher)
       AND ($verdict::VARCHAR IS NULL OR verdict = $verdict)
+      AND (NOT $usable OR (is_correct AND filtered IS NULL)) AND (NOT $filtered OR filtered IS NOT NULL)
     ORDER BY problem, teacher, sample_index, trace LIMIT $limit
 """
 
@@ -93,16 +94,23 @@ class TraceStore:
         problem_id: str | None = None,
         teacher: str | None = None,
         verdict: str | None = None,
+        usable: bool = False,
+        filtered: bool = False,
         limit: int | None = None,
         tokens: bool = False,
     ) -> list[Trace]:
-        """Traces of any verdict, in order of problem_id, teacher, sample_index; None: no filter."""
+        """Traces of any verdict, in order of problem_id, teacher, sample_index; None: all of them.
+
+        `usable`: only those that may guide a student; `filtered`: only those that a filter holds back.
+        """
         if problem_id is not None and not _ID.fullmatch(problem_id):
             return []
         asked = {
             "problem": None if problem_id is None else int(problem_id, 16),
             "teacher": teacher,
             "verdict": verdict,
+            "usable": usable,
+            "filtered": filtered,
             "limit": limit,
         }
         return self._read(_TRACES, asked, tokens=tokens)

@@ -23,6 +23,7 @@ import duckdb
 import pyarrow as pa
 
 from store.errors import StoreError, UserError
+from store.index import quoted
 from store.manifest import PARTS, PROBLEMS
 from store.parts import one_line
 from store.schema import PROBLEM_SCHEMA, TRACE_SCHEMA, teacher_json
@@ -209,7 +210,7 @@ def _different(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _list(paths: Sequence[str]) -> str:
-    return "[" + ", ".join("'" + path.replace("'", "''") + "'" for path in paths) + "]"
+    return "[" + ", ".join(map(quoted, paths)) + "]"
 
 
 def _in_one_line(error: duckdb.Error) -> str:

@@ -80,7 +80,7 @@ class StoreWriter:
         root = Path(path).absolute()
         is_fresh(root)
         with ExitStack() as undo:
-            locks = _lock(root, shard)
+            locks = take_locks(root, shard)
             for lock in locks:
                 undo.callback(lock.release)
             if shard is None:
@@ -89,10 +89,16 @@ class StoreWriter:
             create_manifest(root, verifier=verifier, verifier_version=verifier_version)
             manifest = read_manifest(root)
             _check_verifier(root, manifest, verifier, verifier_version)
-            enter_parts(root, manifest)
+            _enter_parts(root, manifest)
             writer = cls(root, manifest, locks)
             undo.pop_all()
         return writer
+
+    @classmethod
+    def reopen(cls, path: str | os.PathLike[str]) -> Self:
+        """The store that is at `path`, whoever judged its traces. Raises what `open` and read_manifest do."""
+        manifest = read_manifest(Path(path).absolute())
+        return cls.open(path, verifier=manifest.verifier, verifier_version=manifest.verifier_version)
 
     @classmethod
     def peek(cls, path: str | os.PathLike[str], *, verifier: str, verifier_version: str) -> Self | None:
@@ -220,9 +226,9 @@ class StoreWriter:
             refresh_index(self.path)
 
 
-def enter_parts(root: Path, manifest: Manifest) -> list[str]:
-    """Enters parts that arrived and whose writer was killed before their entry; returns them. Only a part
-    whose content fits the checksum in its name is taken."""
+def _enter_parts(root: Path, manifest: Manifest) -> None:
+    """Enters parts that arrived and whose writer was killed before their entry. Only a part whose content
+    fits the checksum in its name is taken."""
     arrived = {}
     for part in list_parts(root):
         if part not in manifest.parts:
@@ -232,14 +238,14 @@ def enter_parts(root: Path, manifest: Manifest) -> list[str]:
                     arrived[part] = entry
     if arrived:
         change_parts(root, add=arrived)
-    return list(arrived)
 
 
 def _may_hold(part: str, parts: Mapping[str, PartEntry], teacher: str) -> bool:
     return teacher in parts[part].traces if part in parts else part.startswith((f"{teacher}/", f"{ALL}/"))
 
 
-def _lock(root: Path, shard: str | None) -> list[FileLock]:
+def take_locks(root: Path, shard: str | None) -> list[FileLock]:
+    """The locks of a writer of the whole store, or of one shard. Raises StoreBusyError and StoreError."""
     locks = [FileLock(root / WRITE_LOCK, shared=shard is not None)]
     if shard is not None:
         locks.append(FileLock(root / shard_lock(shard)))

@@ -13,6 +13,7 @@ import torch
 from precompute import pipeline, refilter
 from precompute.config import FiltersConfig, PrecomputeConfig
 from precompute.refilter import filter_settings
+from store import compaction
 from store.compaction import compact
 from store.errors import RecipeChangedError, StoreError
 from store.records import Trace
@@ -114,7 +115,7 @@ def test_one_teacher_alone_and_within_a_compacted_part(store: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "what"), [(refilter, "change_parts"), (Path, "unlink"), (refilter, "refresh_index")]
+    ("where", "what"), [(compaction, "change_parts"), (Path, "unlink"), (compaction, "refresh_index")]
 )
 def test_stopped_half_way_it_loses_nothing_and_goes_on(
     store: Path, where: Any, what: str, monkeypatch: pytest.MonkeyPatch

@@ -57,7 +57,12 @@ def prepare_engine(teacher: TeacherConfig, engine_name: str) -> str:
             return survey(teacher).version
     except EngineError as error:
         raise EngineError(f"teacher {teacher.name!r}: {error}") from error
-    if engine_name == "vllm":
+    return engine_version(engine_name)
+
+
+def engine_version(name: str) -> str:
+    """The version of the package of an engine that loads models here, without importing the engine."""
+    if name == "vllm":
         from precompute.engines.vllm_engine import vllm_version
 
         return vllm_version()
