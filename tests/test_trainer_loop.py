@@ -361,6 +361,10 @@ def test_a_loss_that_is_not_a_number_names_step_and_checkpoint(
 ) -> None:
     with pytest.raises(TrainingError, match=r"step \d+: .*not finite.*learning_rate"):
         run(world, model_dir, run__name="nan", train__learning_rate=1e20, train__max_grad_norm=1e30)
+    (batch,) = (world / "runs" / "nan" / "failed").glob("step-*.parquet")
+    rows = pq.read_table(batch).to_pylist()
+    assert rows
+    assert all(row["prompt_ids"] and row["response_ids"] for row in rows)
 
 
 def test_a_student_with_invalid_sampling_defaults_can_be_saved(world: Path, tmp_path: Path) -> None:

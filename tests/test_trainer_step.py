@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -12,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from store.records import Problem
-from trainer.batch import TrainSequence
-from trainer.config import GuidanceConfig, TrainConfig
+from trainer.batch import TrainSequence, train_batch
+from trainer.config import GuidanceConfig, StudentConfig, TrainConfig
 from trainer.groups import Group, Sample, place_guidance
 from trainer.objective import LOSS_TYPES
 from trainer.optimizer import make_optimizer
-from trainer.policy import Policy
-from trainer.step import Updater, UpdateReport, member_advantages, sequences_of
+from trainer.policy import Policy, WithoutAdapters, load_policy
+from trainer.step import NotFiniteError, Updater, UpdateReport, member_advantages, sequences_of
 
 PROBLEM = Problem(question="2+2", answer="4")
 
@@ -215,6 +216,21 @@ def test_the_entropy_bonus_raises_entropy() -> None:
     assert report.entropy > before
 
 
+def test_a_frozen_model_under_its_adapters_is_their_reference(model_dir: Path) -> None:
+    student = StudentConfig(model=str(model_dir), use_peft=True, device="cpu")
+    policy = load_policy(student, temperature=1.0)
+    plain = load_policy(StudentConfig(model=str(model_dir), device="cpu"), temperature=1.0)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    batch = train_batch(sequences(0), pad_id=0, device=policy.device)
+    with torch.no_grad():
+        reference = WithoutAdapters(policy).statistics(batch).logprobs
+        assert torch.allclose(reference, plain.statistics(batch).logprobs, atol=1e-5)
+        assert not torch.allclose(reference, policy.statistics(batch).logprobs, atol=1e-2)
+
+
 def test_beta_pulls_towards_the_reference() -> None:
     train = TrainConfig(beta=0.5, entropy_coef=0.0)
     reference = Policy(tiny_model(seed=1), tiny_tokenizer(), dtype=torch.float32)
@@ -232,6 +248,27 @@ def test_a_loss_that_is_not_finite_stops_before_the_update() -> None:
     with pytest.raises(FloatingPointError, match="not taken"):
         made.optimizer_step([row])
     assert all(torch.equal(a, b) for a, b in zip(before, made.policy.model.parameters(), strict=True))
+
+
+def test_what_is_not_finite_names_the_sequences_it_came_from() -> None:
+    bad = replace(sequences(0)[0], advantage=float("inf"))
+    made = updater(TrainConfig(max_tokens_per_microbatch=1))  # a micro-batch of its own for each sequence
+    with pytest.raises(NotFiniteError) as caught:
+        made.optimizer_step([*sequences(1), bad])
+    assert caught.value.sequences == (bad,)
+
+
+def test_samples_that_were_cut_count_for_the_mean_and_train_nothing() -> None:
+    # Rewards 1.0, 0.1, 0.1 (cut): the mean is 0.4, so 0.6 and -0.3 are left to train.
+    cut = replace(
+        group(1.0, 0.1, 0.1), samples=(sample(1.0), sample(0.1), replace(sample(0.1), finish_reason="length"))
+    )
+    advantages = member_advantages([cut], scale="none")
+    assert len(sequences_of([cut], advantages)) == 3
+    rows = sequences_of([cut], advantages, without_truncated=True)
+    assert [round(row.advantage, 4) for row in rows] == [0.6, -0.3]
+    counted = updater(TrainConfig(mask_truncated_completions=True)).update([cut], advantages)
+    assert counted.tokens == 4
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")

@@ -23,7 +23,7 @@ from trainer.evaluation import Evaluation
 from trainer.groups import Group
 from trainer.guidance import Guide, check_tokenizers
 from trainer.optimizer import make_optimizer
-from trainer.policy import Policy, load_policy
+from trainer.policy import Policy, Reference, WithoutAdapters, load_policy
 from trainer.rewards import Judge
 from trainer.rollout import Prompt, demanded_form, student_prompts
 from trainer.run_files import RunFiles
@@ -126,7 +126,7 @@ def assemble(
             config.train,
             config.guidance,
             max_completion_length=config.rollout.max_completion_length,
-            reference=_reference(config),
+            reference=_reference(config, policy),
         ),
         train_prompts=train_prompts,
         eval_prompts=eval_prompts,
@@ -249,10 +249,12 @@ def fitting_prompts(
     return prompts
 
 
-def _reference(config: Config) -> Policy | None:
-    """The student as it was before training, for the KL; loaded only where beta asks for it."""
+def _reference(config: Config, policy: Policy) -> Reference | None:
+    """The student as it was before training, for the KL; only where beta asks for it."""
     if config.train.beta == 0:
         return None
+    if config.student.use_peft:
+        return WithoutAdapters(policy)
     reference = load_policy(config.student, temperature=config.rollout.temperature)
     reference.model.requires_grad_(False)
     reference.model.eval()

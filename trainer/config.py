@@ -96,8 +96,18 @@ class TrainConfig(Section):
     """w_f: R = (1 - w_f) * correct + w_f * format."""
     loss_type: Literal["ampo", "dr_grpo", "dapo", "grpo"] = "ampo"
     scale_rewards: Literal["none", "group"] = "none"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """What is clipped: each token's ratio, or a response's, the geometric mean of its tokens' (GSPO)."""
     eps_low: NotNegative = 0.2
     eps_high: NotNegative = 0.2
+    """Above eps_low: clip-higher (DAPO)."""
+    dual_clip: NotNegative = 0.0
+    """The largest ratio that counts where the advantage is negative, 3.0 say; 0: off."""
+    is_cap: NotNegative = 2.0
+    """The largest weight pi_trainer / pi_sampler of a token, for what its sampler computed otherwise;
+    0: no correction."""
+    mask_truncated_completions: bool = False
+    """Samples cut at rollout.max_completion_length count for their group's mean and train nothing."""
     entropy_coef: NotNegative = 0.001
     beta: NotNegative = 0.0
     """Weight of the KL to the student as it was before training; 0 keeps no reference model."""
@@ -111,6 +121,13 @@ class TrainConfig(Section):
     weight_decay: NotNegative = 0.1
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     seed: Count = 0
+
+    @field_validator("dual_clip")
+    @classmethod
+    def _a_ratio_of_one_is_never_clipped(cls, bound: float) -> float:
+        if 0 < bound <= 1:
+            raise ValueError("give a ratio above 1, e.g. 3.0, or 0 to switch dual clipping off")
+        return bound
 
     @model_validator(mode="after")
     def _mini_batches_fill_a_step(self) -> Self:

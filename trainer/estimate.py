@@ -99,7 +99,8 @@ def estimate(config: Config, shape: ModelShape, *, flops: float, bytes_per_value
         "weights": weights,
         "gradients": 4 * trained,
         "optimizer": OPTIMIZER_BYTES[train.optim] * trained,
-        "reference": 4 * shape.parameters if train.beta else 0,
+        # Under adapters the frozen model itself is the reference.
+        "reference": 4 * shape.parameters if train.beta and not config.student.use_peft else 0,
         "activations": tokens * shape.hidden * bytes_per_value * (17 * layers + kept),
         "logits": 3 * 4 * min(LOGITS_PER_CHUNK, tokens * shape.vocabulary),
         # Keys and values come out of autocast in float32, and autocast keeps a narrow copy of the weights.

@@ -30,7 +30,7 @@ from trainer.optimizer import learning_rate_at, set_learning_rate
 from trainer.rollout import sample_groups, sampling_of
 from trainer.run_files import RunFiles, run_config, step_of
 from trainer.schedule import problems_of_step
-from trainer.step import member_advantages
+from trainer.step import NotFiniteError, member_advantages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ def run_steps(parts: Parts, done: int, saved: Path | None, stop: StopRequest) ->
         run.add_metrics({"step": 0, **_evaluate(parts, 0)})
     while done < config.train.max_steps and not stop:
         step = done + 1
-        with _explained(step, saved):
+        with _explained(run, step, saved):
             row, groups = train_step(parts, step)
         last = step == config.train.max_steps
         if parts.eval_prompts and not stop and (last or step % config.eval.every == 0):
@@ -93,11 +93,17 @@ def run_steps(parts: Parts, done: int, saved: Path | None, stop: StopRequest) ->
 
 
 @contextmanager
-def _explained(step: int, saved: Path | None) -> Iterator[None]:
+def _explained(run: RunFiles, step: int, saved: Path | None) -> Iterator[None]:
     """Says in one line what ended a step that cannot be computed, and where to go on."""
     where = f"the last checkpoint is {saved}" if saved else "there is no checkpoint yet"
     try:
         yield
+    except NotFiniteError as error:
+        batch = run.write_failed_batch(step, error.sequences)
+        raise TrainingError(
+            f"step {step}: {error}; its batch is in {batch}; {where}; "
+            "a smaller train.learning_rate often helps"
+        ) from error
     except FloatingPointError as error:
         raise TrainingError(
             f"step {step}: {error}; {where}; a smaller train.learning_rate often helps"

@@ -46,6 +46,7 @@ def _update_metrics(update: UpdateReport, learning_rate: float) -> dict[str, Any
             "clip_ratio/low_mean",
             "clip_ratio/high_mean",
             "sampling/logp_difference",
+            "sampling/is_capped",
         )
         return {
             **dict.fromkeys(names),
@@ -61,6 +62,7 @@ def _update_metrics(update: UpdateReport, learning_rate: float) -> dict[str, Any
         "clip_ratio/low_mean": update.clip_low,
         "clip_ratio/high_mean": update.clip_high,
         "sampling/logp_difference": update.sampler_difference,
+        "sampling/is_capped": update.sampler_capped,
         "train_tokens": update.tokens,
         "optimizer_steps": update.optimizer_steps,
         "learning_rate": learning_rate,

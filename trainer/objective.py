@@ -91,6 +91,56 @@ def clipped_surrogate(
     return torch.minimum(ratio * advantages, clipped * advantages)
 
 
+def sequence_log_ratio(logprobs: Tensor, old_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """The log of GSPO's sequence ratio, s = (pi_theta(o) / pi_old(o))^(1/|o|), on every token of a response.
+
+    In the place of a token's log-ratio it clips, or lets pass, a response as a whole. Source: GSPO
+    (arXiv 2507.18071), equation 7.
+
+    Args:
+        logprobs, old_logprobs: [B, T], of the current and of the sampling policy.
+        response_mask: [B, T] bool.
+
+    Returns:
+        [B, T]: a row's mean log-ratio over its response, 0 elsewhere.
+    """
+    mask = response_mask.bool()
+    total = (logprobs - old_logprobs).masked_fill(~mask, 0.0).sum(dim=1, keepdim=True)
+    return torch.where(mask, total / mask.sum(dim=1, keepdim=True).clamp(min=1), 0.0)
+
+
+def dual_clip(terms: Tensor, advantages: Tensor, *, bound: float) -> Tensor:
+    """max(term, bound * A) where A < 0: a ratio that exploded cannot make one bad token the whole gradient.
+
+    Source: dual-clip PPO (arXiv 1912.09729), equation 5.
+
+    Args:
+        terms: [B, T], from `clipped_surrogate`.
+        advantages: [B, 1].
+        bound: c > 1, the largest ratio that counts against a response.
+
+    Returns:
+        [B, T].
+    """
+    return torch.where(advantages < 0, torch.maximum(terms, bound * advantages), terms)
+
+
+def sampler_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, *, cap: float) -> Tensor:
+    """min(pi_old / pi_sampler, cap): what another engine draws too often weighs less, too seldom more.
+
+    Truncated importance sampling, token by token (Espeholt et al. 2018, arXiv 1802.01561, rho-bar).
+
+    Args:
+        old_logprobs: [B, T] as the trainer computes them for the policy that sampled.
+        sampler_logprobs: [B, T] as the engine that drew the tokens did.
+        cap: the largest weight.
+
+    Returns:
+        [B, T], without a gradient.
+    """
+    return torch.exp(old_logprobs - sampler_logprobs).clamp(max=cap).detach()
+
+
 def shaped_guidance(
     logprobs: Tensor, advantages: Tensor, *, gamma: float, teacher_logprobs: Tensor | None = None
 ) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -37,6 +37,12 @@ class TokenStatistics:
     """[B, L] float32: column t is the log-probability of token t."""
     entropy: Tensor
     """[B, L] float32, in nats, of the distribution that token t was drawn from."""
+
+
+class Reference(Protocol):
+    """The student as it was before training, for the KL term."""
+
+    def statistics(self, batch: TokenBatch) -> TokenStatistics: ...
 
 
 class Policy:
@@ -106,6 +112,18 @@ class Policy:
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         return selective_log_softmax(logits / self.temperature, targets)
+
+
+class WithoutAdapters:
+    """The frozen model under a policy's adapters: a reference that takes no memory of its own."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def statistics(self, batch: TokenBatch) -> TokenStatistics:
+        """As Policy.statistics."""
+        with self.policy.model.disable_adapter():
+            return self.policy.statistics(batch)
 
 
 def _placed(values: Tensor, asked: Tensor) -> Tensor:

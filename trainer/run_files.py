@@ -4,6 +4,7 @@
     rollouts/step-000001.parquet     every sample, and every trace that took a place
     queries/step-000001.parquet      every candidate of every question
     evals/step-000010.parquet        every sample of an evaluation
+    failed/step-000012.parquet       the batch whose loss or gradient was no number, where there was one
     checkpoints/step-000050/         see `checkpoint`
 
 A step's files are named by the step, so a resumed run writes over what an interrupted one left.
@@ -30,6 +31,7 @@ from torch import Tensor
 from precompute.config import load_config, toml_of
 from store.errors import RunError
 from store.files import whole_file
+from trainer.batch import TrainSequence
 from trainer.config import Config
 from trainer.groups import Group, Sample
 from trainer.guidance import QueryRow
@@ -70,6 +72,19 @@ QUERY_SCHEMA = pa.schema(
         ("latency_ms", pa.float64()),
     ]
 )
+
+FAILED_SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("response_ids", pa.list_(pa.int32())),
+        ("advantage", pa.float64()),
+        ("is_teacher", pa.bool_()),
+        ("teacher_logprobs", pa.list_(pa.float64())),
+        ("sampler_logprobs", pa.list_(pa.float64())),
+    ]
+)
+"""Sequences of an optimizer step that was not taken."""
 
 PACKAGES = (
     "ampo",
@@ -160,6 +175,15 @@ class RunFiles:
     def write_evaluation(self, step: int, groups: Sequence[Group]) -> None:
         rows = [row for group in groups for row in _group_rows(step, group, None)]
         self._table("evals", step, rows, ROLLOUT_SCHEMA)
+
+    def write_failed_batch(self, step: int, sequences: Sequence[TrainSequence]) -> Path:
+        """What a step that is no number computed on, a row a sequence; returns the file."""
+        rows = [{"step": step, **asdict(sequence)} for sequence in sequences]
+        path = self.root / "failed" / f"{step_name(step)}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        with whole_file(path) as file:
+            pq.write_table(pa.Table.from_pylist(rows, schema=FAILED_SCHEMA), file, compression="zstd")
+        return path
 
     def _table(self, folder: str, step: int, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
         table = pa.Table.from_pylist(list(rows), schema=schema)

@@ -5,6 +5,7 @@ groups --advantages--> sequences --counts--> weights --micro-batches--> gradient
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,17 +15,9 @@ from torch import Tensor
 from trainer.batch import TokenBatch, TrainSequence, fill, place_values, train_batch
 from trainer.config import GuidanceConfig, TrainConfig
 from trainer.groups import Group
-from trainer.objective import (
-    LOSS_TYPES,
-    StepCounts,
-    clipped_surrogate,
-    count,
-    group_advantages,
-    kl_to_reference,
-    reduce_terms,
-    shaped_guidance,
-)
-from trainer.policy import Policy
+from trainer.loss import LossInputs, Partial, micro_loss
+from trainer.objective import StepCounts, count, group_advantages
+from trainer.policy import Policy, Reference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,20 +38,19 @@ class UpdateReport:
     """Response tokens that carried a gradient."""
     optimizer_steps: int
     sampler_difference: float | None = None
-    """Mean |trainer's - sampler's log-probability| of a student token, on the first optimizer step, whose
-    policy is the one that sampled; None where the sampler's are of another temperature or unknown."""
+    """Mean |trainer's - sampler's log-probability| of a student token under the policy that sampled; None
+    where the sampler's are of another temperature or unknown."""
+    sampler_capped: float | None = None
+    """Share of student tokens whose correction is_cap holds back."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Partial:
-    """One micro-batch's share of an optimizer step's sums."""
+class NotFiniteError(FloatingPointError):
+    """A loss or a gradient that is no number; the optimizer step was not taken, the weights are whole."""
 
-    loss: float
-    entropy: float
-    kl: float
-    clip_low: float
-    clip_high: float
-    sampler_difference: float | None
+    def __init__(self, message: str, sequences: Sequence[TrainSequence]) -> None:
+        super().__init__(f"{message}: not finite; this optimizer step was not taken")
+        self.sequences = tuple(sequences)
+        """The micro-batch that it came from; the whole optimizer step where only its gradient tells."""
 
 
 class Updater:
@@ -72,7 +64,7 @@ class Updater:
         guidance: GuidanceConfig,
         *,
         max_completion_length: int,
-        reference: Policy | None = None,
+        reference: Reference | None = None,
     ) -> None:
         self.policy = policy
         self.optimizer = optimizer
@@ -88,9 +80,10 @@ class Updater:
             advantages: [N, G] of the groups' members.
         """
         size = self.train.mini_batch_problems
+        masked = self.train.mask_truncated_completions
         batches = [
-            sequences_of(groups[start : start + size], advantages[start : start + size])
-            for start in range(0, len(groups), size)
+            sequences_of(groups[i : i + size], advantages[i : i + size], without_truncated=masked)
+            for i in range(0, len(groups), size)
         ]
         live = [batch for batch in batches if batch]
         # The first optimizer step updates the very policy that sampled: its old log-probs are its own.
@@ -112,10 +105,8 @@ class Updater:
         parts = [self._backward(part, old, counts) for part, old in self._cut(sequences, old_logprobs)]
         norm = torch.nn.utils.clip_grad_norm_(self._parameters(), self.train.max_grad_norm)
         loss = sum(part.loss for part in parts)
-        if not (torch.isfinite(norm) and abs(loss) < float("inf")):
-            raise FloatingPointError(
-                f"loss {loss} and gradient norm {float(norm)}: not finite; this optimizer step was not taken"
-            )
+        if not torch.isfinite(norm):
+            raise NotFiniteError(f"gradient norm {float(norm)} at a loss of {loss:.4g}", sequences)
         self.optimizer.step()
         # Freed now: while the student samples, nobody needs them.
         self.optimizer.zero_grad(set_to_none=True)
@@ -131,6 +122,7 @@ class Updater:
             tokens=counts.tokens,
             optimizer_steps=1,
             sampler_difference=_total([part.sampler_difference for part in parts], tokens),
+            sampler_capped=_total([part.sampler_capped for part in parts], tokens),
         )
 
     def _parameters(self) -> list[Tensor]:
@@ -150,75 +142,43 @@ class Updater:
         self, sequences: Sequence[TrainSequence], old: Sequence[Tensor] | None, counts: StepCounts
     ) -> Partial:
         """Adds a micro-batch's gradient to what is there."""
+        inputs = self._inputs(sequences, old)
+        loss, partial = micro_loss(inputs, self.train, self.guidance, counts)
+        if not math.isfinite(partial.loss):
+            raise NotFiniteError(f"loss {partial.loss} of a micro-batch", sequences)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return partial
+
+    def _inputs(self, sequences: Sequence[TrainSequence], old: Sequence[Tensor] | None) -> LossInputs:
         batch = train_batch(sequences, pad_id=self.policy.pad_id, device=self.policy.device)
         stats = self.policy.statistics(batch)
-        old_logprobs = (
-            stats.logprobs.detach()
+        mask = batch.asked
+        return LossInputs(
+            logprobs=stats.logprobs,
+            entropy=stats.entropy,
+            old_logprobs=stats.logprobs.detach()
             if old is None
-            else place_values([row.tolist() for row in old], batch.asked)
-        )
-        is_teacher = torch.tensor([s.is_teacher for s in sequences], device=batch.asked.device)
-        advantages = torch.tensor([[s.advantage] for s in sequences], device=batch.asked.device)
-        terms = self._terms(sequences, stats.logprobs, old_logprobs, is_teacher, advantages, batch)
-        lengths = batch.asked.sum(dim=1)
-        weights = LOSS_TYPES[self.train.loss_type](lengths, is_teacher, counts)
-        student = batch.asked & ~is_teacher.unsqueeze(1)
-        kl = self._kl(batch, stats.logprobs)
-        loss = reduce_terms(terms, batch.asked, weights)
-        regulariser = self.train.beta * kl - self.train.entropy_coef * stats.entropy
-        loss = loss + regulariser.masked_fill(~student, 0.0).sum() / max(counts.student_tokens, 1)
-        loss.backward()  # type: ignore[no-untyped-call]
-        ratio = torch.exp(stats.logprobs.detach() - old_logprobs)
-        below = (ratio < 1 - self.train.eps_low) & (advantages < 0)
-        above = (ratio > 1 + self.train.eps_high) & (advantages > 0)
-        return Partial(
-            loss=float(loss.detach()),
-            entropy=float(stats.entropy.detach()[student].sum()),
-            kl=float(kl.detach()[student].sum()),
-            clip_low=float(below[student].sum()),
-            clip_high=float(above[student].sum()),
-            sampler_difference=self._sampler_difference(sequences, stats.logprobs, student)
-            if old is None
+            else place_values([row.tolist() for row in old], mask),
+            response_mask=mask,
+            is_teacher=torch.tensor([s.is_teacher for s in sequences], device=mask.device),
+            advantages=torch.tensor([[s.advantage] for s in sequences], device=mask.device),
+            teacher_logprobs=place_values([s.teacher_logprobs for s in sequences], mask)
+            if self.guidance.ratio == "teacher"
             else None,
+            sampler_logprobs=self._sampler_logprobs(sequences, mask),
+            reference_logprobs=self._reference_logprobs(batch),
         )
 
-    def _terms(
-        self,
-        sequences: Sequence[TrainSequence],
-        logprobs: Tensor,
-        old_logprobs: Tensor,
-        is_teacher: Tensor,
-        advantages: Tensor,
-        batch: TokenBatch,
-    ) -> Tensor:
-        """[B, L], the term of every token by who wrote it; is_teacher [B], advantages [B, 1]."""
-        teacher_logprobs = None
-        if self.guidance.ratio == "teacher":
-            teacher_logprobs = place_values([s.teacher_logprobs for s in sequences], batch.asked)
-        student = clipped_surrogate(
-            logprobs, old_logprobs, advantages, eps_low=self.train.eps_low, eps_high=self.train.eps_high
-        )
-        teacher = shaped_guidance(
-            logprobs, advantages, gamma=self.guidance.gamma, teacher_logprobs=teacher_logprobs
-        )
-        return torch.where(is_teacher.unsqueeze(1), teacher, student)
-
-    def _sampler_difference(
-        self, sequences: Sequence[TrainSequence], logprobs: Tensor, student: Tensor
-    ) -> float | None:
-        """Sum over the student's tokens (`student`, [B, L]); None where the two cannot be compared."""
+    def _sampler_logprobs(self, sequences: Sequence[TrainSequence], mask: Tensor) -> Tensor | None:
+        """[B, L] of the student's tokens; None where they and the trainer's cannot be compared."""
         known = all(s.is_teacher or s.sampler_logprobs is not None for s in sequences)
         if self.policy.temperature != 1.0 or not known:
             return None
-        sampled = place_values([s.sampler_logprobs for s in sequences], student)
-        return float((logprobs.detach() - sampled).abs()[student].sum())
+        return place_values([s.sampler_logprobs for s in sequences], mask)
 
-    def _kl(self, batch: TokenBatch, logprobs: Tensor) -> Tensor:
-        if self.reference is None:
-            return torch.zeros_like(logprobs)
-        with torch.no_grad():
-            reference = self.reference.statistics(batch).logprobs
-        return kl_to_reference(logprobs, reference)
+    @torch.no_grad()
+    def _reference_logprobs(self, batch: TokenBatch) -> Tensor | None:
+        return None if self.reference is None else self.reference.statistics(batch).logprobs
 
     @torch.no_grad()
     def _old_logprobs(self, sequences: Sequence[TrainSequence]) -> list[Tensor]:
@@ -240,8 +200,13 @@ def member_advantages(groups: Sequence[Group], *, scale: str) -> Tensor:
     return group_advantages(rewards, scale=scale)
 
 
-def sequences_of(groups: Sequence[Group], advantages: Tensor) -> list[TrainSequence]:
-    """The sequences of groups that carry a gradient; a group of equal rewards has none and is left out."""
+def sequences_of(
+    groups: Sequence[Group], advantages: Tensor, *, without_truncated: bool = False
+) -> list[TrainSequence]:
+    """The sequences of groups that carry a gradient; a group of equal rewards has none and is left out.
+
+    `without_truncated`: the student's samples that were cut are left out, too; in the advantages they count.
+    """
     return [
         TrainSequence(
             prompt_ids=group.prompt_ids,
@@ -254,6 +219,7 @@ def sequences_of(groups: Sequence[Group], advantages: Tensor) -> list[TrainSeque
         for group, row in zip(groups, advantages, strict=True)
         if bool(row.any())
         for member, advantage in zip(group.members, row, strict=True)
+        if not (without_truncated and member.finish_reason == "length")
     ]
 
 
@@ -269,7 +235,7 @@ def count_sequences(sequences: Sequence[TrainSequence], max_completion_length: i
 def _total(sums: Sequence[float | None], count: int) -> float | None:
     """The mean over `count`; None when any sum is unknown."""
     known = [each for each in sums if each is not None]
-    return sum(known) / count if len(known) == len(sums) else None
+    return sum(known) / count if known and len(known) == len(sums) else None
 
 
 def _mean_report(reports: Sequence[UpdateReport]) -> UpdateReport:
@@ -283,5 +249,6 @@ def _mean_report(reports: Sequence[UpdateReport]) -> UpdateReport:
         clip_high=sum(report.clip_high for report in reports) / n,
         tokens=sum(report.tokens for report in reports),
         optimizer_steps=len(reports),
-        sampler_difference=reports[0].sampler_difference if reports else None,
+        sampler_difference=_total([report.sampler_difference for report in reports], n),
+        sampler_capped=_total([report.sampler_capped for report in reports], n),
     )
