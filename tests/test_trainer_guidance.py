@@ -187,6 +187,29 @@ def test_exact_ties_go_to_the_shorter_trace(store: TraceStore, judge: Judge) -> 
     assert [row.teacher for row in rows] == ["bob", "ada", "eve"]
 
 
+def test_nothing_is_scored_where_every_candidate_is_placed_or_none(store: TraceStore, judge: Judge) -> None:
+    guide, passes = guide_of(store, judge, k=3), []
+    guide.policy.model.model.register_forward_hook(lambda *_: passes.append(1))
+    # G = 4 lets all three traces in, the shortest first.
+    guided, rows = guide.guide([group(PROBLEMS[0]), group(PROBLEMS[1])], step=1)
+    assert [(row.teacher, row.score, row.rank, row.selected) for row in rows] == [
+        ("bob", None, 1, True),
+        ("ada", None, 2, True),
+        ("eve", None, 3, True),
+        ("bob", None, 1, True),
+    ]
+    assert [len(each.guidance) for each in guided] == [3, 1]
+    guide.config = GuidanceConfig(k=3, trigger="always")
+    _, rows = guide.guide([group(PROBLEMS[0], (True,) * 4)], step=1)
+    assert {row.selected for row in rows} == {False}
+    assert not passes
+    # With two failed samples one of the three stays out: now it matters which.
+    _, rows = guide.guide([group(PROBLEMS[0], (True, True, False, False))], step=1)
+    assert passes
+    assert all(row.score is not None for row in rows)
+    assert [row.selected for row in rows] == [True, True, False]
+
+
 def test_shortest_takes_the_shortest_and_scores_nothing(store: TraceStore, judge: Judge) -> None:
     _, rows = guide_of(store, judge, select="shortest", k=1).guide([group(PROBLEMS[0])], step=1)
     assert [(row.teacher, row.selected, row.score) for row in rows] == [

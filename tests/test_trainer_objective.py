@@ -16,8 +16,8 @@ from trainer.objective import (
     count,
     group_advantages,
     kl_to_reference,
+    log_softmax_and_entropy,
     reduce_terms,
-    selective_log_softmax,
     shaped_guidance,
     token_logprobs,
 )
@@ -41,7 +41,7 @@ def test_token_logprobs_refuses_ids_of_another_shape() -> None:
 
 def test_entropy_of_a_fair_coin_is_ln_2_and_masked_tokens_add_nothing() -> None:
     logits = torch.tensor([[0.0, 0.0, -math.inf]])
-    logprobs, entropy = selective_log_softmax(logits, torch.tensor([1]))
+    logprobs, entropy = log_softmax_and_entropy(logits, torch.tensor([1]))
     assert logprobs.item() == pytest.approx(math.log(0.5))
     assert entropy.item() == pytest.approx(math.log(2))
 

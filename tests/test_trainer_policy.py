@@ -27,6 +27,7 @@ def test_statistics_agree_with_full_logits(policy: Policy) -> None:
     expected = token_logprobs(logits, batch.input_ids).masked_fill(~batch.asked, 0.0)
     found = policy.statistics(batch)
     torch.testing.assert_close(found.logprobs, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(policy.logprobs(batch), found.logprobs, rtol=1e-6, atol=1e-6)
     # Entropy of the distribution that token 3 of row 0 was drawn from: row 2 of the logits.
     p = logits[0, 2].softmax(-1)
     assert found.entropy[0, 3].item() == pytest.approx(float(-(p * p.log()).sum()), rel=1e-4)

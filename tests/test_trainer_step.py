@@ -226,7 +226,7 @@ def test_a_frozen_model_under_its_adapters_is_their_reference(model_dir: Path) -
                 parameter.fill_(0.1)
     batch = train_batch(sequences(0), pad_id=0, device=policy.device)
     with torch.no_grad():
-        reference = WithoutAdapters(policy).statistics(batch).logprobs
+        reference = WithoutAdapters(policy).logprobs(batch)
         assert torch.allclose(reference, plain.statistics(batch).logprobs, atol=1e-5)
         assert not torch.allclose(reference, policy.statistics(batch).logprobs, atol=1e-2)
 

@@ -138,7 +138,7 @@ class Guide:
         """problem_id -> (trace, score), best first."""
         scores: dict[str, float] = {}
         if self.config.select == "comprehension":
-            pairs = [(g, t) for g in asked for t in candidates[g.problem.problem_id]]
+            pairs = [(group, trace) for group in asked for trace in self._to_score(group, candidates)]
             scores = dict(zip((t.trace.trace_id for _, t in pairs), self.score(pairs), strict=True))
         ranked = {}
         for group in asked:
@@ -146,6 +146,11 @@ class Guide:
             ordered = SELECTIONS[self.config.select](candidates[group.problem.problem_id], scores, rng)
             ranked[group.problem.problem_id] = [(t, scores.get(t.trace.trace_id)) for t in ordered]
         return ranked
+
+    def _to_score(self, group: Group, candidates: Mapping[str, list[StudentTrace]]) -> Sequence[StudentTrace]:
+        """The group's candidates; nothing where all of them are placed, or none."""
+        found = candidates[group.problem.problem_id]
+        return found if 0 < guidance_size(group, len(found), self.config.k) < len(found) else []
 
     @torch.no_grad()
     def score(self, pairs: Sequence[tuple[Group, StudentTrace]]) -> list[float]:
@@ -160,7 +165,7 @@ class Guide:
                 pad_id=self.policy.pad_id,
                 device=self.policy.device,
             )
-            found = SCORES[self.config.score](self.policy.statistics(batch).logprobs, batch.asked)
+            found = SCORES[self.config.score](self.policy.logprobs(batch), batch.asked)
             for index, score in zip(indices, found.tolist(), strict=True):
                 scores[index] = _finite(score, *pairs[index])
         return scores
@@ -262,8 +267,11 @@ Selection = Callable[[Sequence[StudentTrace], Mapping[str, float], Random], list
 def by_comprehension(
     traces: Sequence[StudentTrace], scores: Mapping[str, float], rng: Random
 ) -> list[StudentTrace]:
-    """Best score first; exact ties go to the shorter trace, then to the smaller trace_id."""
-    return sorted(traces, key=lambda t: (-scores[t.trace.trace_id], len(t.token_ids), t.trace.trace_id))
+    """Best score first; exact ties, and traces that nothing was scored for, go to the shorter trace, then to
+    the smaller trace_id."""
+    return sorted(
+        traces, key=lambda t: (-scores.get(t.trace.trace_id, 0.0), len(t.token_ids), t.trace.trace_id)
+    )
 
 
 def at_random(traces: Sequence[StudentTrace], scores: Mapping[str, float], rng: Random) -> list[StudentTrace]:

@@ -32,26 +32,40 @@ def token_logprobs(logits: Tensor, input_ids: Tensor) -> Tensor:
     """
     if logits.shape[:2] != input_ids.shape:
         raise ValueError(f"logits {tuple(logits.shape)} do not go with input_ids {tuple(input_ids.shape)}")
-    chosen, _ = selective_log_softmax(logits[:, :-1].float(), input_ids[:, 1:])
+    chosen = selective_log_softmax(logits[:, :-1].float(), input_ids[:, 1:])
     return torch.nn.functional.pad(chosen, (1, 0))
 
 
-def selective_log_softmax(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of the chosen entries and entropy of their distributions.
+def selective_log_softmax(logits: Tensor, chosen: Tensor) -> Tensor:
+    """Log-probability of the chosen entries.
 
     Args:
         logits: [..., V].
         chosen: [...], indices into V.
 
     Returns:
+        [...], log softmax at `chosen`.
+    """
+    return _chosen(logits, chosen) - torch.logsumexp(logits, dim=-1)
+
+
+def log_softmax_and_entropy(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of the chosen entries and entropy of their distributions.
+
+    Args as `selective_log_softmax`.
+
+    Returns:
         ([...], [...]): log softmax at `chosen`; entropy in nats.
     """
     log_total = torch.logsumexp(logits, dim=-1)
-    logprobs = logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) - log_total
     probabilities = torch.exp(logits - log_total.unsqueeze(-1))
     # -inf logits (masked tokens) have probability 0 and add nothing: 0 * -inf would be nan.
     expected = (probabilities * logits.masked_fill(probabilities == 0, 0.0)).sum(dim=-1)
-    return logprobs, log_total - expected
+    return _chosen(logits, chosen) - log_total, log_total - expected
+
+
+def _chosen(logits: Tensor, chosen: Tensor) -> Tensor:
+    return logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
 
 
 def group_advantages(rewards: Tensor, *, scale: str) -> Tensor:

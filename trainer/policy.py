@@ -6,6 +6,7 @@ are asked about, a chunk of tokens at a time, forward and backward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,14 @@ from store.errors import EngineError
 from trainer.adapters import quantized_on, with_adapters
 from trainer.batch import TokenBatch
 from trainer.config import StudentConfig
-from trainer.objective import selective_log_softmax
+from trainer.objective import log_softmax_and_entropy, selective_log_softmax
 
 LOGITS_PER_CHUNK = 2**27
 """Logits that exist at once; 512 MiB in float32, 880 tokens of a vocabulary of 152,000."""
+
+
+OfLogits = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""(logits [N, V], targets [N]) -> values, each [N]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +47,7 @@ class TokenStatistics:
 class Reference(Protocol):
     """The student as it was before training, for the KL term."""
 
-    def statistics(self, batch: TokenBatch) -> TokenStatistics: ...
+    def logprobs(self, batch: TokenBatch) -> Tensor: ...
 
 
 class Policy:
@@ -72,11 +77,19 @@ class Policy:
 
         Differentiable unless called under `torch.no_grad()`.
         """
+        logprobs, entropy = self._of_asked(batch, log_softmax_and_entropy)
+        return TokenStatistics(logprobs=logprobs, entropy=entropy)
+
+    def logprobs(self, batch: TokenBatch) -> Tensor:
+        """[B, L] float32, the log-probabilities alone: what the entropy would cost is saved."""
+        return self._of_asked(batch, lambda logits, targets: (selective_log_softmax(logits, targets),))[0]
+
+    def _of_asked(self, batch: TokenBatch, of: OfLogits) -> list[Tensor]:
+        """What `of` makes of the asked tokens' logits, each [B, L] with 0 elsewhere."""
         with self.computing():
             hidden = self._hidden(batch)[:, :-1][batch.asked[:, 1:]]
         targets = batch.input_ids[:, 1:][batch.asked[:, 1:]]
-        logprobs, entropy = self._over_chunks(hidden, targets)
-        return TokenStatistics(logprobs=_placed(logprobs, batch.asked), entropy=_placed(entropy, batch.asked))
+        return [_placed(values, batch.asked) for values in self._over_chunks(hidden, targets, of)]
 
     def _hidden(self, batch: TokenBatch) -> Tensor:
         """[B, L, H], what the output head reads."""
@@ -86,8 +99,8 @@ class Policy:
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def _over_chunks(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [N, H], targets [N] -> log-probabilities [N], entropies [N]."""
+    def _over_chunks(self, hidden: Tensor, targets: Tensor, of: OfLogits) -> list[Tensor]:
+        """hidden [N, H], targets [N] -> what `of` gives, each [N]."""
         head = self.causal.get_output_embeddings()
         weight = head.weight.float()  # [V, H]; no copy where it is float32
         bias = None if head.bias is None else head.bias.float()
@@ -96,22 +109,22 @@ class Policy:
         for h, t in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
             # Recomputing a chunk's logits in the backward pass is what keeps them from piling up.
             recompute = torch.is_grad_enabled() and len(hidden) > rows
-            part = (self._chunk, h, t, weight, bias)
+            part = (self._chunk, of, h, t, weight, bias)
             parts.append(
-                checkpoint(*part, use_reentrant=False) if recompute else self._chunk(h, t, weight, bias)
+                checkpoint(*part, use_reentrant=False) if recompute else self._chunk(of, h, t, weight, bias)
             )
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        return [torch.cat(values) for values in zip(*parts, strict=True)]
 
     def _chunk(
-        self, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, of: OfLogits, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
         # In float32 whatever the body computes in: bfloat16 logits are 0.125 apart, near scores would tie.
         with torch.autocast(self.device.type, enabled=False):
             logits = nn.functional.linear(hidden.float(), weight, bias)
         softcap = getattr(self.causal.config, "final_logit_softcapping", None)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        return selective_log_softmax(logits / self.temperature, targets)
+        return of(logits / self.temperature, targets)
 
 
 class WithoutAdapters:
@@ -120,10 +133,10 @@ class WithoutAdapters:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
 
-    def statistics(self, batch: TokenBatch) -> TokenStatistics:
-        """As Policy.statistics."""
+    def logprobs(self, batch: TokenBatch) -> Tensor:
+        """As Policy.logprobs."""
         with self.policy.model.disable_adapter():
-            return self.policy.statistics(batch)
+            return self.policy.logprobs(batch)
 
 
 def _placed(values: Tensor, asked: Tensor) -> Tensor:
@@ -219,11 +232,11 @@ def _check_head(policy: Policy) -> None:
     )
     asked = torch.ones_like(ids, dtype=torch.bool)
     asked[:, 0] = False
-    ours = policy.statistics(TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids), asked=asked))
+    ours = policy.logprobs(TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids), asked=asked))
     with policy.computing():
         logits = policy.model(input_ids=ids).logits
-    theirs, _ = selective_log_softmax(logits[:, :-1].float() / policy.temperature, ids[:, 1:])
-    difference = float((ours.logprobs[:, 1:] - theirs).abs().max())
+    theirs = selective_log_softmax(logits[:, :-1].float() / policy.temperature, ids[:, 1:])
+    difference = float((ours[:, 1:] - theirs).abs().max())
     # A frozen model's own head answers in its narrow type; ours never does.
     narrow = policy.causal.get_output_embeddings().weight.dtype != torch.float32
     if not difference < (0.5 if narrow else 1e-3):

@@ -178,7 +178,7 @@ class Updater:
 
     @torch.no_grad()
     def _reference_logprobs(self, batch: TokenBatch) -> Tensor | None:
-        return None if self.reference is None else self.reference.statistics(batch).logprobs
+        return None if self.reference is None else self.reference.logprobs(batch)
 
     @torch.no_grad()
     def _old_logprobs(self, sequences: Sequence[TrainSequence]) -> list[Tensor]:
@@ -189,7 +189,7 @@ class Updater:
             batch = train_batch(
                 [sequences[i] for i in indices], pad_id=self.policy.pad_id, device=self.policy.device
             )
-            logprobs = self.policy.statistics(batch).logprobs
+            logprobs = self.policy.logprobs(batch)
             found.update({i: logprobs[b][batch.asked[b]].cpu() for b, i in enumerate(indices)})
         return [found[i] for i in range(len(sequences))]
 
