@@ -152,6 +152,9 @@ class TeacherConfig(Section):
     """With `until_verified`: the most samples of a problem; None: `samples`."""
     system_prompt: str | None = BOXED_INSTRUCTION
     """None: the problem's own system turn, where it brought one. An empty string: no system turn."""
+    chat_template: str | None = None
+    """A file with a Jinja chat template. None: the tokenizer's own; a model that has none gets plain text
+    behind its BOS token."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the chat template, e.g. {enable_thinking = false}."""
     answer_form: AnswerForm | None = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from precompute.config import AnswerForm, TeacherConfig
 from store.errors import ConfigError
@@ -41,6 +42,22 @@ def build_messages(problem: Problem, system_prompt: str | None) -> list[dict[str
     return [{"role": "system", "content": system}, question] if system else [question]
 
 
+def use_template(tokenizer: PreTrainedTokenizerBase, path: str | None, *, key: str) -> None:
+    """Gives the tokenizer the chat template of the Jinja file at `path`; None: it keeps its own.
+
+    Raises ConfigError, which names the config's `key`, when the file cannot be read.
+    """
+    if path is None:
+        return
+    try:
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no text in UTF-8"
+        raise ConfigError(
+            f"{key} = {path!r}: {Path(path).absolute()} cannot be read ({reason}); give a Jinja file"
+        ) from None
+
+
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase,
     problem: Problem,
@@ -50,7 +67,8 @@ def render_prompt(
 ) -> Prompt:
     """The prompt through the tokenizer's chat template, or `plain_text` where it has none.
 
-    Raises ConfigError when the template refuses the messages (some know no system turn).
+    Raises ConfigError when the template refuses the messages (some know no system turn), is no valid Jinja,
+    or doubles the BOS token.
     """
     messages = build_messages(problem, system_prompt)
     if tokenizer.chat_template is None:
@@ -58,9 +76,71 @@ def render_prompt(
     else:
         text = _through_template(tokenizer, messages, chat_template_kwargs)
     # The text has its special tokens already: adding them again would double the BOS.
+    bos = tokenizer.bos_token
+    if bos and text.startswith(2 * bos):
+        raise ConfigError(
+            f"{_name(tokenizer)}: the prompt begins with {bos!r} twice; let the template write it once"
+        )
     # Whoever uses the ids checks their number against the model; a warning would only repeat it.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return Prompt(text=text, ids=tuple(ids), opens_think=text.rstrip().endswith("<think>"))
+
+
+def prompt_warning(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, key: str, template: str | None
+) -> str | None:
+    """What a person should know of how prompts are made; None: nothing.
+
+    Args:
+        text: of one of the prompts.
+        key: of the config, by which a template is given.
+        template: the key's value.
+    """
+    if tokenizer.chat_template is None:
+        return (
+            f"{_name(tokenizer)} has no chat template: prompts are plain text (--dry-run shows the first); "
+            f"{key} = a Jinja file gives it one"
+        )
+    bos = tokenizer.bos_token
+    wanted = bos is not None and (template is not None or _adds_bos(tokenizer))
+    if bos is not None and wanted and not text.startswith(bos):
+        return (
+            f"the prompts of {_name(tokenizer)} begin without its BOS token {bos!r}; where the model needs "
+            f"it, begin the template ({key}) with {{{{ bos_token }}}}"
+        )
+    return None
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> int:
+    """The one of `eos_ids` with which the model ends its own turn.
+
+    A chat model may end a turn with another token (`<end_of_turn>`, say) than the one that its tokenizer
+    calls EOS: the one that its template writes behind an answer. Else the tokenizer's, else the smallest.
+    """
+    if tokenizer.chat_template is not None and (written := _written_behind_answer(tokenizer, eos_ids)):
+        return written[0]
+    own = tokenizer.eos_token_id
+    return min(eos_ids) if own is None else own
+
+
+def _written_behind_answer(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> list[int]:
+    chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "ANSWER"}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except (TemplateError, ValueError):  # it is said where prompts are made
+        return []
+    assert isinstance(text, str)
+    behind = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"]
+    return [token for token in behind if token in eos_ids]
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it puts one before plain text by itself."""
+    return bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.name_or_path or "the tokenizer"
 
 
 def plain_text(messages: list[dict[str, str]], *, bos_token: str | None) -> str:
@@ -101,11 +181,20 @@ def _through_template(
 ) -> str:
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs)
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"the chat template of {_name(tokenizer)} is no valid Jinja: line {error.lineno}: {error.message}"
+        ) from None
     except TemplateError as error:
         turns = " and ".join(message["role"] for message in messages)
         raise ConfigError(
-            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} refuses the turns {turns}: "
+            f"the chat template of {_name(tokenizer)} refuses the turns {turns}: "
             f'{error}; for a template without a system turn set system_prompt = ""'
+        ) from None
+    except ValueError as error:  # several templates by name, and none of them the default
+        raise ConfigError(
+            f"{_name(tokenizer)} has no chat template to take: {' '.join(str(error).split())}; "
+            f"give the right one as a file: chat_template"
         ) from None
     assert isinstance(text, str)
     return text

@@ -21,7 +21,7 @@ from precompute.engines import Completion, Engine, Request, Sampling
 from precompute.engines.select import check_fits
 from precompute.filters import why_filtered
 from precompute.progress import Reporter, TeacherProgress
-from precompute.prompts import Prompt, demanded_form, render_prompt
+from precompute.prompts import Prompt, demanded_form, prompt_warning, render_prompt
 from precompute.verify import Verdict, Verifier
 from store.records import Problem, TeacherRecord, Trace
 
@@ -59,6 +59,10 @@ def fill_prompts(job: Job, problems: Sequence[Problem], reporter: Reporter) -> d
         )
         if number % STAGE_PROBLEMS == 0 or number == len(problems):
             reporter.stage(f"{job.name}: filling prompts", number, len(problems))
+    key, template = f"teachers.{job.name}.chat_template", job.config.chat_template
+    warning = prompt_warning(job.tokenizer, next(iter(prompts.values())).text, key=key, template=template)
+    if warning:
+        reporter.message(f"warning: {warning}")
     check_fits(job.config, longest_prompt(prompts))
     return prompts
 

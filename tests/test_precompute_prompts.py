@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
@@ -12,7 +14,15 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from precompute.prompts import answer_form_of, build_messages, render_prompt, tokenizer_fingerprint
+from precompute.prompts import (
+    answer_form_of,
+    build_messages,
+    prompt_warning,
+    render_prompt,
+    tokenizer_fingerprint,
+    turn_end,
+    use_template,
+)
 from store.errors import ConfigError
 from store.records import Problem
 
@@ -86,12 +96,7 @@ def test_a_model_without_a_template_gets_plain_text_after_its_bos() -> None:
     bare = tokenizer(template=None)
     prompt = render_prompt(bare, WITH_SYSTEM, system_prompt=None, chat_template_kwargs={})
     assert prompt.text == "Solve .\n\n2 + 2 ?\n"
-    with_bos = tokenizer(template=None, bos_token="<s>")
-    # As many real ones do, it would add a BOS of its own.
-    with_bos.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    prompt = render_prompt(with_bos, PROBLEM, system_prompt=None, chat_template_kwargs={})
+    prompt = render_prompt(with_own_bos(None), PROBLEM, system_prompt=None, chat_template_kwargs={})
     # <s>=1 once, then 2=7 +=8 2=7 ?=9
     assert (prompt.text, prompt.ids) == ("<s>2 + 2 ?\n", (1, 7, 8, 7, 9))
 
@@ -105,6 +110,99 @@ def test_a_template_that_refuses_a_system_turn_is_one_clear_line() -> None:
     ):
         render_prompt(strict, WITH_SYSTEM, system_prompt=None, chat_template_kwargs={})
     assert render_prompt(strict, WITH_SYSTEM, system_prompt="", chat_template_kwargs={}).text == ""
+
+
+def with_own_bos(template: str | None) -> PreTrainedTokenizerFast:
+    """As many real ones do, it puts a BOS before plain text by itself."""
+    made = tokenizer(template=template, bos_token="<s>")
+    made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return made
+
+
+@pytest.mark.parametrize("end_of_file", ["", "\n"])
+def test_a_template_from_a_file_is_the_tokenizers_and_writes_bos_once(
+    tmp_path: Path, end_of_file: str
+) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}" + end_of_file)
+    given = with_own_bos(None)
+    use_template(given, str(file), key="student.chat_template")
+    prompt = render_prompt(given, PROBLEM, system_prompt="", chat_template_kwargs={})
+    # <s>=1 once, though the tokenizer would add another; then 2=7 +=8 2=7 ?=9
+    assert (prompt.text, prompt.ids) == ("<s>2 + 2 ?", (1, 7, 8, 7, 9))
+    assert prompt_warning(given, prompt.text, key="k", template=str(file)) is None
+
+
+def test_no_file_leaves_the_tokenizers_own_template() -> None:
+    own = tokenizer()
+    use_template(own, None, key="student.chat_template")
+    assert own.chat_template == TEMPLATE
+
+
+def test_a_template_file_that_cannot_be_read_is_one_line_with_key_and_path(tmp_path: Path) -> None:
+    (tmp_path / "latin.jinja").write_bytes(b"\xe9")
+    for path, reason in [("no.jinja", "No such file"), ("latin.jinja", "UTF-8"), (".", "Is a directory")]:
+        with pytest.raises(ConfigError, match=rf"teachers.ada.chat_template = .*{reason}") as error:
+            use_template(tokenizer(), str(tmp_path / path), key="teachers.ada.chat_template")
+        assert str(tmp_path / path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages %}", r"no valid Jinja: line 1"),
+        ("<s>{{ bos_token }}", r"begins with '<s>' twice"),
+        (
+            {"rag": TEMPLATE, "tool": TEMPLATE},
+            r"has no chat template to take: .*give the right one as a file",
+        ),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_one_clear_line(template: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        render_prompt(with_own_bos(template), PROBLEM, system_prompt="", chat_template_kwargs={})
+    assert "\n" not in str(error.value)
+
+
+def test_prompts_that_lack_a_bos_that_the_tokenizer_itself_would_add_are_warned_of() -> None:
+    made = with_own_bos(TEMPLATE)
+    prompt = render_prompt(made, PROBLEM, system_prompt="", chat_template_kwargs={})
+    warning = prompt_warning(made, prompt.text, key="student.chat_template", template=None)
+    assert warning is not None
+    assert "'<s>'" in warning
+    assert "{{ bos_token }}" in warning
+    # Its own template and no habit of adding one: as its makers wanted it.
+    plain = tokenizer(bos_token="<s>")
+    assert prompt_warning(plain, prompt.text, key="k", template=None) is None
+    assert prompt_warning(plain, prompt.text, key="k", template="chat.jinja") is not None
+    assert prompt_warning(tokenizer(), prompt.text, key="k", template="chat.jinja") is None
+
+
+def test_plain_text_prompts_are_warned_of_by_the_key_that_changes_them() -> None:
+    warning = prompt_warning(
+        tokenizer(template=None), "2 + 2 ?\n", key="student.chat_template", template=None
+    )
+    assert warning is not None
+    assert "no chat template" in warning
+    assert "student.chat_template" in warning
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "ends_with"),
+    [
+        # Its template ends an answer with <end>, whatever the tokenizer calls EOS.
+        (TEMPLATE, "<s>", 2),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "<s>", 1),
+        (None, "<s>", 1),
+        (None, None, 1),
+        ("{{ raise_exception('never') }}", "<s>", 1),
+    ],
+)
+def test_a_turn_ends_with_the_eos_that_the_template_writes_behind_an_answer(
+    template: str | None, eos: str | None, ends_with: int
+) -> None:
+    made = tokenizer(template=template, **({"eos_token": eos} if eos else {}))
+    assert turn_end(made, (1, 2)) == ends_with  # <s>=1 <end>=2
 
 
 def test_the_system_turn_says_which_form_an_answer_must_have() -> None:

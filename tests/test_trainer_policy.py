@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
 
-from store.errors import EngineError
+from store.errors import EngineError, RunError
 from trainer import policy as policy_module
 from trainer.batch import pad
 from trainer.config import StudentConfig
@@ -117,6 +117,36 @@ def test_cuda_where_there_is_none_is_refused(model_dir: Path) -> None:
         pytest.skip("there is a CUDA device")
     with pytest.raises(EngineError, match="no CUDA device"):
         load_policy(StudentConfig(model=str(model_dir), device="cuda"), temperature=1.0)
+
+
+def test_padding_with_the_eos_id_changes_nothing(policy: Policy) -> None:
+    ours = tiny_tokenizer()
+    ours.pad_token = ours.eos_token
+    same = Policy(policy.model, ours, dtype=torch.float32)
+    assert (policy.pad_id, same.pad_id, same.eos_id) == (0, 1, 1)
+    for other in (policy, same):
+        batch = pad(ROWS, [3, 2], pad_id=other.pad_id, device=CPU)
+        # The EOS that ends a response is asked about, those behind it are padding.
+        assert batch.asked.tolist()[1] == [False, False, True, True, False, False]
+    padded = [policy.statistics(pad(ROWS, [3, 2], pad_id=p, device=CPU)).logprobs for p in (0, 1)]
+    assert torch.equal(padded[0], padded[1])
+
+
+def test_a_template_from_a_file_goes_into_checkpoints_and_may_not_change_there(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    student = StudentConfig(model=str(model_dir), device="cpu", chat_template=str(file))
+    loaded = load_policy(student, temperature=1.0)
+    assert loaded.tokenizer.chat_template == file.read_text()
+    loaded.model.save_pretrained(tmp_path / "checkpoint")
+    loaded.tokenizer.save_pretrained(tmp_path / "checkpoint")
+    again = load_policy(student, temperature=1.0, weights=tmp_path / "checkpoint")
+    assert again.tokenizer.chat_template == file.read_text()
+    file.write_text("Q: {{ messages[-1].content }}")
+    with pytest.raises(RunError, match="another chat template"):
+        load_policy(student, temperature=1.0, weights=tmp_path / "checkpoint")
 
 
 def test_gradient_checkpointing_changes_memory_not_gradients(model_dir: Path) -> None:

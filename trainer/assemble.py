@@ -12,7 +12,7 @@ import torch
 
 from precompute.engines.transformers_engine import TransformersEngine
 from precompute.problems import load_problems, split_by_gold
-from precompute.prompts import tokenizer_fingerprint
+from precompute.prompts import prompt_warning, tokenizer_fingerprint
 from precompute.verify import Verifier
 from store.errors import ConfigError, ProblemsError, StoreError
 from store.records import Problem, content_hash
@@ -23,7 +23,7 @@ from trainer.evaluation import Evaluation
 from trainer.groups import Group
 from trainer.guidance import Guide, check_tokenizers
 from trainer.optimizer import make_optimizer
-from trainer.policy import Policy, Reference, WithoutAdapters, load_policy
+from trainer.policy import TEMPLATE_KEY, Policy, Reference, WithoutAdapters, load_policy
 from trainer.rewards import Judge
 from trainer.rollout import Prompt, demanded_form, student_prompts
 from trainer.run_files import RunFiles
@@ -102,6 +102,7 @@ def assemble(
     policy = load_policy(config.student, temperature=config.rollout.temperature, weights=weights)
     train_prompts = fitting_prompts(config, problems, policy, reporter)
     eval_prompts = fitting_prompts(config, held_out, policy, reporter) if held_out else []
+    warn_of_prompts(config, policy.tokenizer, train_prompts, reporter)
     check_plan(config, train_prompts, eval_prompts, policy.model.config, reporter)
     judge = Judge(
         verifier,
@@ -133,6 +134,17 @@ def assemble(
         problems_fingerprint=content_hash([problem.problem_id for problem in problems]),
         reporter=reporter,
     )
+
+
+def warn_of_prompts(
+    config: Config, tokenizer: Any, prompts: Sequence[Prompt], reporter: TrainReporter
+) -> None:
+    """Warns of prompts that are made otherwise than a person may think."""
+    warning = prompt_warning(
+        tokenizer, prompts[0].text, key=TEMPLATE_KEY, template=config.student.chat_template
+    )
+    if warning:
+        reporter.warned(warning)
 
 
 def check_plan(

@@ -36,9 +36,10 @@ MAY_CHANGE = {
     "problems": None,
     "train": {"max_steps", "max_tokens_per_microbatch"},
     "rollout": {"batch_size"},
-    "student": {"device", "gradient_checkpointing"},
+    "student": {"device", "gradient_checkpointing", "chat_template"},
 }
 """Sections (None: whole) and keys that may differ on resume: they do not change what a step computes.
+A chat template's path may; what it says is compared when the tokenizer is loaded.
 A schedule that runs down to max_steps is the exception, see `differences`."""
 
 

@@ -35,6 +35,9 @@ class StudentConfig(Section):
     """Recomputes activations in the backward pass: about a third slower, far less memory."""
     system_prompt: str | None = BOXED_INSTRUCTION
     """None: the problem's own system turn, where it brought one. An empty string: no system turn."""
+    chat_template: str | None = None
+    """A file with a Jinja chat template; checkpoints carry it. None: the tokenizer's own; a model that has
+    none gets plain text behind its BOS token."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     answer_form: Literal["auto", "boxed", "answer_tags"] = "auto"
     """How the student must mark its final answer; auto: read off the system prompt."""

@@ -12,7 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from precompute.verify import Verifier
-from trainer.assemble import SilentReporter, check_plan, covered, open_store, usable_problems
+from trainer.assemble import (
+    SilentReporter,
+    check_plan,
+    covered,
+    open_store,
+    usable_problems,
+    warn_of_prompts,
+)
 from trainer.checkpoint import checkpoints
 from trainer.config import Config
 from trainer.estimate import Estimate, estimate, load_model_config, measured_flops, shape_of
@@ -30,10 +37,11 @@ def dry_run_of(config: Config) -> Group:
         held_out = usable_problems(config, "eval", verifier, reporter) if config.eval.every else []
         store = open_store(config, stack)
         known = None if store is None else covered(store, problems, config)
-    tokenizer = load_tokenizer(config.student.model, config.student.revision)
+    tokenizer = load_tokenizer(config.student)
     prompts, too_long = student_prompts(
         problems, tokenizer, config.student, max_prompt_length=config.rollout.max_prompt_length
     )
+    warn_of_prompts(config, tokenizer, prompts, reporter)
     check_plan(config, prompts, [], load_model_config(config.student), reporter)
     form = demanded_form(config.student, problems)
     lines = [

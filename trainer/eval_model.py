@@ -5,7 +5,7 @@ from __future__ import annotations
 from precompute.engines.transformers_engine import TransformersEngine
 from precompute.verify import Verifier
 from store.errors import ConfigError
-from trainer.assemble import TrainReporter, fitting_prompts, usable_problems
+from trainer.assemble import TrainReporter, fitting_prompts, usable_problems, warn_of_prompts
 from trainer.config import Config
 from trainer.evaluation import Evaluation, eval_sampling, evaluate
 from trainer.policy import load_policy
@@ -24,6 +24,7 @@ def evaluate_model(config: Config, reporter: TrainReporter) -> Evaluation:
     with Verifier.configured(config.verify) as verifier:
         problems = usable_problems(config, "eval", verifier, reporter)
         prompts = fitting_prompts(config, problems, policy, reporter)
+        warn_of_prompts(config, policy.tokenizer, prompts, reporter)
         judge = Judge(
             verifier,
             answer_form=demanded_form(config.student, problems),

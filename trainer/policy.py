@@ -20,11 +20,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from precompute.engines.checks import eos_ids, load_failure
-from store.errors import EngineError
+from precompute.prompts import turn_end, use_template
+from store.errors import EngineError, RunError
 from trainer.adapters import quantized_on, with_adapters
 from trainer.batch import TokenBatch
 from trainer.config import StudentConfig
 from trainer.objective import log_softmax_and_entropy, selective_log_softmax
+
+TEMPLATE_KEY = "student.chat_template"
 
 LOGITS_PER_CHUNK = 2**27
 """Logits that exist at once; 512 MiB in float32, 880 tokens of a vocabulary of 152,000."""
@@ -62,8 +65,7 @@ class Policy:
         self.temperature = temperature
         self.device: torch.device = next(model.parameters()).device
         self.eos_ids = eos_ids(self.causal.generation_config, tokenizer)
-        own = tokenizer.eos_token_id
-        self.eos_id: int = self.eos_ids[0] if own is None else own
+        self.eos_id: int = turn_end(tokenizer, self.eos_ids)
         """Ends a trace in the student's tokens; `eos_ids` are all that end a response."""
         # Padding is masked wherever it stands, so any id will do.
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -152,7 +154,7 @@ def load_policy(config: StudentConfig, *, temperature: float, weights: Path | No
     """
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = pick_device(config.device)
-    tokenizer = load_tokenizer(str(weights or config.model), None if weights else config.revision)
+    tokenizer = load_tokenizer(config, weights)
     model = _load_model(config, device, weights)
     # Sampling options that a model ships are not ours, and invalid ones would stop the first checkpoint.
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -188,16 +190,29 @@ def _load_model(config: StudentConfig, device: torch.device, weights: Path | Non
         ) from error
 
 
-def load_tokenizer(source: str, revision: str | None) -> Any:
-    """The tokenizer of a model directory or hub name; EngineError when there is none."""
+def load_tokenizer(config: StudentConfig, checkpoint: Path | None = None) -> Any:
+    """The student's tokenizer with the config's chat template, or the one that `checkpoint` holds.
+
+    Raises EngineError when there is none, ConfigError when the template cannot be read, and RunError when
+    the checkpoint was trained with another template.
+    """
+    source, revision = (str(checkpoint), None) if checkpoint else (config.model, config.revision)
     if not source:
         raise EngineError("student.model is not set: give a model directory or a hub name")
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
         raise EngineError(
             f"no tokenizer at student.model = {source!r}: {load_failure(source, error)}"
         ) from error
+    trained_with = tokenizer.chat_template
+    use_template(tokenizer, config.chat_template, key=TEMPLATE_KEY)
+    if checkpoint and tokenizer.chat_template != trained_with:
+        raise RunError(
+            f"{checkpoint} was trained with another chat template than {TEMPLATE_KEY} = "
+            f"{config.chat_template!r} holds; set it back, or start anew under another run.name"
+        )
+    return tokenizer
 
 
 def pick_device(name: str) -> torch.device:

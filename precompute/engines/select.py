@@ -11,6 +11,7 @@ from precompute.config import TeacherConfig
 from precompute.engines import Engine
 from precompute.engines.checks import cannot_load
 from precompute.engines.options import check_options
+from precompute.prompts import use_template
 from store.errors import EngineError
 
 LOGGER = logging.getLogger(__name__)
@@ -72,16 +73,21 @@ def engine_version(name: str) -> str:
 
 
 def load_tokenizer(teacher: TeacherConfig) -> Any:
-    """The teacher's tokenizer. Raises EngineError that names teacher and model."""
+    """The teacher's tokenizer, with the chat template that the config gives it.
+
+    Raises EngineError that names teacher and model, or ConfigError when the template cannot be read.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(teacher.model, revision=teacher.revision)
+        tokenizer = AutoTokenizer.from_pretrained(teacher.model, revision=teacher.revision)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise EngineError(
             f"teacher {teacher.name!r}: model {teacher.model!r} has no usable tokenizer: {reason}"
         ) from error
+    use_template(tokenizer, teacher.chat_template, key=f"teachers.{teacher.name}.chat_template")
+    return tokenizer
 
 
 def check_fits(teacher: TeacherConfig, longest_prompt: int) -> None:
