@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -129,6 +130,27 @@ def test_logprobs_are_those_of_a_forward_at_temperature_1(tokenizer: Any) -> Non
         logprobs = forward_logits(model, each, completion).log_softmax(-1)
         expected = logprobs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
         assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 1.5, "top_k": 20}]
+)
+def test_the_samplers_logprobs_are_of_what_it_drew_from(tokenizer: Any, changes: dict[str, Any]) -> None:
+    model = random_model()
+    drawing = sampling(**changes)
+    requests = [request(number) for number in range(12)]
+    engine = TransformersEngine(model, tokenizer, batch_size=16)
+    found = by_id(engine.generate(requests, dataclasses.replace(drawing, logprobs="sampler")))
+    for each in requests:
+        completion = found[each.request_id]
+        probs = (forward_logits(model, each, completion) / drawing.temperature).softmax(-1)
+        for row, token, logprob in zip(probs, completion.token_ids, completion.logprobs, strict=True):
+            descending = row.sort(descending=True).values
+            before = int((row > row[token]).sum())  # tokens likelier than the drawn one
+            kept = descending[: drawing.top_k or None]
+            kept = kept[kept.cumsum(0) - kept < drawing.top_p * kept.sum()]
+            assert before < len(kept)
+            assert logprob == pytest.approx(float((row[token] / kept.sum()).log()), abs=1e-4)
 
 
 def test_a_completion_ends_behind_its_first_eos_of_any_kind(tokenizer: Any) -> None:

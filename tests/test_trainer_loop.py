@@ -115,6 +115,13 @@ def test_sampler_and_trainer_agree_on_the_samples_log_probabilities(straight: Pa
     assert max(known) < 1e-4
 
 
+def test_they_agree_at_another_temperature_too(world: Path, model_dir: Path) -> None:
+    report = run(world, model_dir, run__name="warm", rollout__temperature=0.7, train__max_steps=1)
+    (row,) = metrics_of(report.run)
+    assert row["entropy"] is not None
+    assert row["sampling/logp_difference"] < 1e-4
+
+
 def test_two_and_two_steps_are_four_steps(straight: Path, world: Path, model_dir: Path) -> None:
     run(world, model_dir, run__name="halves", train__max_steps=2)
     report = run(world, model_dir, run__name="halves")

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 
-from precompute.engines.transformers_engine import TransformersEngine
 from precompute.problems import load_problems, split_by_gold
 from precompute.prompts import prompt_warning, tokenizer_fingerprint
 from precompute.verify import Verifier
@@ -27,6 +26,7 @@ from trainer.policy import TEMPLATE_KEY, Policy, Reference, WithoutAdapters, loa
 from trainer.rewards import Judge
 from trainer.rollout import Prompt, demanded_form, student_prompts
 from trainer.run_files import RunFiles
+from trainer.sampler import Sampler, make_sampler
 from trainer.schedule import problems_of_step
 from trainer.step import Updater
 
@@ -80,7 +80,7 @@ class Parts:
     run: RunFiles
     policy: Policy
     optimizer: torch.optim.Optimizer
-    engine: TransformersEngine
+    sampler: Sampler
     judge: Judge
     guide: Guide
     updater: Updater
@@ -118,7 +118,7 @@ def assemble(
         run=run,
         policy=policy,
         optimizer=optimizer,
-        engine=TransformersEngine(policy.model, policy.tokenizer, batch_size=config.rollout.batch_size),
+        sampler=make_sampler(config, policy),
         judge=judge,
         guide=guide,
         updater=Updater(

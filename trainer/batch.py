@@ -25,7 +25,7 @@ class TrainSequence:
     teacher_logprobs: tuple[float, ...] | None = None
     """[R], for `ratio = "teacher"` alone."""
     sampler_logprobs: tuple[float, ...] | None = None
-    """[R], a student sample's log-probabilities as its sampler saw them, at temperature 1."""
+    """[R], a student sample's log-probabilities under the distribution that its sampler drew from."""
 
     @property
     def length(self) -> int:

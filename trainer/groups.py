@@ -31,7 +31,7 @@ class Sample:
     reward: float
     """R = (1 - w_f) * correct + w_f * format."""
     logprobs: tuple[float, ...] | None = None
-    """[T]: the sampler's for a student sample, at temperature 1; the teacher's for a trace under
+    """[T]: the sampler's for a student sample; the teacher's, at temperature 1, for a trace under
     `ratio = "teacher"`, None for any other trace."""
     trace_id: str | None = None
     """None for the student's own."""

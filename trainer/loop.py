@@ -1,4 +1,4 @@
-"""`ampo train`, top to bottom: sample, reward, guide, update, log, evaluate, save.
+"""`ampo train`, top to bottom: sample, reward, guide, update, sync, log, evaluate, save.
 
 Departures from the paper's published code stand in docs/departures.md.
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from store.errors import RunError, TrainingError
+from store.errors import EngineError, RunError, TrainingError
 from trainer import checkpoint
 from trainer.assemble import Parts, TrainReporter, assemble
 from trainer.checkpoint import TrainState
@@ -72,6 +72,8 @@ def train(config: Config, *, resume: str = "auto", reporter: TrainReporter) -> T
 def run_steps(parts: Parts, done: int, saved: Path | None, stop: StopRequest) -> TrainReport:
     """From the step after `done`, which `saved` holds, to the last, or to a stop."""
     config, run = parts.config, parts.run
+    with _explained(run, done, saved):
+        parts.sampler.sync(done)
     if done == 0 and parts.eval_prompts:
         run.add_metrics({"step": 0, **_evaluate(parts, 0)})
     while done < config.train.max_steps and not stop:
@@ -108,6 +110,8 @@ def _explained(run: RunFiles, step: int, saved: Path | None) -> Iterator[None]:
         raise TrainingError(
             f"step {step}: {error}; {where}; a smaller train.learning_rate often helps"
         ) from error
+    except EngineError as error:
+        raise TrainingError(f"step {step}: {error}; {where}") from error
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"step {step}: out of GPU memory; lower train.max_tokens_per_microbatch or rollout.batch_size "
@@ -123,7 +127,7 @@ def train_step(parts: Parts, step: int) -> tuple[dict[str, Any], list[Group]]:
     )
     with _timed(seconds, "sample"), parts.policy.computing():
         sampled = sample_groups(
-            parts.engine,
+            parts.sampler,
             parts.judge,
             prompts,
             sampling_of(config.rollout),
@@ -132,6 +136,7 @@ def train_step(parts: Parts, step: int) -> tuple[dict[str, Any], list[Group]]:
             key=f"step {step}",
             on_sample=lambda drawn, total: parts.reporter.sampling(f"step {step}", drawn, total),
         )
+    parts.sampler.sleep()
     with _timed(seconds, "guide"):
         groups, queries = parts.guide.guide(sampled, step=step)
     learning_rate = learning_rate_at(step, config.train)
@@ -139,6 +144,8 @@ def train_step(parts: Parts, step: int) -> tuple[dict[str, Any], list[Group]]:
         advantages = member_advantages(groups, scale=config.train.scale_rewards)
         set_learning_rate(parts.optimizer, learning_rate)
         update = parts.updater.update(groups, advantages)
+    with _timed(seconds, "sync"):
+        parts.sampler.sync(step)
     parts.run.write_rollouts(step, groups, advantages)
     if config.guidance.trigger != "never":
         parts.run.write_queries(step, queries)
@@ -157,7 +164,7 @@ def _evaluate(parts: Parts, step: int) -> dict[str, float]:
     config = parts.config
     with parts.policy.computing():
         evaluation = evaluate(
-            parts.engine,
+            parts.sampler,
             parts.judge,
             parts.eval_prompts,
             eval_sampling(config.eval, config.rollout),

@@ -71,12 +71,13 @@ def seed_of(*parts: object) -> int:
 
 
 def sampling_of(rollout: RolloutConfig) -> Sampling:
-    """The sampling policy of a training step."""
+    """How a training step samples."""
     return Sampling(
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
         max_tokens=rollout.max_completion_length,
+        logprobs="sampler",  # the trainer's are of that distribution, too
     )
 
 

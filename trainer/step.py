@@ -39,7 +39,7 @@ class UpdateReport:
     optimizer_steps: int
     sampler_difference: float | None = None
     """Mean |trainer's - sampler's log-probability| of a student token under the policy that sampled; None
-    where the sampler's are of another temperature or unknown."""
+    where the sampler's are not known."""
     sampler_capped: float | None = None
     """Share of student tokens whose correction is_cap holds back."""
 
@@ -170,9 +170,9 @@ class Updater:
         )
 
     def _sampler_logprobs(self, sequences: Sequence[TrainSequence], mask: Tensor) -> Tensor | None:
-        """[B, L] of the student's tokens; None where they and the trainer's cannot be compared."""
+        """[B, L] of the student's tokens; None where its sampler did not tell them."""
         known = all(s.is_teacher or s.sampler_logprobs is not None for s in sequences)
-        if self.policy.temperature != 1.0 or not known:
+        if not known:
             return None
         return place_values([s.sampler_logprobs for s in sequences], mask)
 
@@ -214,7 +214,7 @@ def sequences_of(
             advantage=float(advantage),
             is_teacher=member.is_teacher,
             teacher_logprobs=member.logprobs if member.is_teacher else None,
-            sampler_logprobs=None if member.is_teacher else member.logprobs,
+            sampler_logprobs=None if member.is_teacher else member.logprobs or None,
         )
         for group, row in zip(groups, advantages, strict=True)
         if bool(row.any())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,14 @@ class Sampling:
     top_k: int
     """0: off."""
     max_tokens: int
+    logprobs: Literal["model", "sampler"] = "model"
+    """What a completion's are. model: the model's own, at temperature 1, before top_p and top_k (what a store
+    keeps). sampler: of the very distribution that the token was drawn from."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Draws from the model's own distribution: both kinds of log-probabilities are the same."""
+        return self.temperature == 1 and self.top_p == 1 and self.top_k == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +54,8 @@ class Completion:
     token_ids: tuple[int, ...]
     """[T], without the prompt; ends with the EOS id when finish_reason is `stop`."""
     logprobs: tuple[float, ...]
-    """[T], log-probability of each token at temperature 1, before top_p and top_k."""
+    """[T], log-probability of each token, of the kind that `Sampling.logprobs` asks for; empty where the
+    engine cannot know it."""
     finish_reason: str
     """`stop` or `length` (store.records.FINISH_REASONS)."""
     text: str

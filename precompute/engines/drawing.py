@@ -13,7 +13,7 @@ from precompute.engines import Sampling
 class SeededSampler(LogitsProcessor):
     """Draws the next token of each row by inverse CDF at the row's own uniform, and forces it.
 
-    Remembers the log-probability of each token at temperature 1, before top_k and top_p.
+    Remembers the log-probability of each token, of the kind that the sampling asks for.
     """
 
     def __init__(self, seeds: Sequence[int], sampling: Sampling, device: torch.device) -> None:
@@ -29,10 +29,9 @@ class SeededSampler(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """[B, L] and raw logits [B, V] -> [B, V] with everything but the drawn token at -inf."""
-        normalizer = scores.logsumexp(-1, keepdim=True)  # [B, 1]
         columns = torch.tensor(self.drawn, device=scores.device)[:, None]  # [B, 1]
-        tokens = self._draw(scores, normalizer, self._uniforms.gather(1, columns))
-        self.logprobs.scatter_(1, columns, (scores.gather(1, tokens) - normalizer).float())
+        tokens, logprobs = self._draw(scores, self._uniforms.gather(1, columns))
+        self.logprobs.scatter_(1, columns, logprobs.float())
         self.drawn = [count + 1 for count in self.drawn]
         return scores.fill_(-torch.inf).scatter_(1, tokens, 0.0)
 
@@ -48,20 +47,31 @@ class SeededSampler(LogitsProcessor):
         self.logprobs = torch.cat([self.logprobs, others.logprobs])
         self.drawn += others.drawn
 
-    def _draw(self, logits: torch.Tensor, normalizer: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """Logits [B, V], their logsumexp and the rows' next uniforms [B, 1] -> [B, 1]"""
+    def _draw(self, logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [B, V] and the rows' next uniforms [B, 1] -> tokens [B, 1] and their log-probabilities"""
         sampling = self._sampling
         if sampling.temperature == 0:
-            return logits.argmax(-1, keepdim=True)
-        if sampling.temperature == 1:
-            probs = (logits - normalizer).exp_()
-        else:
-            probs = (logits / sampling.temperature).softmax(-1)
+            tokens = logits.argmax(-1, keepdim=True)
+            return tokens, log_softmax_at(logits, tokens)
+        tempered = logits if sampling.temperature == 1 else logits / sampling.temperature
+        normalizer = tempered.logsumexp(-1, keepdim=True)  # [B, 1]
+        probs = (tempered - normalizer).exp_()
         if sampling.top_k:
             probs = keep_top_k(probs, sampling.top_k)
         if sampling.top_p < 1:
             probs = keep_top_p(probs, sampling.top_p)
-        return inverse_cdf(probs.to(self._precision), uniform)
+        tokens = inverse_cdf(probs.to(self._precision), uniform)
+        if sampling.logprobs == "model" and sampling.temperature != 1:
+            return tokens, log_softmax_at(logits, tokens)
+        logprobs = tempered.gather(1, tokens) - normalizer
+        if sampling.logprobs == "sampler" and not sampling.is_plain:
+            logprobs -= probs.sum(-1, keepdim=True).log()  # what top_k and top_p have left of 1
+        return tokens, logprobs
+
+
+def log_softmax_at(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [B, V] and token ids [B, 1] -> log-probabilities [B, 1]"""
+    return logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True)
 
 
 def uniforms(seeds: Sequence[int], count: int) -> torch.Tensor:
