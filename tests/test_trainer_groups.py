@@ -91,3 +91,10 @@ def test_the_same_generator_draws_the_same_places() -> None:
     again = place_guidance(group(*[False] * 8), traces, Random(3)).guidance
     assert again == place_guidance(group(*[False] * 8), traces, Random(3)).guidance
     assert len(places) > 4  # of 8: it is a draw, not always the first
+
+
+def test_a_group_trains_something_as_soon_as_two_members_earn_differently() -> None:
+    failed = group(False, False)  # both earn 0.0
+    assert not failed.has_gradient
+    trace = sample(correct=True, reward=1.0, trace_id="t")
+    assert place_guidance(failed, [trace], Random(0)).has_gradient

@@ -122,6 +122,29 @@ def test_they_agree_at_another_temperature_too(world: Path, model_dir: Path) -> 
     assert row["sampling/logp_difference"] < 1e-4
 
 
+def test_groups_that_train_nothing_are_refilled_until_none_is_left(world: Path, model_dir: Path) -> None:
+    # Every group of the random student fails. A problem in three has no trace, so its group trains nothing;
+    # of 12 problems 8 have one, so with enough rounds every step of 4 problems is filled.
+    path = run(world, model_dir, run__name="refilled", rollout__max_refills=12, train__max_steps=2).run
+    for row, rollouts in zip(metrics_of(path), rows_of(path, "rollouts").values(), strict=True):
+        live = {r["problem_id"] for r in rollouts if r["advantage"]}
+        problems = {r["problem_id"] for r in rollouts}
+        assert len(live) == 4
+        assert len(problems) == 4 + row["groups/refilled"]
+        assert row["optimizer_steps"] == 2  # mini-batches of 2, both full
+        assert row["store/queries"] == len(problems)
+    assert any(row["groups/refilled"] > 0 for row in metrics_of(path))
+
+
+def test_refilling_ends_when_its_rounds_or_the_problems_do(world: Path, model_dir: Path) -> None:
+    # Without a store no group of the random student trains: a round of 4 problems more, and the step ends.
+    changes: dict[str, Any] = {"guidance__trigger": "never", "train__max_steps": 1}
+    one = run(world, model_dir, run__name="one-round", rollout__max_refills=1, **changes).run
+    assert metrics_of(one)[0]["groups/refilled"] == 4
+    all_ = run(world, model_dir, run__name="all-rounds", rollout__max_refills=9, **changes).run
+    assert metrics_of(all_)[0]["groups/refilled"] == 8
+
+
 def test_two_and_two_steps_are_four_steps(straight: Path, world: Path, model_dir: Path) -> None:
     run(world, model_dir, run__name="halves", train__max_steps=2)
     report = run(world, model_dir, run__name="halves")

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from store.errors import ProblemsError
-from trainer.schedule import problems_of_step
+from trainer.schedule import problems_of_step, refills_of_step
 
 SIZES = {"problems": st.integers(1, 40), "per_step": st.integers(1, 12), "seed": st.integers(0, 5)}
 
@@ -75,3 +75,20 @@ def test_too_few_problems_for_a_step_is_an_error_that_names_both_numbers(
 
 def test_as_many_problems_as_a_step_needs_are_enough() -> None:
     assert sorted(problems_of_step("abc", step=2, per_step=3, seed=0)) == ["a", "b", "c"]
+
+
+@given(**SIZES, step=st.integers(1, 60))
+def test_refills_are_all_problems_that_the_step_does_not_hold(
+    problems: int, per_step: int, seed: int, step: int
+) -> None:
+    assume(per_step <= problems)
+    sizes: dict[str, Any] = {"step": step, "per_step": per_step, "seed": seed}
+    own = problems_of_step(range(problems), **sizes)
+    refills = refills_of_step(range(problems), **sizes)
+    assert sorted(own + refills) == list(range(problems))
+    assert refills == refills_of_step(range(problems), **sizes)
+
+
+def test_every_step_is_refilled_in_an_order_of_its_own() -> None:
+    orders = {tuple(refills_of_step(range(40), step=step, per_step=1, seed=0)[:10]) for step in range(1, 6)}
+    assert len(orders) == 5

@@ -65,6 +65,9 @@ class RolloutConfig(Section):
     """0: off. The same bias as top_p."""
     batch_size: Positive = 128
     """Sequences that are sampled at once."""
+    max_refills: Count = 0
+    """Rounds in which other problems stand in for groups that train nothing, all solved or all failed without
+    a trace, until the step is full (DAPO's dynamic sampling); 0: off."""
 
 
 class GuidanceConfig(Section):

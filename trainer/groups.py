@@ -67,6 +67,11 @@ class Group:
         solved = sum(sample.is_correct for sample in self.samples)
         return {0: "all_fail", len(self.samples): "all_solved"}.get(solved, "mixed")
 
+    @property
+    def has_gradient(self) -> bool:
+        """Its members' rewards differ; where they are all equal every advantage is 0."""
+        return len({member.reward for member in self.members}) > 1
+
 
 TRIGGERS: dict[str, frozenset[str]] = {
     "all_fail": frozenset({"all_fail"}),

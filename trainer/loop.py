@@ -9,9 +9,11 @@ Departures from the paper's published code stand in docs/departures.md.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,13 @@ from trainer.checkpoint import TrainState
 from trainer.config import Config
 from trainer.evaluation import eval_sampling, evaluate
 from trainer.groups import Group
+from trainer.guidance import QueryRow
 from trainer.interrupt import StopRequest, stop_on_signals
 from trainer.metrics import step_metrics
 from trainer.optimizer import learning_rate_at, set_learning_rate
-from trainer.rollout import sample_groups, sampling_of
+from trainer.rollout import Prompt, sample_groups, sampling_of
 from trainer.run_files import RunFiles, run_config, step_of
-from trainer.schedule import problems_of_step
+from trainer.schedule import problems_of_step, refills_of_step
 from trainer.step import NotFiniteError, member_advantages
 
 
@@ -121,29 +124,17 @@ def _explained(run: RunFiles, step: int, saved: Path | None) -> Iterator[None]:
 
 def train_step(parts: Parts, step: int) -> tuple[dict[str, Any], list[Group]]:
     """One sampling step and its optimizer steps; returns the metrics and the groups as they trained."""
-    config, seconds = parts.config, dict[str, float]()
-    prompts = problems_of_step(
-        parts.train_prompts, step=step, per_step=config.train.problems_per_step, seed=config.train.seed
-    )
-    with _timed(seconds, "sample"), parts.policy.computing():
-        sampled = sample_groups(
-            parts.sampler,
-            parts.judge,
-            prompts,
-            sampling_of(config.rollout),
-            samples=config.rollout.num_generations,
-            seed=config.train.seed,
-            key=f"step {step}",
-            on_sample=lambda drawn, total: parts.reporter.sampling(f"step {step}", drawn, total),
-        )
-    parts.sampler.sleep()
-    with _timed(seconds, "guide"):
-        groups, queries = parts.guide.guide(sampled, step=step)
+    config, seconds = parts.config, defaultdict[str, float](float)
+    groups, queries = sample_and_guide(parts, step, seconds)
     learning_rate = learning_rate_at(step, config.train)
     with _timed(seconds, "update"):
         advantages = member_advantages(groups, scale=config.train.scale_rewards)
         set_learning_rate(parts.optimizer, learning_rate)
-        update = parts.updater.update(groups, advantages)
+        # Refills stand in for groups without a gradient, so that mini-batches are full ones.
+        trained = [
+            g for g, group in enumerate(groups) if group.has_gradient or not config.rollout.max_refills
+        ]
+        update = parts.updater.update([groups[g] for g in trained], advantages[trained])
     with _timed(seconds, "sync"):
         parts.sampler.sync(step)
     parts.run.write_rollouts(step, groups, advantages)
@@ -157,7 +148,47 @@ def train_step(parts: Parts, step: int) -> tuple[dict[str, Any], list[Group]]:
         learning_rate=learning_rate,
         seconds=seconds,
     )
+    row["groups/refilled"] = len(groups) - config.train.problems_per_step
     return row, groups
+
+
+def sample_and_guide(
+    parts: Parts, step: int, seconds: defaultdict[str, float]
+) -> tuple[list[Group], list[QueryRow]]:
+    """The step's groups with guidance, and what was asked. Up to `rollout.max_refills` times, other problems
+    stand in for groups that would train nothing (DAPO's dynamic sampling, arXiv 2503.14476)."""
+    per_step, seed = parts.config.train.problems_per_step, parts.config.train.seed
+    prompts = problems_of_step(parts.train_prompts, step=step, per_step=per_step, seed=seed)
+    groups, queries = _groups_of(parts, prompts, step, seconds)
+    others = iter(refills_of_step(parts.train_prompts, step=step, per_step=per_step, seed=seed))
+    for _ in range(parts.config.rollout.max_refills):
+        missing = per_step - sum(group.has_gradient for group in groups)
+        stand_ins = list(islice(others, missing))
+        if stand_ins:
+            parts.sampler.sync(step - 1)
+            further, asked = _groups_of(parts, stand_ins, step, seconds)
+            groups, queries = groups + further, queries + asked
+    return groups, queries
+
+
+def _groups_of(
+    parts: Parts, prompts: Sequence[Prompt], step: int, seconds: defaultdict[str, float]
+) -> tuple[list[Group], list[QueryRow]]:
+    config = parts.config
+    with _timed(seconds, "sample"), parts.policy.computing():
+        sampled = sample_groups(
+            parts.sampler,
+            parts.judge,
+            prompts,
+            sampling_of(config.rollout),
+            samples=config.rollout.num_generations,
+            seed=config.train.seed,
+            key=f"step {step}",
+            on_sample=lambda drawn, total: parts.reporter.sampling(f"step {step}", drawn, total),
+        )
+    parts.sampler.sleep()
+    with _timed(seconds, "guide"):
+        return parts.guide.guide(sampled, step=step)
 
 
 def _evaluate(parts: Parts, step: int) -> dict[str, float]:
@@ -234,7 +265,7 @@ def _resume_state(parts: Parts, start_from: Path | None) -> int:
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+def _timed(seconds: defaultdict[str, float], phase: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
-    seconds[phase] = time.perf_counter() - started
+    seconds[phase] += time.perf_counter() - started
