@@ -21,10 +21,11 @@ from store.trace_store import TraceStore
 from store.writer import StoreWriter
 from trainer.config import GuidanceConfig
 from trainer.groups import Group, Sample
-from trainer.guidance import Guide, check_tokenizers
+from trainer.guidance import Guide
 from trainer.objective import token_logprobs
 from trainer.policy import Policy
 from trainer.rewards import Judge
+from trainer.traces import Recent, check_tokenizers
 
 PROBLEMS = [Problem(question=f"{n}+1", answer=str(n + 1)) for n in range(3)]
 TEXTS = {
@@ -238,6 +239,17 @@ def test_a_trace_that_does_not_fit_is_left_out_and_never_cut(store: TraceStore, 
 def test_only_the_teachers_that_the_config_names_are_asked(store: TraceStore, judge: Judge) -> None:
     _, rows = guide_of(store, judge, teachers=("eve",)).guide([group(PROBLEMS[0])], step=1)
     assert [row.teacher for row in rows] == ["eve"]
+
+
+def test_traces_that_are_not_kept_change_nothing(store: TraceStore, judge: Judge) -> None:
+    kept, forgetful = guide_of(store, judge), guide_of(store, judge)
+    forgetful.traces._recent, forgetful._samples = Recent(capacity=0), Recent(capacity=0)
+    for step in (1, 2):
+        guided, rows = kept.guide([group(problem) for problem in PROBLEMS], step=step)
+        same, same_rows = forgetful.guide([group(problem) for problem in PROBLEMS], step=step)
+        assert guided == same
+        assert [replace(r, latency_ms=0) for r in rows] == [replace(r, latency_ms=0) for r in same_rows]
+    assert kept.traces._recent.tokens > forgetful.traces._recent.tokens == 0
 
 
 def test_a_trace_in_another_form_is_mapped_to_the_students(store: TraceStore) -> None:

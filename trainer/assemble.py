@@ -20,7 +20,7 @@ from store.trace_store import TraceStore
 from trainer.config import Config
 from trainer.evaluation import Evaluation
 from trainer.groups import Group
-from trainer.guidance import Guide, check_tokenizers
+from trainer.guidance import Guide
 from trainer.optimizer import make_optimizer
 from trainer.policy import TEMPLATE_KEY, Policy, Reference, WithoutAdapters, load_policy
 from trainer.rewards import Judge
@@ -29,6 +29,7 @@ from trainer.run_files import RunFiles
 from trainer.sampler import Sampler, make_sampler
 from trainer.schedule import problems_of_step
 from trainer.step import Updater
+from trainer.traces import check_tokenizers
 
 
 class TrainReporter(Protocol):
@@ -178,7 +179,7 @@ def check_store(
     if config.guidance.ratio == "teacher":
         fingerprint = tokenizer_fingerprint(guide.policy.tokenizer)
         check_tokenizers(store.teachers(), fingerprint, config.guidance.teachers)
-        guide.check_teacher_ratio(prompts)
+        guide.traces.check_teacher_ratio(store, prompts, config.guidance.teachers)
     if not covered(store, [prompt.problem for prompt in prompts], config):
         reporter.warned(f"{store.path} has no verified trace of any training problem: is it the right store?")
     for part in store.damaged:

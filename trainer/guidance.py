@@ -13,47 +13,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Protocol
 
 import torch
 
-from store.errors import StoreError
-from store.records import TeacherRecord, Trace
 from trainer.batch import fill, pad
 from trainer.comprehension import SCORES, ReadingSequence, bare_answer, reading_sequence
 from trainer.config import GuidanceConfig
 from trainer.groups import TRIGGERS, Group, Sample, guidance_size, place_guidance
 from trainer.policy import Policy
 from trainer.rewards import Judge
-from trainer.rollout import Prompt, seed_of
-from trainer.student_form import in_students_form
-
-
-class CandidateStore(Protocol):
-    """All that the trainer sees of the store."""
-
-    def candidates(
-        self, problem_ids: Sequence[str], *, teachers: Sequence[str] | None = None, tokens: bool = False
-    ) -> Mapping[str, Sequence[Trace]]:
-        """The verified traces of each problem; a problem without one maps to an empty sequence.
-
-        `teachers`: None for all. `tokens`: with the teacher's own token ids and log-probs.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StudentTrace:
-    """A trace in the student's tokens and answer form."""
-
-    trace: Trace
-    text: str
-    token_ids: tuple[int, ...]
-    """[T], the student's EOS included."""
-    reasoning_ids: tuple[int, ...]
-    """z_c, up to and including the opening of the final answer."""
-    teacher_logprobs: tuple[float, ...] | None
-    """[T] under `ratio = "teacher"`."""
+from trainer.rollout import seed_of
+from trainer.traces import CandidateStore, Recent, StudentTrace, TraceTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +46,7 @@ class QueryRow:
 
 
 class Guide:
-    """Asks, ranks and places. Holds only caches: each trace is tokenised and judged once."""
+    """Asks, ranks and places. Holds only caches, so that a trace asked for again is there."""
 
     def __init__(
         self,
@@ -96,8 +66,8 @@ class Guide:
         self.max_completion_length = max_completion_length
         self.max_tokens = max_tokens_per_microbatch
         self.seed = seed
-        self._traces: dict[str, StudentTrace] = {}
-        self._samples: dict[str, Sample] = {}
+        self.traces = TraceTokens(policy, judge.answer_form, own_ids=config.ratio == "teacher")
+        self._samples: Recent[Sample] = Recent()
 
     def guide(self, groups: Sequence[Group], *, step: int) -> tuple[list[Group], list[QueryRow]]:
         """The groups with guidance placed, and the log of what was asked."""
@@ -127,7 +97,7 @@ class Guide:
         fitting: dict[str, list[StudentTrace]] = {}
         for problem_id, traces in found.items():
             opens_think = thinking[problem_id]
-            ours = [self._in_student_tokens(trace, opens_think) for trace in traces]
+            ours = [self.traces.of(trace, opens_think=opens_think) for trace in traces]
             # A trace is never cut to fit: half a solution is no solution.
             fitting[problem_id] = [t for t in ours if len(t.token_ids) <= self.max_completion_length]
         return fitting, latency_ms
@@ -171,7 +141,7 @@ class Guide:
         return scores
 
     def _reading(self, group: Group, trace: StudentTrace) -> ReadingSequence:
-        answer_ids = self._encode(bare_answer(group.problem.answer))
+        answer_ids = self.traces.encode(bare_answer(group.problem.answer))
         return reading_sequence(
             prompt_ids=group.prompt_ids, reasoning_ids=trace.reasoning_ids, answer_ids=answer_ids
         )
@@ -182,8 +152,8 @@ class Guide:
 
     def _as_sample(self, trace: StudentTrace, group: Group) -> Sample:
         """The trace with the reward that the same verifier and the same rule give it, never a forced one."""
-        trace_id = trace.trace.trace_id
-        if trace_id not in self._samples:
+
+        def judged() -> Sample:
             pending = self.judge.submit(
                 text=trace.text,
                 gold=group.problem.answer,
@@ -191,73 +161,12 @@ class Guide:
                 finish_reason=trace.trace.finish_reason,
                 logprobs=trace.teacher_logprobs,
                 opens_think=group.opens_think,
-                trace_id=trace_id,
+                trace_id=trace.trace.trace_id,
                 teacher=trace.trace.teacher,
             )
-            self._samples[trace_id] = self.judge.settle(pending)
-        return self._samples[trace_id]
+            return self.judge.settle(pending)
 
-    def _in_student_tokens(self, trace: Trace, opens_think: bool) -> StudentTrace:
-        if trace.trace_id not in self._traces:
-            self._traces[trace.trace_id] = self._tokenised(trace, opens_think)
-        return self._traces[trace.trace_id]
-
-    def _tokenised(self, trace: Trace, opens_think: bool) -> StudentTrace:
-        """The teacher's form is mapped explicitly to the student's; nothing is cut."""
-        reasoning, text = in_students_form(trace, self.judge.answer_form, opens_think=opens_think)
-        own_ids = self.config.ratio == "teacher"
-        if own_ids:
-            self._check_own_ids(trace, text)
-        return StudentTrace(
-            trace=trace,
-            text=text,
-            token_ids=trace.token_ids if own_ids else (*self._encode(text), self.policy.eos_id),
-            reasoning_ids=self._encode(reasoning),
-            teacher_logprobs=trace.logprobs if own_ids else None,
-        )
-
-    def check_teacher_ratio(self, prompts: Sequence[Prompt]) -> None:
-        """Before training under `ratio = "teacher"`: every trace that may be asked for must bear it."""
-        assert self.store is not None
-        for start in range(0, len(prompts), 256):
-            part = {prompt.problem.problem_id: prompt.opens_think for prompt in prompts[start : start + 256]}
-            found = self.store.candidates(list(part), teachers=self.config.teachers or None, tokens=True)
-            for problem_id, traces in found.items():
-                for trace in traces:
-                    self._check_own_ids(
-                        trace,
-                        in_students_form(trace, self.judge.answer_form, opens_think=part[problem_id])[1],
-                    )
-
-    def _check_own_ids(self, trace: Trace, text: str) -> None:
-        """StoreError unless the teacher's own tokens are what the student would have to write."""
-        reason = None
-        if text != trace.text:
-            reason = "answers in another form than the student, so its log-probs are of other tokens"
-        elif not len(trace.logprobs) == len(trace.token_ids) > 0:
-            reason = f"has {len(trace.logprobs)} log-probs for {len(trace.token_ids)} tokens"
-        elif trace.token_ids[-1] not in self.policy.eos_ids:
-            reason = "does not end with an EOS token of the student's"
-        if reason is not None:
-            raise StoreError(
-                f'guidance.ratio = "teacher": trace {trace.trace_id} of {trace.teacher} {reason}; '
-                f'use ratio = "student", or leave the teacher out of guidance.teachers'
-            )
-
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self.policy.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def check_tokenizers(
-    teachers: Mapping[str, TeacherRecord], student_fingerprint: str, used: Sequence[str]
-) -> None:
-    """`ratio = "teacher"` compares probabilities of the same tokens: StoreError unless vocabularies agree."""
-    for name in used or sorted(teachers):
-        if teachers[name].tokenizer_fingerprint != student_fingerprint:
-            raise StoreError(
-                f'guidance.ratio = "teacher" needs the student\'s tokenizer in every teacher, and {name!r} '
-                f'({teachers[name].model}) has another; use ratio = "student"'
-            )
+        return self._samples.get((trace.trace.trace_id, group.opens_think), judged)
 
 
 Selection = Callable[[Sequence[StudentTrace], Mapping[str, float], Random], list[StudentTrace]]
