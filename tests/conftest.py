@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from trainer.policy import Policy
 
@@ -54,6 +60,33 @@ def tiny_model(seed: int = 0, **changes: Any) -> Any:
         }
     )
     return Qwen2ForCausalLM(config).eval()
+
+
+def tiny_gemma(seed: int = 0, **changes: Any) -> Any:
+    """A random Gemma 3: layers with a sliding window, tied and scaled embeddings, capped logits, two EOS."""
+    torch.manual_seed(seed)
+    config = Gemma3TextConfig(
+        **{
+            "vocab_size": len(SPECIAL) + len(CHARACTERS),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "max_position_embeddings": 512,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            "final_logit_softcapping": 4.0,
+            "initializer_range": 0.5,
+            "bos_token_id": 2,
+            "eos_token_id": [1, 3],
+            "pad_token_id": 0,
+            **changes,
+        }
+    )
+    return Gemma3ForCausalLM(config).eval()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from precompute.engines import Request, Sampling
 from precompute.engines.drawing import SeededSampler
@@ -39,8 +39,10 @@ class Rows:
 
     @property
     def can_be_joined(self) -> bool:
-        """Every layer keeps all columns: rows of another length can be put beside these."""
-        return self.cache is not None and all(type(layer) is DynamicLayer for layer in self.cache.layers)
+        """Every layer keeps all columns, or the last ones: rows of another length can be put beside these."""
+        return self.cache is not None and all(
+            type(layer) in {DynamicLayer, DynamicSlidingWindowLayer} for layer in self.cache.layers
+        )
 
     def grow(self, ids: torch.Tensor) -> None:
         """[B, L] -> [B, L + n]: tokens were drawn."""
@@ -79,19 +81,34 @@ class Rows:
         self.requests += others.requests
         self.sampler.join(others.sampler)
         for ours, theirs in zip(self.cache.layers, others.cache.layers, strict=True):
-            ours.keys = torch.cat([_widened(layer.keys, width - 1, 2) for layer in (ours, theirs)])
-            ours.values = torch.cat([_widened(layer.values, width - 1, 2) for layer in (ours, theirs)])
+            kept = _kept(ours, width - 1)
+            keys = torch.cat([_widened(layer.keys, kept, 2) for layer in (ours, theirs)])
+            values = torch.cat([_widened(layer.values, kept, 2) for layer in (ours, theirs)])
+            _hold(ours, keys, values, width - 1)
 
     def _cut_padding(self, columns: int) -> None:
         if not columns:
             return
         self.ids, self.mask = self.ids[:, columns:], self.mask[:, columns:]
+        left = self.ids.shape[1] - 1
         for layer in self.cache.layers:
+            cut = layer.keys.shape[2] - _kept(layer, left)
             # A copy, for a view would keep what is cut in memory.
-            layer.keys, layer.values = (
-                layer.keys[:, :, columns:].clone(),
-                layer.values[:, :, columns:].clone(),
-            )
+            _hold(layer, layer.keys[:, :, cut:].clone(), layer.values[:, :, cut:].clone(), left)
+
+
+def _kept(layer: DynamicLayer, columns: int) -> int:
+    """How many of `columns` columns a layer keeps: all, or the last that its window reaches."""
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        return min(columns, int(layer.sliding_window) - 1)
+    return columns
+
+
+def _hold(layer: DynamicLayer, keys: torch.Tensor, values: torch.Tensor, columns: int) -> None:
+    """Gives a layer these keys and values, what it keeps of `columns` columns."""
+    layer.keys, layer.values = keys, values
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = columns
 
 
 def left_padded(rows: Sequence[Sequence[int]], *, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
