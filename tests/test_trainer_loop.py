@@ -18,6 +18,8 @@ from store.records import Problem
 from trainer import checkpoint
 from trainer.assemble import SilentReporter
 from trainer.loop import TrainReport, train
+from trainer.metrics import MEASURED
+from trainer.timing import PHASES
 
 
 @pytest.fixture(scope="session")
@@ -43,8 +45,7 @@ def rows_of(run_dir: Path, folder: str) -> dict[str, list[dict[str, Any]]]:
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    clock = ("seconds/", "store/latency_ms")
-    return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in rows]
 
 
 def assert_same_run(one: Path, other: Path, step: int) -> None:
@@ -62,6 +63,22 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
 def straight(world: Path, model_dir: Path) -> Path:
     """Four steps without a stop; other tests compare with it or read its files."""
     return run(world, model_dir, run__name="straight").run
+
+
+def test_each_line_says_where_the_steps_time_went_and_what_it_took(straight: Path) -> None:
+    rows = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        phases = [row[f"seconds/{phase}"] for phase in PHASES]
+        # The tiny student draws, asks and learns in every step: none of it takes no time.
+        assert all(row[f"seconds/{phase}"] > 0 for phase in ("sample", "query", "update"))
+        assert sum(phases) <= row["seconds/step"] + 0.001
+        assert sum(row[f"share/{phase}"] for phase in PHASES) == pytest.approx(
+            sum(phases) / row["seconds/step"], abs=0.01
+        )
+        assert row["tokens_per_second/sampled"] > 0
+        assert row["tokens_per_second/trained"] > 0
+        assert row["memory/peak_mib"] > 50
+        assert row["mfu/update"] is None
 
 
 def test_asked_are_exactly_the_problems_whose_samples_all_failed_by_the_files_alone(straight: Path) -> None:

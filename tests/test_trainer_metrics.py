@@ -104,7 +104,7 @@ def metrics(
         queries=queries,
         update=update,
         learning_rate=1e-4,
-        seconds={"sample": 1.23456, "update": 2.0},
+        cost={"seconds/sample": 1.2346, "seconds/update": 2.0},
     )
 
 

@@ -18,6 +18,7 @@ from store.records import Problem, content_hash
 from store.report import problem_rows
 from store.trace_store import TraceStore
 from trainer.config import Config
+from trainer.cost import CostMeter
 from trainer.evaluation import Evaluation
 from trainer.groups import Group
 from trainer.guidance import Guide
@@ -85,6 +86,7 @@ class Parts:
     judge: Judge
     guide: Guide
     updater: Updater
+    meter: CostMeter
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
     problems_fingerprint: str
@@ -130,6 +132,7 @@ def assemble(
             max_completion_length=config.rollout.max_completion_length,
             reference=_reference(config, policy),
         ),
+        meter=CostMeter(policy),
         train_prompts=train_prompts,
         eval_prompts=eval_prompts,
         problems_fingerprint=content_hash([problem.problem_id for problem in problems]),

@@ -102,12 +102,11 @@ def step_line(row: dict[str, Any], max_steps: int) -> str:
     """One step in one line; `-` for what does not exist in it."""
     hit = row["store/hit_rate"]
     asked = f"asked {row['store/queries']:.0f}" + ("" if hit is None else f" ({hit:.0%} hit)")
-    seconds = sum(value for key, value in row.items() if key.startswith("seconds/"))
     return (
         f"step {row['step']:>{len(str(max_steps))}}/{max_steps}  reward {row['reward']:.3f}  "
         f"solved {row['accuracy']:4.0%}  all-fail {row['groups/all_fail']:4.0%}  {asked:<18} "
         f"loss {_number(row['loss'])}  entropy {_number(row['entropy'])}  "
-        f"len {row['completions/mean_length']:.0f}  {seconds:.1f} s"
+        f"len {row['completions/mean_length']:.0f}  {row['seconds/step']:.1f} s"
     )
 
 

@@ -23,6 +23,7 @@ from trainer.groups import TRIGGERS, Group, Sample, guidance_size, place_guidanc
 from trainer.policy import Policy
 from trainer.rewards import Judge
 from trainer.rollout import seed_of
+from trainer.timing import StepTimer
 from trainer.traces import CandidateStore, Recent, StudentTrace, TraceTokens
 
 
@@ -69,19 +70,28 @@ class Guide:
         self.traces = TraceTokens(policy, judge.answer_form, own_ids=config.ratio == "teacher")
         self._samples: Recent[Sample] = Recent()
 
-    def guide(self, groups: Sequence[Group], *, step: int) -> tuple[list[Group], list[QueryRow]]:
-        """The groups with guidance placed, and the log of what was asked."""
+    def guide(
+        self, groups: Sequence[Group], *, step: int, timer: StepTimer | None = None
+    ) -> tuple[list[Group], list[QueryRow]]:
+        """The groups with guidance placed, and the log of what was asked.
+
+        `timer` gets `query` (the store, and traces into the student's tokens), `score` and `place`.
+        """
+        timer = timer or StepTimer()
         asked = [group for group in groups if group.outcome in TRIGGERS[self.config.trigger]]
         if not asked:
             return list(groups), []
-        candidates, latency_ms = self._ask(asked)
-        ranked = self._rank(asked, candidates, step)
+        with timer("query"):
+            candidates, latency_ms = self._ask(asked)
+        with timer("score"):
+            ranked = self._rank(asked, candidates, step)
         guided, rows = {}, []
-        for group in asked:
-            best_first = ranked[group.problem.problem_id]
-            k = guidance_size(group, len(best_first), self.config.k)
-            guided[group.problem.problem_id] = self._place(group, best_first[:k], step)
-            rows += _query_rows(group, best_first, k, step=step, latency_ms=latency_ms)
+        with timer("place"):
+            for group in asked:
+                best_first = ranked[group.problem.problem_id]
+                k = guidance_size(group, len(best_first), self.config.k)
+                guided[group.problem.problem_id] = self._place(group, best_first[:k], step)
+                rows += _query_rows(group, best_first, k, step=step, latency_ms=latency_ms)
         return [guided.get(group.problem.problem_id, group) for group in groups], rows
 
     def _ask(self, asked: Sequence[Group]) -> tuple[dict[str, list[StudentTrace]], float]:

@@ -8,8 +8,6 @@ Departures from the paper's published code stand in docs/departures.md.
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from trainer.rollout import Prompt, sample_groups, sampling_of
 from trainer.run_files import RunFiles, run_config, step_of
 from trainer.schedule import problems_of_step, refills_of_step
 from trainer.step import NotFiniteError, member_advantages
+from trainer.timing import StepTimer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,10 +123,10 @@ def _explained(run: RunFiles, step: int, saved: Path | None) -> Iterator[None]:
 
 def train_step(parts: Parts, step: int) -> tuple[dict[str, Any], list[Group]]:
     """One sampling step and its optimizer steps; returns the metrics and the groups as they trained."""
-    config, seconds = parts.config, defaultdict[str, float](float)
-    groups, queries = sample_and_guide(parts, step, seconds)
+    config, timer = parts.config, parts.meter.begin()
+    groups, queries = sample_and_guide(parts, step, timer)
     learning_rate = learning_rate_at(step, config.train)
-    with _timed(seconds, "update"):
+    with timer("update"):
         advantages = member_advantages(groups, scale=config.train.scale_rewards)
         set_learning_rate(parts.optimizer, learning_rate)
         # Refills stand in for groups without a gradient, so that mini-batches are full ones.
@@ -135,7 +134,7 @@ def train_step(parts: Parts, step: int) -> tuple[dict[str, Any], list[Group]]:
             g for g, group in enumerate(groups) if group.has_gradient or not config.rollout.max_refills
         ]
         update = parts.updater.update([groups[g] for g in trained], advantages[trained])
-    with _timed(seconds, "sync"):
+    with timer("sync"):
         parts.sampler.sync(step)
     parts.run.write_rollouts(step, groups, advantages)
     if config.guidance.trigger != "never":
@@ -146,36 +145,35 @@ def train_step(parts: Parts, step: int) -> tuple[dict[str, Any], list[Group]]:
         queries=queries,
         update=update,
         learning_rate=learning_rate,
-        seconds=seconds,
+        cost=parts.meter.row(timer, groups, advantages, update.tokens),
     )
     row["groups/refilled"] = len(groups) - config.train.problems_per_step
     return row, groups
 
 
-def sample_and_guide(
-    parts: Parts, step: int, seconds: defaultdict[str, float]
-) -> tuple[list[Group], list[QueryRow]]:
+def sample_and_guide(parts: Parts, step: int, timer: StepTimer) -> tuple[list[Group], list[QueryRow]]:
     """The step's groups with guidance, and what was asked. Up to `rollout.max_refills` times, other problems
     stand in for groups that would train nothing (DAPO's dynamic sampling, arXiv 2503.14476)."""
     per_step, seed = parts.config.train.problems_per_step, parts.config.train.seed
     prompts = problems_of_step(parts.train_prompts, step=step, per_step=per_step, seed=seed)
-    groups, queries = _groups_of(parts, prompts, step, seconds)
+    groups, queries = _groups_of(parts, prompts, step, timer)
     others = iter(refills_of_step(parts.train_prompts, step=step, per_step=per_step, seed=seed))
     for _ in range(parts.config.rollout.max_refills):
         missing = per_step - sum(group.has_gradient for group in groups)
         stand_ins = list(islice(others, missing))
         if stand_ins:
-            parts.sampler.sync(step - 1)
-            further, asked = _groups_of(parts, stand_ins, step, seconds)
+            with timer("sync"):
+                parts.sampler.sync(step - 1)
+            further, asked = _groups_of(parts, stand_ins, step, timer)
             groups, queries = groups + further, queries + asked
     return groups, queries
 
 
 def _groups_of(
-    parts: Parts, prompts: Sequence[Prompt], step: int, seconds: defaultdict[str, float]
+    parts: Parts, prompts: Sequence[Prompt], step: int, timer: StepTimer
 ) -> tuple[list[Group], list[QueryRow]]:
     config = parts.config
-    with _timed(seconds, "sample"), parts.policy.computing():
+    with timer("sample"), parts.policy.computing():
         sampled = sample_groups(
             parts.sampler,
             parts.judge,
@@ -185,14 +183,15 @@ def _groups_of(
             seed=config.train.seed,
             key=f"step {step}",
             on_sample=lambda drawn, total: parts.reporter.sampling(f"step {step}", drawn, total),
+            timer=timer,
         )
-    parts.sampler.sleep()
-    with _timed(seconds, "guide"):
-        return parts.guide.guide(sampled, step=step)
+    with timer("sync"):
+        parts.sampler.sleep()
+    return parts.guide.guide(sampled, step=step, timer=timer)
 
 
 def _evaluate(parts: Parts, step: int) -> dict[str, float]:
-    config = parts.config
+    config, timer = parts.config, StepTimer()
     with parts.policy.computing():
         evaluation = evaluate(
             parts.sampler,
@@ -206,7 +205,7 @@ def _evaluate(parts: Parts, step: int) -> dict[str, float]:
         )
     parts.run.write_evaluation(step, evaluation.groups)
     parts.reporter.evaluated(step, evaluation)
-    return evaluation.metrics
+    return {**evaluation.metrics, "seconds/eval": round(timer.total, 4)}
 
 
 def save(parts: Parts, step: int) -> Path:
@@ -262,10 +261,3 @@ def _resume_state(parts: Parts, start_from: Path | None) -> int:
     checkpoint.check_resumable(state, parts.config, parts.problems_fingerprint, start_from)
     checkpoint.restore_optimizer(start_from, parts.optimizer, parts.policy.device)
     return state.step
-
-
-@contextmanager
-def _timed(seconds: defaultdict[str, float], phase: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    seconds[phase] += time.perf_counter() - started

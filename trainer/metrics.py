@@ -10,6 +10,9 @@ from trainer.groups import Group, Sample, outcome_shares
 from trainer.guidance import QueryRow
 from trainer.step import UpdateReport
 
+MEASURED = ("seconds/", "share/", "tokens_per_second/", "memory/", "mfu/", "store/latency_ms")
+"""How the names begin of what a clock or a meter tells: it differs between two runs that are equal."""
+
 
 def step_metrics(
     *,
@@ -18,12 +21,12 @@ def step_metrics(
     queries: Sequence[QueryRow],
     update: UpdateReport,
     learning_rate: float,
-    seconds: Mapping[str, float],
+    cost: Mapping[str, Any],
 ) -> dict[str, Any]:
     """One line of metrics.jsonl.
 
     Groups are counted before replacement; rewards, lengths and accuracy are the student's own samples'.
-    Values that do not exist in a step (no update, no query) are None.
+    Values that do not exist in a step (no update, no query) are None. `cost`: see `cost.CostMeter.row`.
     """
     return {
         "step": step,
@@ -32,7 +35,7 @@ def step_metrics(
         **{f"groups/{name}": share for name, share in outcome_shares(groups).items()},
         **_query_metrics(queries),
         **_teacher_metrics(queries),
-        **{f"seconds/{phase}": round(spent, 4) for phase, spent in seconds.items()},
+        **cost,
     }
 
 

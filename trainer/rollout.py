@@ -18,6 +18,7 @@ from store.records import Problem, content_hash
 from trainer.config import RolloutConfig, StudentConfig
 from trainer.groups import Group
 from trainer.rewards import Judge, PendingSample
+from trainer.timing import StepTimer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +92,7 @@ def sample_groups(
     seed: int,
     key: str,
     on_sample: Callable[[int, int], None] = lambda done, total: None,
+    timer: StepTimer | None = None,
 ) -> list[Group]:
     """G = `samples` judged responses of each prompt, in the order of `prompts`.
 
@@ -98,7 +100,9 @@ def sample_groups(
         seed: the run's seed.
         key: what the samples are for, e.g. `step 12`; another key draws other samples.
         on_sample: called with (samples drawn, samples in all).
+        timer: `verify` gets what is left to wait for verdicts once all is drawn.
     """
+    timer = timer or StepTimer()
     pending: dict[str, PendingSample] = {}
     for completion in _completions(engine, prompts, sampling, samples=samples, seed=seed, key=key):
         prompt = prompts[int(completion.request_id.partition("/")[0])]
@@ -111,15 +115,16 @@ def sample_groups(
             opens_think=prompt.opens_think,
         )
         on_sample(len(pending), len(prompts) * samples)
-    return [
-        Group(
-            problem=prompt.problem,
-            prompt_ids=prompt.ids,
-            opens_think=prompt.opens_think,
-            samples=tuple(judge.settle(pending[f"{p}/{s}"]) for s in range(samples)),
-        )
-        for p, prompt in enumerate(prompts)
-    ]
+    with timer("verify"):
+        return [
+            Group(
+                problem=prompt.problem,
+                prompt_ids=prompt.ids,
+                opens_think=prompt.opens_think,
+                samples=tuple(judge.settle(pending[f"{p}/{s}"]) for s in range(samples)),
+            )
+            for p, prompt in enumerate(prompts)
+        ]
 
 
 def _completions(

@@ -1,0 +1,58 @@
+"""Where a step's time goes: one timer, and each second counted in one phase alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+PHASES = ("sample", "verify", "query", "score", "place", "update", "sync")
+"""In the order of a step. `verify` is what sampling had to wait for verdicts, which mostly come beside it;
+`sync` is what the sampler takes to make room and to get the new weights."""
+
+
+class StepTimer:
+    """Seconds by phase. A phase inside another stops the outer one's clock until it ends."""
+
+    def __init__(
+        self, *, clock: Callable[[], float] = time.perf_counter, settle: Callable[[], None] = lambda: None
+    ) -> None:
+        """`settle` returns when the device has done what it was given, see `settler`."""
+        self._clock = clock
+        self._settle = settle
+        self._open: list[str] = []
+        self._began = self._since = clock()
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """The block's time is the phase's; a phase may be entered often."""
+        self._charge()
+        self._open.append(phase)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    @property
+    def total(self) -> float:
+        """Seconds since the timer was made, those of no phase included."""
+        return self._clock() - self._began
+
+    def _charge(self) -> None:
+        """What passed since the last call belongs to the innermost open phase."""
+        self._settle()
+        now = self._clock()
+        if self._open:
+            self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._since
+        self._since = now
+
+
+def settler(device: torch.device) -> Callable[[], None]:
+    """Waits for what CUDA still computes: it returns before its work is done."""
+    if device.type != "cuda":
+        return lambda: None
+    return lambda: torch.cuda.synchronize(device)
