@@ -32,6 +32,13 @@ def test_rows_are_padded_on_the_right_and_their_last_tokens_asked_about() -> Non
     assert batch.asked.tolist() == [[False, True, True], [True, False, False]]
 
 
+def test_padding_on_the_left_moves_rows_and_what_is_asked_to_the_end() -> None:
+    batch = pad([(5, 6, 7), (8,)], [2, 1], pad_id=0, device=CPU, side="left")
+    assert batch.input_ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert batch.asked.tolist() == [[False, True, True], [False, False, True]]
+
+
 def test_a_training_batch_asks_about_the_response() -> None:
     sequence = TrainSequence(prompt_ids=(1, 2), response_ids=(3, 4), advantage=1.0, is_teacher=False)
     batch = train_batch([sequence], pad_id=0, device=CPU)

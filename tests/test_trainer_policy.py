@@ -60,6 +60,14 @@ def test_padding_does_not_change_a_row(policy: Policy) -> None:
 
 
 @torch.no_grad()
+def test_padding_on_the_left_says_the_same(policy: Policy) -> None:
+    right = policy.logprobs(pad(ROWS, [3, 2], pad_id=0, device=CPU))
+    left = policy.logprobs(pad(ROWS, [3, 2], pad_id=0, device=CPU, side="left"))
+    torch.testing.assert_close(left[1, 4:], right[1, 2:4], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(left[0], right[0], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_log_probabilities_are_those_of_the_sampling_temperature() -> None:
     model, batch = tiny_model(), pad(ROWS, [3, 2], pad_id=0, device=CPU)
     warm = Policy(model, tiny_tokenizer(), dtype=torch.float32, temperature=2.0).statistics(batch)

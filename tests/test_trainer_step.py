@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -71,21 +73,23 @@ def keep_gradient(made: Updater) -> list[torch.Tensor]:
     budget=st.integers(1, 150),
     loss_type=st.sampled_from(sorted(LOSS_TYPES)),
     ratio=st.sampled_from(["student", "teacher"]),
+    side=st.sampled_from(["right", "left"]),
 )
-@settings(max_examples=12, deadline=None)
-def test_loss_and_gradient_do_not_depend_on_the_micro_batch_budget(
-    seed: int, budget: int, loss_type: str, ratio: str
+@settings(max_examples=16, deadline=None)
+def test_loss_and_gradient_do_not_depend_on_the_micro_batch_budget_or_on_the_side_of_the_padding(
+    seed: int, budget: int, loss_type: str, ratio: str, side: str
 ) -> None:
     rows = sequences(seed, teacher_logprobs=ratio == "teacher")
     reports, gradients = [], []
-    for tokens in (10_000, budget):
+    for tokens, padded in ((10_000, "right"), (budget, side)):
         made = updater(
             TrainConfig(loss_type=loss_type, max_tokens_per_microbatch=tokens, beta=0.0),  # type: ignore[arg-type]
             ratio=ratio,
         )
         old = [torch.full((len(row.response_ids),), -2.0) for row in rows]
         kept = keep_gradient(made)
-        reports.append(made.optimizer_step(rows, old))
+        with patch("trainer.step.train_batch", partial(train_batch, side=padded)):
+            reports.append(made.optimizer_step(rows, old))
         gradients += kept
     assert reports[1].loss == pytest.approx(reports[0].loss, rel=1e-5, abs=1e-7)
     assert reports[1].grad_norm == pytest.approx(reports[0].grad_norm, rel=1e-5)

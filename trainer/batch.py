@@ -1,4 +1,4 @@
-"""Sequences into micro-batches: sorted by length, filled to a token budget, padded on the right.
+"""Sequences into micro-batches: sorted by length, filled to a token budget, padded.
 
 Pure. How a step is cut changes memory and speed, never loss or gradient (see `objective`).
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class TokenBatch:
     input_ids: Tensor
     """[B, L]"""
     attention_mask: Tensor
-    """[B, L] 1 on real tokens, which stand first; 0 on padding."""
+    """[B, L] 1 on real tokens, 0 on padding."""
     asked: Tensor
     """[B, L] bool, true on the tokens whose log-probability is wanted (response, or gold answer)."""
 
@@ -61,20 +62,27 @@ def fill(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def pad(
-    rows: Sequence[Sequence[int]], asked: Sequence[int], *, pad_id: int, device: torch.device
+    rows: Sequence[Sequence[int]],
+    asked: Sequence[int],
+    *,
+    pad_id: int,
+    device: torch.device,
+    side: Literal["right", "left"] = "right",
 ) -> TokenBatch:
-    """Right-padded ids; the last `asked[b]` tokens of row b are asked about.
+    """Padded ids; the last `asked[b]` tokens of row b are asked about.
 
-    Padding stands on the right, so every row keeps its natural positions 0..L-1 without position ids.
+    With padding on the right every row keeps its natural positions 0..L-1, and attention needs no mask.
     """
     longest = max(len(row) for row in rows)
     input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
     attention_mask = torch.zeros((len(rows), longest), dtype=torch.long)
     asked_mask = torch.zeros((len(rows), longest), dtype=torch.bool)
     for b, (row, last) in enumerate(zip(rows, asked, strict=True)):
-        input_ids[b, : len(row)] = torch.tensor(row, dtype=torch.long)
-        attention_mask[b, : len(row)] = 1
-        asked_mask[b, len(row) - last : len(row)] = True
+        start = 0 if side == "right" else longest - len(row)
+        end = start + len(row)
+        input_ids[b, start:end] = torch.tensor(row, dtype=torch.long)
+        attention_mask[b, start:end] = 1
+        asked_mask[b, end - last : end] = True
     return TokenBatch(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
@@ -97,7 +105,14 @@ def place_values(values: Sequence[Sequence[float] | None], asked: Tensor) -> Ten
     return placed.to(asked.device)
 
 
-def train_batch(sequences: Sequence[TrainSequence], *, pad_id: int, device: torch.device) -> TokenBatch:
+def train_batch(
+    sequences: Sequence[TrainSequence],
+    *,
+    pad_id: int,
+    device: torch.device,
+    side: Literal["right", "left"] = "right",
+) -> TokenBatch:
     """Prompt and response of each sequence, the response asked about."""
     rows = [(*sequence.prompt_ids, *sequence.response_ids) for sequence in sequences]
-    return pad(rows, [len(sequence.response_ids) for sequence in sequences], pad_id=pad_id, device=device)
+    asked = [len(sequence.response_ids) for sequence in sequences]
+    return pad(rows, asked, pad_id=pad_id, device=device, side=side)

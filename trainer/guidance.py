@@ -132,23 +132,11 @@ class Guide:
         found = candidates[group.problem.problem_id]
         return found if 0 < guidance_size(group, len(found), self.config.k) < len(found) else []
 
-    @torch.no_grad()
     def score(self, pairs: Sequence[tuple[Group, StudentTrace]]) -> list[float]:
         """s of each (group, trace): all groups of the step at once, by length under the token budget."""
         sequences = [self._reading(group, trace) for group, trace in pairs]
-        scores = [0.0] * len(sequences)
-        for indices in fill([len(sequence.ids) for sequence in sequences], self.max_tokens):
-            chosen = [sequences[index] for index in indices]
-            batch = pad(
-                [sequence.ids for sequence in chosen],
-                [sequence.answer_length for sequence in chosen],
-                pad_id=self.policy.pad_id,
-                device=self.policy.device,
-            )
-            found = SCORES[self.config.score](self.policy.logprobs(batch), batch.asked)
-            for index, score in zip(indices, found.tolist(), strict=True):
-                scores[index] = _finite(score, *pairs[index])
-        return scores
+        scores = reading_scores(self.policy, sequences, score=self.config.score, max_tokens=self.max_tokens)
+        return [_finite(score, *pair) for score, pair in zip(scores, pairs, strict=True)]
 
     def _reading(self, group: Group, trace: StudentTrace) -> ReadingSequence:
         answer_ids = self.traces.encode(bare_answer(group.problem.answer))
@@ -177,6 +165,25 @@ class Guide:
             return self.judge.settle(pending)
 
         return self._samples.get((trace.trace.trace_id, group.opens_think), judged)
+
+
+@torch.no_grad()
+def reading_scores(
+    policy: Policy, sequences: Sequence[ReadingSequence], *, score: str, max_tokens: int
+) -> list[float]:
+    """The score of each sequence, in few forward passes: by length, at most `max_tokens` of them a pass."""
+    scores = [0.0] * len(sequences)
+    for indices in fill([len(sequence.ids) for sequence in sequences], max_tokens):
+        batch = pad(
+            [sequences[index].ids for index in indices],
+            [sequences[index].answer_length for index in indices],
+            pad_id=policy.pad_id,
+            device=policy.device,
+        )
+        found = SCORES[score](policy.logprobs(batch), batch.asked).tolist()
+        for index, value in zip(indices, found, strict=True):
+            scores[index] = value
+    return scores
 
 
 Selection = Callable[[Sequence[StudentTrace], Mapping[str, float], Random], list[StudentTrace]]

@@ -95,8 +95,11 @@ class Policy:
 
     def _hidden(self, batch: TokenBatch) -> Tensor:
         """[B, L, H], what the output head reads."""
+        # Nothing looks at what stands behind it, so padding on the right needs no mask: attention has kernels
+        # for that case which keep no [L, L] matrix.
+        padded_left = not bool(batch.attention_mask[:, 0].all())
         output = self.causal.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            input_ids=batch.input_ids, use_cache=False, **(_left_padded(batch) if padded_left else {})
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
@@ -139,6 +142,12 @@ class WithoutAdapters:
         """As Policy.logprobs."""
         with self.policy.model.disable_adapter():
             return self.policy.logprobs(batch)
+
+
+def _left_padded(batch: TokenBatch) -> dict[str, Tensor]:
+    """What a model has to be told where rows begin with padding."""
+    positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    return {"attention_mask": batch.attention_mask, "position_ids": positions}
 
 
 def _placed(values: Tensor, asked: Tensor) -> Tensor:

@@ -1,0 +1,62 @@
+"""What the benchmarks share: a process for each way, and the memory that it takes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+A = TypeVar("A")
+T = TypeVar("T")
+
+RETURNED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+"""glibc gives freed tensors back at once, so that resident memory is what lives; it takes time."""
+
+
+def alone(way: Callable[[A], T], argument: A, **environment: str) -> T:
+    """`way(argument)` in a fresh process, so that its memory and caches are its own."""
+    before = dict(os.environ)
+    os.environ |= environment
+    try:
+        with get_context("spawn").Pool(1) as pool:
+            return pool.apply(way, (argument,))
+    finally:
+        os.environ.clear()
+        os.environ |= before
+
+
+class Peak:
+    """The most memory beyond what was there when it began, in MiB."""
+
+    mib: float = 0.0
+
+
+@contextmanager
+def peak_growth() -> Iterator[Peak]:
+    """Of the accelerator where there is one, otherwise resident (Linux)."""
+    peak = Peak()
+    gc.collect()
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        yield peak
+        peak.mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+        return
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark begins anew
+    before = _status("VmRSS")
+    yield peak
+    peak.mib = (_status("VmHWM") - before) / 2**10
+
+
+def _status(field: str) -> int:
+    """In KiB."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text("ascii"), re.MULTILINE)
+    assert found, f"/proc/self/status has no {field}"
+    return int(found.group(1))
