@@ -61,6 +61,13 @@ def fill(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
+def deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
+    """Indices dealt out to `hands` processes, longest first, so that each gets as many long ones; a hand
+    keeps the order of the indices."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    return [sorted(order[hand::hands]) for hand in range(hands)]
+
+
 def pad(
     rows: Sequence[Sequence[int]],
     asked: Sequence[int],

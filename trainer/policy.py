@@ -69,6 +69,10 @@ class Policy:
         """Ends a trace in the student's tokens; `eos_ids` are all that end a response."""
         # Padding is masked wherever it stands, so any id will do.
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.asked_tokens: Callable[[TokenBatch, OfLogits], list[Tensor]] = self._asked_tokens
+        """What OfLogits makes of the asked tokens' logits, each [N]."""
+        self.shards: list[Any] = []
+        """FSDP's modules, where the weights are dealt out over processes (sharding.py)."""
 
     def computing(self) -> AbstractContextManager[Any]:
         """Forward passes inside compute in the policy's dtype; the weights stay float32."""
@@ -88,10 +92,13 @@ class Policy:
 
     def _of_asked(self, batch: TokenBatch, of: OfLogits) -> list[Tensor]:
         """What `of` makes of the asked tokens' logits, each [B, L] with 0 elsewhere."""
+        return [_placed(values, batch.asked) for values in self.asked_tokens(batch, of)]
+
+    def _asked_tokens(self, batch: TokenBatch, of: OfLogits) -> list[Tensor]:
         with self.computing():
             hidden = self._hidden(batch)[:, :-1][batch.asked[:, 1:]]
         targets = batch.input_ids[:, 1:][batch.asked[:, 1:]]
-        return [_placed(values, batch.asked) for values in self._over_chunks(hidden, targets, of)]
+        return self._over_chunks(hidden, targets, of)
 
     def _hidden(self, batch: TokenBatch) -> Tensor:
         """[B, L, H], what the output head reads."""

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.batch import TokenBatch, TrainSequence, fill, place_values, train_batch
+from trainer.batch import TokenBatch, TrainSequence, deal, fill, place_values, train_batch
 from trainer.config import GuidanceConfig, TrainConfig
+from trainer.distributed import ALONE, World
 from trainer.groups import Group
 from trainer.loss import LossInputs, Partial, micro_loss
 from trainer.objective import StepCounts, count, group_advantages
 from trainer.policy import Policy, Reference
+from trainer.sharding import whole_tensor, whole_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,9 @@ class UpdateReport:
     """Share of student tokens whose correction is_cap holds back."""
 
 
+IDLE = TrainSequence(prompt_ids=(0,), response_ids=(0,), advantage=0.0, is_teacher=False)
+
+
 class NotFiniteError(FloatingPointError):
     """A loss or a gradient that is no number; the optimizer step was not taken, the weights are whole."""
 
@@ -65,6 +70,7 @@ class Updater:
         *,
         max_completion_length: int,
         reference: Reference | None = None,
+        world: World = ALONE,
     ) -> None:
         self.policy = policy
         self.optimizer = optimizer
@@ -72,12 +78,13 @@ class Updater:
         self.guidance = guidance
         self.max_completion_length = max_completion_length
         self.reference = reference
+        self.world = world
 
     def update(self, groups: Sequence[Group], advantages: Tensor) -> UpdateReport:
         """One optimizer step for each mini-batch of `mini_batch_problems` groups.
 
         Args:
-            advantages: [N, G] of the groups' members.
+            groups, advantages: the whole step's, in every process; advantages [N, G] of the members.
         """
         size = self.train.mini_batch_problems
         masked = self.train.mask_truncated_completions
@@ -87,23 +94,26 @@ class Updater:
         ]
         live = [batch for batch in batches if batch]
         # The first optimizer step updates the very policy that sampled: its old log-probs are its own.
-        old = [None, *(self._old_logprobs(batch) for batch in live[1:])]
+        with whole_weights(self.policy):
+            old = [None, *(self._old_logprobs(self._share(batch)) for batch in live[1:])]
         reports = [self.optimizer_step(batch, logprobs) for batch, logprobs in zip(live, old, strict=False)]
         return _mean_report(reports)
 
     def optimizer_step(
         self, sequences: Sequence[TrainSequence], old_logprobs: Sequence[Tensor] | None = None
     ) -> UpdateReport:
-        """One optimizer step over `sequences`, however many micro-batches that takes.
+        """One optimizer step over `sequences`, however many micro-batches and processes that takes.
 
         Args:
-            old_logprobs: [R] of the sampling policy for each sequence; None: the current policy sampled.
+            sequences: the whole optimizer step's, in every process.
+            old_logprobs: [R] of the sampling policy for each sequence of this process's share; None: the
+                current policy sampled.
         """
         counts = count_sequences(sequences, self.max_completion_length)
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.model.train()
-        parts = [self._backward(part, old, counts) for part, old in self._cut(sequences, old_logprobs)]
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters(), self.train.max_grad_norm)
+        parts = self._gradient(sequences, old_logprobs, counts)
+        norm = self._clip()
         loss = sum(part.loss for part in parts)
         if not torch.isfinite(norm):
             raise NotFiniteError(f"gradient norm {float(norm)} at a loss of {loss:.4g}", sequences)
@@ -125,8 +135,47 @@ class Updater:
             sampler_capped=_total([part.sampler_capped for part in parts], tokens),
         )
 
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad]
+    def _gradient(
+        self, sequences: Sequence[TrainSequence], old: Sequence[Tensor] | None, counts: StepCounts
+    ) -> list[Partial]:
+        """Leaves the gradient in the weights; returns every process's shares of the sums."""
+        cut = self._cut(self._share(sequences), old)
+        parts = [self._backward(part, part_old, counts) for part, part_old in cut]
+        for _ in range(self._passes(sequences) - len(cut)):
+            self._idle_pass()
+        failed = [
+            (found.loss, part)
+            for (part, _), found in zip(cut, parts, strict=True)
+            if not math.isfinite(found.loss)
+        ]
+        shares = self.world.gather((parts, failed))
+        for loss, part in (each for _, unusable in shares for each in unusable):
+            raise NotFiniteError(f"loss {loss} of a micro-batch", part)
+        return [part for parts, _ in shares for part in parts]
+
+    def _clip(self) -> Tensor:
+        """Scales the gradient down to max_grad_norm; returns the norm that it had, over all processes."""
+        parameters = [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad]
+        norm = whole_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.train.max_grad_norm, norm)
+        return norm
+
+    def _share(self, sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
+        """What this process trains on of an optimizer step."""
+        lengths = [sequence.length for sequence in sequences]
+        return [sequences[i] for i in deal(lengths, self.world.size)[self.world.rank]]
+
+    def _passes(self, sequences: Sequence[TrainSequence]) -> int:
+        """Micro-batches of the process that has the most of them."""
+        lengths, budget = [sequence.length for sequence in sequences], self.train.max_tokens_per_microbatch
+        return max(len(fill([lengths[i] for i in share], budget)) for share in deal(lengths, self.world.size))
+
+    def _idle_pass(self) -> None:
+        """A pass that adds nothing, by a process that has fewer micro-batches: weights are gathered and
+        gradients summed by all processes at once."""
+        batch = train_batch([IDLE], pad_id=self.policy.pad_id, device=self.policy.device)
+        self._reference_logprobs(batch)
+        (self.policy.statistics(batch).logprobs.sum() * 0.0).backward()  # type: ignore[no-untyped-call]
 
     def _cut(
         self, sequences: Sequence[TrainSequence], old: Sequence[Tensor] | None
@@ -144,8 +193,6 @@ class Updater:
         """Adds a micro-batch's gradient to what is there."""
         inputs = self._inputs(sequences, old)
         loss, partial = micro_loss(inputs, self.train, self.guidance, counts)
-        if not math.isfinite(partial.loss):
-            raise NotFiniteError(f"loss {partial.loss} of a micro-batch", sequences)
         loss.backward()  # type: ignore[no-untyped-call]
         return partial
 

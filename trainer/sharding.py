@@ -1,0 +1,141 @@
+"""A policy's weights, gradients and optimizer state dealt out over the processes: PyTorch's FSDP2.
+
+Each process keeps 1/size of every weight in float32. A layer's weights come together for the time that it
+computes, in the type that it computes in, and go apart again; gradients are summed in float32.
+
+A world of one is left as it is, without the seconds that importing FSDP2 takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from store.errors import ConfigError
+from trainer.batch import TokenBatch
+from trainer.config import Config
+from trainer.distributed import World
+from trainer.policy import Policy
+
+
+def check_shardable(config: Config, world: World) -> None:
+    """ConfigError for what cannot be dealt out over processes."""
+    if world.size == 1:
+        return
+    if config.student.load_in_4bit:
+        raise ConfigError(
+            f"student.load_in_4bit = true works in one process, not in {world.size}: set it to false "
+            "(LoRA, student.use_peft = true, works in any number)"
+        )
+    if config.train.optim != "adamw":
+        raise ConfigError(
+            f'train.optim = "{config.train.optim}" works in one process, not in {world.size}: '
+            'set it to "adamw", whose state is dealt out over the processes'
+        )
+
+
+def shard(policy: Policy, world: World) -> None:
+    """Deals the policy's weights out; from here on its passes are steps that all processes take together."""
+    if world.size == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(policy.device.type, (world.size,))
+    # Layers come together in the narrow type, half as much to send and to hold; what stands outside of them
+    # (embedding, last norm, head) in float32, for the residual stream and the logits are computed in it.
+    narrow = MixedPrecisionPolicy(
+        param_dtype=None if policy.dtype == torch.float32 else policy.dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    layers = _layers(policy.causal)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=narrow)
+    fully_shard(policy.causal, mesh=mesh)
+    policy.shards = [*layers, policy.causal]
+    for module in policy.shards:
+        # The loss is divided by counts of the whole step, so gradients are summed and never averaged.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    # FSDP gathers around a module's methods that it knows of, and `asked_tokens` is none of them.
+    policy.causal.asked_tokens = policy.asked_tokens
+    register_fsdp_forward_method(policy.causal, "asked_tokens")
+    policy.asked_tokens = policy.causal.asked_tokens
+    _first_pass(policy)
+
+
+@torch.no_grad()
+def _first_pass(policy: Policy) -> None:
+    """FSDP learns from its first pass which module is the root; `whole_weights` has to know it before."""
+    ids = torch.full((1, 2), policy.pad_id, device=policy.device)
+    asked = torch.tensor([[False, True]], device=policy.device)
+    policy.logprobs(TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids), asked=asked))
+    policy.causal.reset_iter_state()
+
+
+@contextmanager
+def whole_weights(policy: Policy) -> Iterator[None]:
+    """Every process has all weights for the block, and computes without the others, at its own pace."""
+    for module in policy.shards:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    yield
+    for module in policy.shards:
+        module.set_reshard_after_forward(module is not policy.causal, recurse=False)
+    if policy.shards:
+        # Apart again, and the passes forgotten: the next backward pass would gather in their order.
+        policy.causal.reset_iter_state()
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each process has a part; all processes take part."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole
+
+
+def whole_state(state: Mapping[str, Any], world: World) -> dict[str, Any]:
+    """A `state_dict` as one process would have it, on the CPU of the first process; the others take part."""
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: whole(below) for key, below in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        full = whole_tensor(value)
+        return full.cpu() if world.is_first else None
+
+    found: dict[str, Any] = whole(state)
+    return found
+
+
+def shard_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state as one process has it, dealt out as the optimizer's weights are."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    return {
+        **state,
+        "state": {
+            index: {name: _like(value, weights[index]) for name, value in values.items()}
+            for index, values in state["state"].items()
+        },
+    }
+
+
+def _like(value: Any, weight: Any) -> Any:
+    """Each process takes its own part, nothing is sent; counters stay as they are."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(weight, DTensor) or value.shape != weight.shape:
+        return value
+    place = weight.device_mesh
+    return distribute_tensor(value.to(place.device_type), place, weight.placements, src_data_rank=None)
+
+
+def _layers(causal: Any) -> list[nn.Module]:
+    """The blocks that transformers itself would not split."""
+    names = set(causal._no_split_modules or ())
+    return [module for module in causal.modules() if type(module).__name__ in names]
