@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.batch import TrainSequence, fill, pad, place_values, train_batch
+from trainer.batch import TrainSequence, deal, fill, pad, place_values, train_batch
 
 CPU = torch.device("cpu")
 
@@ -23,6 +23,13 @@ def test_every_sequence_stands_in_one_micro_batch_within_the_budget(lengths: lis
 def test_filling_sorts_by_length_so_that_little_is_padded() -> None:
     # Longest first: 9; 8 does not fit beside it (2 * 9 > 16), but 8 and 2 do (2 * 8 = 16); 1 is left over.
     assert fill([1, 9, 2, 8], 16) == [[1], [3, 2], [0]]
+
+
+def test_each_process_gets_as_many_long_sequences() -> None:
+    # Longest first: 9 (place 1), 8 (3), 5 (4), 2 (2), 1 (0), dealt out in turn; a hand is in order of place.
+    assert deal([1, 9, 2, 8, 5], 2) == [[0, 1, 4], [2, 3]]
+    assert deal([7, 7], 3) == [[0], [1], []]
+    assert deal([1, 9, 2], 1) == [[0, 1, 2]]
 
 
 def test_rows_are_padded_on_the_right_and_their_last_tokens_asked_about() -> None:

@@ -47,6 +47,7 @@ class UpdateReport:
 
 
 IDLE = TrainSequence(prompt_ids=(0,), response_ids=(0,), advantage=0.0, is_teacher=False)
+"""What a process computes on when it has nothing left of an optimizer step, and others have."""
 
 
 class NotFiniteError(FloatingPointError):
@@ -94,8 +95,7 @@ class Updater:
         ]
         live = [batch for batch in batches if batch]
         # The first optimizer step updates the very policy that sampled: its old log-probs are its own.
-        with whole_weights(self.policy):
-            old = [None, *(self._old_logprobs(self._share(batch)) for batch in live[1:])]
+        old = [None, *(self._old_logprobs(self._share(batch)) for batch in live[1:])]
         reports = [self.optimizer_step(batch, logprobs) for batch, logprobs in zip(live, old, strict=False)]
         return _mean_report(reports)
 
@@ -232,12 +232,13 @@ class Updater:
         """[R] for each sequence under the policy as it is now."""
         found: dict[int, Tensor] = {}
         lengths = [sequence.length for sequence in sequences]
-        for indices in fill(lengths, self.train.max_tokens_per_microbatch):
-            batch = train_batch(
-                [sequences[i] for i in indices], pad_id=self.policy.pad_id, device=self.policy.device
-            )
-            logprobs = self.policy.logprobs(batch)
-            found.update({i: logprobs[b][batch.asked[b]].cpu() for b, i in enumerate(indices)})
+        with whole_weights(self.policy):
+            for indices in fill(lengths, self.train.max_tokens_per_microbatch):
+                batch = train_batch(
+                    [sequences[i] for i in indices], pad_id=self.policy.pad_id, device=self.policy.device
+                )
+                logprobs = self.policy.logprobs(batch)
+                found.update({i: logprobs[b][batch.asked[b]].cpu() for b, i in enumerate(indices)})
         return [found[i] for i in range(len(sequences))]
 
 

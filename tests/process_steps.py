@@ -1,0 +1,133 @@
+"""Optimizer steps that any number of processes can take; run by torchrun, it writes what the first one saw.
+
+torchrun --standalone --nproc-per-node 2 tests/process_steps.py MODEL OUT
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from test_trainer_step import sequences
+
+from trainer.batch import TrainSequence
+from trainer.config import GuidanceConfig, StudentConfig, TrainConfig
+from trainer.distributed import World, joined
+from trainer.objective import LOSS_TYPES
+from trainer.optimizer import make_optimizer
+from trainer.policy import Policy, WithoutAdapters, load_policy
+from trainer.sharding import shard, whole_tensor, whole_weights
+from trainer.step import Updater
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One optimizer step."""
+
+    sequences: list[TrainSequence]
+    train: dict[str, Any]
+    student: dict[str, Any]
+    teacher_ratio: bool = False
+
+
+def cases() -> dict[str, Case]:
+    """By name; budgets are such that the processes have different numbers of micro-batches."""
+    rng = Random(0)
+    found = {
+        f"{loss_type} {seed}": Case(
+            sequences=sequences(seed, teacher_logprobs=seed % 2 == 1),
+            train={"loss_type": loss_type, "max_tokens_per_microbatch": rng.randint(1, 60)},
+            student={},
+            teacher_ratio=seed % 2 == 1,
+        )
+        for loss_type in sorted(LOSS_TYPES)
+        for seed in (1, 2)
+    }
+    rows, small = sequences(3), {"max_tokens_per_microbatch": 20}
+    found["one sequence for two processes"] = Case(sequences=rows[:1], train=small, student={})
+    found["checkpointing"] = Case(sequences=rows, train=small, student={"gradient_checkpointing": True})
+    found["kl"] = Case(sequences=rows, train={**small, "beta": 0.5}, student={})
+    found["gspo"] = Case(sequences=rows, train={"importance_sampling_level": "sequence"}, student={})
+    lora = {"use_peft": True, "lora_r": 4}
+    found["lora"] = Case(sequences=rows, train=small, student=lora)
+    found["lora and kl"] = Case(sequences=rows, train={**small, "beta": 0.5}, student=lora)
+    return found
+
+
+def take(case: Case, model: str, world: World) -> dict[str, Any]:
+    """The numbers of one optimizer step and of the one after it, and the first one's gradient."""
+    torch.manual_seed(0)
+    student = StudentConfig(model=model, device="cpu", **case.student)
+    train = TrainConfig(learning_rate=1e-2, max_grad_norm=1e9, **case.train)
+    policy = load_policy(student, temperature=1.0)
+    shard(policy, world)
+    updater = Updater(
+        policy,
+        make_optimizer(policy.model, train),
+        train,
+        GuidanceConfig(ratio="teacher" if case.teacher_ratio else "student"),
+        max_completion_length=32,
+        reference=reference(student, train, policy, world),
+        world=world,
+    )
+    gradient: list[torch.Tensor] = []
+    weights = [weight for weight in policy.model.parameters() if weight.requires_grad]
+    updater.optimizer.register_step_pre_hook(
+        lambda *_: gradient.append(torch.cat([whole_tensor(weight.grad).flatten() for weight in weights]))
+    )
+    first = updater.optimizer_step(case.sequences)
+    idle_while_the_others_compute(policy, world)
+    old = updater._old_logprobs(updater._share(case.sequences))
+    second = updater.optimizer_step(case.sequences, [row + 0.1 for row in old])
+    return {"reports": [first, second], "gradient": gradient[0]}
+
+
+def idle_while_the_others_compute(policy: Policy, world: World) -> None:
+    """With whole weights, processes may take different numbers of passes."""
+    with whole_weights(policy), torch.no_grad():
+        for _ in range(2 * world.rank):
+            policy.model(torch.ones(1, 4, dtype=torch.long))
+
+
+def reference(student: StudentConfig, train: TrainConfig, policy: Policy, world: World) -> Any:
+    if not train.beta:
+        return None
+    if student.use_peft:
+        return WithoutAdapters(policy)
+    other = load_policy(student, temperature=0.7)  # so that there is a KL from the beginning
+    other.model.requires_grad_(False)
+    shard(other, world)
+    return other
+
+
+def unusable(model: str, world: World) -> str:
+    """What is said of a loss that is no number, whichever process has it."""
+    policy = load_policy(StudentConfig(model=model, device="cpu"), temperature=1.0)
+    shard(policy, world)
+    train = TrainConfig(max_tokens_per_microbatch=1)
+    optimizer = make_optimizer(policy.model, train)
+    updater = Updater(policy, optimizer, train, GuidanceConfig(), max_completion_length=32, world=world)
+    rows = sequences(0)
+    by_length = sorted(range(len(rows)), key=lambda index: -rows[index].length)
+    rows[by_length[1]] = replace(rows[by_length[1]], advantage=float("nan"))
+    try:
+        updater.optimizer_step(rows)
+    except FloatingPointError as error:
+        return str(error)
+    return "nothing"
+
+
+def main(model: str, out: str) -> None:
+    with joined("cpu") as world:
+        found: dict[str, Any] = {name: take(case, model, world) for name, case in cases().items()}
+        found["unusable"] = world.gather(unusable(model, world))
+        if world.is_first:
+            torch.save(found, Path(out))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

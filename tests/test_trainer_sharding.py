@@ -1,0 +1,68 @@
+"""One optimizer step, by one process and by two: the same loss, the same gradient, to float noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from process_steps import cases, take, unusable
+from processes import run_processes
+
+from precompute.config import load_config
+from store.errors import ConfigError
+from trainer.config import Config
+from trainer.distributed import ALONE, World
+from trainer.sharding import check_shardable
+
+
+@pytest.fixture(scope="module")
+def by_two(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two processes found, by case."""
+    out = tmp_path_factory.mktemp("steps") / "found.pt"
+    done = run_processes(2, "tests/process_steps.py", str(model_dir), str(out))
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = torch.load(out, weights_only=False)
+    return found
+
+
+@pytest.mark.parametrize("name", cases())
+def test_two_processes_take_the_optimizer_step_of_one(
+    name: str, by_two: dict[str, Any], model_dir: Path
+) -> None:
+    one, two = take(cases()[name], str(model_dir), ALONE), by_two[name]
+    assert one["gradient"].norm() > 1e-3
+    difference = (two["gradient"] - one["gradient"]).norm() / one["gradient"].norm()
+    assert difference.item() < 1e-5
+    for ours, theirs in zip(one["reports"], two["reports"], strict=True):
+        assert theirs.loss == pytest.approx(ours.loss, rel=1e-4, abs=1e-6)
+        assert theirs.grad_norm == pytest.approx(ours.grad_norm, rel=1e-4)
+        assert theirs.entropy == pytest.approx(ours.entropy, rel=1e-5)
+        assert theirs.kl == pytest.approx(ours.kl, rel=1e-4, abs=1e-6)
+        assert (theirs.tokens, theirs.clip_low, theirs.clip_high) == (
+            ours.tokens,
+            pytest.approx(ours.clip_low),
+            pytest.approx(ours.clip_high),
+        )
+
+
+def test_a_loss_that_is_no_number_in_one_process_is_said_by_all(
+    by_two: dict[str, Any], model_dir: Path
+) -> None:
+    assert by_two["unusable"] == [unusable(str(model_dir), ALONE)] * 2
+    assert "not taken" in by_two["unusable"][0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        (["student.use_peft=true", "student.load_in_4bit=true"], "student.load_in_4bit"),
+        (["train.optim=adamw_8bit"], "train.optim"),
+    ],
+)
+def test_what_cannot_be_dealt_out_is_refused_by_name(changes: list[str], key: str) -> None:
+    config = load_config(Config, None, changes)
+    check_shardable(config, ALONE)
+    with pytest.raises(ConfigError, match=key):
+        check_shardable(config, World(rank=1, size=4))
