@@ -36,6 +36,16 @@ def _secret(reason: str) -> PydanticCustomError:
     return PydanticCustomError(SECRET, "{reason}", {"reason": reason})
 
 
+def checked_urls(urls: tuple[str, ...]) -> tuple[str, ...]:
+    """The same. Raises for one that is none, and for one that carries a key."""
+    for url in urls:
+        if "@" in url or "?" in url:
+            raise _secret("a URL carries no key; name the variable that holds it in api_key_env")
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"{url!r} is no URL; write http://HOST:PORT/v1")
+    return urls
+
+
 def _can_be_none(model: type[BaseModel], key: Any) -> bool:
     field = model.model_fields.get(key)
     return field is not None and type(None) in get_args(field.annotation)
@@ -204,12 +214,7 @@ class TeacherConfig(Section):
     @field_validator("base_urls")
     @classmethod
     def _urls_are_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        for url in urls:
-            if "@" in url or "?" in url:
-                raise _secret("a URL carries no key; name the variable that holds it in api_key_env")
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"{url!r} is no URL; write http://HOST:PORT/v1")
-        return urls
+        return checked_urls(urls)
 
     @field_validator("vllm_args")
     @classmethod

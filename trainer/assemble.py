@@ -27,7 +27,7 @@ from trainer.policy import TEMPLATE_KEY, Policy, Reference, WithoutAdapters, loa
 from trainer.rewards import Judge
 from trainer.rollout import Prompt, demanded_form, student_prompts
 from trainer.run_files import RunFiles
-from trainer.sampler import Sampler, make_sampler
+from trainer.sampler import Sampler, check_sampler, make_sampler
 from trainer.schedule import problems_of_step
 from trainer.step import Updater
 from trainer.traces import check_tokenizers
@@ -97,6 +97,7 @@ def assemble(
     config: Config, run: RunFiles, weights: Path | None, reporter: TrainReporter, stack: ExitStack
 ) -> Parts:
     """Loads and checks everything; what must be closed is closed by `stack`."""
+    check_sampler(config)
     verifier = stack.enter_context(Verifier.configured(config.verify))
     problems = usable_problems(config, "train", verifier, reporter)
     held_out = usable_problems(config, "eval", verifier, reporter) if config.eval.every else []
@@ -115,13 +116,15 @@ def assemble(
     guide = make_guide(config, store, policy, judge)
     if store is not None:
         check_store(config, store, guide, train_prompts, reporter)
+    prompts = [prompt.ids for prompt in (*train_prompts, *eval_prompts)]
+    sampler = make_sampler(config, policy, prompts, run.root, stack)
     optimizer = make_optimizer(policy.model, config.train)
     return Parts(
         config=config,
         run=run,
         policy=policy,
         optimizer=optimizer,
-        sampler=make_sampler(config, policy),
+        sampler=sampler,
         judge=judge,
         guide=guide,
         updater=Updater(

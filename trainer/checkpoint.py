@@ -35,7 +35,15 @@ MAY_CHANGE = {
     "store": {"part_traces", "part_seconds"},
     "problems": None,
     "train": {"max_steps", "max_tokens_per_microbatch"},
-    "rollout": {"batch_size"},
+    "rollout": {
+        "batch_size",
+        "base_urls",
+        "served_model_name",
+        "sync_dir",
+        "sync_tolerance",
+        "vllm_gpu_memory_utilization",
+        "vllm_sleep",
+    },
     "student": {"device", "gradient_checkpointing", "chat_template"},
 }
 """Sections (None: whole) and keys that may differ on resume: they do not change what a step computes.

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from precompute.config import BOXED_INSTRUCTION, Positive, PrecomputeConfig, Section, Share
+from precompute.config import BOXED_INSTRUCTION, Positive, PrecomputeConfig, Section, Share, checked_urls
 
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -49,6 +49,22 @@ class StudentConfig(Section):
         return self
 
 
+SETTLED_VLLM_ARGS = {
+    "model": "student.model says it",
+    "revision": "student.revision says it",
+    "dtype": "student.dtype says it",
+    "max_num_seqs": "rollout.batch_size says it",
+    "max_model_len": "the longest prompt and rollout.max_completion_length say it",
+    "gpu_memory_utilization": "rollout.vllm_gpu_memory_utilization says it",
+    "enable_sleep_mode": "rollout.vllm_sleep says it",
+    "enable_lora": "student.use_peft says it",
+    "max_lora_rank": "student.lora_r says it",
+    "logprobs_mode": "training needs those of the sampler",
+    "tensor_parallel_size": "rollouts run on the student's device; for more GPUs start servers, base_urls",
+}
+"""Argument of `vllm.LLM` -> what settles it."""
+
+
 class RolloutConfig(Section):
     """[rollout]: how the student samples."""
 
@@ -65,6 +81,46 @@ class RolloutConfig(Section):
     """0: off. The same bias as top_p."""
     batch_size: Positive = 128
     """Sequences that are sampled at once."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """transformers draws from the very model that trains. vllm has a copy of it, in a process of its own or
+    behind `base_urls`, which is brought up to date after every step and compared with the student."""
+    base_urls: tuple[str, ...] = ()
+    """vllm alone, as all below: servers of the student, e.g. ["http://127.0.0.1:8000/v1"], which see
+    `sync_dir` under the same path; empty: a process of its own on the student's device."""
+    served_model_name: str | None = None
+    """The name that the servers know the student by; None: `student.model`."""
+    sync_dir: str | None = None
+    """Where weights lie on their way to vllm. None: in memory (/dev/shm) where they fit, else in the run's
+    directory, as always for servers."""
+    sync_tolerance: Annotated[float, Field(gt=0)] | None = None
+    """How far apart vllm's and the student's log-probabilities of a probe may be, in nats a token, after new
+    weights were brought. None: 0.005 where both compute in float32, 0.1 in bfloat16."""
+    vllm_gpu_memory_utilization: Share = 0.4
+    """Share of the GPU that vllm takes while it draws, the student's weights beside it."""
+    vllm_sleep: bool = True
+    """Gives vllm's memory to the update between two rollouts; on a GPU alone."""
+    vllm_args: dict[str, Any] = Field(default_factory=dict)
+    """More arguments of `vllm.LLM`, as they stand, e.g. {enforce_eager = true}."""
+
+    @field_validator("base_urls")
+    @classmethod
+    def _urls_are_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        return checked_urls(urls)
+
+    @field_validator("vllm_args")
+    @classmethod
+    def _settled_arguments_are_settled(cls, more: dict[str, Any]) -> dict[str, Any]:
+        for argument in more:
+            if where := SETTLED_VLLM_ARGS.get(argument):
+                raise ValueError(f"{argument} is not set here: {where}")
+        return more
+
+    @model_validator(mode="after")
+    def _servers_are_vllm(self) -> Self:
+        if self.base_urls and self.engine != "vllm":
+            raise ValueError('base_urls are servers of vllm: set engine = "vllm", or leave them out')
+        return self
+
     max_refills: Count = 0
     """Rounds in which other problems stand in for groups that train nothing, all solved or all failed without
     a trace, until the step is full (DAPO's dynamic sampling); 0: off."""

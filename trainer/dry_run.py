@@ -26,10 +26,12 @@ from trainer.estimate import Estimate, estimate, load_model_config, measured_flo
 from trainer.policy import compute_dtype, load_tokenizer, pick_device
 from trainer.rollout import demanded_form, student_prompts
 from trainer.run_files import step_of
+from trainer.sampler import check_sampler
 
 
 def dry_run_of(config: Config) -> Group:
     """Everything that `ampo train` would check, and what it would then do. Raises what it would raise."""
+    check_sampler(config)
     with ExitStack() as stack:
         verifier = stack.enter_context(Verifier.configured(config.verify))
         reporter = SilentReporter()

@@ -5,12 +5,31 @@ sync -> generate (samples of a step) -> sleep -> guide, update -> sync -> genera
 
 from __future__ import annotations
 
-from typing import Protocol
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
 
-from precompute.engines import Engine
+import torch
+
+from precompute.config import TeacherConfig
+from precompute.engines import Completion, Engine, Requests, Sampling
+from precompute.engines.select import resolve_engine
 from precompute.engines.transformers_engine import TransformersEngine
-from trainer.config import Config
+from precompute.engines.vllm_engine import VllmEngine, VllmProcess, llm_options
+from store.errors import ConfigError
+from trainer.config import Config, StudentConfig
+from trainer.handover import Handover, place_for
 from trainer.policy import Policy
+from trainer.sync_check import SyncCheck
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vllm 0.32 can be told as the largest rank of an adapter."""
+LAUNCHER_VARIABLES = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+"""What torchrun tells a process of itself; vllm would take it for its own."""
 
 
 class Sampler(Engine, Protocol):
@@ -19,7 +38,8 @@ class Sampler(Engine, Protocol):
     def sync(self, step: int) -> None:
         """Makes the student's weights those that are drawn from, and wakes what slept.
 
-        `step`: the sampling steps that these weights have behind them.
+        `step`: the sampling steps that these weights have behind them. Raises EngineError when they cannot be
+        brought, or did not arrive.
         """
         ...
 
@@ -38,6 +58,185 @@ class SharedSampler(TransformersEngine):
         """Nothing is held but what the update needs too."""
 
 
-def make_sampler(config: Config, policy: Policy) -> Sampler:
-    """The sampler that `rollout.engine` names."""
-    return SharedSampler(policy.model, policy.tokenizer, batch_size=config.rollout.batch_size)
+class WeightedEngine(Engine, Protocol):
+    """An engine whose weights can be changed; VllmEngine says how."""
+
+    def load_weights(self, folder: Path) -> None: ...
+
+    def load_adapter(self, folder: Path, number: int) -> None: ...
+
+    def logprobs(self, rows: Sequence[Sequence[int]]) -> list[tuple[float, ...]]: ...
+
+    def sleep(self, level: int) -> None: ...
+
+    def wake(self, *what: str) -> None: ...
+
+
+class VllmSampler:
+    """Draws from a copy of the student, which gets its weights through a folder."""
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        engine: WeightedEngine,
+        handover: Handover,
+        check: SyncCheck,
+        *,
+        adapter_only: bool,
+        sleeps: bool,
+    ) -> None:
+        """`adapter_only`: the engine has the frozen weights already."""
+        self.version = engine.version
+        self._engine = engine
+        self._handover = handover
+        self._check = check
+        self._adapter_only = adapter_only
+        self._sleeps = sleeps
+        self._asleep = False
+        self._brought = 0
+        self._in_use: Path | None = None
+
+    def generate(self, requests: Requests, sampling: Sampling) -> Iterator[Completion]:
+        """As Engine.generate."""
+        return self._engine.generate(requests, sampling)
+
+    def sync(self, step: int) -> None:
+        """Brings the weights and compares what both make of a probe."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what the update has set aside is another process's to take
+        self._wake("weights")
+        self._bring()
+        self._wake("kv_cache")
+        self._asleep = False
+        self._check.compare(self._engine.logprobs(self._check.rows))
+
+    def sleep(self) -> None:
+        """Frees vllm's GPU memory; frozen weights stay in the host's, others come anew in any case."""
+        if self._sleeps:
+            self._engine.sleep(1 if self._adapter_only else 2)
+            self._asleep = True
+
+    def close(self) -> None:
+        """Ends vllm's process and removes the folder."""
+        self._engine.close()
+        self._handover.close()
+
+    def _wake(self, what: str) -> None:
+        if self._asleep:
+            self._engine.wake(what)
+
+    def _bring(self) -> None:
+        self._brought += 1
+        before = self._in_use
+        if self._adapter_only:
+            self._in_use = self._handover.write_adapter(self._brought)
+            self._engine.load_adapter(self._in_use, self._brought)
+        else:
+            before = self._handover.write_weights(self._brought)
+            self._engine.load_weights(before)
+        if before is not None:
+            self._handover.remove(before)
+
+
+def make_sampler(
+    config: Config, policy: Policy, prompts: Sequence[Sequence[int]], run: Path, stack: ExitStack
+) -> Sampler:
+    """The sampler that `rollout.engine` names; `stack` closes it.
+
+    Args:
+        prompts: ids of all that may be asked; the first ones are the probe.
+        run: the run's directory.
+    """
+    rollout = config.rollout
+    if rollout.engine == "transformers":
+        return SharedSampler(policy.model, policy.tokenizer, batch_size=rollout.batch_size)
+    place = Path(rollout.sync_dir).absolute() if rollout.sync_dir else place_for(policy, run)
+    handover = Handover(policy, config.student, place)
+    stack.callback(handover.close)
+    longest = max(len(ids) for ids in prompts)
+    sampler = VllmSampler(
+        load_vllm(config, policy, handover, max_length=longest + rollout.max_completion_length),
+        handover,
+        SyncCheck(policy, prompts, rollout.sync_tolerance),
+        adapter_only=config.student.use_peft,
+        sleeps=_sleeps(config),
+    )
+    stack.callback(sampler.close)
+    return sampler
+
+
+def check_sampler(config: Config) -> None:
+    """Raises ConfigError or EngineError for what would only be noticed once models are loaded."""
+    if config.rollout.engine == "vllm":
+        if not config.rollout.base_urls:
+            resolve_engine("vllm")
+        if config.student.use_peft:
+            max_lora_rank(config.student)
+
+
+def max_lora_rank(student: StudentConfig) -> int:
+    """The smallest that vllm knows and the adapters fit into."""
+    fitting = [rank for rank in LORA_RANKS if rank >= student.lora_r]
+    if not fitting:
+        raise ConfigError(
+            f"student.lora_r = {student.lora_r} is more than vllm's {LORA_RANKS[-1]}; "
+            'lower it, or set rollout.engine = "transformers"'
+        )
+    return fitting[0]
+
+
+def load_vllm(config: Config, policy: Policy, handover: Handover, *, max_length: int) -> VllmEngine:
+    """The student in a process of its own, on the student's device."""
+    base = handover.write_base() if config.student.load_in_4bit else None
+    process = VllmProcess(vllm_environment(policy.device, os.environ))
+    process.load(vllm_options(config, policy.dtype, base, max_length=max_length))
+    if base is not None:
+        handover.remove(base)
+    return VllmEngine(
+        process,
+        policy.tokenizer,
+        stop_ids=policy.eos_ids,
+        max_length=max_length,
+        batch_size=config.rollout.batch_size,
+        logprobs="sampler",
+    )
+
+
+def vllm_options(config: Config, dtype: torch.dtype, base: Path | None, *, max_length: int) -> dict[str, Any]:
+    """The arguments of `vllm.LLM`; `base` is a 4-bit student's model in `dtype`."""
+    student, rollout = config.student, config.rollout
+    model = TeacherConfig(
+        name="student",
+        model=student.model if base is None else str(base),
+        revision=student.revision if base is None else None,
+        dtype="float32" if dtype == torch.float32 else "bfloat16",
+        batch_size=rollout.batch_size,
+        gpu_memory_utilization=rollout.vllm_gpu_memory_utilization,
+    )
+    options = llm_options(model, max_length=max_length) | {"logprobs_mode": "processed_logprobs"}
+    if student.use_peft:
+        rank = max_lora_rank(student)
+        options |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
+    if _sleeps(config):
+        options["enable_sleep_mode"] = True
+    return options | rollout.vllm_args
+
+
+def vllm_environment(device: torch.device, environment: Mapping[str, str]) -> dict[str, str]:
+    """Of the process: it sees the student's GPU alone, and nothing of the launcher that started us."""
+    seen = {
+        key: value
+        for key, value in environment.items()
+        if key not in LAUNCHER_VARIABLES and not key.startswith("TORCHELASTIC_")
+    }
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        seen["CUDA_VISIBLE_DEVICES"] = visible[index] if visible != [""] else str(index)
+    return seen
+
+
+def _sleeps(config: Config) -> bool:
+    """vllm's sleep mode exists on GPUs alone."""
+    return config.rollout.vllm_sleep and not config.rollout.base_urls and torch.cuda.is_available()

@@ -11,11 +11,12 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -23,7 +24,7 @@ from precompute.config import TeacherConfig
 from precompute.engines import Completion, Requests, Sampling
 from precompute.engines.checks import cannot_load, stop_ids_of
 from precompute.engines.feed import PAUSE, Feed
-from precompute.engines.vllm_process import END, STOP, Finished
+from precompute.engines.vllm_messages import END, STOP, Call, Failure, Finished
 from store.errors import EngineError, UserError
 
 DEFAULT_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -46,13 +47,16 @@ class VllmEngine:
         stop_ids: Sequence[int],
         max_length: int,
         batch_size: int,
+        logprobs: Literal["model", "sampler"] = "model",
     ) -> None:
+        """`logprobs`: the kind that the process was loaded for (`logprobs_mode`)."""
         self.version = vllm_version()
         self._process = process
         self._tokenizer = tokenizer
         self._stop_ids = list(stop_ids)
         self._max_length = max_length
         self._batch_size = batch_size
+        self._logprobs = logprobs
 
     @classmethod
     def load(cls, teacher: TeacherConfig, tokenizer: Any, *, max_length: int) -> VllmEngine:
@@ -75,19 +79,45 @@ class VllmEngine:
         `requests` is a sequence.
         """
         feed = Feed(requests, sampling, self._max_length)
+        known = sampling.is_plain or sampling.logprobs == self._logprobs
         finished = self._process.generate(feed, sampling, self._stop_ids, ahead=2 * self._batch_size)
-        return map(self._completion, finished)
+        return (self._completion(each, has_logprobs=known) for each in finished)
+
+    def load_weights(self, folder: Path) -> None:
+        """Puts the weights of a transformers directory of the same model in place of those that are there.
+
+        This and the next four raise EngineError, with the process ended, for what vllm cannot do.
+        """
+        self._process.call("load_weights", str(folder))
+
+    def load_adapter(self, folder: Path, number: int) -> None:
+        """Draws with the LoRA adapter of a peft directory from now on; `number` is new each time."""
+        self._process.call("load_adapter", str(folder), number)
+
+    def logprobs(self, rows: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        """[N] rows of ids -> the log-probabilities of all but their first tokens, at temperature 1."""
+        found: list[tuple[float, ...]] = self._process.call("logprobs", [list(row) for row in rows])
+        return found
+
+    def sleep(self, level: int) -> None:
+        """Frees the GPU's memory. Level 1 keeps the weights in the host's; 2 forgets them: before anything
+        is drawn they have to be loaded anew, between `wake("weights")` and `wake("kv_cache")`."""
+        self._process.call("sleep", level)
+
+    def wake(self, *what: str) -> None:
+        """Gives `weights` and `kv_cache` their memory back."""
+        self._process.call("wake", what)
 
     def close(self) -> None:
         """Ends the process, and with it all that the model took."""
         self._process.close()
 
-    def _completion(self, finished: Finished) -> Completion:
+    def _completion(self, finished: Finished, *, has_logprobs: bool) -> Completion:
         request_id, token_ids, logprobs, finish_reason = finished
         return Completion(
             request_id=request_id,
             token_ids=token_ids,
-            logprobs=logprobs,
+            logprobs=logprobs if has_logprobs else (),
             finish_reason=finish_reason,
             text=self._tokenizer.decode(list(token_ids), skip_special_tokens=True),
         )
@@ -96,7 +126,8 @@ class VllmEngine:
 class VllmProcess:
     """The process that holds the model, seen from the parent."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        """`environment`: what the process sees instead of this one's."""
         ours, theirs = socket.socketpair()
         self._connection: Connection[Any, Any] = Connection(ours.detach())
         # A session of its own keeps the terminal's Ctrl-C away from it.
@@ -113,7 +144,7 @@ class VllmProcess:
             stdin=subprocess.PIPE,
             stdout=_log(),
             stderr=_log(),
-            env=_environment(),
+            env=_environment(os.environ if environment is None else environment),
             pass_fds=[theirs.fileno()],
             start_new_session=True,
         )
@@ -127,14 +158,16 @@ class VllmProcess:
     def load(self, options: dict[str, Any]) -> None:
         """Returns when the model is loaded; EngineError, with the process ended, when it cannot be."""
         try:
-            self._send(options)
-            failure = self._receive()
-        except BaseException:
-            self.close()
-            raise
-        if failure is not None:
-            self.close()
-            raise cannot_load(options["model"], failure)
+            self._exchange(options)
+        except VllmError as error:
+            raise cannot_load(options["model"], str(error)) from None
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """What a method of vllm_process.Served returns. EngineError when it fails: the process has ended."""
+        try:
+            return self._exchange(Call(method, arguments))
+        except VllmError as error:
+            raise EngineError(f"vllm cannot {method.replace('_', ' ')}: {error}") from None
 
     def generate(
         self, feed: Feed, sampling: Sampling, stop_ids: list[int], *, ahead: int
@@ -144,6 +177,8 @@ class VllmProcess:
         self._send((sampling, stop_ids))
         try:
             yield from self._pump(feed, ahead)
+        except VllmError as error:
+            raise EngineError(f"vllm cannot go on drawing: {error}") from None
         except (GeneratorExit, UserError):
             if not self._connection.closed:
                 self._send(STOP)
@@ -173,6 +208,14 @@ class VllmProcess:
                 running -= 1
                 yield finished
 
+    def _exchange(self, message: Any) -> Any:
+        try:
+            self._send(message)
+            return self._receive()
+        except BaseException:
+            self.close()
+            raise
+
     def close(self) -> None:
         """Ends the process at once. Harmless when it has ended."""
         self._process.kill()
@@ -189,9 +232,13 @@ class VllmProcess:
 
     def _receive(self) -> Any:
         try:
-            return self._connection.recv()
+            message = self._connection.recv()
         except (EOFError, ConnectionResetError):
             raise self._ended() from None
+        if isinstance(message, Failure):
+            self.close()
+            raise VllmError(message.reason)
+        return message
 
     def _ended(self) -> EngineError:
         code = self._process.wait()
@@ -200,6 +247,10 @@ class VllmProcess:
             f"the vllm process ended with exit code {code} (-9: out of memory?); "
             "set VLLM_LOGGING_LEVEL=INFO in the environment to see its log"
         )
+
+
+class VllmError(EngineError):
+    """vLLM's own words for what it could not do."""
 
 
 def llm_options(teacher: TeacherConfig, *, max_length: int) -> dict[str, Any]:
@@ -228,11 +279,11 @@ def vllm_version() -> str:
     return version("vllm-cpu")
 
 
-def _environment() -> dict[str, str]:
-    """This process's environment and import path: the working directory plays no part."""
+def _environment(given: Mapping[str, str]) -> dict[str, str]:
+    """That and this process's import path: the working directory plays no part."""
     return (
         DEFAULT_ENVIRONMENT
-        | os.environ
+        | dict(given)
         | {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             # vLLM in that very process: a further one of its own would outlive a parent that is killed.

@@ -1,10 +1,12 @@
 """vLLM in a process of its own: the one file that imports vllm. precompute/engines/vllm_engine.py starts it.
 
-    -> load options                                      <- None, or what went wrong, in one line
+    -> load options                                      <- None
     -> (sampling, stop ids): a generation begins
     -> [request, ...], as often as there are some        <- (id, token ids, logprobs, finish reason), as they
     -> END: no more of them                                 finish, and None behind the last one
     -> STOP, at any time: forget what is left
+    -> Call(method of Served, arguments)                 <- its result
+                                                         <- Failure, in the place of any answer: it is over
 
 A thread reads what comes, whatever the model does: neither side ever waits for the other to read. Objects
 travel pickled over the socket whose descriptor is the argument. Standard input carries nothing: it
@@ -25,30 +27,49 @@ from typing import Any, TypeAlias
 from pydantic import ValidationError
 
 from precompute.engines import Sampling
-
-END = "end"
-STOP = "stop"
+from precompute.engines.vllm_messages import END, STOP, Call, Failure, Finished
 
 Inbox: TypeAlias = "queue.SimpleQueue[Any]"
 
-Finished = tuple[str, tuple[int, ...], tuple[float, ...], str]
-"""(request id, token ids [T], log-probabilities [T], finish reason)"""
+TROUBLE = (
+    ImportError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+)
+"""What vllm raises when it cannot do what it is asked: memory that is full is a RuntimeError."""
 
 
 def main() -> None:
-    """Loads the model, then serves `generate` calls until the parent is gone."""
+    """Loads the model, then serves generations and calls until the parent is gone or something fails."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     connection = Connection(int(sys.argv[1]))
-    llm = _load(connection, connection.recv())
-    inbox: Inbox = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
-    while llm is not None:
-        begin = inbox.get()
-        if begin == STOP:
-            continue  # it crossed the end of what it was to stop
-        for finished in _generate(llm, inbox, *begin):
-            connection.send(finished)
+    try:
+        served = Served(connection.recv())
         connection.send(None)
+        inbox: Inbox = queue.SimpleQueue()
+        threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
+        while True:
+            _serve(connection, served, inbox)
+    except TROUBLE as error:
+        connection.send(Failure(_reason(error)))
+
+
+def _serve(connection: Connection[Any, Any], served: Served, inbox: Inbox) -> None:
+    """One generation or one call."""
+    begin = inbox.get()
+    if begin == STOP:
+        return  # it crossed the end of what it was to stop
+    if isinstance(begin, Call):
+        connection.send(getattr(served, begin.method)(*begin.arguments))
+        return
+    for finished in _generate(served, inbox, *begin):
+        connection.send(finished)
+    connection.send(None)
 
 
 def _read(connection: Connection[Any, Any], inbox: Inbox) -> None:
@@ -63,17 +84,68 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
-def _load(connection: Connection[Any, Any], options: dict[str, Any]) -> Any:
-    """The `LLM`; None, after telling the parent why, when it cannot be had."""
-    try:
+class Served:
+    """The model, and what can be done to it while it is up."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
         from vllm import LLM
 
-        llm = LLM(**options)
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
-        connection.send(_reason(error))
-        return None
-    connection.send(None)
-    return llm
+        self.llm: Any = LLM(**options)
+        self.adapter: Any = None
+        """The LoRARequest of all that is drawn; None: the model itself."""
+
+    def load_weights(self, folder: str) -> None:
+        """The weights of a transformers directory take the places of those that are there, and no adapter
+        changes them."""
+        self.adapter = None
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        self.llm.apply_model(_pack_tied_heads)
+        self._forget_prefixes()
+
+    def load_adapter(self, folder: str, number: int) -> None:
+        """The LoRA adapter of a peft directory, instead of the one before; `number` is new each time."""
+        from vllm.lora.request import LoRARequest
+
+        self.adapter = LoRARequest(str(number), number, folder)
+        self.llm.llm_engine.add_lora(self.adapter)
+        self._forget_prefixes()
+
+    def logprobs(self, rows: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        """[N] rows of token ids -> log-probabilities of all but their first tokens, at temperature 1."""
+        from vllm import SamplingParams
+
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(row)} for row in rows],
+            SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
+            lora_request=self.adapter,
+            use_tqdm=False,
+        )
+        return [
+            _logprobs(output.prompt_logprobs[1:], row[1:]) for output, row in zip(outputs, rows, strict=True)
+        ]
+
+    def sleep(self, level: int) -> None:
+        """Frees the device's memory; level 1 keeps the weights in the host's, level 2 forgets them."""
+        self.llm.sleep(level=level)
+
+    def wake(self, what: Sequence[str]) -> None:
+        """`weights` and `kv_cache` get their memory back."""
+        self.llm.wake_up(tags=list(what))
+
+    def _forget_prefixes(self) -> None:
+        """Keys and values of prompts that the old weights have read are worth nothing now."""
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("its prefix cache is in use while weights change")
+
+
+def _pack_tied_heads(model: Any) -> None:
+    """On the CPU an output head is a packed copy of its weight; one that is tied to the embedding gets no
+    weights of its own, and vllm's reload leaves the old copy in place."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead) and module.weight.device.type == "cpu":
+            module.quant_method.process_weights_after_loading(module)
 
 
 def _reason(error: Exception) -> str:
@@ -82,9 +154,9 @@ def _reason(error: Exception) -> str:
     return " ".join(text.removeprefix("Value error, ").split())[:400] or type(error).__name__
 
 
-def _generate(llm: Any, inbox: Inbox, sampling: Sampling, stop_ids: list[int]) -> Iterator[Finished]:
+def _generate(served: Served, inbox: Inbox, sampling: Sampling, stop_ids: list[int]) -> Iterator[Finished]:
     """Gives the scheduler what comes, between two steps; the parent sees to it that it is never too much."""
-    engine = llm.llm_engine
+    engine = served.llm.llm_engine
     running: dict[str, str] = {}  # vLLM's id -> ours
     ended = False
     while running or not ended:
@@ -98,7 +170,9 @@ def _generate(llm: Any, inbox: Inbox, sampling: Sampling, stop_ids: list[int]) -
             for request in message:
                 parameters = _sampling_params(sampling, request.seed, stop_ids)
                 prompt = {"prompt_token_ids": list(request.prompt_ids)}
-                running[request.request_id] = engine.add_request(request.request_id, prompt, parameters)
+                running[request.request_id] = engine.add_request(
+                    request.request_id, prompt, parameters, lora_request=served.adapter
+                )
         for output in engine.step() if running else ():
             if output.finished:
                 del running[output.request_id]
@@ -125,7 +199,7 @@ def _sampling_params(sampling: Sampling, seed: int, stop_ids: Sequence[int]) -> 
         max_tokens=sampling.max_tokens,
         seed=seed,
         stop_token_ids=list(stop_ids),
-        logprobs=0,  # the drawn token's alone; raw, as `logprobs_mode` says by default
+        logprobs=0,  # the drawn token's alone, of the kind that `logprobs_mode` has been told
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
@@ -134,8 +208,12 @@ def _sampling_params(sampling: Sampling, seed: int, stop_ids: Sequence[int]) -> 
 def _finished(output: Any) -> Finished:
     (drawn,) = output.outputs
     tokens = tuple(drawn.token_ids)
-    logprobs = tuple(step[token].logprob for step, token in zip(drawn.logprobs, tokens, strict=True))
-    return output.request_id, tokens, logprobs, drawn.finish_reason
+    return output.request_id, tokens, _logprobs(drawn.logprobs, tokens), drawn.finish_reason
+
+
+def _logprobs(steps: Any, tokens: Sequence[int]) -> tuple[float, ...]:
+    """[T], each token's own."""
+    return tuple(step[token].logprob for step, token in zip(steps, tokens, strict=True))
 
 
 if __name__ == "__main__":

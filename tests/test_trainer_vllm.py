@@ -1,0 +1,300 @@
+"""Rollouts by the real vLLM: new weights reach it, it says so when they do not, and whole runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from run_examples import PROBLEMS, config_of, write_problems, write_store
+from safetensors.torch import load_file, save_file
+
+from precompute.engines import Request, Sampling
+from precompute.engines.vllm_engine import VllmEngine
+from store.errors import EngineError, TrainingError
+from trainer.assemble import SilentReporter
+from trainer.groups import Group
+from trainer.handover import Handover
+from trainer.loop import train
+from trainer.policy import Policy, load_policy
+from trainer.sampler import VllmSampler, load_vllm
+from trainer.sync_check import SyncCheck
+
+if find_spec("vllm") is None:
+    pytest.skip("vllm is not installed", allow_module_level=True)
+
+MAX_LENGTH = 400
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """A model this small only waits for its other threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("world")
+    write_problems(path / "train.jsonl", PROBLEMS)
+    write_store(path / "traces")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its head is its embedding, as in most small models: vllm gets no weights for it."""
+    path = tmp_path_factory.mktemp("tied")
+    tiny_model(tie_word_embeddings=True).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(one_thread: None, world: Path, model: Path) -> Iterator[VllmEngine]:
+    """One process for all tests here that need no run of their own: it takes whole weights and adapters."""
+    config = config_of(world, model, rollout__engine="vllm", student__use_peft=True, student__lora_r=4)
+    policy = load_policy(config.student, temperature=1.0)
+    handover = Handover(policy, config.student, world)
+    engine = load_vllm(config, policy, handover, max_length=MAX_LENGTH)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def prompts_of(policy: Policy) -> list[list[int]]:
+    return [policy.tokenizer(f"<user>{n}+{n}={2 * n}<assistant>")["input_ids"] for n in range(7, 11)]
+
+
+def sampler_of(
+    engine: VllmEngine, world: Path, model: Path, stack: ExitStack, **changes: Any
+) -> tuple[VllmSampler, Policy]:
+    """A student of its own over the common process."""
+    config = config_of(world, model, rollout__engine="vllm", **changes)
+    policy = load_policy(config.student, temperature=config.rollout.temperature)
+    handover = Handover(policy, config.student, world)
+    stack.callback(handover.close)
+    check = SyncCheck(policy, prompts_of(policy), None)
+    adapter_only = config.student.use_peft
+    return VllmSampler(engine, handover, check, adapter_only=adapter_only, sleeps=False), policy
+
+
+def change(policy: Policy, size: float) -> None:
+    """What an optimizer step does to the weights that train."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def forward_logprobs(policy: Policy, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """[P - 1], by a forward pass of the transformers model."""
+    with torch.no_grad():
+        logits = policy.model(input_ids=torch.tensor([ids])).logits[0, :-1] / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("changes", [{}, {"student__use_peft": True, "student__lora_r": 3}])
+def test_vllm_computes_with_the_weights_that_the_student_has_now(
+    engine: VllmEngine, world: Path, model: Path, stack: ExitStack, changes: dict[str, Any]
+) -> None:
+    full, _ = sampler_of(engine, world, model, stack)
+    full.sync(0)  # the base, whatever was there before
+    sampler, policy = sampler_of(engine, world, model, stack, **changes)
+    ids = prompts_of(policy)[0]
+    seen = []
+    for step in range(3):
+        sampler.sync(step)
+        (logprobs,) = engine.logprobs([ids])
+        assert list(logprobs) == pytest.approx(forward_logprobs(policy, ids).tolist(), abs=1e-3)
+        seen.append(torch.tensor(logprobs))
+        change(policy, 0.05)
+    assert (seen[1] - seen[0]).abs().mean() > 0.1
+    assert (seen[2] - seen[1]).abs().mean() > 0.1
+
+
+def test_nothing_is_wrong_with_weights_that_did_not_change(
+    engine: VllmEngine, world: Path, model: Path, stack: ExitStack
+) -> None:
+    sampler, _ = sampler_of(engine, world, model, stack)
+    sampler.sync(0)
+    sampler.sync(1)
+
+
+def test_an_adapter_travels_alone_and_whole_weights_do_not_stay(
+    engine: VllmEngine, world: Path, model: Path, stack: ExitStack
+) -> None:
+    full, _ = sampler_of(engine, world, model, stack)
+    full.sync(0)
+    assert list(full._handover.folder.iterdir()) == []
+    lora, _ = sampler_of(engine, world, model, stack, student__use_peft=True, student__lora_r=4)
+    lora.sync(0)
+    lora.sync(1)
+    (folder,) = lora._handover.folder.iterdir()
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert all("lora_" in name for name in tensors)
+    assert not list(folder.glob("model*"))
+
+
+def test_what_the_old_weights_have_read_is_forgotten(
+    engine: VllmEngine, world: Path, model: Path, stack: ExitStack
+) -> None:
+    sampler, policy = sampler_of(engine, world, model, stack)
+    long = tuple(range(5, 85)) * 4  # longer than vllm's blocks, so that its beginning is kept
+    request = Request(request_id="long", prompt_ids=long, seed=3)
+    drawing = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=8)
+    for step in range(2):
+        sampler.sync(step)
+        (drawn,) = sampler.generate([request], drawing)
+        expected = forward_logprobs(policy, [*long, *drawn.token_ids])[len(long) - 1 :]
+        assert list(drawn.logprobs) == pytest.approx(expected.tolist(), abs=1e-3)
+        change(policy, 0.05)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_samples_come_with_the_logprobs_that_the_trainer_computes(
+    engine: VllmEngine, world: Path, model: Path, stack: ExitStack, temperature: float
+) -> None:
+    sampler, policy = sampler_of(engine, world, model, stack)
+    sampler.sync(0)
+    drawing = Sampling(temperature=temperature, top_p=1.0, top_k=0, max_tokens=24, logprobs="sampler")
+    prompts = prompts_of(policy)
+    requests = [Request(request_id=str(n), prompt_ids=tuple(prompts[n % 4]), seed=50 + n) for n in range(8)]
+    found = list(sampler.generate(requests, drawing))
+    assert len({completion.token_ids for completion in found}) == 8
+    for completion in found:
+        prompt = prompts[int(completion.request_id) % 4]
+        expected = forward_logprobs(policy, [*prompt, *completion.token_ids], temperature)[len(prompt) - 1 :]
+        assert list(completion.logprobs) == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+def test_logprobs_of_another_kind_than_the_process_gives_are_not_given(
+    engine: VllmEngine, world: Path, model: Path, stack: ExitStack
+) -> None:
+    sampler, policy = sampler_of(engine, world, model, stack)
+    sampler.sync(0)
+    request = Request(request_id="r", prompt_ids=tuple(prompts_of(policy)[0]), seed=1)
+    (at_one,) = sampler.generate([request], Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=4))
+    assert len(at_one.logprobs) == len(at_one.token_ids)
+    (at_half,) = sampler.generate([request], Sampling(temperature=0.5, top_p=1.0, top_k=0, max_tokens=4))
+    assert at_half.logprobs == ()
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        (0.05, r"did not reach vllm: .* in vllm and .* in the trainer, .*sync_tolerance = 0\.005"),
+        # Far below the tolerance of 0.005 nats, as a step of 1e-6 is: vllm's values are the same bit by bit.
+        (3e-5, r"did not reach vllm: .*the trainer's moved by .* and vllm's not at all"),
+    ],
+)
+def test_a_sync_that_brings_nothing_is_noticed(
+    engine: VllmEngine,
+    world: Path,
+    model: Path,
+    stack: ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+    size: float,
+    said: str,
+) -> None:
+    sampler, policy = sampler_of(engine, world, model, stack)
+    sampler.sync(0)
+    change(policy, size)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "load_weights", lambda folder: None)
+        with pytest.raises(EngineError, match=said):
+            sampler.sync(1)
+    sampler.sync(1)
+
+
+def test_weights_that_arrive_broken_are_noticed(
+    engine: VllmEngine, world: Path, model: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler, _ = sampler_of(engine, world, model, stack)
+    write = sampler._handover.write_weights
+
+    def broken(number: int) -> Path:
+        folder = write(number)
+        tensors = load_file(folder / "model.safetensors")
+        name = "model.layers.1.mlp.down_proj.weight"
+        save_file({**tensors, name: torch.zeros_like(tensors[name])}, folder / "model.safetensors")
+        return folder
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler._handover, "write_weights", broken)
+        with pytest.raises(EngineError, match="did not reach vllm"):
+            sampler.sync(0)
+    sampler.sync(0)
+
+
+class Killer(SilentReporter):
+    """Kills vLLM's process behind step 2, and keeps what was warned of."""
+
+    def stepped(self, row: dict[str, Any], groups: list[Group]) -> None:
+        if row["step"] == 2:
+            (process,) = vllm_processes() - self.others
+            os.kill(process, signal.SIGKILL)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others = vllm_processes()
+
+
+def vllm_processes() -> set[int]:
+    """Children of this process that run vLLM."""
+    found = set()
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = (directory / "stat").read_text().rpartition(")")[2].split()[1]
+            command = (directory / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if int(parent) == os.getpid() and b"precompute.engines.vllm_process" in command:
+            found.add(int(directory.name))
+    return found
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_trains_on_vllms_samples_and_a_killed_vllm_ends_it_in_one_line(
+    world: Path, model: Path
+) -> None:
+    changes: dict[str, Any] = {"run__save_every": 1, "train__max_steps": 3}
+    weights_before = set(Path("/dev/shm").glob("ampo-weights-*"))
+    reporter = Killer()
+    with pytest.raises(TrainingError, match=r"step 3: the vllm process ended .*step-000002") as caught:
+        train(
+            config_of(world, model, rollout__engine="vllm", run__name="vllm", **changes),
+            reporter=reporter,
+        )
+    assert "\n" not in str(caught.value)
+    assert set(Path("/dev/shm").glob("ampo-weights-*")) == weights_before
+    assert vllm_processes() <= reporter.others
+    rows = metrics_of(world / "runs" / "vllm")
+    assert [row["step"] for row in rows] == [1, 2]
+    other = train(config_of(world, model, run__name="plain", **changes), reporter=SilentReporter())
+    for row, theirs in zip(rows, metrics_of(other.run), strict=False):
+        assert row.keys() == theirs.keys()
+        assert row["seconds/sync"] > 0
+        assert row["sampling/logp_difference"] < 1e-4
+        assert row["grad_norm"] > 0

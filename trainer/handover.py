@@ -1,0 +1,108 @@
+"""The student's weights on their way to another process: a folder that both sides see."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+from store.errors import EngineError
+from trainer.config import StudentConfig
+from trainer.policy import Policy
+
+SHARED_MEMORY = Path("/dev/shm")
+SPARE = 1.1
+"""How much more room than the weights take there has to be."""
+
+
+class Handover:
+    """Writes weights where another process reads them; what was brought is removed."""
+
+    def __init__(self, policy: Policy, student: StudentConfig, place: Path) -> None:
+        """`place`: the directory in which the folder is made. Raises EngineError when it cannot be."""
+        self._policy = policy
+        self._student = student
+        self.folder = place / f"ampo-weights-{secrets.token_hex(4)}"
+        try:
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def write_weights(self, number: int) -> Path:
+        """All weights, in the type that the student computes in."""
+        state = narrowed(self._policy)
+        return self._write(number, lambda path: self._policy.causal.save_pretrained(path, state_dict=state))
+
+    def write_adapter(self, number: int) -> Path:
+        """The LoRA adapter alone."""
+        save = self._policy.model.save_pretrained
+        return self._write(number, lambda path: save(path, save_embedding_layers=False))
+
+    def write_base(self) -> Path:
+        """The frozen weights of a 4-bit student as they compute, without its adapter: an ordinary model."""
+        config = AutoConfig.from_pretrained(self._student.model, revision=self._student.revision)
+        with torch.device("meta"):
+            skeleton: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=self._policy.dtype
+            )
+        state = dequantized(self._policy)
+        return self._write(0, lambda path: skeleton.save_pretrained(path, state_dict=state))
+
+    def remove(self, path: Path) -> None:
+        """Harmless when it is gone."""
+        shutil.rmtree(path, ignore_errors=True)
+
+    def close(self) -> None:
+        """Removes all that is there."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _write(self, number: int, save: Any) -> Path:
+        path = self.folder / f"{number:06d}"
+        try:
+            save(path)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise self._refused(error) from error
+        return path
+
+    def _refused(self, error: Exception) -> EngineError:
+        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
+        return EngineError(
+            f"weights for vllm cannot be written to {self.folder}: {reason}; "
+            "set rollout.sync_dir to a directory with more room"
+        )
+
+
+def place_for(policy: Policy, run: Path) -> Path:
+    """Shared memory where the weights fit, else the run's directory."""
+    needed = sum(parameter.numel() for parameter in policy.model.parameters()) * policy.dtype.itemsize
+    if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > SPARE * needed:
+        return SHARED_MEMORY
+    return run
+
+
+def narrowed(policy: Policy) -> dict[str, Tensor]:
+    """Name -> weight on the CPU, in the type that the student computes in; tied weights stay one."""
+    found: dict[str, Tensor] = {}
+    seen: dict[tuple[int, torch.Size], Tensor] = {}
+    for name, tensor in policy.causal.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if place not in seen:
+            seen[place] = tensor.detach().to("cpu", policy.dtype)
+        found[name] = seen[place]
+    return found
+
+
+def dequantized(policy: Policy) -> dict[str, Tensor]:
+    """Name -> weight of the model below the adapters, on the CPU, in the type that it computes in."""
+    return {
+        name.replace(".base_layer", ""): dequantize_bnb_weight(parameter).to("cpu", policy.dtype)
+        for name, parameter in policy.causal.named_parameters()
+        if ".lora_" not in name
+    }
