@@ -8,6 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Waiting threads that spin starve everything else on a small machine.
 export OMP_WAIT_POLICY ?= PASSIVE
+TEST_PROCESSES ?= 2
 
 .PHONY: help install demo test test-slow soak check lab clean
 
@@ -43,7 +44,7 @@ demo: $(VENV)/.base ## the main job on the bundled lab: teachers, store, trainin
 
 test: $(VENV)/.dev ## ruff, mypy and every test but the slow ones
 	@$(MAKE) --no-print-directory check
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.dev ## what takes longer than CI may
 	$(BIN)/pytest -m slow
