@@ -8,9 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import BitsAndBytesConfig
-
 from store.errors import EngineError
 from trainer.config import StudentConfig
 
@@ -44,16 +41,3 @@ def _keep_differentiable(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def quantized_on(device: torch.device, config: StudentConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What `from_pretrained` needs to quantize the frozen weights as it loads them; empty without 4 bits."""
-    if not config.load_in_4bit:
-        return {}
-    nf4 = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    return {"quantization_config": nf4, "device_map": {"": device}}

@@ -20,11 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from precompute.engines.checks import eos_ids, load_failure
+from precompute.engines.four_bits import check_blocks, nf4_on
 from precompute.prompts import turn_end, use_template
 from store.errors import EngineError, RunError
-from trainer.adapters import quantized_on, with_adapters
+from trainer.adapters import with_adapters
 from trainer.batch import TokenBatch
 from trainer.config import StudentConfig
+from trainer.narrow_head import head_logits
 from trainer.objective import log_softmax_and_entropy, selective_log_softmax
 
 TEMPLATE_KEY = "student.chat_template"
@@ -114,17 +116,13 @@ class Policy:
     def _over_chunks(self, hidden: Tensor, targets: Tensor, of: OfLogits) -> list[Tensor]:
         """hidden [N, H], targets [N] -> what `of` gives, each [N]."""
         head = self.causal.get_output_embeddings()
-        weight = head.weight.float()  # [V, H]; no copy where it is float32
-        bias = None if head.bias is None else head.bias.float()
-        rows = max(1, LOGITS_PER_CHUNK // weight.shape[0])
+        rows = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
         parts = []
         for h, t in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
             # Recomputing a chunk's logits in the backward pass is what keeps them from piling up.
             recompute = torch.is_grad_enabled() and len(hidden) > rows
-            part = (self._chunk, of, h, t, weight, bias)
-            parts.append(
-                checkpoint(*part, use_reentrant=False) if recompute else self._chunk(of, h, t, weight, bias)
-            )
+            part = (self._chunk, of, h, t, head.weight, head.bias)
+            parts.append(checkpoint(*part, use_reentrant=False) if recompute else self._chunk(*part[1:]))
         return [torch.cat(values) for values in zip(*parts, strict=True)]
 
     def _chunk(
@@ -132,7 +130,7 @@ class Policy:
     ) -> tuple[Tensor, ...]:
         # In float32 whatever the body computes in: bfloat16 logits are 0.125 apart, near scores would tie.
         with torch.autocast(self.device.type, enabled=False):
-            logits = nn.functional.linear(hidden.float(), weight, bias)
+            logits = head_logits(hidden, weight, bias)
         softcap = getattr(self.causal.config, "final_logit_softcapping", None)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
@@ -197,13 +195,16 @@ def _load_model(config: StudentConfig, device: torch.device, weights: Path | Non
             source,
             revision=revision,
             dtype=dtype if config.use_peft else torch.float32,
-            **quantized_on(device, config, dtype),
+            **(nf4_on(device, dtype) if config.load_in_4bit else {}),
         )
-        return model if config.load_in_4bit else model.to(device)
     except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
         raise EngineError(
             f"student.model = {source!r} cannot be loaded: {load_failure(source, error)}"
         ) from error
+    if not config.load_in_4bit:
+        return model.to(device)
+    check_blocks(model, device, named=f"student.model = {source!r}", instead="set load_in_4bit = false")
+    return model
 
 
 def load_tokenizer(config: StudentConfig, checkpoint: Path | None = None) -> Any:

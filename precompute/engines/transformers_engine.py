@@ -21,7 +21,6 @@ import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     GenerationConfig,
     LogitsProcessorList,
     StoppingCriteria,
@@ -33,6 +32,7 @@ from transformers.utils import logging
 from precompute.engines import Completion, Request, Requests, Sampling
 from precompute.engines.checks import cannot_load, eos_ids
 from precompute.engines.feed import Feed
+from precompute.engines.four_bits import check_blocks, nf4_on
 from precompute.engines.rows import Rows
 from store.errors import EngineError
 
@@ -81,17 +81,19 @@ class TransformersEngine:
         """
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         kind = "float32" if dtype == "auto" and place.type == "cpu" else dtype
+        computing = torch.float32 if place.type == "cpu" else torch.bfloat16
+        narrow = nf4_on(place, computing) if quantization else {}
         try:
             with _no_bars():
                 model: Any = AutoModelForCausalLM.from_pretrained(
-                    model_path, revision=revision, dtype=kind, **_quantized(quantization, place)
+                    model_path, revision=revision, dtype=kind, **narrow
                 )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
             raise cannot_load(model_path, error) from error
         if quantization is None:
             model = model.to(place)
         else:  # it stands there already
-            _check_blocks(model, model_path, place)
+            check_blocks(model, place, named=f"model {model_path!r}", instead="leave quantization out")
         return cls(model, tokenizer, batch_size=batch_size)
 
     def generate(self, requests: Requests, sampling: Sampling) -> Iterator[Completion]:
@@ -240,31 +242,6 @@ def _no_bars() -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _quantized(quantization: str | None, place: torch.device) -> dict[str, Any]:
-    """What `from_pretrained` needs to quantize the weights as it loads them."""
-    if quantization is None:
-        return {}
-    nf4 = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32 if place.type == "cpu" else torch.bfloat16,
-    )
-    return {"quantization_config": nf4, "device_map": {"": place}}
-
-
-def _check_blocks(model: Any, model_path: str, place: torch.device) -> None:
-    """Raises EngineError where bitsandbytes would compute wrongly: on the CPU it takes for granted that no
-    block of weights that share a scale reaches over the end of a row."""
-    for name, module in model.named_modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if place.type == "cpu" and state is not None and state.shape[-1] % state.blocksize:
-            raise EngineError(
-                f"model {model_path!r}: on the CPU bitsandbytes needs layers whose width is a multiple of "
-                f"{state.blocksize}; {name} has {state.shape[-1]}: leave quantization out"
-            )
 
 
 def _base_model(model: Any) -> Any:
