@@ -60,18 +60,18 @@ def train(
     if outcome.interrupted_by:
         saved = f"saved {outcome.checkpoint}" if outcome.checkpoint else "there was nothing to save yet"
         console.print(
-            f"stopped by {outcome.interrupted_by} after step {outcome.step}; {saved}. "
+            f"stopped by {outcome.interrupted_by} after {outcome.done}; {saved}. "
             f"Go on with the same command (--resume auto is the default).",
             soft_wrap=True,
         )
         raise typer.Exit(130)
-    _say_done(console, outcome.run, outcome.step)
+    _say_done(console, outcome.run, str(outcome.done))
 
 
-def _say_done(console: Console, run: Path, step: int) -> None:
+def _say_done(console: Console, run: Path, last: str) -> None:
     shown = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
     console.print(
-        f"done: step {step}. Look: ampo inspect run {shown}   ampo inspect store queries {shown}",
+        f"done: {last}. Look: ampo inspect run {shown}   ampo inspect store queries {shown}",
         highlight=False,
         soft_wrap=True,
     )

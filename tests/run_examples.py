@@ -7,13 +7,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+import torch
 from conftest import tiny_tokenizer
+from safetensors.torch import load_file
 
 from precompute.config import load_config
 from precompute.verify import VERIFIER_NAME, VERIFIER_VERSION
 from store.records import Problem, TeacherRecord, Trace
 from store.writer import StoreWriter
 from trainer.config import Config
+from trainer.metrics import MEASURED
 
 PROBLEMS = [Problem(question=f"{n}+{n}", answer=str(2 * n)) for n in range(12)]
 
@@ -96,3 +100,47 @@ def settings(world: Path, model: Path, **changes: Any) -> list[str]:
 
 def config_of(world: Path, model: Path, **changes: Any) -> Config:
     return load_config(Config, None, settings(world, model, **changes))
+
+
+def rows_of(run_dir: Path, folder: str) -> dict[str, list[dict[str, Any]]]:
+    """File name -> rows, without what a clock wrote."""
+    found = {}
+    for path in sorted((run_dir / folder).glob("*.parquet")):
+        rows = pq.read_table(path).to_pylist()
+        found[path.name] = [{k: v for k, v in row.items() if k != "latency_ms"} for row in rows]
+    return found
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without what a clock or a meter wrote."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in rows]
+
+
+def weights_of(run_dir: Path, name: str) -> dict[str, bytes]:
+    """The bytes of every weight in a checkpoint, adapters or all."""
+    (file,) = (run_dir / "checkpoints" / name).glob("*model.safetensors")
+    return {key: weight.numpy().tobytes() for key, weight in load_file(file).items()}
+
+
+def optimizer_of(run_dir: Path, name: str) -> str:
+    """The optimizer's state in a checkpoint, every tensor as its bytes."""
+    saved = torch.load(run_dir / "checkpoints" / name / "optimizer.pt", weights_only=True)
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [plain(each) for each in value]
+        return value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
+
+    return repr(plain(saved["optimizer"]))
+
+
+def assert_same_run(one: Path, other: Path, name: str) -> None:
+    """The same metrics, samples, questions and, in checkpoint `name`, weights and optimizer, to the bit."""
+    assert metrics_of(one) == metrics_of(other)
+    for folder in ("rollouts", "queries", "evals"):
+        assert rows_of(one, folder) == rows_of(other, folder)
+    assert weights_of(one, name) == weights_of(other, name)
+    assert optimizer_of(one, name) == optimizer_of(other, name)

@@ -10,15 +10,21 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from conftest import tiny_model, tiny_tokenizer
-from run_examples import PROBLEMS, config_of, write_problems, write_store
-from safetensors.torch import load_file
+from run_examples import (
+    PROBLEMS,
+    assert_same_run,
+    config_of,
+    metrics_of,
+    rows_of,
+    write_problems,
+    write_store,
+)
 
 from store.errors import ConfigError, ProblemsError, RunError, StoreError, TrainingError
 from store.records import Problem
 from trainer import checkpoint
 from trainer.assemble import SilentReporter
 from trainer.loop import TrainReport, train
-from trainer.metrics import MEASURED
 from trainer.timing import PHASES
 
 
@@ -32,31 +38,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(world: Path, model: Path, *, resume: str = "auto", **changes: Any) -> TrainReport:
     return train(config_of(world, model, **changes), resume=resume, reporter=SilentReporter())
-
-
-def rows_of(run_dir: Path, folder: str) -> dict[str, list[dict[str, Any]]]:
-    """File name -> rows, without what a clock wrote."""
-    found = {}
-    for path in sorted((run_dir / folder).glob("*.parquet")):
-        rows = pq.read_table(path).to_pylist()
-        found[path.name] = [{k: v for k, v in row.items() if k != "latency_ms"} for row in rows]
-    return found
-
-
-def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in rows]
-
-
-def assert_same_run(one: Path, other: Path, step: int) -> None:
-    assert metrics_of(one) == metrics_of(other)
-    for folder in ("rollouts", "queries", "evals"):
-        assert rows_of(one, folder) == rows_of(other, folder)
-    weights = [
-        load_file(path / "checkpoints" / f"step-{step:06d}" / "model.safetensors") for path in (one, other)
-    ]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
 
 
 @pytest.fixture(scope="session")
@@ -166,7 +147,7 @@ def test_two_and_two_steps_are_four_steps(straight: Path, world: Path, model_dir
     run(world, model_dir, run__name="halves", train__max_steps=2)
     report = run(world, model_dir, run__name="halves")
     assert report.step == 4
-    assert_same_run(straight, report.run, 4)
+    assert_same_run(straight, report.run, "step-000004")
 
 
 @pytest.mark.parametrize("optim", ["adamw_8bit"])
@@ -182,7 +163,7 @@ def test_resume_is_exact_with_the_8_bit_optimizer_too(world: Path, tmp_path: Pat
     one = run(world, tmp_path / "model", run__name="one", train__max_steps=3, **changes).run
     run(world, tmp_path / "model", run__name="two", train__max_steps=1, **changes)
     two = run(world, tmp_path / "model", run__name="two", train__max_steps=3, **changes).run
-    assert_same_run(one, two, 3)
+    assert_same_run(one, two, "step-000003")
 
 
 def test_what_a_killed_run_logged_past_its_checkpoint_is_written_anew(
@@ -194,7 +175,7 @@ def test_what_a_killed_run_logged_past_its_checkpoint_is_written_anew(
     with (copy / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "rew')  # and in the middle of a line
     run(world, model_dir, run__dir=str(tmp_path), run__name="killed")
-    assert_same_run(straight, copy, 4)
+    assert_same_run(straight, copy, "step-000004")
 
 
 def test_a_run_that_is_done_does_nothing_more(straight: Path, world: Path, model_dir: Path) -> None:
@@ -329,7 +310,7 @@ def test_a_run_that_stopped_before_its_first_checkpoint_is_done_again_from_the_s
     evaluated = {"step": 0, "eval/pass@1": 0.5}
     (copy / "metrics.jsonl").write_text(json.dumps(evaluated) + "\n" + (copy / "metrics.jsonl").read_text())
     run(world, model_dir, run__dir=str(tmp_path), run__name="early")
-    assert_same_run(straight, copy, 4)  # and the old evaluation of step 0 stands there no more
+    assert_same_run(straight, copy, "step-000004")  # and the old evaluation of step 0 stands there no more
 
 
 def test_a_run_without_a_checkpoint_is_not_written_over_by_another_config(

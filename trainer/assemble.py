@@ -26,17 +26,20 @@ from trainer.optimizer import make_optimizer
 from trainer.policy import TEMPLATE_KEY, Policy, Reference, WithoutAdapters, load_policy
 from trainer.rewards import Judge
 from trainer.rollout import Prompt, demanded_form, student_prompts
-from trainer.run_files import RunFiles
+from trainer.run_files import Position, RunFiles
 from trainer.sampler import Sampler, check_sampler, make_sampler
 from trainer.schedule import problems_of_step
 from trainer.step import Updater
-from trainer.traces import check_tokenizers
+from trainer.traces import TraceTokens, check_tokenizers
+from trainer.warmup import Warmup, make_warmup
 
 
 class TrainReporter(Protocol):
     """What a person sees while training."""
 
-    def started(self, *, run: Path, step: int, max_steps: int) -> None: ...
+    def started(self, *, run: Path, after: Position, max_steps: int) -> None: ...
+
+    def warmed_up(self, row: dict[str, Any], steps: int) -> None: ...
 
     def stepped(self, row: dict[str, Any], groups: list[Group]) -> None: ...
 
@@ -55,7 +58,10 @@ class SilentReporter:
     def __init__(self) -> None:
         self.warnings: list[str] = []
 
-    def started(self, *, run: Path, step: int, max_steps: int) -> None:
+    def started(self, *, run: Path, after: Position, max_steps: int) -> None:
+        pass
+
+    def warmed_up(self, row: dict[str, Any], steps: int) -> None:
         pass
 
     def stepped(self, row: dict[str, Any], groups: list[Group]) -> None:
@@ -84,6 +90,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     sampler: Sampler
     judge: Judge
+    warmup: Warmup
     guide: Guide
     updater: Updater
     meter: CostMeter
@@ -126,6 +133,7 @@ def assemble(
         optimizer=optimizer,
         sampler=sampler,
         judge=judge,
+        warmup=find_warmup(config, policy, store, judge, train_prompts, reporter),
         guide=guide,
         updater=Updater(
             policy,
@@ -216,9 +224,28 @@ def make_guide(config: Config, store: TraceStore | None, policy: Policy, judge: 
     )
 
 
+def find_warmup(
+    config: Config,
+    policy: Policy,
+    store: TraceStore | None,
+    judge: Judge,
+    prompts: Sequence[Prompt],
+    reporter: TrainReporter,
+) -> Warmup:
+    """The warm-up, its traces in the student's own tokens whatever `guidance.ratio` says."""
+    return make_warmup(
+        config,
+        policy,
+        store,
+        TraceTokens(policy, judge.answer_form, own_ids=False),
+        prompts,
+        lambda done, total: reporter.sampling("traces for the warm-up", done, total),
+    )
+
+
 def open_store(config: Config, stack: ExitStack) -> TraceStore | None:
     """The store, unless nothing will be asked; StoreError when a wanted teacher is not in it."""
-    if config.guidance.trigger == "never":
+    if config.guidance.trigger == "never" and not config.warmup.sft_steps:
         return None
     store = stack.enter_context(TraceStore(config.store.path))
     missing = sorted(set(config.guidance.teachers) - set(store.teachers()))

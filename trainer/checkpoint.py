@@ -3,7 +3,8 @@
     checkpoints/step-000050/
       config.json, *.safetensors, tokenizer files     an ordinary transformers model
       optimizer.pt                                    the optimizer's state and torch's generators
-      state.json                                      step, config, fingerprint of the problems
+      state.json                                      steps, config, fingerprint of the problems
+    checkpoints/sft-000050/                           the same in the warm-up, with its optimizer
 
 Sampling, order of problems and placement are functions of (seed, step, problem), so no position is needed
 beyond the step.
@@ -25,7 +26,7 @@ from store.errors import RunError
 from store.files import sync
 from trainer.config import Config
 from trainer.policy import Policy
-from trainer.run_files import step_name, step_of
+from trainer.run_files import Position
 
 MAY_CHANGE = {
     "run": None,
@@ -44,10 +45,12 @@ MAY_CHANGE = {
         "vllm_gpu_memory_utilization",
         "vllm_sleep",
     },
+    "warmup": {"sft_steps"},
     "student": {"device", "gradient_checkpointing", "chat_template"},
 }
 """Sections (None: whole) and keys that may differ on resume: they do not change what a step computes.
 A chat template's path may; what it says is compared when the tokenizer is loaded.
+`warmup.sft_steps` may until the first sampling step, see `check_resumable`.
 A schedule that runs down to max_steps is the exception, see `differences`."""
 
 
@@ -55,8 +58,7 @@ A schedule that runs down to max_steps is the exception, see `differences`."""
 class TrainState:
     """What a checkpoint says of itself."""
 
-    step: int
-    """Sampling steps done."""
+    done: Position
     config: Mapping[str, Any]
     problems_fingerprint: str
     """Content hash of the training problems, in order."""
@@ -69,7 +71,7 @@ def save(
 
     Raises RunError when the disk is full or not writable; what was there before stays.
     """
-    target = folder / step_name(state.step)
+    target = folder / state.done.name
     aside = folder / f".tmp-{target.name}"
     try:
         clear_leftovers(folder)
@@ -108,7 +110,8 @@ def _write(aside: Path, policy: Policy, optimizer: torch.optim.Optimizer, state:
     body = {"optimizer": optimizer.state_dict(), "generators": _generators(policy.device)}
     torch.save(body, aside / "optimizer.pt")
     described = {
-        "step": state.step,
+        "step": state.done.step,
+        "sft_step": state.done.sft_step,
         "problems_fingerprint": state.problems_fingerprint,
         "config": dict(state.config),
     }
@@ -128,8 +131,8 @@ def _generators(device: torch.device) -> dict[str, torch.Tensor]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints below `folder`, oldest first."""
-    found = [path for path in folder.glob("step-*") if (path / "state.json").is_file()]
-    return sorted(found, key=step_of)
+    names = (*folder.glob("sft-*"), *folder.glob("step-*"))
+    return sorted((path for path in names if (path / "state.json").is_file()), key=Position.of)
 
 
 def read_state(checkpoint: Path) -> TrainState:
@@ -137,7 +140,9 @@ def read_state(checkpoint: Path) -> TrainState:
     try:
         body = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         return TrainState(
-            step=body["step"], config=body["config"], problems_fingerprint=body["problems_fingerprint"]
+            done=Position(step=body["step"], sft_step=body["sft_step"]),
+            config=body["config"],
+            problems_fingerprint=body["problems_fingerprint"],
         )
     except (OSError, ValueError, KeyError) as error:
         raise RunError(f"no checkpoint at {checkpoint.absolute()}: {error}") from error
@@ -166,9 +171,13 @@ def check_resumable(state: TrainState, config: Config, problems_fingerprint: str
             f"problems.train holds other problems than {checkpoint} was trained on; "
             f"give it the same file, or start anew under another run.name"
         )
-    if state.step > config.train.max_steps:
+    if state.done.step > config.train.max_steps:
+        raise RunError(f"{checkpoint} is at {state.done}, past train.max_steps = {config.train.max_steps}")
+    steps = config.warmup.sft_steps
+    if state.done.sft_step > steps or (state.done.step and state.done.sft_step != steps):
         raise RunError(
-            f"{checkpoint} is at step {state.step}, past train.max_steps = {config.train.max_steps}"
+            f"{checkpoint} has {state.done.sft_step} steps of warm-up behind it; set warmup.sft_steps = "
+            f"{state.done.sft_step} again, not {steps}, or start anew under another run.name"
         )
 
 

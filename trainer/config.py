@@ -201,6 +201,21 @@ class TrainConfig(Section):
         return self
 
 
+class WarmupConfig(Section):
+    """[warmup]: supervised steps on the store's verified traces before RL; train.max_steps = 0: SFT alone.
+
+    Optimizer, micro-batches and clipping are [train]'s; RL then begins with a fresh optimizer state.
+    """
+
+    sft_steps: Count = 0
+    """Optimizer steps; 0: no warm-up."""
+    sft_traces: Literal["all", "shortest"] = "all"
+    """All traces that fit, or of each problem the one with the fewest student tokens."""
+    traces_per_step: Positive = 64
+    learning_rate: NotNegative = 1e-5
+    """Constant."""
+
+
 class EvalConfig(Section):
     """[eval]: held-out problems during training."""
 
@@ -253,6 +268,7 @@ class Config(PrecomputeConfig):
     student: StudentConfig = StudentConfig()
     rollout: RolloutConfig = RolloutConfig()
     guidance: GuidanceConfig = GuidanceConfig()
+    warmup: WarmupConfig = WarmupConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     run: RunConfig = RunConfig()

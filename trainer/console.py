@@ -16,7 +16,7 @@ from store.tables import plain_table
 from trainer.config import RunConfig
 from trainer.evaluation import Evaluation
 from trainer.groups import Group, Sample
-from trainer.run_files import logger
+from trainer.run_files import Position, logger
 
 LARGE_CUT_SHARE = 0.25
 """A warning is due when a larger share of the samples is cut."""
@@ -34,6 +34,7 @@ class ConsoleReporter:
         self.max_steps = 0
         self._progress = progress_bars(console)
         self._sampling: TaskID | None = None
+        self._warmup: TaskID | None = None
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -44,12 +45,24 @@ class ConsoleReporter:
     ) -> None:
         self._progress.stop()
 
-    def started(self, *, run: Path, step: int, max_steps: int) -> None:
+    def started(self, *, run: Path, after: Position, max_steps: int) -> None:
         """Says where the run is and from which step it goes on."""
         self.max_steps = max_steps
-        self._task = self._progress.add_task("training", total=max_steps, completed=step, note="")
-        begins = f"going on after step {step}" if step else "from the start"
+        self._task = self._progress.add_task("training", total=max_steps, completed=after.step, note="")
+        begins = "from the start" if after == Position() else f"going on after {after}"
         self._say(f"run {run}: {begins}, to step {max_steps}")
+
+    def warmed_up(self, row: dict[str, Any], steps: int) -> None:
+        """The live line of a step of the warm-up."""
+        if self._warmup is None:
+            self._warmup = self._progress.add_task("warm-up", total=steps, note="")
+        self._progress.update(
+            self._warmup, completed=row["sft/step"], visible=row["sft/step"] < steps, note=""
+        )
+        self._say(
+            f"warm-up {row['sft/step']:>{len(str(steps))}}/{steps}  loss {row['sft/loss']:6.3f}  "
+            f"{row['sft/traces']} traces, {row['sft/tokens']} tokens  {row['seconds/warmup']:.1f} s"
+        )
 
     def stepped(self, row: dict[str, Any], groups: list[Group]) -> None:
         """The live line, and every n steps a table of sample completions."""

@@ -25,7 +25,7 @@ from trainer.config import Config
 from trainer.estimate import Estimate, estimate, load_model_config, measured_flops, shape_of
 from trainer.policy import compute_dtype, load_tokenizer, pick_device
 from trainer.rollout import demanded_form, student_prompts
-from trainer.run_files import step_of
+from trainer.run_files import Position
 from trainer.sampler import check_sampler
 
 
@@ -65,8 +65,9 @@ def _start_line(config: Config) -> str:
     run = Path(config.run.dir).absolute() / config.run.name
     there = checkpoints(run / "checkpoints")
     if there:
-        return f"run {run}: would go on after step {step_of(there[-1])}, to step {config.train.max_steps}"
-    return f"run {run}: would start, {config.train.max_steps} steps"
+        return f"run {run}: would go on after {Position.of(there[-1])}, to step {config.train.max_steps}"
+    warmup = f"{config.warmup.sft_steps} supervised and " if config.warmup.sft_steps else ""
+    return f"run {run}: would start, {warmup}{config.train.max_steps} sampling steps"
 
 
 def estimate_table(config: Config) -> Table:

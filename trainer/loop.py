@@ -1,4 +1,4 @@
-"""`ampo train`, top to bottom: sample, reward, guide, update, sync, log, evaluate, save.
+"""`ampo train`, top to bottom: warm up, sample, reward, guide, update, sync, log, evaluate, save.
 
 Departures from the paper's published code stand in docs/departures.md.
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from trainer.interrupt import StopRequest, stop_on_signals
 from trainer.metrics import step_metrics
 from trainer.optimizer import learning_rate_at, set_learning_rate
 from trainer.rollout import Prompt, sample_groups, sampling_of
-from trainer.run_files import RunFiles, run_config, step_of
+from trainer.run_files import Position, RunFiles, run_config
 from trainer.schedule import problems_of_step, refills_of_step
 from trainer.step import NotFiniteError, member_advantages
 from trainer.timing import StepTimer
@@ -40,12 +40,17 @@ class TrainReport:
     """How a call of `train` ended."""
 
     run: Path
-    step: int
-    """Sampling steps done in all."""
+    done: Position
+    """Steps taken in all, those before a resume included."""
     checkpoint: Path | None
     """The last one there is; None when there is none."""
     interrupted_by: str | None
     """`SIGINT` or `SIGTERM`; None when it ran to the end."""
+
+    @property
+    def step(self) -> int:
+        """Sampling steps done in all."""
+        return self.done.step
 
 
 def train(config: Config, *, resume: str = "auto", reporter: TrainReporter) -> TrainReport:
@@ -64,40 +69,63 @@ def train(config: Config, *, resume: str = "auto", reporter: TrainReporter) -> T
         parts = assemble(config, run, start_from, reporter, stack)
         done = _resume_state(parts, start_from)
         goes_on = start_from is not None and start_from.parent == run.checkpoints
-        run.start(config, after_step=done if goes_on else -1)
+        run.start(config, after=done if goes_on else Position())
         stack.enter_context(run.log_to_file())
         stop = stack.enter_context(stop_on_signals())
-        reporter.started(run=run.root, step=done, max_steps=config.train.max_steps)
-        return run_steps(parts, done, start_from, stop)
+        reporter.started(run=run.root, after=done, max_steps=config.train.max_steps)
+        done, saved = warm_up(parts, done, start_from, stop)
+        return run_steps(parts, done, saved, stop)
 
 
-def run_steps(parts: Parts, done: int, saved: Path | None, stop: StopRequest) -> TrainReport:
-    """From the step after `done`, which `saved` holds, to the last, or to a stop."""
+def warm_up(
+    parts: Parts, done: Position, saved: Path | None, stop: StopRequest
+) -> tuple[Position, Path | None]:
+    """The supervised steps that are still to be taken before the first sampling step, if any."""
+    config, last = parts.config, parts.config.warmup.sft_steps
+    if done.step == 0 and done.sft_step < last:
+        parts.sampler.sleep()
+    while done.step == 0 and done.sft_step < last and not stop:
+        step = Position(sft_step=done.sft_step + 1)
+        with _explained(parts.run, step, saved):
+            row = parts.warmup.step(step.sft_step)
+        parts.run.add_metrics(row)
+        parts.reporter.warmed_up(row, last)
+        done = step
+        if step.sft_step == last or stop or step.sft_step % config.run.save_every == 0:
+            saved = save(parts, step)
+    if done.sft_step == last:
+        parts.warmup.forget()
+    return done, saved
+
+
+def run_steps(parts: Parts, done: Position, saved: Path | None, stop: StopRequest) -> TrainReport:
+    """From the sampling step after `done`, which `saved` holds, to the last, or to a stop."""
     config, run = parts.config, parts.run
-    with _explained(run, done, saved):
-        parts.sampler.sync(done)
-    if done == 0 and parts.eval_prompts:
-        run.add_metrics({"step": 0, **_evaluate(parts, 0)})
-    while done < config.train.max_steps and not stop:
-        step = done + 1
-        with _explained(run, step, saved):
+    if not stop:
+        with _explained(run, done, saved):
+            parts.sampler.sync(done.step)
+        if done.step == 0 and parts.eval_prompts:
+            run.add_metrics({"step": 0, **_evaluate(parts, 0)})
+    while done.step < config.train.max_steps and not stop:
+        step = done.step + 1
+        with _explained(run, replace(done, step=step), saved):
             row, groups = train_step(parts, step)
         last = step == config.train.max_steps
         if parts.eval_prompts and not stop and (last or step % config.eval.every == 0):
             row |= _evaluate(parts, step)
         run.add_metrics(row)
         parts.reporter.stepped(row, groups)
-        done = step
+        done = replace(done, step=step)
         if last or stop or step % config.run.save_every == 0:
-            saved = save(parts, step)
-    finished = done >= config.train.max_steps
+            saved = save(parts, done)
+    finished = done >= Position(step=config.train.max_steps, sft_step=config.warmup.sft_steps)
     return TrainReport(
-        run=run.root, step=done, checkpoint=saved, interrupted_by=None if finished else stop.signal
+        run=run.root, done=done, checkpoint=saved, interrupted_by=None if finished else stop.signal
     )
 
 
 @contextmanager
-def _explained(run: RunFiles, step: int, saved: Path | None) -> Iterator[None]:
+def _explained(run: RunFiles, step: Position, saved: Path | None) -> Iterator[None]:
     """Says in one line what ended a step that cannot be computed, and where to go on."""
     where = f"the last checkpoint is {saved}" if saved else "there is no checkpoint yet"
     try:
@@ -105,18 +133,15 @@ def _explained(run: RunFiles, step: int, saved: Path | None) -> Iterator[None]:
     except NotFiniteError as error:
         batch = run.write_failed_batch(step, error.sequences)
         raise TrainingError(
-            f"step {step}: {error}; its batch is in {batch}; {where}; "
-            "a smaller train.learning_rate often helps"
+            f"{step}: {error}; its batch is in {batch}; {where}; a smaller train.learning_rate often helps"
         ) from error
     except FloatingPointError as error:
-        raise TrainingError(
-            f"step {step}: {error}; {where}; a smaller train.learning_rate often helps"
-        ) from error
+        raise TrainingError(f"{step}: {error}; {where}; a smaller train.learning_rate often helps") from error
     except EngineError as error:
-        raise TrainingError(f"step {step}: {error}; {where}") from error
+        raise TrainingError(f"{step}: {error}; {where}") from error
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"step {step}: out of GPU memory; lower train.max_tokens_per_microbatch or rollout.batch_size "
+            f"{step}: out of GPU memory; lower train.max_tokens_per_microbatch or rollout.batch_size "
             f"(both leave the result as it is), or set student.gradient_checkpointing; {where}"
         ) from error
 
@@ -208,17 +233,23 @@ def _evaluate(parts: Parts, step: int) -> dict[str, float]:
     return {**evaluation.metrics, "seconds/eval": round(timer.total, 4)}
 
 
-def save(parts: Parts, step: int) -> Path:
+def save(parts: Parts, done: Position) -> Path:
     """A checkpoint of the step that was just finished."""
     state = TrainState(
-        step=step,
+        done=done,
         config=parts.config.model_dump(mode="json"),
         problems_fingerprint=parts.problems_fingerprint,
     )
     folder = parts.run.checkpoints
-    path = checkpoint.save(folder, parts.policy, parts.optimizer, state, keep_last=parts.config.run.keep_last)
+    optimizer = optimizer_at(parts, done)
+    path = checkpoint.save(folder, parts.policy, optimizer, state, keep_last=parts.config.run.keep_last)
     parts.reporter.saved(path)
     return path
+
+
+def optimizer_at(parts: Parts, done: Position) -> torch.optim.Optimizer:
+    """The one that took the last step: the warm-up has its own."""
+    return parts.warmup.optimizer if done.step == 0 and done.sft_step else parts.optimizer
 
 
 def find_start(run: RunFiles, config: Config, resume: str) -> Path | None:
@@ -236,7 +267,7 @@ def find_start(run: RunFiles, config: Config, resume: str) -> Path | None:
         return None
     start = Path(resume).absolute()
     checkpoint.read_state(start)
-    later = [path for path in own if step_of(path) > step_of(start) or path.parent != start.parent]
+    later = [path for path in own if Position.of(path) > Position.of(start) or path.parent != start.parent]
     if later:
         raise RunError(
             f"{run.root} holds {later[-1].name}, which this would overwrite; choose another run.name"
@@ -246,18 +277,20 @@ def find_start(run: RunFiles, config: Config, resume: str) -> Path | None:
 
 def check_same_beginning(run: RunFiles, config: Config) -> None:
     """A run that stopped before its first checkpoint is done again, but never by another config."""
-    if not (run.root / "config.toml").exists() or not any(row["step"] > 0 for row in run.metrics()):
+    if not (run.root / "config.toml").exists() or not any(
+        row["step"] > 0 or "sft/step" in row for row in run.metrics()
+    ):
         return
     changed = checkpoint.differences(run_config(run).model_dump(mode="json"), config)
     if changed:
         raise RunError(f"{run.root} holds a run with {'; '.join(changed)}; choose another run.name")
 
 
-def _resume_state(parts: Parts, start_from: Path | None) -> int:
+def _resume_state(parts: Parts, start_from: Path | None) -> Position:
     """Steps done; restores the optimizer."""
     if start_from is None:
-        return 0
+        return Position()
     state = checkpoint.read_state(start_from)
     checkpoint.check_resumable(state, parts.config, parts.problems_fingerprint, start_from)
-    checkpoint.restore_optimizer(start_from, parts.optimizer, parts.policy.device)
-    return state.step
+    checkpoint.restore_optimizer(start_from, optimizer_at(parts, state.done), parts.policy.device)
+    return state.done

@@ -8,6 +8,7 @@ Pure: tensors, the config's numbers and the step's counts in, the micro-batch's 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,10 @@ class Partial:
     """Of |trainer's - sampler's log-probability|; None where the sampler's are not known."""
     sampler_capped: float | None
     """Tokens whose correction is_cap holds back."""
+
+
+MicroLoss = Callable[[LossInputs, TrainConfig, GuidanceConfig, StepCounts], tuple[Tensor, Partial]]
+"""What `micro_loss` is."""
 
 
 def micro_loss(

@@ -6,8 +6,8 @@ are asked about, a chunk of tokens at a time, forward and backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,6 +79,15 @@ class Policy:
     def computing(self) -> AbstractContextManager[Any]:
         """Forward passes inside compute in the policy's dtype; the weights stay float32."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """Another temperature than the sampling policy's for the block, backward passes included."""
+        before, self.temperature = self.temperature, temperature
+        try:
+            yield
+        finally:
+            self.temperature = before
 
     def statistics(self, batch: TokenBatch) -> TokenStatistics:
         """Log-probability and entropy of every asked token, at the sampling temperature.

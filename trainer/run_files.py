@@ -5,7 +5,7 @@
     queries/step-000001.parquet      every candidate of every question
     evals/step-000010.parquet        every sample of an evaluation
     failed/step-000012.parquet       the batch whose loss or gradient was no number, where there was one
-    checkpoints/step-000050/         see `checkpoint`
+    checkpoints/step-000050/         see `checkpoint`; in the warm-up sft-000050
 
 A step's files are named by the step, so a resumed run writes over what an interrupted one left.
 """
@@ -18,11 +18,11 @@ import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -99,6 +99,31 @@ PACKAGES = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Position:
+    """How far a run is; a later one is the greater."""
+
+    step: int = 0
+    """Sampling steps done."""
+    sft_step: int = 0
+    """Steps of the warm-up done, all of which come before the first sampling step."""
+
+    def __str__(self) -> str:
+        in_warmup = self.sft_step and not self.step
+        return f"step {self.sft_step} of the warm-up" if in_warmup else f"step {self.step}"
+
+    @property
+    def name(self) -> str:
+        """Of its checkpoint."""
+        return step_name(self.step) if self.step else f"sft-{self.sft_step:06d}"
+
+    @classmethod
+    def of(cls, checkpoint: Path) -> Self:
+        """What the checkpoint's name says."""
+        kind, _, number = checkpoint.name.partition("-")
+        return cls(step=int(number)) if kind == "step" else cls(sft_step=int(number))
+
+
 class RunFiles:
     """Writes a run's files; each appears whole."""
 
@@ -116,18 +141,20 @@ class RunFiles:
         if not os.access(there, os.W_OK | os.X_OK):
             raise RunError(f"run.dir: no permission to write {there}")
 
-    def start(self, config: Config, *, after_step: int) -> None:
-        """Writes config and environment, and drops what an interrupted run logged past `after_step`
-        (-1: everything)."""
+    def start(self, config: Config, *, after: Position) -> None:
+        """Writes config and environment, and drops what an interrupted run logged past `after`. What comes
+        between the warm-up and the first sampling step is past both."""
         for folder in ("rollouts", "queries", "evals", "checkpoints"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
         self._text("config.toml", toml_of(config))
         self._text("env.json", json.dumps(environment(), indent=2) + "\n")
-        kept = [row for row in self.metrics() if row["step"] <= after_step]
+        # The evaluation before the first sampling step is done again by whoever has not got past it.
+        last = after.step or -1
+        kept = [row for row in self.metrics() if _is_before(row, after.sft_step, last)]
         self._text("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
         for folder in ("rollouts", "queries", "evals"):
             for file in (self.root / folder).glob("step-*.parquet"):
-                if step_of(file) > after_step:
+                if step_of(file) > last:
                     file.unlink()
 
     @contextmanager
@@ -176,10 +203,10 @@ class RunFiles:
         rows = [row for group in groups for row in _group_rows(step, group, None)]
         self._table("evals", step, rows, ROLLOUT_SCHEMA)
 
-    def write_failed_batch(self, step: int, sequences: Sequence[TrainSequence]) -> Path:
+    def write_failed_batch(self, step: Position, sequences: Sequence[TrainSequence]) -> Path:
         """What a step that is no number computed on, a row a sequence; returns the file."""
-        rows = [{"step": step, **asdict(sequence)} for sequence in sequences]
-        path = self.root / "failed" / f"{step_name(step)}.parquet"
+        rows = [{"step": step.step, **asdict(sequence)} for sequence in sequences]
+        path = self.root / "failed" / f"{step.name}.parquet"
         path.parent.mkdir(exist_ok=True)
         with whole_file(path) as file:
             pq.write_table(pa.Table.from_pylist(rows, schema=FAILED_SCHEMA), file, compression="zstd")
@@ -193,6 +220,11 @@ class RunFiles:
     def _text(self, name: str, text: str) -> None:
         with whole_file(self.root / name) as file:
             file.write(text.encode("utf-8"))
+
+
+def _is_before(row: Mapping[str, Any], sft_step: int, step: int) -> bool:
+    """Whether a line of metrics tells of what a run that is so far has behind it."""
+    return bool(row["sft/step"] <= sft_step if "sft/step" in row else row["step"] <= step)
 
 
 def _group_rows(step: int, group: Group, advantages: Sequence[float] | None) -> list[dict[str, Any]]:
@@ -233,7 +265,7 @@ def step_name(step: int) -> str:
 
 
 def step_of(path: Path) -> int:
-    """The step in a file's or folder's name."""
+    """The step in a file's name."""
     return int(path.stem.removeprefix("step-"))
 
 

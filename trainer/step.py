@@ -16,7 +16,7 @@ from trainer.batch import TokenBatch, TrainSequence, deal, fill, place_values, t
 from trainer.config import GuidanceConfig, TrainConfig
 from trainer.distributed import ALONE, World
 from trainer.groups import Group
-from trainer.loss import LossInputs, Partial, micro_loss
+from trainer.loss import LossInputs, MicroLoss, Partial, micro_loss
 from trainer.objective import StepCounts, count, group_advantages
 from trainer.policy import Policy, Reference
 from trainer.sharding import whole_tensor, whole_weights
@@ -72,6 +72,7 @@ class Updater:
         max_completion_length: int,
         reference: Reference | None = None,
         world: World = ALONE,
+        loss: MicroLoss = micro_loss,
     ) -> None:
         self.policy = policy
         self.optimizer = optimizer
@@ -80,6 +81,7 @@ class Updater:
         self.max_completion_length = max_completion_length
         self.reference = reference
         self.world = world
+        self.loss = loss
 
     def update(self, groups: Sequence[Group], advantages: Tensor) -> UpdateReport:
         """One optimizer step for each mini-batch of `mini_batch_problems` groups.
@@ -192,7 +194,7 @@ class Updater:
     ) -> Partial:
         """Adds a micro-batch's gradient to what is there."""
         inputs = self._inputs(sequences, old)
-        loss, partial = micro_loss(inputs, self.train, self.guidance, counts)
+        loss, partial = self.loss(inputs, self.train, self.guidance, counts)
         loss.backward()  # type: ignore[no-untyped-call]
         return partial
 

@@ -15,6 +15,7 @@ from trainer.inspection import QuerySummary, Question, curve, evaluation_rows
 from trainer.plot import sparkline
 
 CURVES = (
+    "sft/loss",
     "reward",
     "accuracy",
     "groups/all_fail",
