@@ -11,7 +11,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from store.errors import EngineError
 from trainer.config import StudentConfig
@@ -101,6 +100,8 @@ def narrowed(policy: Policy) -> dict[str, Tensor]:
 
 def dequantized(policy: Policy) -> dict[str, Tensor]:
     """Name -> weight of the model below the adapters, on the CPU, in the type that it computes in."""
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
     return {
         name.replace(".base_layer", ""): dequantize_bnb_weight(parameter).to("cpu", policy.dtype)
         for name, parameter in policy.causal.named_parameters()
