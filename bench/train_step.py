@@ -46,7 +46,7 @@ from trainer.assemble import SilentReporter, assemble
 from trainer.config import Config
 from trainer.groups import Sample
 from trainer.loop import train_step
-from trainer.run_files import RunFiles
+from trainer.run_files import Position, RunFiles
 
 STUDENT = "lab/models/student"
 PROBLEMS = "lab/problems/train.jsonl"
@@ -229,7 +229,7 @@ def ampo(task: Task) -> Measured:
         config = load_config(Config, "configs/lab.toml", settings(task, folder))
         run = RunFiles(Path(folder) / "run")
         parts = assemble(config, run, None, SilentReporter(), stack)
-        run.start(config, after_step=-1)
+        run.start(config, after=Position())
         judge: Any = PlainJudge(task.reward, clock)
         parts = replace(parts, judge=judge)
         for step in range(1, WARM_UP + task.steps + 1):
