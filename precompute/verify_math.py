@@ -12,8 +12,8 @@ for to read or to compare what a model wrote may take for ever. How it departs f
 - Numbers agree in six decimals *and* six significant digits; math-verify's absolute rounding takes
   10^{-20} for 10^{-22}.
 
-And so that it is quick: what was read is kept, ANTLR predicts in its fast mode first, and a difference that
-shows in numbers needs no `simplify` to be believed.
+And so that it is quick: what was read is kept, the grammar is helped (verify_grammar.py), and a difference
+that shows in numbers needs no `simplify` to be believed.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from typing import Any, NamedTuple
 
 import mpmath  # type: ignore[import-untyped]
 import sympy  # type: ignore[import-untyped]
-from antlr4.atn.PredictionMode import PredictionMode  # type: ignore[import-untyped]
-from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
 from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
 from math_verify.grader import should_treat_as_complex, verify
 from math_verify.parser import get_last_eq
 from sympy.core.function import AppliedUndef  # type: ignore[import-untyped]
+
+from precompute.verify_grammar import Grammar
 
 SHOWN_CHARS = 1_000
 KEPT_READINGS = 512
@@ -222,33 +222,15 @@ def parse(latex: str) -> Any:
 
     Raises what the grammar raises: Exception itself, among others.
     """
-    attempts = [
-        (text, quick) for text in dict.fromkeys((latex, get_last_eq(latex))) for quick in (True, False)
-    ]
-    for text, quick in attempts[:-1]:
+    last = get_last_eq(latex)
+    if last != latex:
         with suppress(Exception):
-            return _Grammar(text, quick=quick).parse(text)
-    text, quick = attempts[-1]
-    return _Grammar(text, quick=quick).parse(text)
+            return _grammar(latex).parse(latex)
+    return _grammar(last).parse(last)
 
 
-class _Grammar(_Latex2Sympy):  # type: ignore[misc]
-    """latex2sympy's grammar. `quick`: ANTLR predicts in its SLL mode, which gives the tree that the full mode
-    gives or a syntax error (documented at PredictionMode.SLL)."""
-
-    def __init__(self, latex: str, *, quick: bool) -> None:
-        super().__init__(is_real=not should_treat_as_complex(latex))
-        self._quick = quick
-
-    def create_parser(self, latex_str: str) -> Any:
-        parser = super().create_parser(latex_str)
-        if self._quick:
-            parser._interp.predictionMode = PredictionMode.SLL
-        return parser
-
-    def parse_number(self, text: str) -> Any:
-        """Whole numbers without the detour through Python's `eval` that sympy.Number takes."""
-        return sympy.Integer(text) if text.isascii() and text.isdigit() else super().parse_number(text)
+def _grammar(latex: str) -> Grammar:
+    return Grammar(is_real=not should_treat_as_complex(latex))
 
 
 def plain_latex(text: str) -> str:

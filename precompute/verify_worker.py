@@ -6,7 +6,7 @@
     <- ["taken", "", null, null]                                        at once, or it died while idle
     <- ["match", "", "7/4", "1.75000000000000"]                         verify_math.Reading
 
-Whatever the parent's directory and `__main__` are, it finds its one neighbour, verify_math.py, by its path.
+Whatever the parent's directory and `__main__` are, it finds its neighbour, verify_math.py, by its path.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,18 +18,8 @@ from precompute.verify_math import (
     judge,
     normalized,
     parse,
-    plain_latex,
     plain_number,
     read_math,
-)
-
-EXAMPLES = Path(__file__).parent / "data" / "math_verify_examples.jsonl"
-TEXTS = sorted(
-    {
-        row[key]
-        for row in map(json.loads, EXAMPLES.read_text("utf-8").splitlines())
-        for key in ("gold", "answer")
-    }
 )
 
 integers = st.integers(-(10**30), 10**30).map(str)
@@ -61,27 +49,6 @@ def test_a_plain_number_is_what_the_grammar_makes_of_it(text: str) -> None:
 )
 def test_what_is_no_plain_number_is_left_to_the_grammar(text: str) -> None:
     assert plain_number(text) is None
-
-
-def read_without_haste(text: str) -> Any:
-    latex = normalized(plain_latex(text))
-    try:
-        return verify_math._Grammar(latex, quick=False).parse(latex)
-    except Exception:  # noqa: BLE001  What the grammar raises.
-        return None
-
-
-def test_the_quick_mode_of_the_grammar_reads_what_the_full_mode_reads() -> None:
-    read = 0
-    for text in TEXTS[::2]:
-        latex = normalized(plain_latex(text))
-        try:
-            quick = verify_math._Grammar(latex, quick=True).parse(latex)
-        except Exception:  # noqa: BLE001
-            continue
-        assert sympy.srepr(quick) == sympy.srepr(read_without_haste(text)), text
-        read += 1
-    assert read > len(TEXTS) / 4
 
 
 def formulas() -> st.SearchStrategy[str]:
