@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -227,37 +228,40 @@ class Verifier:
                 self._known.put(job.pair, outcome.result())
 
     def _serve(self, number: int) -> None:
-        """One worker's thread. It starts it, too: Linux ends a worker together with its starting thread."""
+        """One worker's thread: whatever ends it, nobody waits for a verdict that never comes."""
+        held: list[Job] = []
+        try:
+            self._serve_jobs(number, held)
+        except EngineError as failure:
+            self._fail(failure, held)
+        finally:
+            if error := sys.exception():
+                self._fail(EngineError(f"a verification thread ended: {type(error).__name__}: {error}"), held)
+
+    def _serve_jobs(self, number: int, held: list[Job]) -> None:
+        """Starts a worker, too: Linux ends it together with its starting thread. `held`: what it works on."""
         worker = WorkerProcess(self._memory_mb)
         self._workers.append(worker)
         try:
             while True:
-                # Ready before it takes a job, so that a job never waits for a start beside an idle worker.
+                # Ready before it takes jobs, so that none waits for a start beside an idle worker.
                 worker.wait_until_ready()
-                job = self._jobs.get(number)
-                if job is None:
+                held += self._jobs.get(number)
+                if not held:
                     return
-                if job.outcome.set_running_or_notify_cancel():
-                    self._answer(job, worker)
-        except EngineError as failure:
-            self._fail(failure)
+                for outcome in worker.ask_all([(job.pair, job.timeout) for job in held]):
+                    held.pop(0).outcome.set_result(outcome)
+                while held:  # interrupted
+                    held.pop().outcome.cancel()
         finally:
             worker.kill()
 
-    def _answer(self, job: Job, worker: WorkerProcess) -> None:
-        try:
-            job.outcome.set_result(worker.ask(job.pair, job.timeout))
-        except EngineError as failure:
-            job.outcome.set_exception(failure)
-            raise
-
-    def _fail(self, failure: EngineError) -> None:
+    def _fail(self, failure: EngineError, held: list[Job]) -> None:
         with self._lock:
             self._failure = failure
-            dropped = self._jobs.drain()
-        for job in dropped:
-            if job.outcome.set_running_or_notify_cancel():
-                job.outcome.set_exception(failure)
+            held += self._jobs.drain()
+        while held:
+            held.pop().outcome.set_exception(failure)
 
 
 def _verdict(solution: Solution, outcome: Outcome) -> Verdict:

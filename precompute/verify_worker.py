@@ -3,9 +3,10 @@
 `precompute.verify` starts this file by its path and speaks lines of JSON with it over the pipes:
 
     -> {"gold": "\\\\frac{7}{4}", "answer": "1.75", "timeout": 5.0}      answer null: only read the gold
-    <- ["taken", "", null, null]                                        at once, or it died while idle
+    <- ["taken", "", null, null]                                        when it begins with this one
     <- ["match", "", "7/4", "1.75000000000000"]                         verify_math.Reading
 
+More lines may be sent than are answered by now. Nothing taken at once by an idle worker: it died.
 Whatever the parent's directory and `__main__` are, it finds its neighbour, verify_math.py, by its path.
 """
 
@@ -36,18 +37,22 @@ def main(memory_mb: int) -> None:
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
     _reply(replies, "ready")
+    replies.flush()
     for text in TYPICAL:
         if requests.empty():
             judge(text, text)
     while True:
         request = requests.get()
         _reply(replies, "taken")
+        replies.flush()
         # Where the parent's death sends no signal, this still ends a computation nobody waits for.
         _limit(resource.RLIMIT_CPU, math.ceil(sum(os.times()[:2]) + request["timeout"]) + 5)
         try:
             _reply(replies, *judge(request["gold"], request["answer"]))
         except Exception as error:  # noqa: BLE001  sympy raises anything; the verdict names it.
             _reply(replies, "error", f"{type(error).__name__} while comparing")
+        if requests.empty():  # otherwise it travels with the next "taken"
+            replies.flush()
 
 
 def _claim_stdout() -> BinaryIO:
@@ -66,7 +71,6 @@ def _reply(
     parsed_answer: str | None = None,
 ) -> None:
     replies.write(json.dumps([reason, detail, parsed_gold, parsed_answer]).encode() + b"\n")
-    replies.flush()
 
 
 def _read_requests(requests: queue.SimpleQueue[dict[str, Any]]) -> None:

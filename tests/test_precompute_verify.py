@@ -304,6 +304,45 @@ def test_workers_that_cannot_start_are_one_clear_error() -> None:
                 judge.submit(f"\\boxed{{{answer}}}", "5").result(timeout=60)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whatever_ends_a_thread_nobody_waits_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stranger = tmp_path / "stranger.py"
+    stranger.write_text("print('no JSON', flush=True)\ninput()\n")
+    monkeypatch.setattr("precompute.verify_process._WORKER_FILE", stranger)
+    with Verifier(workers=2) as judge:
+        for answer in ("5", "6"):
+            with pytest.raises(EngineError, match="a verification thread ended: JSONDecodeError"):
+                judge.submit(f"\\boxed{{{answer}}}", "5").result(timeout=60)
+
+
+def test_a_machine_without_room_for_a_process_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    with Verifier(workers=1, timeout=1.0) as judge:
+        assert is_match(judge, "5", "5")
+        monkeypatch.setattr(subprocess, "Popen", no_room)
+        # The worker is killed for the first, and cannot be replaced for the second.
+        futures = [judge.submit(f"\\boxed{{9^{{9^{{9^{{{n}}}}}}}}}", "5") for n in (8, 9)]
+        for future in futures:
+            with pytest.raises(EngineError, match="a verification worker cannot be started"):
+                future.result(timeout=60)
+
+
+def test_pairs_handed_over_together_have_a_deadline_each() -> None:
+    with Verifier(workers=1, timeout=1.0) as judge:
+        assert is_match(judge, "0", "0")
+        # 150 pairs: the worker gets 16 at once; three of them take for ever and are timed out alone.
+        answers = [f"9^{{9^{{9^{{{n}}}}}}}" if n % 50 == 49 else str(n) for n in range(150)]
+        futures = [judge.submit(f"\\boxed{{{answer}}}", "7") for answer in answers]
+        reasons = [future.result(timeout=60).reason for future in futures]
+    assert [n for n, reason in enumerate(reasons) if reason == "timeout"] == [49, 99, 149]
+    assert [n for n, reason in enumerate(reasons) if reason == "match"] == [7]
+    assert reasons.count("mismatch") == 146
+
+
 def test_verdicts_come_in_the_order_of_the_pairs(verifier: Verifier) -> None:
     pairs = [("\\boxed{5}", "5"), ("none", "5"), ("<answer>5</answer>", "6"), ("\\boxed{4} \\boxed{5}", "5")]
     verdicts = verifier.verify_all(pairs)
