@@ -35,7 +35,7 @@ MAY_CHANGE = {
     "teachers": None,
     "store": {"part_traces", "part_seconds"},
     "problems": None,
-    "train": {"max_steps", "max_tokens_per_microbatch"},
+    "train": {"max_steps", "max_tokens_per_microbatch", "offload_optimizer"},
     "rollout": {
         "batch_size",
         "base_urls",
@@ -150,7 +150,8 @@ def read_state(checkpoint: Path) -> TrainState:
 
 def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Loads the optimizer's state and torch's generators."""
-    saved = torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True)
+    # On the host: each optimizer takes its state to where it belongs.
+    saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(saved["optimizer"])
     generators = saved["generators"]
     torch.set_rng_state(generators["cpu"].cpu())

@@ -174,7 +174,9 @@ class TrainConfig(Section):
     beta: NotNegative = 0.0
     """Weight of the KL to the student as it was before training; 0 keeps no reference model."""
     optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """The 8-bit ones are bitsandbytes'."""
+    """The 8-bit ones are bitsandbytes'; the paged one's state goes to the host when the GPU is full."""
+    offload_optimizer: bool = False
+    """Keeps adamw's state in host memory, 8 bytes a weight; a step moves twice as many over the bus."""
     learning_rate: NotNegative = 1e-6
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Count = 0
@@ -190,6 +192,15 @@ class TrainConfig(Section):
         if 0 < bound <= 1:
             raise ValueError("give a ratio above 1, e.g. 3.0, or 0 to switch dual clipping off")
         return bound
+
+    @model_validator(mode="after")
+    def _what_is_offloaded_is_adamw(self) -> Self:
+        if self.offload_optimizer and self.optim != "adamw":
+            raise ValueError(
+                f'offload_optimizer = true needs optim = "adamw", not "{self.optim}"; leave it out: the '
+                "state of paged_adamw_8bit goes to the host by itself"
+            )
+        return self
 
     @model_validator(mode="after")
     def _mini_batches_fill_a_step(self) -> Self:

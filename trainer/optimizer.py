@@ -9,6 +9,7 @@ import torch
 
 from store.errors import EngineError
 from trainer.config import TrainConfig
+from trainer.offload import OffloadedAdamW
 
 
 def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
@@ -21,7 +22,7 @@ def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    kind: Any = _bitsandbytes_kind(config.optim) if config.optim != "adamw" else torch.optim.AdamW
+    kind = _kind(config)
     # Unfused, AdamW makes temporaries as large as all the weights.
     options = {"fused": True} if config.optim == "adamw" and trained[0].is_cuda else {}
     optimizer: torch.optim.Optimizer = kind(
@@ -31,6 +32,12 @@ def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
         **options,
     )
     return optimizer
+
+
+def _kind(config: TrainConfig) -> Any:
+    if config.optim != "adamw":
+        return _bitsandbytes_kind(config.optim)
+    return OffloadedAdamW if config.offload_optimizer else torch.optim.AdamW
 
 
 def _bitsandbytes_kind(optim: str) -> Any:
