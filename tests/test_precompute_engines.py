@@ -7,6 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,26 @@ def test_a_request_gives_the_same_completion_alone_and_in_any_batch(engine: Tran
     for each in requests[:8]:
         (alone,) = engine.generate([each], sampling())
         assert alone.token_ids == together[each.request_id].token_ids == shuffled[each.request_id].token_ids
+        assert alone.logprobs == pytest.approx(together[each.request_id].logprobs, abs=1e-4)
+
+
+def test_a_prompt_that_many_share_is_computed_once_and_they_draw_what_they_draw_alone(tokenizer: Any) -> None:
+    model = random_model()
+    passes: list[tuple[int, int]] = []
+    model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: passes.append(inputs[0].shape))
+    engine = TransformersEngine(model, tokenizer, batch_size=16)
+    # Four prompts of 3 to 6 tokens, six samples of each: 16 rows begin, others join.
+    shared = [request(number % 4, seed=number) for number in range(24)]
+    named = [replace(each, request_id=f"r{number}") for number, each in enumerate(shared)]
+    together = by_id(engine.generate(named[::-1], sampling()))
+    prompts = [tuple(shape) for shape in passes if shape[1] > 1]
+    # The short ones first: 16 rows begin with two prompts six times and a third of 5 tokens four times; its
+    # last column is computed with the first drawn token.
+    assert prompts[0] == (3, 4)
+    assert max(rows for rows, _ in prompts) == 3
+    for each in named:
+        (alone,) = engine.generate([each], sampling())
+        assert alone.token_ids == together[each.request_id].token_ids
         assert alone.logprobs == pytest.approx(together[each.request_id].logprobs, abs=1e-4)
 
 

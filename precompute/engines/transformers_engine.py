@@ -138,8 +138,29 @@ class TransformersEngine:
                 feed.wait()
 
     def _rows(self, requests: Sequence[Request], sampling: Sampling) -> Rows:
-        return Rows(
-            requests, sampling, pad_id=self._eos[0], cache=self._new_cache(), device=self._model.device
+        cache, device = self._new_cache(), self._model.device
+        rows = Rows(requests, sampling, pad_id=self._eos[0], cache=cache, device=device)
+        if rows.can_be_joined:
+            self._read_prompts(rows)
+        return rows
+
+    def _read_prompts(self, rows: Rows) -> None:
+        """Computes what rows with the same prompt share once; without such rows, nothing."""
+        distinct = {request.prompt_ids: row for row, request in reversed(list(enumerate(rows.requests)))}
+        if len(distinct) == len(rows) or rows.ids.shape[1] == 1:
+            return
+        ids, mask = rows.ids[list(distinct.values()), :-1], rows.mask[list(distinct.values()), :-1]
+        with _lent(self._model):
+            _base_model(self._model).base_model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                past_key_values=rows.cache,
+                use_cache=True,
+            )
+        places = {prompt: place for place, prompt in enumerate(distinct)}
+        rows.cache.batch_select_indices(
+            torch.tensor([places[request.prompt_ids] for request in rows.requests], device=rows.ids.device)
         )
 
     def _room(self, rows: Rows | None) -> int:
