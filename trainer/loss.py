@@ -91,7 +91,9 @@ def micro_loss(
     lengths = inputs.response_mask.sum(dim=1)
     weights = LOSS_TYPES[train.loss_type](lengths, inputs.is_teacher, counts)
     kl = _kl(inputs)
-    regulariser = (train.beta * kl - train.entropy_coef * inputs.entropy)[inputs.student_mask].sum()
+    # What weighs nothing needs no backward pass.
+    entropy = inputs.entropy if train.entropy_coef else inputs.entropy.detach()
+    regulariser = (train.beta * kl - train.entropy_coef * entropy)[inputs.student_mask].sum()
     loss = reduce_terms(terms, inputs.response_mask, weights)
     loss = loss + regulariser / max(counts.student_tokens, 1)
     return loss, _partial(inputs, loss, kl, log_ratio, train)

@@ -143,7 +143,8 @@ class Policy:
         softcap = getattr(self.causal.config, "final_logit_softcapping", None)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        return of(logits / self.temperature, targets)
+        # At 1 the division would only copy.
+        return of(logits if self.temperature == 1 else logits / self.temperature, targets)
 
 
 class WithoutAdapters:

@@ -14,6 +14,7 @@ import gc
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class TransformersEngine:
         base = _base_model(model)
         self._eos = eos_ids(base.generation_config, tokenizer)
         self._eos_set = frozenset(self._eos)
+        self._can_keep_few_logits = "logits_to_keep" in signature(base.forward).parameters
         self._context_length = getattr(base.config.get_text_config(), "max_position_embeddings", None)
 
     @classmethod
@@ -140,7 +142,7 @@ class TransformersEngine:
     def _rows(self, requests: Sequence[Request], sampling: Sampling) -> Rows:
         cache, device = self._new_cache(), self._model.device
         rows = Rows(requests, sampling, pad_id=self._eos[0], cache=cache, device=device)
-        if rows.can_be_joined:
+        if rows.can_be_joined and self._can_keep_few_logits:
             self._read_prompts(rows)
         return rows
 
@@ -151,12 +153,13 @@ class TransformersEngine:
             return
         ids, mask = rows.ids[list(distinct.values()), :-1], rows.mask[list(distinct.values()), :-1]
         with _lent(self._model):
-            _base_model(self._model).base_model(
+            self._model(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
                 past_key_values=rows.cache,
                 use_cache=True,
+                logits_to_keep=1,
             )
         places = {prompt: place for place, prompt in enumerate(distinct)}
         rows.cache.batch_select_indices(
