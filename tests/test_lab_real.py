@@ -69,8 +69,8 @@ def test_the_problems_are_those_of_the_published_file() -> None:
 def test_the_config_resolves_and_every_trace_can_be_used() -> None:
     config = load_config(Config, str(ROOT / "configs" / "real.toml"), [])
     assert (config.student.use_peft, config.rollout.num_generations) == (True, 4)
-    # Eight steps of four problems, so that some of the forty stay unseen and can be read for comparison.
-    assert config.train.max_steps * config.train.problems_per_step == 32
+    # Four steps of four problems: most of the forty stay unseen and can be read for comparison.
+    assert config.train.max_steps * config.train.problems_per_step == 16
     assert config.problems.train == str(TRACES.relative_to(ROOT))
     assert config.student.model == config.teachers[0].model
 
@@ -94,7 +94,7 @@ def chat_tokenizer() -> Any:
     return tokenizer
 
 
-def test_the_template_is_gemmas() -> None:
+def test_the_template_writes_gemmas_turns_and_ends_an_answer_as_a_text() -> None:
     tokenizer = chat_tokenizer()
     problem = Problem(question=" 2+2? ", answer="4")
     # No system turn of its own: what it says opens the user's. BOS stands once.
@@ -106,8 +106,12 @@ def test_the_template_is_gemmas() -> None:
         "<bos><start_of_turn>user\nBox it.\n\n2+2?<end_of_turn>\n<start_of_turn>model\n",
         "<bos><start_of_turn>user\n2+2?<end_of_turn>\n<start_of_turn>model\n",
     ]
+    # After a solution the checkpoint ends the text with probability e^-3.6 and the turn with e^-30, which
+    # shaping (x / (x + gamma)) can never raise.
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-    assert turn_end(tokenizer, (tokenizer.eos_token_id, end)) == end
+    assert turn_end(tokenizer, (tokenizer.eos_token_id, end)) == tokenizer.eos_token_id
+    chat = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False).endswith("model\n4<eos>")
 
 
 @pytest.mark.slow
