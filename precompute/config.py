@@ -1,7 +1,8 @@
 """Configuration: TOML into frozen pydantic models, and the sections that the offline stage reads.
 
 Precedence: defaults < the file that `extends` names < file < `--set section.key=value`. An unknown key is an
-error that names the nearest right one. Every default stands here (or in `trainer/config.py`) and nowhere else.
+error that names the nearest right one. Every default stands here (or in `trainer/config.py`) and nowhere
+else.
 """
 
 from __future__ import annotations

@@ -48,7 +48,9 @@ def shrunk(name: str, world: Path, model: Path) -> Config:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_baseline_does_what_its_name_says(name: str, world: Path, model_dir: Path) -> None:
     sft, rl, asked, k = METHODS[name]
-    run = train(shrunk(name, world, model_dir), reporter=SilentReporter()).run
+    config = shrunk(name, world, model_dir)
+    assert config.guidance.trigger == asked or not rl
+    run = train(config, reporter=SilentReporter()).run
     rows = metrics_of(run)
     assert sum("sft/loss" in row for row in rows) == 2 * sft
     assert sum("reward" in row for row in rows) == 2 * rl
