@@ -31,6 +31,7 @@ from trainer.sampler import Sampler, check_sampler, make_sampler
 from trainer.schedule import problems_of_step
 from trainer.step import Updater
 from trainer.traces import TraceTokens, check_tokenizers
+from trainer.trackers import Trackers
 from trainer.warmup import Warmup, make_warmup
 
 
@@ -94,6 +95,7 @@ class Parts:
     guide: Guide
     updater: Updater
     meter: CostMeter
+    trackers: Trackers
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
     problems_fingerprint: str
@@ -105,6 +107,7 @@ def assemble(
 ) -> Parts:
     """Loads and checks everything; what must be closed is closed by `stack`."""
     check_sampler(config)
+    trackers = stack.enter_context(Trackers(config.run.report_to))
     verifier = stack.enter_context(Verifier.configured(config.verify))
     problems = usable_problems(config, "train", verifier, reporter)
     held_out = usable_problems(config, "eval", verifier, reporter) if config.eval.every else []
@@ -144,6 +147,7 @@ def assemble(
             reference=_reference(config, policy),
         ),
         meter=CostMeter(policy),
+        trackers=trackers,
         train_prompts=train_prompts,
         eval_prompts=eval_prompts,
         problems_fingerprint=content_hash([problem.problem_id for problem in problems]),

@@ -264,6 +264,8 @@ class RunConfig(Section):
     log_completions_every: Count = 10
     """Steps between tables of sample completions; 0: never."""
     num_completions_to_print: Positive = 4
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Who is told the metrics beside metrics.jsonl; each needs `ampo[NAME]`."""
 
     @field_validator("name")
     @classmethod

@@ -69,7 +69,9 @@ def train(config: Config, *, resume: str = "auto", reporter: TrainReporter) -> T
         parts = assemble(config, run, start_from, reporter, stack)
         done = _resume_state(parts, start_from)
         goes_on = start_from is not None and start_from.parent == run.checkpoints
-        run.start(config, after=done if goes_on else Position())
+        after = done if goes_on else Position()
+        run.start(config, after=after)
+        parts.trackers.begin(run.root, config.model_dump(mode="json"), after=after)
         stack.enter_context(run.log_to_file())
         stop = stack.enter_context(stop_on_signals())
         reporter.started(run=run.root, after=done, max_steps=config.train.max_steps)
@@ -88,7 +90,7 @@ def warm_up(
         step = Position(sft_step=done.sft_step + 1)
         with _explained(parts.run, step, saved):
             row = parts.warmup.step(step.sft_step)
-        parts.run.add_metrics(row)
+        _log(parts, row)
         parts.reporter.warmed_up(row, last)
         done = step
         if step.sft_step == last or stop or step.sft_step % config.run.save_every == 0:
@@ -105,7 +107,7 @@ def run_steps(parts: Parts, done: Position, saved: Path | None, stop: StopReques
         with _explained(run, done, saved):
             parts.sampler.sync(done.step)
         if done.step == 0 and parts.eval_prompts:
-            run.add_metrics({"step": 0, **_evaluate(parts, 0)})
+            _log(parts, {"step": 0, **_evaluate(parts, 0)})
     while done.step < config.train.max_steps and not stop:
         step = done.step + 1
         with _explained(run, replace(done, step=step), saved):
@@ -113,7 +115,7 @@ def run_steps(parts: Parts, done: Position, saved: Path | None, stop: StopReques
         last = step == config.train.max_steps
         if parts.eval_prompts and not stop and (last or step % config.eval.every == 0):
             row |= _evaluate(parts, step)
-        run.add_metrics(row)
+        _log(parts, row)
         parts.reporter.stepped(row, groups)
         done = replace(done, step=step)
         if last or stop or step % config.run.save_every == 0:
