@@ -238,6 +238,28 @@ class TeacherConfig(Section):
         return self.max_samples or self.samples
 
 
+ENGINE_KEYS = (
+    *("dtype", "batch_size", "quantization", "max_model_len", "gpu_memory_utilization"),
+    *("tensor_parallel_size", "enforce_eager", "vllm_args", "base_urls", "served_model_name"),
+    *("api_key_env", "request_timeout", "max_retries"),
+)
+"""Keys of a teacher that say how its model is run, and nothing of what is drawn."""
+
+
+def checked_engine_args(more: dict[str, Any]) -> dict[str, Any]:
+    """The same. Raises for a key that is none of ENGINE_KEYS, and for what a teacher could not have."""
+    for key in more:
+        if key not in ENGINE_KEYS:
+            raise _secret(f"there is no {key}; known keys: {', '.join(ENGINE_KEYS)}")
+    try:
+        TeacherConfig.model_validate({"name": "checked", "model": "", **more})
+    except ValidationError as error:
+        # Its words alone: a value may hold a key.
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise _secret(f"{_dotted(first['loc'])}: {first['msg']}") from None
+    return more
+
+
 class RayConfig(Section):
     """[ray]: what `--engine ray` takes of a cluster."""
 

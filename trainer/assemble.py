@@ -114,8 +114,8 @@ def assemble(
     store = open_store(config, stack)
     torch.manual_seed(config.train.seed)  # new adapters begin at random
     policy = load_policy(config.student, temperature=config.rollout.temperature, weights=weights)
-    train_prompts = fitting_prompts(config, problems, policy, reporter)
-    eval_prompts = fitting_prompts(config, held_out, policy, reporter) if held_out else []
+    train_prompts = fitting_prompts(config, problems, policy.tokenizer, reporter)
+    eval_prompts = fitting_prompts(config, held_out, policy.tokenizer, reporter) if held_out else []
     warn_of_prompts(config, policy.tokenizer, train_prompts, reporter)
     check_plan(config, train_prompts, eval_prompts, policy.model.config, reporter)
     judge = Judge(
@@ -282,12 +282,12 @@ def usable_problems(config: Config, which: str, verifier: Verifier, reporter: Tr
 
 
 def fitting_prompts(
-    config: Config, problems: list[Problem], policy: Policy, reporter: TrainReporter
+    config: Config, problems: list[Problem], tokenizer: Any, reporter: TrainReporter
 ) -> list[Prompt]:
     """The problems as the student sees them; those whose prompts are too long are reported and left out."""
     prompts, too_long = student_prompts(
         problems,
-        policy.tokenizer,
+        tokenizer,
         config.student,
         max_prompt_length=config.rollout.max_prompt_length,
     )

@@ -17,6 +17,7 @@ from trainer.config import RunConfig
 from trainer.evaluation import Evaluation
 from trainer.groups import Group, Sample
 from trainer.run_files import Position, logger
+from trainer.tables import estimate_text
 
 LARGE_CUT_SHARE = 0.25
 """A warning is due when a larger share of the samples is cut."""
@@ -79,10 +80,11 @@ class ConsoleReporter:
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         """avg@n and pass@k in one line."""
-        passes = "  ".join(f"pass@{k} {value:.3f}" for k, value in evaluation.pass_at.items())
+        score = evaluation.overall
+        passes = "  ".join(f"pass@{k} {estimate_text(found)}" for k, found in score.pass_at.items())
         self._say(
-            f"eval step {step}: {passes}  length {evaluation.mean_length:.0f} "
-            f"({len(evaluation.groups)} problems x {evaluation.samples} samples)"
+            f"eval step {step}: {passes}  length {score.mean_length:.0f} "
+            f"({score.problems} problems x {evaluation.n} samples)"
         )
 
     def sampling(self, label: str, done: int, total: int) -> None:

@@ -230,9 +230,15 @@ def _evaluate(parts: Parts, step: int) -> dict[str, float]:
             seed=config.train.seed,
             on_sample=lambda drawn, total: parts.reporter.sampling("evaluation", drawn, total),
         )
-    parts.run.write_evaluation(step, evaluation.groups)
+    parts.run.write_evaluation(step, evaluation.samples)
     parts.reporter.evaluated(step, evaluation)
     return {**evaluation.metrics, "seconds/eval": round(timer.total, 4)}
+
+
+def _log(parts: Parts, row: dict[str, Any]) -> None:
+    """Into metrics.jsonl, and to all that `run.report_to` names."""
+    parts.run.add_metrics(row)
+    parts.trackers.log(row)
 
 
 def save(parts: Parts, done: Position) -> Path:

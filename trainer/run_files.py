@@ -33,6 +33,8 @@ from store.errors import RunError
 from store.files import whole_file
 from trainer.batch import TrainSequence
 from trainer.config import Config
+from trainer.eval_files import EVAL_SCHEMA
+from trainer.evaluation import EvalSample
 from trainer.groups import Group, Sample
 from trainer.guidance import QueryRow
 
@@ -199,9 +201,10 @@ class RunFiles:
     def write_queries(self, step: int, rows: Sequence[QueryRow]) -> None:
         self._table("queries", step, [asdict(row) for row in rows], QUERY_SCHEMA)
 
-    def write_evaluation(self, step: int, groups: Sequence[Group]) -> None:
-        rows = [row for group in groups for row in _group_rows(step, group, None)]
-        self._table("evals", step, rows, ROLLOUT_SCHEMA)
+    def write_evaluation(self, step: int, samples: Sequence[EvalSample]) -> None:
+        """The rows of `ampo eval`, with the step."""
+        rows = [{"step": step, **asdict(sample)} for sample in samples]
+        self._table("evals", step, rows, EVAL_SCHEMA.insert(0, pa.field("step", pa.int32())))
 
     def write_failed_batch(self, step: Position, sequences: Sequence[TrainSequence]) -> Path:
         """What a step that is no number computed on, a row a sequence; returns the file."""
@@ -227,11 +230,11 @@ def _is_before(row: Mapping[str, Any], sft_step: int, step: int) -> bool:
     return bool(row["sft/step"] <= sft_step if "sft/step" in row else row["step"] <= step)
 
 
-def _group_rows(step: int, group: Group, advantages: Sequence[float] | None) -> list[dict[str, Any]]:
+def _group_rows(step: int, group: Group, advantages: Sequence[float]) -> list[dict[str, Any]]:
     rows = []
     for place, sample in enumerate(group.samples):
         trace = group.guidance.get(place)
-        advantage = None if advantages is None else advantages[place]
+        advantage = advantages[place]
         rows.append(_sample_row(step, group, place, sample, None if trace else advantage, trace is not None))
         if trace is not None:
             rows.append(_sample_row(step, group, place, trace, advantage, False))
