@@ -53,8 +53,7 @@ def store_import(
     set_: SetOption = None,
     json_: JsonFlag = False,
 ) -> None:
-    """Take traces from elsewhere into a store; each is verified anew, wrong ones are kept with their verdict,
-    and those that the config's [filters] hold back with the reason.
+    """Take traces from elsewhere into a store; each is verified anew, wrong ones are kept with their verdict.
 
     Reads AMPO's form (a row a problem, `target_lst` of {content, source}), LUFFY's (`target`), and plain rows
     of question, answer, teacher and text. The same file again changes nothing; stopped at any moment, the
@@ -82,7 +81,6 @@ def store_import(
                 form,
                 store=settings.store,
                 verifier=verifier,
-                filters=settings.filters,
                 tokenizer=tokenizer,
                 progress=lambda counts: meter(counts.done, counts.total, counts.note),
             )

@@ -11,9 +11,8 @@ Two forms, told apart by what the question cell holds:
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,6 @@ def load_problems(
     """
     file = Path(path).absolute()
     unique: dict[str, Problem] = {}
-    stated: Counter[str] = Counter()
     rows = 0
     question = answer = ""
     for number, row in data_rows(file, kind="problem file"):
@@ -63,11 +61,9 @@ def load_problems(
         except ValueError as error:
             raise ProblemsError(f"{file}, row {number}: {error}") from None
         unique.setdefault(problem.problem_id, problem)
-        stated[problem.problem_id] += 1
     if not rows:
         raise ProblemsError(f"{file} holds no problem")
-    problems = tuple(replace(problem, repeats=stated[each]) for each, problem in unique.items())
-    return ProblemSet(problems=problems, rows=rows, duplicates=rows - len(unique))
+    return ProblemSet(problems=tuple(unique.values()), rows=rows, duplicates=rows - len(unique))
 
 
 def split_by_gold(
