@@ -53,7 +53,8 @@ def store_import(
     set_: SetOption = None,
     json_: JsonFlag = False,
 ) -> None:
-    """Take traces from elsewhere into a store; each is verified anew, wrong ones are kept with their verdict.
+    """Take traces from elsewhere into a store; each is verified anew, wrong ones are kept with their verdict,
+    and those that the config's [filters] hold back with the reason.
 
     Reads AMPO's form (a row a problem, `target_lst` of {content, source}), LUFFY's (`target`), and plain rows
     of question, answer, teacher and text. The same file again changes nothing; stopped at any moment, the
@@ -81,6 +82,7 @@ def store_import(
                 form,
                 store=settings.store,
                 verifier=verifier,
+                filters=settings.filters,
                 tokenizer=tokenizer,
                 progress=lambda counts: meter(counts.done, counts.total, counts.note),
             )

@@ -39,8 +39,6 @@ def train(
     Ctrl-C finishes the step, saves, and says how to go on.
 
     Example: `ampo train --config configs/lab.toml --set run.name=first --set train.max_steps=20`
-
-    On several devices: `torchrun --standalone --nproc-per-node 4 --no-python ampo train --config my.toml`
     """
     settings, console = read_config(config, set_), console_of()
     if dry_run:
@@ -50,18 +48,15 @@ def train(
         print_config(console, settings)
         console.print(report)
         return
-    from trainer.console import reporter_of
-    from trainer.distributed import joined
+    from trainer.console import ConsoleReporter
     from trainer.loop import train as run_training
 
     try:
-        with joined(settings.student.device) as world, reporter_of(world, console, settings.run) as reporter:
-            outcome = run_training(settings, resume=resume, reporter=reporter, world=world)
+        with ConsoleReporter(console, settings.run) as reporter:
+            outcome = run_training(settings, resume=resume, reporter=reporter)
     except KeyboardInterrupt:
         console.print("stopped at once; what was saved before is whole. Go on with the same command.")
         raise typer.Exit(130) from None
-    if not world.is_first:
-        raise typer.Exit(130 if outcome.interrupted_by else 0)
     if outcome.interrupted_by:
         saved = f"saved {outcome.checkpoint}" if outcome.checkpoint else "there was nothing to save yet"
         console.print(
@@ -87,31 +82,74 @@ def evaluate(
     problems: Annotated[
         str, typer.Option(help="Parquet or JSONL; default: the config's problems.eval.")
     ] = "",
-    samples: Annotated[int | None, typer.Option(min=1, help="Samples of each problem.")] = None,
-    k: Annotated[str, typer.Option(help="The k of pass@k, e.g. 1,8; default: the config's eval.k.")] = "",
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Samples of each problem, at least as many as its file states it; default: the config's "
+            "eval.samples, or the largest k.",
+        ),
+    ] = None,
+    k: Annotated[str, typer.Option(help="The k of pass@k, e.g. 1,8,32; default: the config's eval.k.")] = "",
+    engine: Annotated[
+        str | None,
+        typer.Option(help="auto, transformers, vllm or openai; default: the config's eval.engine."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the samples go; default: a directory in runs/evals for just this evaluation."
+        ),
+    ] = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     json_: JsonFlag = False,
 ) -> None:
-    """Measure avg@n and the unbiased pass@k of a model on a problem file.
+    """Measure avg@n and the unbiased pass@k of a model on a problem file, with confidence intervals.
 
-    Example: `ampo eval lab/models/student --config configs/lab.toml --samples 8 --k 1,8`
+    Every sample is kept as Parquet as it comes; stopped at any moment, the same command goes on.
+
+    Example: `ampo eval lab/models/student --config configs/lab.toml --k 1,8,32`
+
+    By servers: `ampo eval MODEL --engine openai --set eval.engine_args.base_urls='["http://gpu1:8000/v1"]'`
     """
     from trainer.console import ConsoleReporter
     from trainer.eval_model import evaluate_model
     from trainer.tables import evaluation_table
 
-    overrides = [*(set_ or []), f"student.model={json.dumps(model)}"]
+    own = _eval_overrides(model, problems, samples, k, engine)
+    if samples is None and k:
+        # As many as the largest k needs, where the config asks for fewer.
+        asked = read_config(config, set_).eval.samples
+        largest = max((int(each) for each in k.split(",") if each.strip().isdecimal()), default=1)
+        own.append(f"eval.samples={max(asked, largest)}")
+    settings = read_config(config, [*(set_ or []), *own])
+    console = console_of(stderr=True)
+
+    def started(folder: Path, there: int, wanted: int) -> None:
+        goes_on = f"{there:,} of {wanted:,} samples are there" if there else f"{wanted:,} samples to draw"
+        console.print(f"{folder}: {goes_on}", highlight=False, soft_wrap=True, markup=False)
+
+    try:
+        with ConsoleReporter(console, settings.run) as reporter:
+            report = evaluate_model(settings, reporter, out=out, on_start=started)
+    except KeyboardInterrupt:
+        console.print("\ninterrupted; what was judged is kept. Go on with the same command.")
+        raise typer.Exit(130) from None
+    if json_:
+        emit_json({**report.results, "out": str(report.out)})
+    else:
+        console_of().print(evaluation_table(model, report.evaluation))
+
+
+def _eval_overrides(model: str, problems: str, samples: int | None, k: str, engine: str | None) -> list[str]:
+    overrides = [f"student.model={json.dumps(model)}"]
     if problems:
         overrides.append(f"problems.eval={json.dumps(problems)}")
-    if samples is not None:
-        overrides.append(f"eval.samples={samples}")
+    if engine is not None:
+        overrides.append(f"eval.engine={json.dumps(engine)}")
     if k:
         overrides.append(f"eval.k=[{k}]")
-    settings = read_config(config, overrides)
-    with ConsoleReporter(console_of(stderr=True), settings.run) as reporter:
-        evaluation = evaluate_model(settings, reporter)
-    if json_:
-        emit_json({"model": model, **evaluation.metrics})
-    else:
-        console_of().print(evaluation_table(model, evaluation))
+    if samples is not None:
+        overrides.append(f"eval.samples={samples}")
+    return overrides

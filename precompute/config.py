@@ -1,7 +1,8 @@
 """Configuration: TOML into frozen pydantic models, and the sections that the offline stage reads.
 
-Precedence: defaults < file < `--set section.key=value`. An unknown key is an error that names the nearest
-right one. Every default stands here (or in `trainer/config.py`) and nowhere else.
+Precedence: defaults < the file that `extends` names < file < `--set section.key=value`. An unknown key is an
+error that names the nearest right one. Every default stands here (or in `trainer/config.py`) and nowhere
+else.
 """
 
 from __future__ import annotations
@@ -237,6 +238,28 @@ class TeacherConfig(Section):
         return self.max_samples or self.samples
 
 
+ENGINE_KEYS = (
+    *("dtype", "batch_size", "quantization", "max_model_len", "gpu_memory_utilization"),
+    *("tensor_parallel_size", "enforce_eager", "vllm_args", "base_urls", "served_model_name"),
+    *("api_key_env", "request_timeout", "max_retries"),
+)
+"""Keys of a teacher that say how its model is run, and nothing of what is drawn."""
+
+
+def checked_engine_args(more: dict[str, Any]) -> dict[str, Any]:
+    """The same. Raises for a key that is none of ENGINE_KEYS, and for what a teacher could not have."""
+    for key in more:
+        if key not in ENGINE_KEYS:
+            raise _secret(f"there is no {key}; known keys: {', '.join(ENGINE_KEYS)}")
+    try:
+        TeacherConfig.model_validate({"name": "checked", "model": "", **more})
+    except ValidationError as error:
+        # Its words alone: a value may hold a key.
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise _secret(f"{_dotted(first['loc'])}: {first['msg']}") from None
+    return more
+
+
 class RayConfig(Section):
     """[ray]: what `--engine ray` takes of a cluster."""
 
@@ -283,13 +306,48 @@ def load_config(schema: type[C], path: str | None, overrides: list[str]) -> C:
 
     Raises ConfigError with one line that names the key, the value and what would be right.
     """
-    tree = read_toml(path) if path else {}
+    tree = read_tree(Path(path)) if path else {}
     for override in overrides:
         set_key(tree, override)
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(explain(schema, error)) from None
+
+
+EXTENDS = "extends"
+"""At the top of a file: another file, relative to it, whose keys hold where this one says nothing."""
+
+
+def read_tree(path: Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file's tables over those of the file that it extends, key by key; a [[list]] is taken whole.
+
+    Args:
+        above: the files that extend this one, the first one first.
+    """
+    chain = (*above, path.resolve())
+    if path.resolve() in above:
+        names = " extends ".join(each.name for each in chain)
+        raise ConfigError(f"{path.absolute()} extends itself in the end: {names}")
+    try:
+        tree = read_toml(str(path))
+    except ConfigError as error:
+        raise ConfigError(f"{error} ({above[-1]} extends it)" if above else str(error)) from None
+    base = tree.pop(EXTENDS, None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path.absolute()}: extends = {_short(base)}: give the path of one TOML file")
+    return _laid_over(read_tree(path.parent / base, above=chain), tree)
+
+
+def _laid_over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    tables = {
+        key: _laid_over(base[key], value)
+        for key, value in tree.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+    }
+    return {**base, **tree, **tables}
 
 
 def read_toml(path: str) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class TeacherImport:
     new: int = 0
     verdicts: dict[str, int] = field(default_factory=dict)
     """Of the new ones; a verdict that does not occur is missing."""
+    filtered: int = 0
+    """Of the new verified ones: held back by a filter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,14 +68,16 @@ def import_tables(report: ImportReport) -> Group:
     seen = [verdict for verdict in VERDICTS if any(verdict in t.verdicts for t in report.teachers)]
     left_out = [name for name in ("empty", "repeated") if any(getattr(t, name) for t in report.teachers)]
     table = plain_table(f"imported into {report.store}")
+    held = ["filtered"] if any(t.filtered for t in report.teachers) else []
     table.add_column("teacher", no_wrap=True)
-    for name in ("in the files", *left_out, "there", "new", *seen):
+    for name in ("in the files", *left_out, "there", "new", *seen, *held):
         table.add_column(name, justify="right")
     for teacher in report.teachers:
         table.add_row(
             teacher.teacher,
             *(f"{getattr(teacher, name):,}" for name in ("found", *left_out, "there", "new")),
             *(f"{teacher.verdicts.get(verdict, 0):,}" for verdict in seen),
+            *(f"{getattr(teacher, name):,}" for name in held),
         )
     return Group(table, Text(_totals(report)))
 

@@ -23,9 +23,12 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from precompute.config import StoreConfig, TeacherConfig
+from precompute.config import FiltersConfig, StoreConfig, TeacherConfig
+from precompute.filters import why_filtered
 from precompute.import_form import Candidate, ImportForm
 from precompute.import_report import ImportCounts, ImportReport, TeacherImport
+from precompute.prompts import demanded_form
+from precompute.refilter import check_filters, filter_settings
 from precompute.verify import VERIFIER_NAME, VERIFIER_VERSION, Verdict, Verifier
 from store.errors import ConfigError, RecipeChangedError
 from store.records import Problem, TeacherRecord, Trace
@@ -56,22 +59,24 @@ def import_traces(
     *,
     store: StoreConfig,
     verifier: Verifier,
+    filters: FiltersConfig = FiltersConfig(),  # noqa: B008  It is frozen.
     tokenizer: str | None = None,
     progress: Progress | None = None,
 ) -> ImportReport:
     """Judges the traces of the form's files into the store at `store.path`, which is made where need be.
 
     The files are read twice, a few rows at a time; problems stay in memory, texts do not. `tokenizer`: a
-    directory or hub name, for token ids and counts. Raises UserErrors before anything is written, but for a
-    row that cannot be read; KeyboardInterrupt after writing what was judged: the same call goes on.
+    directory or hub name, for token ids and counts, without which `min_tokens` and `max_tokens` hold nothing
+    back. Raises UserErrors before anything is written, but for a row that cannot be read; KeyboardInterrupt
+    after writing what was judged: the same call goes on.
     """
     began = time.monotonic()
     survey = _survey(form)
     tokens = _Tokens(tokenizer)
-    records = _records(form, survey, tokens.fingerprint)
+    records = _records(form, survey, tokens.fingerprint, filters)
     with StoreWriter.open(store.path, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION) as writer:
         _register(writer, survey, records)
-        work = _Import(records, survey, writer, verifier, tokens, store, progress)
+        work = _Import(records, survey, writer, verifier, filters, tokens, store, progress)
         work.run(form)
         return ImportReport(
             store=str(writer.path),
@@ -101,7 +106,9 @@ def _survey(form: ImportForm) -> _Survey:
     return _Survey(problems=problems, sources=sources, traces=traces)
 
 
-def _records(form: ImportForm, survey: _Survey, tokenizer_fingerprint: str) -> dict[str, TeacherRecord]:
+def _records(
+    form: ImportForm, survey: _Survey, tokenizer_fingerprint: str, filters: FiltersConfig
+) -> dict[str, TeacherRecord]:
     """By the store's names."""
     content = content_of(form.files)
     named = form.files[0].name if len(form.files) == 1 else f"{len(form.files)} files"
@@ -117,6 +124,7 @@ def _records(form: ImportForm, survey: _Survey, tokenizer_fingerprint: str) -> d
             chat_template_kwargs={},
             sampling={"text_column": form.text},
             tokenizer_fingerprint=tokenizer_fingerprint,
+            filters=filter_settings(filters),
         )
         for name, source in survey.sources.items()
     }
@@ -135,6 +143,7 @@ def content_of(files: Sequence[Path]) -> str:
 def _register(writer: StoreWriter, survey: _Survey, records: Mapping[str, TeacherRecord]) -> None:
     """Every recipe is checked before anything is written."""
     for record in records.values():
+        check_filters(writer, record)
         try:
             writer.check_recipe(record)
         except RecipeChangedError as error:
@@ -185,6 +194,7 @@ class _Import:
         survey: _Survey,
         writer: StoreWriter,
         verifier: Verifier,
+        filters: FiltersConfig,
         tokens: _Tokens,
         config: StoreConfig,
         progress: Progress | None,
@@ -195,6 +205,7 @@ class _Import:
         self._seen: dict[tuple[str, str], list[bytes]] = {}
         self._writer = writer
         self._verifier = verifier
+        self._filters = filters
         self._tokens = tokens
         self._config = config
         self._progress = progress or (lambda counts: None)
@@ -254,6 +265,7 @@ class _Import:
         counts = self.counts[trace.teacher]
         counts.new += 1
         counts.verdicts[trace.verdict] = counts.verdicts.get(trace.verdict, 0) + 1
+        counts.filtered += trace.is_correct and not trace.is_usable
         self._all.judged += 1
         self._all.verified += trace.is_correct
         ready = self._ready.setdefault(trace.teacher, [])
@@ -266,6 +278,7 @@ class _Import:
     def _trace(self, placed: _Placed, verdict: Verdict) -> Trace:
         candidate = placed.candidate
         token_ids = self._tokens.of(candidate.text)
+        record = self._records[candidate.teacher]
         return Trace(
             problem_id=candidate.problem.problem_id,
             teacher=candidate.teacher,
@@ -280,11 +293,18 @@ class _Import:
             verdict=verdict.reason,
             is_correct=verdict.is_correct,
             seed=UNKNOWN_SEED,
-            generation_fingerprint=self._records[candidate.teacher].generation_fingerprint,
+            generation_fingerprint=record.generation_fingerprint,
             created_at=datetime.now(UTC),
             verdict_detail=verdict.detail,
             parsed_answer=verdict.parsed_answer,
             parsed_gold=verdict.parsed_gold,
+            filtered=why_filtered(
+                self._filters,
+                text=candidate.text,
+                n_tokens=len(token_ids),
+                form=demanded_form(record, candidate.problem),
+                opens_think=False,
+            ),
         )
 
     def _is_late(self) -> bool:

@@ -11,8 +11,9 @@ Two forms, told apart by what the question cell holds:
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def load_problems(
     """
     file = Path(path).absolute()
     unique: dict[str, Problem] = {}
+    stated: Counter[str] = Counter()
     rows = 0
     question = answer = ""
     for number, row in data_rows(file, kind="problem file"):
@@ -61,9 +63,11 @@ def load_problems(
         except ValueError as error:
             raise ProblemsError(f"{file}, row {number}: {error}") from None
         unique.setdefault(problem.problem_id, problem)
+        stated[problem.problem_id] += 1
     if not rows:
         raise ProblemsError(f"{file} holds no problem")
-    return ProblemSet(problems=tuple(unique.values()), rows=rows, duplicates=rows - len(unique))
+    problems = tuple(replace(problem, repeats=stated[each]) for each, problem in unique.items())
+    return ProblemSet(problems=problems, rows=rows, duplicates=rows - len(unique))
 
 
 def split_by_gold(

@@ -20,9 +20,9 @@ from precompute.filters import why_filtered
 from precompute.prompts import demanded_form
 from precompute.solution import find_answer
 from precompute.verify import VERIFIER_NAME, VERIFIER_VERSION
-from store.compaction import swap_parts
+from store.compaction import new_parts, swap_parts
 from store.errors import RecipeChangedError, StoreError
-from store.manifest import PARTS, PartEntry, read_manifest
+from store.manifest import PARTS, read_manifest
 from store.parts import damage_named, open_part, write_part
 from store.reading import read_problems, read_teachers
 from store.records import Problem, TeacherRecord
@@ -78,8 +78,8 @@ def refilter(
     """Judges the stored traces of `teachers` (None: all of the store) by `filters`, whatever judged them.
 
     Stopped at any moment, the same call goes on: what a killed one left is judged again.
-    Raises what StoreWriter.open raises, StoreError for a teacher that the store does not know, and
-    StoreDamagedError for a part that cannot be read.
+    Raises what StoreWriter.open raises, StoreDamagedError for a part that cannot be read, and StoreError for
+    a teacher that the store does not know or when the disk is full: the store is then as before.
     """
     root = Path(path).absolute()
     read_manifest(root)
@@ -87,16 +87,16 @@ def refilter(
         records = _chosen(root, teachers)
         judge = _Judge(filters, records, {problem.problem_id: problem for problem in read_problems(root)})
         parts = {p: entry for p, entry in read_manifest(root).parts.items() if entry.traces.keys() & records}
-        new: dict[str, PartEntry] = {}
-        old = []
-        seen, total = 0, sum(sum(entry.traces.values()) for entry in parts.values())
-        for part, entry in parts.items():
-            if changed := _judged_anew(root / PARTS / part, judge):
-                name, new[name] = write_part(root, changed)
-                old.append(part)
-            seen += sum(entry.traces.values())
-            if progress is not None:
-                progress(seen, total)
+        with new_parts(root) as new:
+            old = []
+            seen, total = 0, sum(sum(entry.traces.values()) for entry in parts.values())
+            for part, entry in parts.items():
+                if changed := _judged_anew(root / PARTS / part, judge):
+                    name, new[name] = write_part(root, changed)
+                    old.append(part)
+                seen += sum(entry.traces.values())
+                if progress is not None:
+                    progress(seen, total)
         swap_parts(root, old=old, new=new)
         # Last: as long as the records name the old filters, whoever comes is told to judge anew.
         for record in records.values():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -101,8 +102,8 @@ def _rewrite(
     """Writes the traces for which the SQL condition `chosen` holds anew, then drops their `parts`."""
     before = _sizes(root)
     total = index.rows(f"SELECT count(*) AS traces FROM idx.rows WHERE {chosen}")[0]["traces"]
-    reader, new, written = PartReader(root), {}, 0
-    try:
+    written = 0
+    with closing(PartReader(root)) as reader, new_parts(root) as new:
         for condition in _ranges(index, chosen, part_traces):
             table = _table(
                 reader, index.rows(f"SELECT {', '.join(ROW_COLUMNS)} FROM idx.rows WHERE {condition}")
@@ -112,13 +113,19 @@ def _rewrite(
             written += table.num_rows
             if progress is not None:
                 progress(written, total)
+    swap_parts(root, old=parts, new=new)
+    return _report(root, before=before, traces=written)
+
+
+@contextmanager
+def new_parts(root: Path) -> Iterator[dict[str, PartEntry]]:
+    """For parts that are written before any of them counts: all are removed when the block does not end."""
+    new: dict[str, PartEntry] = {}
+    try:
+        yield new
     except BaseException:
         remove_parts(root, new)
         raise
-    finally:
-        reader.close()
-    swap_parts(root, old=parts, new=new)
-    return _report(root, before=before, traces=written)
 
 
 def swap_parts(root: Path, *, old: Sequence[str], new: Mapping[str, PartEntry]) -> None:

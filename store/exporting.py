@@ -152,16 +152,8 @@ def _solved(store: TraceStore, options: ExportOptions, progress: Progress | None
 
 def _traces(store: TraceStore, problems: Sequence[Problem], options: ExportOptions) -> dict[str, list[Trace]]:
     ids = [problem.problem_id for problem in problems]
-    if not options.everything:
-        return store.candidates(ids, teachers=options.teachers or None)
-    return {
-        problem_id: [
-            trace
-            for trace in store.traces(problem_id=problem_id)
-            if not options.teachers or trace.teacher in options.teachers
-        ]
-        for problem_id in ids
-    }
+    fetch = store.of_problems if options.everything else store.candidates
+    return fetch(ids, teachers=options.teachers or None)
 
 
 def in_turns(traces: Sequence[Trace]) -> list[Trace]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from store.errors import (
     StoreDamagedError,
+    StoreError,
     StoreForeignError,
     StoreMissingError,
     StoreNewerError,
@@ -65,8 +66,12 @@ class Manifest:
 def is_fresh(root: Path) -> bool:
     """Whether a store may be made at `root`: nothing is there, or an empty directory.
 
-    Raises StoreForeignError for a file, or for a directory that holds something else.
+    Raises StoreForeignError for a file, or for a directory that holds something else, and StoreError for a
+    path with a question mark.
     """
+    if "?" in str(root):
+        # DuckDB puts the suffix of its log before it, which is then in no directory.
+        raise StoreError(f"{root}: no '?' may stand in a store's path (store.path); name another directory")
     if not root.exists():
         return True
     if not root.is_dir():

@@ -42,6 +42,9 @@ class Problem:
     """Where it comes from, e.g. `aime`; for tables only, no part of the identity."""
     system_prompt: str | None = None
     """A system turn that came with the data (the verl form embeds one); None when it brought none."""
+    repeats: int = field(default=1, compare=False)
+    """Rows of its file that state it: how many samples of it an evaluation takes at least; no part of the
+    identity, and not stored."""
     problem_id: str = field(init=False)
     """Content hash of (question, answer)."""
 

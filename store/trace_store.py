@@ -29,10 +29,11 @@ _TEXT_ROWS = (
 )
 
 # The ids stand in the text, not in a parameter: only then does DuckDB skip row groups by them.
-_CANDIDATES = """
-    WHERE problem IN ({problems}) AND is_correct AND filtered IS NULL
+_OF_PROBLEMS = """
+    WHERE problem IN ({problems})
       AND ($teachers::VARCHAR[] IS NULL OR list_contains($teachers::VARCHAR[], teacher))
 """
+_USABLE = " AND is_correct AND filtered IS NULL"
 
 _TRACES = """
     WHERE ($problem::UBIGINT IS NULL OR problem = $problem)
@@ -77,16 +78,13 @@ class TraceStore:
         traces come with empty `token_ids` and `logprobs`, and cost a third of the reading.
         Raises StoreDamagedError when a part broke since it was indexed.
         """
-        found: dict[str, list[Trace]] = {problem_id: [] for problem_id in problem_ids}
-        numbers = [str(int(problem_id, 16)) for problem_id in found if _ID.fullmatch(problem_id)]
-        if not numbers:
-            return found
-        asked = {"teachers": None if teachers is None else list(teachers)}
-        traces = self._read(_CANDIDATES.format(problems=", ".join(numbers)), asked, tokens=tokens)
-        # DuckDB would take a millisecond for the order of a few hundred rows.
-        for trace in sorted(traces, key=attrgetter("teacher", "sample_index", "trace_id")):
-            found[trace.problem_id].append(trace)
-        return found
+        return self._of_problems(_USABLE, problem_ids, teachers, tokens=tokens)
+
+    def of_problems(
+        self, problem_ids: Sequence[str], *, teachers: Sequence[str] | None = None, tokens: bool = False
+    ) -> dict[str, list[Trace]]:
+        """As `candidates`, but wrong and filtered traces too."""
+        return self._of_problems("", problem_ids, teachers, tokens=tokens)
 
     def traces(
         self,
@@ -114,6 +112,22 @@ class TraceStore:
             "limit": limit,
         }
         return self._read(_TRACES, asked, tokens=tokens)
+
+    def _of_problems(
+        self, condition: str, problem_ids: Sequence[str], teachers: Sequence[str] | None, *, tokens: bool
+    ) -> dict[str, list[Trace]]:
+        found: dict[str, list[Trace]] = {problem_id: [] for problem_id in problem_ids}
+        numbers = [str(int(problem_id, 16)) for problem_id in found if _ID.fullmatch(problem_id)]
+        if not numbers:
+            return found
+        asked = {"teachers": None if teachers is None else list(teachers)}
+        where = _OF_PROBLEMS.format(problems=", ".join(numbers)) + condition
+        # DuckDB would take a millisecond for the order of a few hundred rows.
+        for trace in sorted(
+            self._read(where, asked, tokens=tokens), key=attrgetter("teacher", "sample_index", "trace_id")
+        ):
+            found[trace.problem_id].append(trace)
+        return found
 
     def _read(self, where: str, parameters: Mapping[str, object], *, tokens: bool) -> list[Trace]:
         sql = (_ROWS if tokens else _TEXT_ROWS) + where

@@ -12,8 +12,9 @@ can write, read another file, or get in the way of a writer. Damaged parts are l
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -97,7 +98,8 @@ class Views:
         self._define("parts", _table(store.index.rows("SELECT * FROM idx.parts"), VIEWS["parts"]))
         teachers = [_teacher_row(teacher_json(record)) for record in store.teachers().values()]
         self._define("teachers", _table(teachers, TEACHER_COLUMNS))
-        self._connection.execute(f"SET allowed_paths = {_list([*files, str(store.path / PROBLEMS)])}")
+        read = [*files, str(store.path / PROBLEMS)]
+        self._connection.execute(f"SET allowed_paths = {_list([*read, *map(_literal, read)])}")
         for setting in _CLOSED:
             self._connection.execute(setting)
 
@@ -155,12 +157,14 @@ class Views:
             ids = [row["trace_id"] for row in live]
             self._define("live_traces", pa.table({"trace_id": ids, "filename": paths}))
             where = _ONLY_LIVE
-        self._connection.execute(_TRACES.format(files=_list(files), where=where))
+        self._connection.execute(_TRACES.format(files=_list(map(_literal, files)), where=where))
 
     def _define_problems(self, store: TraceStore) -> None:
         path = store.path / PROBLEMS
         if path.exists():
-            self._connection.execute(f"CREATE VIEW problems AS FROM read_parquet({_list([str(path)])})")
+            self._connection.execute(
+                f"CREATE VIEW problems AS FROM read_parquet({_list([_literal(str(path))])})"
+            )
         else:
             self._define("problems", PROBLEM_SCHEMA.empty_table())
 
@@ -209,7 +213,12 @@ def _different(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(taken)
 
 
-def _list(paths: Sequence[str]) -> str:
+def _literal(path: str) -> str:
+    """For DuckDB, which takes every path for a pattern: one that fits this path alone."""
+    return re.sub(r"([*?\[])", r"[\1]", path)
+
+
+def _list(paths: Iterable[str]) -> str:
     return "[" + ", ".join(map(quoted, paths)) + "]"
 
 

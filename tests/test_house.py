@@ -30,7 +30,16 @@ MAY_IMPORT = {
     "lab": {"lab", "store"},
 }
 
-HEAVY = {"vllm": 1, "bitsandbytes": 1, "math_verify": 1, "openai": 1, "peft": 1, "ray": 1}
+HEAVY = {
+    "vllm": 1,
+    "bitsandbytes": 1,
+    "math_verify": 1,
+    "openai": 1,
+    "peft": 1,
+    "ray": 1,
+    "trackio": 1,
+    "wandb": 1,
+}
 
 
 def modules_of(package: str) -> list[Path]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from precompute.config import load_config, toml_of
+from precompute.config import PrecomputeConfig, ProblemsConfig, load_config, toml_of
 from store.errors import ConfigError
 from trainer.config import Config, EvalConfig
 
@@ -113,3 +113,56 @@ def test_a_resolved_config_reads_back_to_itself(
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.toml")), ids=lambda path: path.name)
 def test_every_config_that_ships_is_valid(path: Path) -> None:
     assert load(path=path).problems.train
+
+
+def files(folder: Path, **texts: str) -> str:
+    """Writes NAME.toml for each; the path of the first."""
+    for name, text in texts.items():
+        (folder / f"{name}.toml").write_text(text)
+    return str(folder / f"{next(iter(texts))}.toml")
+
+
+def test_a_file_says_what_differs_from_the_one_that_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    files(
+        tmp_path,
+        base='[problems]\ntrain = "a"\neval = "b"\n[store]\npath = "s"\n'
+        '[[teachers]]\nname = "ada"\nmodel = "m"\n',
+        middle='extends = "base.toml"\n[problems]\neval = "c"\n',
+    )
+    top = files(tmp_path / "deep", top='extends = "../middle.toml"\n[problems]\nquestion_column = "q"\n')
+    loaded = load_config(PrecomputeConfig, top, ["store.path=t"])
+    assert loaded.problems == ProblemsConfig(train="a", eval="c", question_column="q")
+    assert [teacher.name for teacher in loaded.teachers] == ["ada"]
+    assert loaded.store.path == "t"
+
+
+def test_a_list_of_teachers_takes_the_place_of_the_other_whole(tmp_path: Path) -> None:
+    path = files(
+        tmp_path,
+        top='extends = "base.toml"\n[[teachers]]\nname = "bob"\nmodel = "m"\n',
+        base='[[teachers]]\nname = "ada"\nmodel = "m"\n',
+    )
+    assert [teacher.name for teacher in load_config(PrecomputeConfig, path, []).teachers] == ["bob"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        ({"a": 'extends = "a.toml"'}, "extends itself in the end: a.toml extends a.toml"),
+        (
+            {"a": 'extends = "b.toml"', "b": 'extends = "c.toml"', "c": 'extends = "b.toml"'},
+            "a.toml extends b.toml extends c.toml extends b.toml",
+        ),
+        ({"a": 'extends = "gone.toml"'}, r"no config file at .*gone.toml \(.*a.toml extends it\)"),
+        ({"a": 'extends = "b.toml"', "b": "x ="}, r"b.toml is not valid TOML: .*a.toml extends it"),
+        ({"a": 'extends = ["b.toml"]'}, r"extends = \['b.toml'\]: give the path of one TOML file"),
+        ({"a": '[store]\nextends = "b.toml"'}, "unknown key store.extends"),
+    ],
+)
+def test_what_cannot_be_extended_is_one_line_that_names_the_files(
+    texts: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        load_config(PrecomputeConfig, files(tmp_path, **texts), [])
+    assert "\n" not in str(error.value)

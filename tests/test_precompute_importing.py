@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 from run_examples import PROBLEMS, config_of, write_problems, write_store
 
-from precompute.config import StoreConfig
+from precompute.config import FiltersConfig, StoreConfig
 from precompute.import_form import ImportColumns, ImportForm, TeacherNames, files_at
 from precompute.import_report import ImportCounts, ImportReport
 from precompute.importing import import_traces
+from precompute.refilter import refilter
 from precompute.verify import Verifier
 from store.errors import ConfigError, ProblemsError, RecipeChangedError
 from store.exporting import ExportOptions, export
@@ -339,3 +340,33 @@ def row_of(trace: Trace, problem: Problem) -> dict[str, Any]:
         "teacher": trace.teacher,
         "text": trace.text,
     }
+
+
+def test_filters_hold_imported_traces_back_and_say_why(tmp_path: Path) -> None:
+    rows = [
+        PLAIN | {"text": "four \\boxed{4}"},
+        PLAIN | {"text": "четыре \\boxed{4}"},
+        PLAIN | {"text": "пять \\boxed{5}"},
+    ]
+    file, store = jsonl(tmp_path / "plain.jsonl", *rows), tmp_path / "traces"
+    latin = FiltersConfig(scripts=("latin",))
+    (teacher,) = bring(file, store, filters=latin).teachers
+    # The wrong one is held back too, but would have been of no use.
+    assert (teacher.verdicts, teacher.filtered) == ({"match": 2, "mismatch": 1}, 1)
+    with TraceStore(store) as opened:
+        (usable,) = opened.traces(usable=True)
+        held = opened.traces(filtered=True)
+    assert usable.text == "four \\boxed{4}"
+    # Of the letters of "четыре boxed" 6 in 11 are not latin, of "пять boxed" 4 in 9.
+    assert [trace.filtered for trace in held] == [
+        "scripts: 0.545 of its letters are not latin, more than 0.05",
+        "scripts: 0.444 of its letters are not latin, more than 0.05",
+    ]
+    # The same again changes nothing; other filters want `ampo store refilter`, as everywhere.
+    assert bring(file, store, filters=latin).teachers[0].new == 0
+    with pytest.raises(RecipeChangedError, match=r"other filters have judged: filters\.scripts"):
+        bring(file, store)
+    refilter(store, FiltersConfig())
+    assert bring(file, store).teachers[0].new == 0
+    with TraceStore(store) as opened:
+        assert len(opened.traces(usable=True)) == 2

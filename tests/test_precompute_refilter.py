@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,6 +138,35 @@ def test_stopped_half_way_it_loses_nothing_and_goes_on(
     for trace in traces_of(store):
         said = f"min_tokens: {trace.n_tokens} tokens, fewer than 40"
         assert trace.filtered == (said if trace.n_tokens < 40 else None)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_store_as_it_was(store: Path) -> None:
+    before, files = traces_of(store), set(store.rglob("part-*.parquet"))
+    largest = max(path.stat().st_size for path in files)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The largest part alone is too large, so some were written before.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, hard))
+    try:
+        with pytest.raises(StoreError, match=r"^cannot write .*\.parquet: File too large$"):
+            refilter.refilter(store, FiltersConfig(min_tokens=100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert set(store.rglob("part-*.parquet")) == files
+    assert traces_of(store) == before
+
+
+def test_a_directory_that_may_not_be_written_is_one_line(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    before = traces_of(store)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        with pytest.raises(StoreError, match=r"^cannot write .*\.parquet: Permission denied$"):
+            refilter.refilter(store, FiltersConfig(**SHORT))
+    assert len(reasons(store)) == len(before)
 
 
 def test_where_nothing_changes_no_part_is_touched(store: Path) -> None:

@@ -50,6 +50,19 @@ def test_candidates_of_chosen_teachers(root: Path) -> None:
         assert keys(store, 0, teachers=[]) == []
 
 
+def test_all_traces_of_problems_are_the_wrong_and_the_filtered_too(tmp_path: Path) -> None:
+    held = trace(0, "ada", 1, filtered="max_tokens: 9 tokens, more than 8")
+    root = make_store(tmp_path / "traces", [wrong(0, "ada"), held], [trace(0, "bob"), wrong(2, "bob")])
+    with TraceStore(root) as store:
+        found = store.of_problems(IDS[:2], teachers=["ada"])
+        assert {key: [t.sample_index for t in traces] for key, traces in found.items()} == {
+            IDS[0]: [0, 1],
+            IDS[1]: [],
+        }
+        assert [t.teacher for t in store.of_problems([IDS[2]])[IDS[2]]] == ["bob"]
+        assert store.candidates([IDS[2]]) == {IDS[2]: []}
+
+
 def test_candidates_are_one_query(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with TraceStore(root) as store:
         asked: list[str] = []

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
 
-from store.errors import UserError
+from store.errors import StoreError, UserError
 from store.manifest import PARTS
 from store.trace_store import TraceStore
 from store.views import VIEWS, Answer, Views
@@ -106,6 +106,24 @@ def test_whatever_is_no_question_to_the_store_is_refused_in_one_line(
         ask(root, sql.format(root=root, part=part))
     assert "\n" not in str(error.value)
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+
+def test_a_path_that_looks_like_a_pattern_is_a_path(tmp_path: Path) -> None:
+    make_store(tmp_path / "runs-1", [trace(3, "ada")])
+    root = make_store(tmp_path / "runs*[1]", [trace(0, "ada")], [trace(1, "bob")])
+    # The trace of ada stands twice: the index knows by its real path which counts.
+    (part,) = root.glob("parts/ada/part-*.parquet")
+    shutil.copy(part, part.with_name(part.name.replace("000001", "000009")))
+    assert ask(root, "SELECT teacher FROM traces ORDER BY teacher").rows == [("ada",), ("bob",)]
+    assert ask(root, "SELECT count(*) FROM problems").rows == [(4,)]
+
+
+def test_a_question_mark_in_the_path_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"traces\?: no '\?' may stand in a store's path \(store\.path\)"):
+        make_store(tmp_path / "traces?", [trace(0, "ada")])
+    root = make_store(tmp_path / "traces", [trace(0, "ada")]).rename(tmp_path / "moved?")
+    with pytest.raises(StoreError, match="no '\\?' may stand"):
+        TraceStore(root)
 
 
 def test_a_writer_and_the_views_do_not_disturb_each_other(root: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -15,7 +16,16 @@ from precompute.engines.transformers_engine import TransformersEngine
 from precompute.verify import Verifier
 from store.records import Problem
 from trainer.config import EvalConfig, RolloutConfig, StudentConfig
-from trainer.evaluation import Evaluation, eval_sampling, evaluate, pass_at_k
+from trainer.evaluation import (
+    Estimate,
+    Evaluation,
+    draw_samples,
+    eval_sampling,
+    evaluate,
+    evaluation_of,
+    mean_with_interval,
+    pass_at_k,
+)
 from trainer.rewards import Judge
 from trainer.rollout import Prompt, student_prompts
 
@@ -104,8 +114,12 @@ def random_engine(*, batch_size: int = 64) -> TransformersEngine:
     return TransformersEngine(tiny_model(), tiny_tokenizer(), batch_size=batch_size)
 
 
-def drawn(evaluation: Evaluation) -> list[list[tuple[int, ...]]]:
-    return [[sample.token_ids for sample in group.samples] for group in evaluation.groups]
+def drawn(evaluation: Evaluation) -> list[list[str]]:
+    """The texts of each problem, in the order of the problems."""
+    texts: dict[str, list[str]] = {}
+    for sample in evaluation.samples:
+        texts.setdefault(sample.problem_id, []).append(sample.text)
+    return list(texts.values())
 
 
 def test_the_same_seed_draws_the_same_samples_again_and_another_seed_others(
@@ -134,13 +148,13 @@ def test_a_problems_samples_depend_on_no_other_problem_and_on_no_batch(
 
 def test_lengths_and_cuts_are_those_of_the_samples(judge: Judge, prompts: list[Prompt]) -> None:
     found = evaluate(random_engine(), judge, prompts, SAMPLING, samples=16, k=(1,), seed=0)
-    ids = [ids for group in drawn(found) for ids in group]
-    assert len(ids) == 48
-    assert found.mean_length == pytest.approx(sum(map(len, ids)) / 48)
-    cut = [sample for sample in ids if sample[-1] != 1]  # 1 is the EOS
-    assert all(len(sample) == 24 for sample in cut)
-    assert found.cut_share == pytest.approx(len(cut) / 48)
-    assert 0 < found.cut_share < 1
+    lengths = [sample.n_tokens for sample in found.samples]
+    assert len(lengths) == 48
+    assert found.overall.mean_length == pytest.approx(sum(lengths) / 48)
+    cut = [sample for sample in found.samples if sample.finish_reason == "length"]
+    assert all(sample.n_tokens == 24 for sample in cut)
+    assert found.overall.cut_share == pytest.approx(len(cut) / 48)
+    assert 0 < found.overall.cut_share < 1
 
 
 class Reciting:
@@ -174,11 +188,8 @@ def test_what_an_evaluation_says_by_hand(judge: Judge, prompts: list[Prompt]) ->
     engine = Reciting([wrong] * 4, [wrong, right, wrong, right + "..."], ["\\boxed{4}"] * 4)
     found = evaluate(engine, judge, prompts, SAMPLING, samples=4, k=(2, 4), seed=0)
     # Right: 0, 1 (the cut one is never right) and 4 of 4.
-    assert [[s.is_correct for s in group.samples] for group in found.groups] == [
-        [False] * 4,
-        [False, True, False, False],
-        [True] * 4,
-    ]
+    right_ones = [sample.is_correct for sample in found.samples]
+    assert right_ones == [False] * 4 + [False, True, False, False] + [True] * 4
     assert found.metrics == pytest.approx(
         {
             "eval/avg@4": 5 / 12,
@@ -205,3 +216,87 @@ def test_progress_counts_every_sample_up_to_the_whole(judge: Judge, prompts: lis
         on_sample=lambda done, total: seen.append((done, total)),
     )
     assert seen == [(done, 6) for done in range(1, 7)]  # 3 problems x 2 samples
+
+
+def test_the_interval_of_ten_problems_by_hand() -> None:
+    # Five of ten solved: a bootstrap mean is Binomial(10, 1/2) / 10. P(X <= 1) = 11/1024 = 0.011 and
+    # P(X <= 2) = 56/1024 = 0.055, so the 2.5 % quantile is 2 of 10, and by symmetry the 97.5 % one 8 of 10.
+    found = mean_with_interval([1.0] * 5 + [0.0] * 5)
+    assert (found.value, found.low, found.high) == (0.5, 0.2, 0.8)
+
+
+def test_the_interval_of_two_problems_by_hand() -> None:
+    # Means 0, 0.3 and 0.6 with chances 1/4, 1/2, 1/4.
+    found = mean_with_interval([0.0, 0.6])
+    assert (found.value, found.low, found.high) == (0.3, 0.0, 0.6)
+
+
+@given(values=st.lists(st.integers(0, 8).map(lambda correct: correct / 8), min_size=2, max_size=30))
+def test_an_interval_lies_within_the_values_and_its_seed_is_fixed(values: list[float]) -> None:
+    found = mean_with_interval(values)
+    if min(values) == max(values):
+        assert (found.low, found.high) == (None, None)
+        return
+    assert found.low is not None
+    assert found.high is not None
+    assert min(values) - 1e-9 <= found.low < found.high <= max(values) + 1e-9
+    assert found == mean_with_interval(values)
+
+
+def test_problems_that_are_all_alike_have_no_interval() -> None:
+    assert mean_with_interval([0.0, 0.0, 0.0]) == Estimate(value=0.0, low=None, high=None)
+    assert mean_with_interval([0.25]) == Estimate(value=0.25, low=None, high=None)
+
+
+def sourced(prompt: Prompt, source: str, repeats: int = 1) -> Prompt:
+    return replace(prompt, problem=replace(prompt.problem, source=source, repeats=repeats))
+
+
+def test_each_source_stands_alone_and_a_problem_that_is_stated_often_gets_as_many_samples(
+    judge: Judge, prompts: list[Prompt]
+) -> None:
+    right, wrong = "\\boxed{2}", "\\boxed{3}"
+    chosen = [
+        sourced(prompts[0], "aime", repeats=4),
+        sourced(prompts[1], "aime", repeats=2),
+        sourced(prompts[2], "math"),
+    ]
+    # Gold answers 0, 2 and 4; two samples each are asked for. Right are 0 of 4, 1 of 2 and 1 of 2.
+    engine = Reciting([wrong] * 4, [wrong, right], ["\\boxed{4}", wrong])
+    found = evaluate(engine, judge, chosen, SAMPLING, samples=2, k=(1, 2), seed=0)
+    aime, math = found.sources["aime"], found.sources["math"]
+    assert (aime.problems, aime.samples, math.problems, math.samples) == (2, (2, 4), 1, (2, 2))
+    assert aime.pass_at[1].value == 0.25  # (0 + 1/2) / 2: problems weigh the same, however many samples
+    assert aime.pass_at[2].value == 0.5  # (0 + 1) / 2
+    assert math.pass_at[1].value == 0.5
+    assert found.overall.pass_at[1].value == pytest.approx(1 / 3)  # (0 + 1/2 + 1/2) / 3
+    assert found.mean_of_sources == {"pass@1": 0.375, "pass@2": 0.75}  # (1/4 + 1/2) / 2, (1/2 + 1) / 2
+    assert found.metrics["eval/aime/pass@1"] == 0.25
+
+
+def test_one_source_is_no_split(judge: Judge, prompts: list[Prompt]) -> None:
+    chosen = [sourced(prompt, "math") for prompt in prompts]
+    found = evaluate(Reciting(["a"], ["b"], ["c"]), judge, chosen, SAMPLING, samples=1, k=(1,), seed=0)
+    assert (found.sources, found.mean_of_sources) == ({}, {})
+
+
+def test_samples_that_are_there_are_not_drawn_again_and_the_rest_makes_the_same_whole(
+    judge: Judge, prompts: list[Prompt]
+) -> None:
+    whole = evaluate(random_engine(), judge, prompts, SAMPLING, samples=4, k=(1,), seed=0)
+    there = [sample for sample in whole.samples if sample.sample_index % 2]
+    seen: list[tuple[int, int]] = []
+    rest = draw_samples(
+        random_engine(),
+        judge,
+        prompts,
+        SAMPLING,
+        samples=4,
+        seed=0,
+        there={(sample.problem_id, sample.sample_index) for sample in there},
+        on_sample=lambda done, total: seen.append((done, total)),
+    )
+    found = list(rest)
+    assert len(found) == 6
+    assert seen == [(done, 12) for done in range(7, 13)]
+    assert evaluation_of([*there, *found], prompts, samples=4, k=(1,)) == whole

@@ -19,7 +19,6 @@ from store.report import problem_rows
 from store.trace_store import TraceStore
 from trainer.config import Config
 from trainer.cost import CostMeter
-from trainer.distributed import ALONE, World
 from trainer.evaluation import Evaluation
 from trainer.groups import Group
 from trainer.guidance import Guide
@@ -30,9 +29,9 @@ from trainer.rollout import Prompt, demanded_form, student_prompts
 from trainer.run_files import Position, RunFiles
 from trainer.sampler import Sampler, check_sampler, make_sampler
 from trainer.schedule import problems_of_step
-from trainer.sharding import check_shardable, shard
 from trainer.step import Updater
 from trainer.traces import TraceTokens, check_tokenizers
+from trainer.trackers import Trackers
 from trainer.warmup import Warmup, make_warmup
 
 
@@ -96,32 +95,27 @@ class Parts:
     guide: Guide
     updater: Updater
     meter: CostMeter
+    trackers: Trackers
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
     problems_fingerprint: str
     reporter: TrainReporter
-    world: World
 
 
 def assemble(
-    config: Config,
-    run: RunFiles,
-    weights: Path | None,
-    reporter: TrainReporter,
-    stack: ExitStack,
-    world: World = ALONE,
+    config: Config, run: RunFiles, weights: Path | None, reporter: TrainReporter, stack: ExitStack
 ) -> Parts:
     """Loads and checks everything; what must be closed is closed by `stack`."""
     check_sampler(config)
-    check_shardable(config, world)
+    trackers = stack.enter_context(Trackers(config.run.report_to))
     verifier = stack.enter_context(Verifier.configured(config.verify))
     problems = usable_problems(config, "train", verifier, reporter)
     held_out = usable_problems(config, "eval", verifier, reporter) if config.eval.every else []
     store = open_store(config, stack)
     torch.manual_seed(config.train.seed)  # new adapters begin at random
     policy = load_policy(config.student, temperature=config.rollout.temperature, weights=weights)
-    train_prompts = fitting_prompts(config, problems, policy, reporter)
-    eval_prompts = fitting_prompts(config, held_out, policy, reporter) if held_out else []
+    train_prompts = fitting_prompts(config, problems, policy.tokenizer, reporter)
+    eval_prompts = fitting_prompts(config, held_out, policy.tokenizer, reporter) if held_out else []
     warn_of_prompts(config, policy.tokenizer, train_prompts, reporter)
     check_plan(config, train_prompts, eval_prompts, policy.model.config, reporter)
     judge = Judge(
@@ -132,7 +126,6 @@ def assemble(
     guide = make_guide(config, store, policy, judge)
     if store is not None:
         check_store(config, store, guide, train_prompts, reporter)
-    shard(policy, world)
     prompts = [prompt.ids for prompt in (*train_prompts, *eval_prompts)]
     sampler = make_sampler(config, policy, prompts, run.root, stack)
     optimizer = make_optimizer(policy.model, config.train)
@@ -143,7 +136,7 @@ def assemble(
         optimizer=optimizer,
         sampler=sampler,
         judge=judge,
-        warmup=find_warmup(config, policy, store, judge, train_prompts, reporter, world),
+        warmup=find_warmup(config, policy, store, judge, train_prompts, reporter),
         guide=guide,
         updater=Updater(
             policy,
@@ -151,15 +144,14 @@ def assemble(
             config.train,
             config.guidance,
             max_completion_length=config.rollout.max_completion_length,
-            reference=_reference(config, policy, world),
-            world=world,
+            reference=_reference(config, policy),
         ),
-        meter=CostMeter(policy, devices=world.size),
+        meter=CostMeter(policy),
+        trackers=trackers,
         train_prompts=train_prompts,
         eval_prompts=eval_prompts,
         problems_fingerprint=content_hash([problem.problem_id for problem in problems]),
         reporter=reporter,
-        world=world,
     )
 
 
@@ -243,7 +235,6 @@ def find_warmup(
     judge: Judge,
     prompts: Sequence[Prompt],
     reporter: TrainReporter,
-    world: World,
 ) -> Warmup:
     """The warm-up, its traces in the student's own tokens whatever `guidance.ratio` says."""
     return make_warmup(
@@ -253,7 +244,6 @@ def find_warmup(
         TraceTokens(policy, judge.answer_form, own_ids=False),
         prompts,
         lambda done, total: reporter.sampling("traces for the warm-up", done, total),
-        world,
     )
 
 
@@ -292,12 +282,12 @@ def usable_problems(config: Config, which: str, verifier: Verifier, reporter: Tr
 
 
 def fitting_prompts(
-    config: Config, problems: list[Problem], policy: Policy, reporter: TrainReporter
+    config: Config, problems: list[Problem], tokenizer: Any, reporter: TrainReporter
 ) -> list[Prompt]:
     """The problems as the student sees them; those whose prompts are too long are reported and left out."""
     prompts, too_long = student_prompts(
         problems,
-        policy.tokenizer,
+        tokenizer,
         config.student,
         max_prompt_length=config.rollout.max_prompt_length,
     )
@@ -309,7 +299,7 @@ def fitting_prompts(
     return prompts
 
 
-def _reference(config: Config, policy: Policy, world: World) -> Reference | None:
+def _reference(config: Config, policy: Policy) -> Reference | None:
     """The student as it was before training, for the KL; only where beta asks for it."""
     if config.train.beta == 0:
         return None
@@ -318,5 +308,4 @@ def _reference(config: Config, policy: Policy, world: World) -> Reference | None
     reference = load_policy(config.student, temperature=config.rollout.temperature)
     reference.model.requires_grad_(False)
     reference.model.eval()
-    shard(reference, world)
     return reference

@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from precompute.config import BOXED_INSTRUCTION, Positive, PrecomputeConfig, Section, Share, checked_urls
+from precompute.config import (
+    BOXED_INSTRUCTION,
+    Positive,
+    PrecomputeConfig,
+    Section,
+    Share,
+    checked_engine_args,
+    checked_urls,
+)
 
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -237,6 +245,17 @@ class EvalConfig(Section):
     temperature: NotNegative = 0.6
     top_p: Share = 1.0
     k: tuple[Positive, ...] = (1, 8)
+    engine: Literal["auto", "vllm", "transformers", "openai"] = "auto"
+    """Of `ampo eval`; while training, what draws the rollouts draws evaluations too. auto: vllm where it is
+    installed and there is an accelerator."""
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """Keys of a [[teachers]] table for vllm and openai under `ampo eval`, e.g. {tensor_parallel_size = 2} or
+    {base_urls = ["http://127.0.0.1:8000/v1"]}."""
+
+    @field_validator("engine_args")
+    @classmethod
+    def _arguments_are_an_engines(cls, more: dict[str, Any]) -> dict[str, Any]:
+        return checked_engine_args(more)
 
     @field_validator("k")
     @classmethod
@@ -264,6 +283,8 @@ class RunConfig(Section):
     log_completions_every: Count = 10
     """Steps between tables of sample completions; 0: never."""
     num_completions_to_print: Positive = 4
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Who is told the metrics beside metrics.jsonl; each needs `ampo[NAME]`."""
 
     @field_validator("name")
     @classmethod

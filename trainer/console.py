@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,12 +13,11 @@ from rich.table import Table
 
 from store.bars import progress_bars
 from store.tables import plain_table
-from trainer.assemble import SilentReporter, TrainReporter
 from trainer.config import RunConfig
-from trainer.distributed import World
 from trainer.evaluation import Evaluation
 from trainer.groups import Group, Sample
 from trainer.run_files import Position, logger
+from trainer.tables import estimate_text
 
 LARGE_CUT_SHARE = 0.25
 """A warning is due when a larger share of the samples is cut."""
@@ -82,10 +80,11 @@ class ConsoleReporter:
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         """avg@n and pass@k in one line."""
-        passes = "  ".join(f"pass@{k} {value:.3f}" for k, value in evaluation.pass_at.items())
+        score = evaluation.overall
+        passes = "  ".join(f"pass@{k} {estimate_text(found)}" for k, found in score.pass_at.items())
         self._say(
-            f"eval step {step}: {passes}  length {evaluation.mean_length:.0f} "
-            f"({len(evaluation.groups)} problems x {evaluation.samples} samples)"
+            f"eval step {step}: {passes}  length {score.mean_length:.0f} "
+            f"({score.problems} problems x {evaluation.n} samples)"
         )
 
     def sampling(self, label: str, done: int, total: int) -> None:
@@ -112,11 +111,6 @@ class ConsoleReporter:
     def _say(self, text: str) -> None:
         logger.info(text)
         self.console.print(escape(text), highlight=False, soft_wrap=True)
-
-
-def reporter_of(world: World, console: Console, config: RunConfig) -> AbstractContextManager[TrainReporter]:
-    """The first process speaks; what the others would say, it says too."""
-    return ConsoleReporter(console, config) if world.is_first else nullcontext(SilentReporter())
 
 
 def step_line(row: dict[str, Any], max_steps: int) -> str:

@@ -27,12 +27,14 @@ from trainer.policy import compute_dtype, load_tokenizer, pick_device
 from trainer.rollout import demanded_form, student_prompts
 from trainer.run_files import Position
 from trainer.sampler import check_sampler
+from trainer.trackers import Trackers
 
 
 def dry_run_of(config: Config) -> Group:
     """Everything that `ampo train` would check, and what it would then do. Raises what it would raise."""
     check_sampler(config)
     with ExitStack() as stack:
+        stack.enter_context(Trackers(config.run.report_to))
         verifier = stack.enter_context(Verifier.configured(config.verify))
         reporter = SilentReporter()
         problems = usable_problems(config, "train", verifier, reporter)

@@ -36,6 +36,11 @@ class PendingSample:
     trace_id: str | None = None
     teacher: str | None = None
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether `Judge.settle` returns at once."""
+        return self.verdict is None or self.verdict.done()
+
 
 class Judge:
     """Sends responses to the verifier and turns verdicts into rewarded samples."""

@@ -6,6 +6,7 @@ same samples in any batch, after any resume and on any number of processes.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from precompute.prompts import answer_form_of, render_prompt, system_turn
 from store.errors import ProblemsError
 from store.records import Problem, content_hash
 from trainer.config import RolloutConfig, StudentConfig
-from trainer.groups import Group
+from trainer.groups import Group, Sample
 from trainer.rewards import Judge, PendingSample
 from trainer.timing import StepTimer
 
@@ -31,6 +32,10 @@ class Prompt:
     """[P]"""
     opens_think: bool
     """It ends inside a `<think>` block."""
+
+
+Draw = tuple[int, int]
+"""(place of the prompt, 0-based index of the sample)"""
 
 
 def student_prompts(
@@ -102,11 +107,43 @@ def sample_groups(
         on_sample: called with (samples drawn, samples in all).
         timer: `verify` gets what is left to wait for verdicts once all is drawn.
     """
+    draws = [(p, s) for p in range(len(prompts)) for s in range(samples)]
+    judged = judged_samples(
+        engine, judge, prompts, sampling, draws, seed=seed, key=key, on_sample=on_sample, timer=timer
+    )
+    found = dict(judged)
+    return [
+        Group(
+            problem=prompt.problem,
+            prompt_ids=prompt.ids,
+            opens_think=prompt.opens_think,
+            samples=tuple(found[p, s] for s in range(samples)),
+        )
+        for p, prompt in enumerate(prompts)
+    ]
+
+
+def judged_samples(
+    engine: Engine,
+    judge: Judge,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    draws: Sequence[Draw],
+    *,
+    seed: int,
+    key: str,
+    on_sample: Callable[[int, int], None] = lambda done, total: None,
+    timer: StepTimer | None = None,
+) -> Iterator[tuple[Draw, Sample]]:
+    """The samples that `draws` name, each as soon as it and those drawn before it are judged; the other
+    arguments as in `sample_groups`."""
     timer = timer or StepTimer()
-    pending: dict[str, PendingSample] = {}
-    for completion in _completions(engine, prompts, sampling, samples=samples, seed=seed, key=key):
-        prompt = prompts[int(completion.request_id.partition("/")[0])]
-        pending[completion.request_id] = judge.submit(
+    waiting: deque[tuple[Draw, PendingSample]] = deque()
+    for drawn, (draw, completion) in enumerate(
+        _completions(engine, prompts, sampling, draws, seed=seed, key=key), start=1
+    ):
+        prompt = prompts[draw[0]]
+        pending = judge.submit(
             text=completion.text,
             gold=prompt.problem.answer,
             token_ids=completion.token_ids,
@@ -114,29 +151,34 @@ def sample_groups(
             logprobs=completion.logprobs,
             opens_think=prompt.opens_think,
         )
-        on_sample(len(pending), len(prompts) * samples)
-    with timer("verify"):
-        return [
-            Group(
-                problem=prompt.problem,
-                prompt_ids=prompt.ids,
-                opens_think=prompt.opens_think,
-                samples=tuple(judge.settle(pending[f"{p}/{s}"]) for s in range(samples)),
-            )
-            for p, prompt in enumerate(prompts)
-        ]
+        waiting.append((draw, pending))
+        on_sample(drawn, len(draws))
+        while waiting and waiting[0][1].is_judged:
+            draw, pending = waiting.popleft()
+            yield draw, judge.settle(pending)
+    for draw, pending in waiting:
+        with timer("verify"):
+            sample = judge.settle(pending)
+        yield draw, sample
 
 
 def _completions(
-    engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, *, samples: int, seed: int, key: str
-) -> Iterator[Completion]:
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    draws: Sequence[Draw],
+    *,
+    seed: int,
+    key: str,
+) -> Iterator[tuple[Draw, Completion]]:
+    named = {f"{p}/{s}": (p, s) for p, s in draws}
     requests = [
         Request(
-            request_id=f"{p}/{s}",
-            prompt_ids=prompt.ids,
-            seed=seed_of(seed, key, prompt.problem.problem_id, s),
+            request_id=name,
+            prompt_ids=prompts[p].ids,
+            seed=seed_of(seed, key, prompts[p].problem.problem_id, s),
         )
-        for p, prompt in enumerate(prompts)
-        for s in range(samples)
+        for name, (p, s) in named.items()
     ]
-    return engine.generate(requests, sampling)
+    for completion in engine.generate(requests, sampling):
+        yield named[completion.request_id], completion

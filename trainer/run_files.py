@@ -33,6 +33,8 @@ from store.errors import RunError
 from store.files import whole_file
 from trainer.batch import TrainSequence
 from trainer.config import Config
+from trainer.eval_files import EVAL_SCHEMA
+from trainer.evaluation import EvalSample
 from trainer.groups import Group, Sample
 from trainer.guidance import QueryRow
 
@@ -141,13 +143,13 @@ class RunFiles:
         if not os.access(there, os.W_OK | os.X_OK):
             raise RunError(f"run.dir: no permission to write {there}")
 
-    def start(self, config: Config, *, after: Position, processes: int = 1) -> None:
+    def start(self, config: Config, *, after: Position) -> None:
         """Writes config and environment, and drops what an interrupted run logged past `after`. What comes
         between the warm-up and the first sampling step is past both."""
         for folder in ("rollouts", "queries", "evals", "checkpoints"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
         self._text("config.toml", toml_of(config))
-        self._text("env.json", json.dumps(environment(processes), indent=2) + "\n")
+        self._text("env.json", json.dumps(environment(), indent=2) + "\n")
         # The evaluation before the first sampling step is done again by whoever has not got past it.
         last = after.step or -1
         kept = [row for row in self.metrics() if _is_before(row, after.sft_step, last)]
@@ -199,21 +201,19 @@ class RunFiles:
     def write_queries(self, step: int, rows: Sequence[QueryRow]) -> None:
         self._table("queries", step, [asdict(row) for row in rows], QUERY_SCHEMA)
 
-    def write_evaluation(self, step: int, groups: Sequence[Group]) -> None:
-        rows = [row for group in groups for row in _group_rows(step, group, None)]
-        self._table("evals", step, rows, ROLLOUT_SCHEMA)
+    def write_evaluation(self, step: int, samples: Sequence[EvalSample]) -> None:
+        """The rows of `ampo eval`, with the step."""
+        rows = [{"step": step, **asdict(sample)} for sample in samples]
+        self._table("evals", step, rows, EVAL_SCHEMA.insert(0, pa.field("step", pa.int32())))
 
     def write_failed_batch(self, step: Position, sequences: Sequence[TrainSequence]) -> Path:
         """What a step that is no number computed on, a row a sequence; returns the file."""
         rows = [{"step": step.step, **asdict(sequence)} for sequence in sequences]
-        path = self._failed_batch(step)
+        path = self.root / "failed" / f"{step.name}.parquet"
         path.parent.mkdir(exist_ok=True)
         with whole_file(path) as file:
             pq.write_table(pa.Table.from_pylist(rows, schema=FAILED_SCHEMA), file, compression="zstd")
         return path
-
-    def _failed_batch(self, step: Position) -> Path:
-        return self.root / "failed" / f"{step.name}.parquet"
 
     def _table(self, folder: str, step: int, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
         table = pa.Table.from_pylist(list(rows), schema=schema)
@@ -225,41 +225,16 @@ class RunFiles:
             file.write(text.encode("utf-8"))
 
 
-class UnwrittenRun(RunFiles):
-    """A run whose files another process writes: this one reads them and leaves them alone."""
-
-    def check_writable(self) -> None:
-        """Whoever writes will check."""
-
-    def start(self, config: Config, *, after: Position, processes: int = 1) -> None:
-        """Nothing."""
-
-    @contextmanager
-    def log_to_file(self) -> Iterator[None]:
-        """Nothing."""
-        yield
-
-    def add_metrics(self, row: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def write_failed_batch(self, step: Position, sequences: Sequence[TrainSequence]) -> Path:
-        """Where the other process writes it."""
-        return self._failed_batch(step)
-
-    def _table(self, folder: str, step: int, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
-        pass
-
-
 def _is_before(row: Mapping[str, Any], sft_step: int, step: int) -> bool:
     """Whether a line of metrics tells of what a run that is so far has behind it."""
     return bool(row["sft/step"] <= sft_step if "sft/step" in row else row["step"] <= step)
 
 
-def _group_rows(step: int, group: Group, advantages: Sequence[float] | None) -> list[dict[str, Any]]:
+def _group_rows(step: int, group: Group, advantages: Sequence[float]) -> list[dict[str, Any]]:
     rows = []
     for place, sample in enumerate(group.samples):
         trace = group.guidance.get(place)
-        advantage = None if advantages is None else advantages[place]
+        advantage = advantages[place]
         rows.append(_sample_row(step, group, place, sample, None if trace else advantage, trace is not None))
         if trace is not None:
             rows.append(_sample_row(step, group, place, trace, advantage, False))
@@ -297,13 +272,12 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def environment(processes: int) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """What the run ran on: enough to tell why two runs differ."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processes": processes,
         "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
     }
 

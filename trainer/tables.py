@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from store.tables import plain_table
-from trainer.evaluation import Evaluation
+from trainer.evaluation import COVERAGE, Estimate, Evaluation, Score
 from trainer.inspection import QuerySummary, Question, curve, evaluation_rows
 from trainer.plot import sparkline
 
@@ -95,7 +95,9 @@ def curves_table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
 def evaluations_table(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Table:
     """Held-out evaluations of one or several runs."""
     found = {name: evaluation_rows(rows) for name, rows in runs.items()}
-    metrics = sorted({key for rows in found.values() for row in rows for key in row} - {"step"})
+    # Those of single sources (eval/aime/pass@1) would make it too wide; --json has them.
+    names = {key for rows in found.values() for row in rows for key in row if key.count("/") == 1}
+    metrics = sorted(names)
     table = plain_table("held-out evaluation")
     table.add_column("run")
     table.add_column("step", justify="right")
@@ -109,12 +111,41 @@ def evaluations_table(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Table:
 
 
 def evaluation_table(model: str, evaluation: Evaluation) -> Table:
-    """One evaluation by `ampo eval`."""
-    table = plain_table(f"{model}: {len(evaluation.groups)} problems")
-    for metric in evaluation.metrics:
-        table.add_column(metric.removeprefix("eval/"), justify="right")
-    table.add_row(*(_cell(value) for value in evaluation.metrics.values()))
+    """One evaluation by `ampo eval`: a row a source, and one for all problems."""
+    overall, sources = evaluation.overall, evaluation.sources
+    table = plain_table(model)
+    table.add_column("source")
+    passes = [f"pass@{k}" for k in overall.pass_at if k > 1]
+    for name in ("problems", "n", "avg@n", *passes, "tokens", "cut"):
+        table.add_column(name, justify="right")
+    for source, score in sources.items():
+        table.add_row(escape(source) or "-", *_score_cells(score))
+    if sources:
+        table.add_section()
+        means = (f"{value:.3f}" for value in evaluation.mean_of_sources.values())
+        table.add_row("mean of sources", "", "", *means, "", "")
+    table.add_row("all problems", *_score_cells(overall), style="bold")
+    table.caption = f"[ ]: {COVERAGE:.0%} interval, bootstrap over problems; avg@n is pass@1"
     return table
+
+
+def _score_cells(score: Score) -> list[str]:
+    fewest, most = score.samples
+    return [
+        f"{score.problems:,}",
+        str(most) if fewest == most else f"{fewest}-{most}",
+        *(escape(estimate_text(found)) for found in score.pass_at.values()),
+        f"{score.mean_length:.0f}",
+        f"{score.cut_share:.0%}",
+    ]
+
+
+def estimate_text(found: Estimate) -> str:
+    """`0.433 [.36 .51]`; without brackets where no interval can be had."""
+    if found.low is None or found.high is None:
+        return f"{found.value:.3f}"
+    low, high = (f"{end:.2f}".removeprefix("0") for end in (found.low, found.high))
+    return f"{found.value:.3f} [{low} {high}]"
 
 
 def _cell(value: float | None) -> str:

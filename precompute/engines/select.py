@@ -25,7 +25,7 @@ def resolve_engine(name: str) -> str:
     Raises EngineError for a name that is no engine's, and for an engine that is not installed.
     """
     if name not in ENGINES:
-        raise EngineError(f"unknown engine {name!r}; engines: {', '.join(ENGINES)}")
+        raise EngineError(f"unknown engine {name!r}; engines: {', '.join(ENGINES)}, ray (by --engine alone)")
     if name == "transformers":
         return name
     if name == "openai":

@@ -1,0 +1,172 @@
+"""`run.report_to`: what each program keeps is read back and is what metrics.jsonl says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from run_examples import PROBLEMS, config_of, settings, write_problems, write_store
+
+from store.errors import EngineError
+from trainer.assemble import SilentReporter
+from trainer.loop import train
+from trainer.run_files import Position
+from trainer.trackers import Trackers
+
+ROOT = Path(__file__).parent.parent
+NAMES = ("tensorboard", "trackio", "wandb")
+Curve = dict[int, dict[str, float]]
+"""step -> metric -> value"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tracked")
+    write_problems(path / "train.jsonl", PROBLEMS)
+    write_store(path / "traces")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tracked(world: Path, model_dir: Path) -> Path:
+    """A run of three steps by the command itself, stopped after two and resumed, offline, told to all."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "offline",
+        "TRACKIO_DIR": str(world / "trackio"),
+    }
+    for steps in (2, 3):
+        overrides = settings(
+            world,
+            model_dir,
+            train__max_steps=steps,
+            run__report_to=NAMES,
+            run__save_every=1,
+            run__log_completions_every=0,
+        )
+        command = [sys.executable, "-m", "cli", "train"]
+        command += [part for override in overrides for part in ("--set", override)]
+        done = subprocess.run(
+            command, env=environment, cwd=world, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    return world / "runs" / "run"
+
+
+def written(run: Path) -> Curve:
+    """What metrics.jsonl says, without what does not exist in a step."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {
+        row["step"]: {key: value for key, value in row.items() if key != "step" and value is not None}
+        for row in rows
+    }
+
+
+def of_tensorboard(run: Path) -> Curve:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    curve: Curve = {}
+    for name in events.Tags()["scalars"]:
+        for event in events.Scalars(name):
+            assert name not in curve.setdefault(event.step, {}), "a step stands twice"
+            curve[event.step][name] = event.value
+    return curve
+
+
+def of_trackio(run: Path) -> Curve:
+    script = (
+        "import json; from trackio.sqlite_storage import SQLiteStorage as S; (name,) = S.get_runs('ampo');"
+        "print(json.dumps(S.get_logs('ampo', name)))"
+    )
+    environment = os.environ | {"TRACKIO_DIR": str(run.parent.parent / "trackio")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert len({row["step"] for row in rows}) == len(rows)
+    return {row["step"]: {k: v for k, v in row.items() if k not in {"step", "timestamp"}} for row in rows}
+
+
+def of_wandb(run: Path) -> Curve:
+    """Of both offline runs: what `wandb sync` would send."""
+    files = sorted(run.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2
+    assert len({file.name for file in files}) == 1, "a resumed run is the same run"
+    curve: Curve = {}
+    for file in files:
+        for record in wandb_records(file.read_bytes()):
+            if record.HasField("history"):
+                found = {
+                    item.key or item.nested_key[0]: json.loads(item.value_json)
+                    for item in record.history.item
+                }
+                step = found["_step"]
+                curve[step] = {key: value for key, value in found.items() if not key.startswith("_")}
+    return curve
+
+
+def wandb_records(body: bytes) -> Iterator[object]:
+    """Records of a .wandb file: 7 bytes of its own, then LevelDB's log of 32 KiB blocks, whose pieces have a
+    checksum (4 bytes), a length (2) and a type: 1 whole, 2 first, 3 middle, 4 last."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    at, held = 7, b""
+    while at + 7 <= len(body):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(body[at + 4 : at + 6], "little"), body[at + 6]
+        held += body[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            record = Record()
+            record.ParseFromString(held)
+            held = b""
+            yield record
+
+
+@pytest.mark.parametrize(
+    ("name", "read"), [("tensorboard", of_tensorboard), ("trackio", of_trackio), ("wandb", of_wandb)]
+)
+def test_a_tracker_keeps_each_steps_numbers_once_over_a_resume(
+    tracked: Path, name: str, read: object
+) -> None:
+    assert callable(read)
+    expected, found = written(tracked), read(tracked)
+    assert sorted(found) == sorted(expected) == [1, 2, 3]
+    for step, numbers in expected.items():
+        assert found[step].keys() == numbers.keys()
+        for key, value in numbers.items():
+            # TensorBoard keeps float32.
+            assert found[step][key] == pytest.approx(value, rel=1e-6), (step, key)
+
+
+def test_a_program_that_is_not_installed_is_told_with_its_extra_before_anything_is_loaded(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)  # how Python itself marks what cannot be imported
+    config = config_of(world, world / "no-model", run__name="never", run__report_to=("trackio",))
+    with pytest.raises(EngineError, match=r'trackio.*pip install "ampo\[trackio\]"'):
+        train(config, resume="auto", reporter=SilentReporter())
+    assert not (world / "runs" / "never").exists()
+
+
+def test_without_report_to_nothing_is_written_for_trackers(tmp_path: Path) -> None:
+    with Trackers(()) as trackers:
+        trackers.begin(tmp_path, {}, after=Position())
+        trackers.log({"step": 1, "loss": 0.5})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_tracker_is_imported_where_none_is_asked_for(name: str) -> None:
+    script = f"import sys, trainer.loop; sys.exit({name!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
