@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from store.errors import EngineError
 from trainer.config import StudentConfig
 from trainer.policy import Policy
+from trainer.sharding import whole_tensor
 
 SHARED_MEMORY = Path("/dev/shm")
 SPARE = 1.1
@@ -41,8 +42,14 @@ class Handover:
 
     def write_adapter(self, number: int) -> Path:
         """The LoRA adapter alone."""
-        save = self._policy.model.save_pretrained
-        return self._write(number, lambda path: save(path, save_embedding_layers=False))
+        model = self._policy.model
+        adapter = {
+            name: whole_tensor(tensor) for name, tensor in model.state_dict().items() if ".lora_" in name
+        }
+        return self._write(
+            number,
+            lambda path: model.save_pretrained(path, state_dict=adapter, save_embedding_layers=False),
+        )
 
     def write_base(self) -> Path:
         """The frozen weights of a 4-bit student as they compute, without its adapter: an ordinary model."""
@@ -87,13 +94,17 @@ def place_for(policy: Policy, run: Path) -> Path:
 
 
 def narrowed(policy: Policy) -> dict[str, Tensor]:
-    """Name -> weight on the CPU, in the type that the student computes in; tied weights stay one."""
+    """Name -> weight on the CPU, in the type that the student computes in; tied weights stay one.
+
+    Where the weights are dealt out over processes, all of them take part.
+    """
     found: dict[str, Tensor] = {}
     seen: dict[tuple[int, torch.Size], Tensor] = {}
     for name, tensor in policy.causal.state_dict().items():
-        place = (tensor.data_ptr(), tensor.shape)
-        if place not in seen:
-            seen[place] = tensor.detach().to("cpu", policy.dtype)
+        whole = whole_tensor(tensor)
+        place = (whole.data_ptr(), whole.shape)
+        if whole is not tensor or place not in seen:  # the memory of a gathered one is soon another's
+            seen[place] = whole.to("cpu", policy.dtype if whole.is_floating_point() else whole.dtype)
         found[name] = seen[place]
     return found
 

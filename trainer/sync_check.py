@@ -7,7 +7,8 @@ as steps of 1e-6 in bfloat16 are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -35,34 +36,35 @@ class SyncCheck:
         self.rows = [tuple(ids[:LENGTH]) for ids in prompts[:ROWS]]
         """[N][P], at least two tokens each in a usable probe."""
         self.tolerance = TOLERANCES.get(policy.dtype, NARROW_TOLERANCE) if tolerance is None else tolerance
-        self._policy = Policy(policy.model, policy.tokenizer, dtype=policy.dtype, temperature=1.0)
-        self._before: tuple[Tensor, Tensor] | None = None
+        self._policy = policy
+        self._before: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def compare(self, theirs: Sequence[Sequence[float]]) -> None:
-        """Raises EngineError, with both values, when the sampler does not compute with the student's weights.
+    def compare(self, theirs: Mapping[str, Sequence[Sequence[float]]]) -> None:
+        """Raises EngineError, with both values, when a copy does not compute with the student's weights.
 
-        `theirs`: [N][P - 1], the sampler's log-probabilities of all but the first token of each row.
+        `theirs`: name of each copy -> [N][P - 1], its log-probabilities of all but each row's first token.
         """
         ours = self._logprobs()
-        sampler = torch.tensor([value for row in theirs for value in row])
-        difference = float((ours - sampler).abs().mean())
+        for name, rows in theirs.items():
+            copy = torch.tensor([value for row in rows for value in row])
+            self._compare(name, ours, copy)
+            self._before[name] = ours, copy
+
+    def _compare(self, name: str, ours: Tensor, copy: Tensor) -> None:
         values = (
-            f"the probe's log-probability is {float(sampler.mean()):.5f} a token in vllm and "
-            f"{float(ours.mean()):.5f} in the trainer"
+            f"the student's weights did not reach {name}: there the probe's log-probability is "
+            f"{float(copy.mean()):.5f} a token, in the trainer {float(ours.mean()):.5f};"
         )
+        allowed = f"rollout.sync_tolerance = {self.tolerance:g}"
+        difference = float((ours - copy).abs().mean())
         if not difference <= self.tolerance:
+            raise EngineError(f"{values} tokens differ by {difference:.2g} on average, {allowed}")
+        ours_before, copy_before = self._before.get(name, (ours, copy))
+        moved = float((ours - ours_before).abs().mean())
+        if moved > MOVED * self.tolerance and copy.equal(copy_before):
             raise EngineError(
-                f"the student's weights did not reach vllm: {values}, tokens differ by {difference:.2g} "
-                f"on average, rollout.sync_tolerance = {self.tolerance:g}"
+                f"{values} the trainer's moved by {moved:.2g} a token and {name}'s not at all, {allowed}"
             )
-        if self._before is not None:
-            moved = float((ours - self._before[0]).abs().mean())
-            if moved > MOVED * self.tolerance and sampler.equal(self._before[1]):
-                raise EngineError(
-                    f"the student's weights did not reach vllm: {values}; the trainer's moved by {moved:.2g} "
-                    f"a token and vllm's not at all, rollout.sync_tolerance = {self.tolerance:g}"
-                )
-        self._before = ours, sampler
 
     @torch.no_grad()
     def _logprobs(self) -> Tensor:
@@ -70,4 +72,16 @@ class SyncCheck:
         policy = self._policy
         asked = [len(row) - 1 for row in self.rows]
         batch = pad(self.rows, asked, pad_id=policy.pad_id, device=policy.device)
-        return policy.statistics(batch).logprobs[batch.asked].cpu()
+        with at_temperature(policy, 1.0):
+            return policy.logprobs(batch)[batch.asked].cpu()
+
+
+@contextmanager
+def at_temperature(policy: Policy, temperature: float) -> Iterator[None]:
+    """The policy's log-probabilities are of another temperature for the block."""
+    own = policy.temperature
+    policy.temperature = temperature
+    try:
+        yield
+    finally:
+        policy.temperature = own

@@ -94,10 +94,10 @@ class VllmEngine:
         """Draws with the LoRA adapter of a peft directory from now on; `number` is new each time."""
         self._process.call("load_adapter", str(folder), number)
 
-    def logprobs(self, rows: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
-        """[N] rows of ids -> the log-probabilities of all but their first tokens, at temperature 1."""
-        found: list[tuple[float, ...]] = self._process.call("logprobs", [list(row) for row in rows])
-        return found
+    def logprobs(self, rows: Sequence[Sequence[int]]) -> dict[str, list[tuple[float, ...]]]:
+        """[N] rows of ids -> for each copy of the model, here one, the log-probabilities of all but their
+        first tokens, at temperature 1."""
+        return {self.name: self._process.call("logprobs", [list(row) for row in rows])}
 
     def sleep(self, level: int) -> None:
         """Frees the GPU's memory. Level 1 keeps the weights in the host's; 2 forgets them: before anything
