@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,26 +31,30 @@ def free_port() -> int:
 
 
 @contextmanager
-def vllm_server(log: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Serves MODEL under SERVED to whoever has KEY; up in half a minute or so."""
-    options = {
-        "model": MODEL,
-        "served-model-name": SERVED,
+def vllm_server(
+    log: Path,
+    port: int,
+    *flags: str,
+    options: Mapping[str, str] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Serves MODEL under SERVED to whoever has KEY, or what `options` say; up in half a minute or so."""
+    teacher = {"model": MODEL, "served-model-name": SERVED, "max-model-len": "160", "api-key": KEY}
+    given = {
         "host": "127.0.0.1",
         "port": str(port),
         "dtype": "float32",
-        "max-model-len": "160",
-        "api-key": KEY,
+        **(teacher if options is None else options),
     }
-    arguments = [word for key, value in options.items() for word in (f"--{key}", value)]
-    module = ["-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    arguments = [word for key, value in given.items() for word in (f"--{key}", value)]
+    module = ["-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", *flags]
+    quiet = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, *module, *arguments],
             stdout=output,
             stderr=output,
-            env=environment,
+            env=os.environ | quiet | dict(environment or {}),
             start_new_session=True,
         )
     try:

@@ -16,6 +16,7 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from run_examples import PROBLEMS, config_of, write_problems, write_store
 from safetensors.torch import load_file, save_file
+from vllm_examples import change, forward_logprobs, prompts_of
 
 from precompute.engines import Request, Sampling
 from precompute.engines.vllm_engine import VllmEngine
@@ -57,7 +58,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its head is its embedding, as in most small models: vllm gets no weights for it."""
     path = tmp_path_factory.mktemp("tied")
-    tiny_model(tie_word_embeddings=True).save_pretrained(path)
+    wide = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+    tiny_model(tie_word_embeddings=True, **wide).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
 
@@ -79,10 +81,6 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def prompts_of(policy: Policy) -> list[list[int]]:
-    return [policy.tokenizer(f"<user>{n}+{n}={2 * n}<assistant>")["input_ids"] for n in range(7, 11)]
-
-
 def sampler_of(
     engine: VllmEngine, world: Path, model: Path, stack: ExitStack, **changes: Any
 ) -> tuple[VllmSampler, Policy]:
@@ -94,22 +92,6 @@ def sampler_of(
     check = SyncCheck(policy, prompts_of(policy), None)
     adapter_only = config.student.use_peft
     return VllmSampler(engine, handover, check, adapter_only=adapter_only, sleeps=False), policy
-
-
-def change(policy: Policy, size: float) -> None:
-    """What an optimizer step does to the weights that train."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in policy.model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-
-
-def forward_logprobs(policy: Policy, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
-    """[P - 1], by a forward pass of the transformers model."""
-    with torch.no_grad():
-        logits = policy.model(input_ids=torch.tensor([ids])).logits[0, :-1] / temperature
-    return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("changes", [{}, {"student__use_peft": True, "student__lora_r": 3}])
@@ -152,6 +134,28 @@ def test_an_adapter_travels_alone_and_whole_weights_do_not_stay(
     tensors = load_file(folder / "adapter_model.safetensors")
     assert all("lora_" in name for name in tensors)
     assert not list(folder.glob("model*"))
+
+
+def test_a_4_bit_student_is_drawn_from_as_it_computes(
+    engine: VllmEngine, world: Path, model: Path, stack: ExitStack
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    changes: dict[str, Any] = {"student__use_peft": True, "student__lora_r": 4, "student__load_in_4bit": True}
+    sampler, policy = sampler_of(engine, world, model, stack, **changes)
+    base = sampler._handover.write_base()
+    config = json.loads((base / "config.json").read_text())
+    assert (config["dtype"], config.get("quantization_config")) == ("float32", None)
+    engine.load_weights(base)
+    change(policy, 0.05)
+    sampler.sync(0)
+    ids = prompts_of(policy)[0]
+    (logprobs,) = engine.logprobs([ids])["vllm"]
+    assert list(logprobs) == pytest.approx(forward_logprobs(policy, ids).tolist(), abs=1e-3)
+    # The weights as they were published are others: 4 bits are not nothing.
+    full, _ = sampler_of(engine, world, model, stack)
+    full.sync(0)
+    with pytest.raises(EngineError, match="did not reach vllm"):
+        sampler.sync(1)
 
 
 def test_what_the_old_weights_have_read_is_forgotten(
@@ -298,3 +302,31 @@ def test_a_run_trains_on_vllms_samples_and_a_killed_vllm_ends_it_in_one_line(
         assert row["seconds/sync"] > 0
         assert row["sampling/logp_difference"] < 1e-4
         assert row["grad_norm"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [False, True])
+def test_a_run_with_an_adapter_goes_on_from_its_checkpoint(world: Path, model: Path, bits: bool) -> None:
+    if bits:
+        pytest.importorskip("bitsandbytes")
+    changes: dict[str, Any] = {
+        "rollout__engine": "vllm",
+        "rollout__temperature": 0.8,
+        "student__use_peft": True,
+        "student__lora_r": 4,
+        "student__load_in_4bit": bits,
+        "run__name": f"lora-{bits}",
+        "run__save_every": 1,
+    }
+    train(config_of(world, model, train__max_steps=1, **changes), reporter=SilentReporter())
+    report = train(config_of(world, model, train__max_steps=3, **changes), reporter=SilentReporter())
+    rows = metrics_of(report.run)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["sampling/logp_difference"] < 1e-4 for row in rows)
+
+
+# The last one: it ends the common process.
+def test_what_vllm_cannot_do_is_said_in_its_words_and_ends_it(engine: VllmEngine, world: Path) -> None:
+    with pytest.raises(EngineError, match=r"vllm cannot load adapter: .*No adapter found for .*nowhere"):
+        engine.load_adapter(world / "nowhere", 99)
+    assert not vllm_processes()

@@ -5,8 +5,9 @@ sync -> generate (samples of a step) -> sleep -> guide, update -> sync -> genera
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,8 @@ from trainer.config import Config, StudentConfig
 from trainer.handover import Handover, place_for
 from trainer.policy import Policy
 from trainer.sync_check import SyncCheck
+
+LOGGER = logging.getLogger(__name__)
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vllm 0.32 can be told as the largest rank of an adapter."""
@@ -151,12 +154,12 @@ def make_sampler(
     rollout = config.rollout
     if rollout.engine == "transformers":
         return SharedSampler(policy.model, policy.tokenizer, batch_size=rollout.batch_size)
-    place = Path(rollout.sync_dir).absolute() if rollout.sync_dir else place_for(policy, run)
-    handover = Handover(policy, config.student, place)
+    handover = Handover(policy, config.student, _place(config, policy, run))
     stack.callback(handover.close)
-    longest = max(len(ids) for ids in prompts)
+    max_length = max(len(ids) for ids in prompts) + rollout.max_completion_length
+    load: Callable[..., WeightedEngine] = _servers if rollout.base_urls else load_vllm
     sampler = VllmSampler(
-        load_vllm(config, policy, handover, max_length=longest + rollout.max_completion_length),
+        load(config, policy, handover, max_length=max_length),
         handover,
         SyncCheck(policy, prompts, rollout.sync_tolerance),
         adapter_only=config.student.use_peft,
@@ -166,13 +169,25 @@ def make_sampler(
     return sampler
 
 
+def _place(config: Config, policy: Policy, run: Path) -> Path:
+    """The directory that weights go through; servers may be on another machine."""
+    if config.rollout.sync_dir:
+        return Path(config.rollout.sync_dir).absolute()
+    return run if config.rollout.base_urls else place_for(policy, run)
+
+
 def check_sampler(config: Config) -> None:
     """Raises ConfigError or EngineError for what would only be noticed once models are loaded."""
-    if config.rollout.engine == "vllm":
-        if not config.rollout.base_urls:
-            resolve_engine("vllm")
-        if config.student.use_peft:
-            max_lora_rank(config.student)
+    if config.rollout.engine == "transformers":
+        return
+    resolve_engine("openai" if config.rollout.base_urls else "vllm")
+    if config.rollout.base_urls and config.student.load_in_4bit:
+        raise ConfigError(
+            "rollout.base_urls are servers of the model as it is, and student.load_in_4bit trains another: "
+            "leave base_urls out, and vllm gets the 4-bit weights as they compute"
+        )
+    if config.student.use_peft:
+        max_lora_rank(config.student)
 
 
 def max_lora_rank(student: StudentConfig) -> int:
@@ -201,6 +216,23 @@ def load_vllm(config: Config, policy: Policy, handover: Handover, *, max_length:
         batch_size=config.rollout.batch_size,
         logprobs="sampler",
     )
+
+
+def _servers(config: Config, policy: Policy, handover: Handover, *, max_length: int) -> WeightedEngine:
+    """The student at `rollout.base_urls`."""
+    rollout = config.rollout
+    from precompute.engines.vllm_servers import VllmServers  # and with it openai
+
+    servers = TeacherConfig(
+        name="student",
+        model=config.student.model,
+        revision=config.student.revision,
+        max_tokens=rollout.max_completion_length,
+        batch_size=rollout.batch_size,
+        base_urls=rollout.base_urls,
+        served_model_name=rollout.served_model_name,
+    )
+    return VllmServers(servers, policy.tokenizer, max_length=max_length, report=LOGGER.warning)
 
 
 def vllm_options(config: Config, dtype: torch.dtype, base: Path | None, *, max_length: int) -> dict[str, Any]:

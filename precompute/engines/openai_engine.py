@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import openai
@@ -199,7 +199,7 @@ class OpenAIEngine:
                 )
                 completion = completion_of(request, answer, self._tokenizer, url=server.url)
                 if completion is not None:
-                    return completion
+                    return completion if _tells(sampling) else replace(completion, logprobs=())
                 self._give_up(server, servers, "it broke a completion off")
             except GONE as error:
                 self._give_up(server, servers, _reason(error, self._teacher))
@@ -223,6 +223,11 @@ class OpenAIEngine:
 
     def _report_gone(self, url: str, reason: str) -> None:
         self._report(f"{self._teacher.name}: {url} is given up ({reason}); the other servers go on")
+
+
+def _tells(sampling: Sampling) -> bool:
+    """Servers give the model's own log-probabilities."""
+    return sampling.logprobs == "model" or sampling.is_plain
 
 
 def _client_options(teacher: TeacherConfig, url: str) -> dict[str, Any]:

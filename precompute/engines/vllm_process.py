@@ -55,8 +55,17 @@ def main() -> None:
         threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
         while True:
             _serve(connection, served, inbox)
-    except TROUBLE as error:
+    except _trouble() as error:
         connection.send(Failure(_reason(error)))
+
+
+def _trouble() -> tuple[type[Exception], ...]:
+    """TROUBLE and vllm's own errors, which are of no common kind with it."""
+    try:
+        from vllm.exceptions import VLLMError
+    except TROUBLE:
+        return TROUBLE
+    return (*TROUBLE, VLLMError)
 
 
 def _serve(connection: Connection[Any, Any], served: Served, inbox: Inbox) -> None:

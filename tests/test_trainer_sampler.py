@@ -1,0 +1,154 @@
+"""Samplers before any engine runs: what is refused, what vLLM is told, where weights go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from run_examples import config_of
+from safetensors.torch import load_file
+
+from store.errors import ConfigError, EngineError
+from trainer import handover
+from trainer.handover import Handover, place_for
+from trainer.policy import Policy
+from trainer.sampler import check_sampler, max_lora_rank, vllm_environment, vllm_options
+from trainer.sync_check import SyncCheck
+
+VLLM: dict[str, Any] = {"rollout__engine": "vllm"}
+URLS = ["http://127.0.0.1:8000/v1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rollout__base_urls": URLS}, r'set engine = "vllm"'),
+        (VLLM | {"rollout__base_urls": ["gpu1:8000"]}, "is no URL"),
+        (VLLM | {"rollout__base_urls": ["http://user:sesame@gpu1/v1"]}, "carries no key"),
+        (VLLM | {"rollout__vllm_args__max_num_seqs": 4}, "rollout.batch_size says it"),
+        (VLLM | {"rollout__vllm_args__tensor_parallel_size": 2}, "base_urls"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused_by_name(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        config_of(tmp_path, tmp_path, **changes)
+    assert "sesame" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (VLLM | {"student__use_peft": True, "student__lora_r": 600}, r"student.lora_r = 600 .* 512"),
+        (
+            VLLM | {"rollout__base_urls": URLS, "student__use_peft": True, "student__load_in_4bit": True},
+            "rollout.base_urls are servers of the model as it is",
+        ),
+    ],
+)
+def test_what_vllm_cannot_do_is_refused_before_anything_is_loaded(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_sampler(config_of(tmp_path, tmp_path, **changes))
+
+
+def test_without_vllm_the_error_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("precompute.engines.select.find_spec", lambda _: None)
+    check_sampler(config_of(tmp_path, tmp_path))
+    with pytest.raises(EngineError, match=r'pip install "ampo\[vllm'):
+        check_sampler(config_of(tmp_path, tmp_path, **VLLM))
+
+
+@pytest.mark.parametrize(("r", "rank"), [(1, 1), (2, 8), (16, 16), (300, 320), (512, 512)])
+def test_the_rank_is_the_smallest_that_vllm_knows_and_the_adapter_fits(
+    r: int, rank: int, tmp_path: Path
+) -> None:
+    student = config_of(tmp_path, tmp_path, student__use_peft=True, student__lora_r=r).student
+    assert max_lora_rank(student) == rank
+
+
+def test_vllm_is_told_what_the_config_says(tmp_path: Path) -> None:
+    more = {"rollout__batch_size": 24, "rollout__vllm_args__max_num_batched_tokens": 512}
+    options = vllm_options(config_of(tmp_path, tmp_path, **VLLM, **more), torch.bfloat16, None, max_length=99)
+    expected = {
+        "model": str(tmp_path),
+        "dtype": "bfloat16",
+        "max_num_seqs": 24,
+        "max_model_len": 99,
+        "max_num_batched_tokens": 512,
+        "logprobs_mode": "processed_logprobs",
+    }
+    assert options.items() >= expected.items()
+    assert "enable_lora" not in options
+    assert ("enable_sleep_mode" in options) == torch.cuda.is_available()
+
+
+def test_the_process_sees_nothing_of_the_launcher() -> None:
+    given = {"HOME": "/root", "RANK": "3", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x"}
+    assert vllm_environment(torch.device("cpu"), given) == {"HOME": "/root"}
+
+
+@pytest.mark.parametrize(("visible", "seen"), [(None, "2"), ("4,5,6", "6")])
+def test_the_process_sees_the_students_gpu_alone(visible: str | None, seen: str) -> None:
+    given = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert vllm_environment(torch.device("cuda", 2), given) == {"CUDA_VISIBLE_DEVICES": seen}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_written_in_the_type_that_computes_and_tied_ones_once(tmp_path: Path, tied: bool) -> None:
+    model = tiny_model(tie_word_embeddings=tied)
+    narrow = Policy(model, tiny_tokenizer(), dtype=torch.bfloat16)
+    place = tmp_path / "new" / "place"
+    weights = Handover(narrow, config_of(tmp_path, tmp_path).student, place)
+    tensors = load_file(weights.write_weights(1) / "model.safetensors")
+    own = model.state_dict()
+    assert own.keys() - tensors.keys() == ({"lm_head.weight"} if tied else set())
+    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+    assert all(tensor.equal(own[name].bfloat16()) for name, tensor in tensors.items())
+    weights.close()
+    assert list(place.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_named(policy: Policy, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = config_of(tmp_path, tmp_path)
+    with pytest.raises(EngineError, match=r"cannot be written to .*file/ampo.*rollout.sync_dir"):
+        Handover(policy, config.student, tmp_path / "file")
+
+
+def test_shared_memory_is_taken_where_the_weights_fit(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(handover, "SHARED_MEMORY", tmp_path)
+    assert place_for(policy, Path("run")) == tmp_path
+    monkeypatch.setattr(handover, "SPARE", 2.0**60)
+    assert place_for(policy, Path("run")) == Path("run")
+
+
+def test_the_probe_is_at_temperature_1_and_leaves_the_policys_own(policy: Policy) -> None:
+    policy.temperature = 0.5
+    prompts = [policy.tokenizer("1+1=2")["input_ids"]]
+    check = SyncCheck(policy, prompts, None)
+    with torch.no_grad():
+        logprobs = policy.model(input_ids=torch.tensor(prompts)).logits[0, :-1].log_softmax(-1)
+    right = logprobs.gather(1, torch.tensor(prompts[0][1:])[:, None])[:, 0].tolist()
+    check.compare({"vllm": [right]})
+    assert policy.temperature == 0.5
+    with pytest.raises(EngineError, match="did not reach vllm"):
+        check.compare({"vllm": [[value + 0.006 for value in right]]})
+    with pytest.raises(EngineError, match="did not reach vllm"):
+        check.compare({"vllm": [[float("nan"), *right[1:]]]})
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.005), (torch.bfloat16, 0.1)])
+def test_16_bits_are_allowed_more(policy: Policy, dtype: torch.dtype, tolerance: float) -> None:
+    narrow = Policy(policy.model, policy.tokenizer, dtype=dtype)
+    assert SyncCheck(narrow, [[5, 6]], None).tolerance == tolerance
+    assert SyncCheck(narrow, [[5, 6]], 0.5).tolerance == 0.5
