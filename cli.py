@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from commands import inspect_store, lab, precompute, store
+from commands import inspect_store, lab, model, precompute, store
 from commands.inspect_run import inspect_run
 from commands.refilter import store_refilter
 from commands.shared import console_of, escaped
@@ -35,6 +35,7 @@ app.add_typer(precompute.app, name="precompute")
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(verify)
+app.add_typer(model.app, name="model")
 app.add_typer(inspect_app, name="inspect")
 inspect_app.add_typer(inspect_store.app, name="store")
 inspect_app.command("run")(inspect_run)

@@ -16,13 +16,13 @@ def inspect_run(
     json_: JsonFlag = False,
     csv_: CsvFlag = False,
 ) -> None:
-    """Show a run's curves as text, or several runs' as one PNG.
+    """Show a run's curves as text, or several runs side by side and in one PNG.
 
     Example: `ampo inspect run runs/lab-ampo runs/lab-grpo --png curves.png`
     """
     from trainer.plot import plot_runs
     from trainer.run_files import latest_run, open_run
-    from trainer.tables import curves_table, evaluations_table
+    from trainer.tables import comparison_table, curves_table, evaluations_table, time_line
 
     paths = runs or [str(latest_run("runs"))]
     opened = [open_run(path) for path in paths]
@@ -35,8 +35,12 @@ def inspect_run(
     if emit_rows([{"run": name, **row} for name, rows in found.items() for row in rows], json_, csv_):
         return
     console = console_of()
+    if len(found) > 1:
+        console.print(comparison_table(found))
     for name, rows in found.items():
-        console.print(curves_table(name, rows))
+        if len(found) == 1:
+            console.print(curves_table(name, rows))
+        console.print(f"{name}: {time_line(rows)}", highlight=False, markup=False)
     console.print(evaluations_table(found))
     if png is not None:
         console.print(f"drew {png}", highlight=False)

@@ -145,10 +145,17 @@ def _add_row(table: Table, group: Group, sample: Sample, who: str) -> None:
     table.add_row(
         escape(_clip(group.problem.question)),
         who,
-        escape(_clip(sample.text)),
+        escape(_clip_middle(sample.text)),
         "[green]yes[/]" if sample.is_correct else "[red]no[/]",
         f"{sample.reward:.2f}",
     )
+
+
+def _clip_middle(text: str) -> str:
+    """A response is told by how it begins and by what it ends in."""
+    flat = " ".join(text.split())
+    half = LONGEST_CELL // 2 - 1
+    return flat if len(flat) <= LONGEST_CELL else f"{flat[:half]} … {flat[-half:]}"
 
 
 def _clip(text: str) -> str:

@@ -23,15 +23,15 @@ def as_saved(student: StudentConfig) -> tuple[StudentConfig, Path | None]:
     folder = Path(student.model)
     if not (folder / ADAPTERS).is_file():
         return student.model_copy(update={"use_peft": False, "load_in_4bit": False}), None
-    trained = _trained_student(folder) or student.model_copy(
+    trained = trained_student(folder) or student.model_copy(
         update={"model": _base(folder), "revision": None, "use_peft": True}
     )
     own = {key: getattr(student, key) for key in ("dtype", "device", "chat_template")}
     return trained.model_copy(update=own | {"gradient_checkpointing": False}), folder
 
 
-def _trained_student(checkpoint: Path) -> StudentConfig | None:
-    """[student] as a checkpoint says it; None where the directory is none of ours."""
+def trained_student(checkpoint: Path) -> StudentConfig | None:
+    """[student] of the run that wrote the checkpoint; None where it is none of ours."""
     path = checkpoint / "state.json"
     if not path.is_file():
         return None

@@ -3,62 +3,112 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from store.errors import EngineError
 from trainer.inspection import curve
 
+Rows = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """One metric of all runs."""
+
+    metric: str
+    title: str
+    share: bool = False
+    """Its values lie between 0 and 1."""
+
+
 PANELS = (
-    ("reward", "reward (student samples)"),
-    ("groups/all_fail", "groups where all samples fail"),
-    ("eval/pass@", "held-out pass@k"),
-    ("entropy", "entropy (nats)"),
-    ("completions/mean_length", "response tokens"),
-    ("store/queries", "problems asked for"),
+    Panel(metric="accuracy", title="solved, of the student's own samples", share=True),
+    Panel(metric="groups/all_fail", title="groups whose samples all fail", share=True),
+    Panel(metric="eval/pass@1", title="held-out pass@1", share=True),
+    Panel(metric="entropy", title="entropy (nats)"),
+    Panel(metric="completions/mean_length", title="response length (tokens)"),
+    Panel(metric="seconds/step", title="seconds a step"),
 )
-"""Metric and the panel's title; one that ends in @ stands for all metrics that begin so, a line each."""
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe-Ito: told apart by colour-blind readers too."""
+STYLES = ("-", "--", ":", "-.")
+"""Of the lines, once the colours are used up."""
+
+MARKED = 30
+"""Curves of so few points show each of them."""
+SMOOTHED = 60
+"""Curves of more points are drawn faintly, and their running mean over a twentieth of them on top."""
 
 
-def plot_runs(runs: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
-    """Draws six panels over steps, a colour a run. Raises EngineError without matplotlib."""
+def plot_runs(runs: Mapping[str, Rows], path: Path) -> None:
+    """Draws `figure_of` into a PNG. EngineError without matplotlib."""
+    figure_of(runs).savefig(path, dpi=110)
+
+
+def figure_of(runs: Mapping[str, Rows]) -> Any:
+    """Six panels over steps, a colour a run and one legend for all, as a matplotlib figure."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise EngineError('a PNG needs matplotlib: pip install "ampo[plot]"') from None
-    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    figure = Figure(figsize=(13, 7.2), layout="constrained")
     FigureCanvasAgg(figure)
-    for panel, (metric, title) in enumerate(PANELS, start=1):
-        axes = figure.add_subplot(2, 3, panel)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("step", fontsize=8)
-        axes.grid(alpha=0.25)
-        for colour, (name, rows) in zip(_colours(len(runs)), runs.items(), strict=True):
-            _draw(axes, rows, metric, name, colour)
-        if metric != "entropy" and "length" not in metric and "queries" not in metric:
-            axes.set_ylim(-0.02, 1.02)
-        if axes.lines and (panel == 1 or metric.endswith("@")):
-            axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    for place, panel in enumerate(PANELS, start=1):
+        axes = figure.add_subplot(2, 3, place)
+        _frame(axes, panel)
+        for number, rows in enumerate(runs.values()):
+            _draw(axes, *curve(rows, panel.metric), number)
+        if not axes.lines:
+            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="0.5")
+    _legend(figure, list(runs))
+    return figure
 
 
-def _colours(count: int) -> list[str]:
-    return [COLOURS[index % len(COLOURS)] for index in range(count)]
+def _frame(axes: Any, panel: Panel) -> None:
+    axes.set_title(panel.title, fontsize=12)
+    axes.set_xlabel("step", fontsize=10)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if panel.share:
+        axes.set_ylim(-0.02, 1.02)
 
 
-def _draw(axes: Any, rows: Sequence[dict[str, Any]], metric: str, name: str, colour: str) -> None:
-    family = metric.endswith("@")
-    keys = sorted(
-        {key for row in rows for key in row if key == metric or (family and key.startswith(metric))}
-    )
-    for key, style in zip(keys, ("-", "--", ":", "-."), strict=False):
-        steps, values = curve(rows, key)
-        label = f"{name} {key.removeprefix('eval/')}" if metric.endswith("@") else name
-        axes.plot(steps, values, style, color=colour, label=label, linewidth=1.6)
+def _draw(axes: Any, steps: Sequence[int], values: Sequence[float], run: int) -> None:
+    if not steps:
+        return
+    colour, style = COLOURS[run % len(COLOURS)], STYLES[run // len(COLOURS) % len(STYLES)]
+    marker = "o" if len(steps) <= MARKED else None
+    if len(steps) > SMOOTHED:
+        axes.plot(steps, values, style, color=colour, linewidth=1, alpha=0.3)
+        values = running_mean(values, len(values) // 20)
+    axes.plot(steps, values, style, color=colour, linewidth=1.8, marker=marker, markersize=3.5)
+
+
+def running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Each value's mean with up to `width` neighbours on either side, fewer at the ends."""
+    means = []
+    for at in range(len(values)):
+        reach = min(width, at, len(values) - 1 - at)
+        around = values[at - reach : at + reach + 1]
+        means.append(sum(around) / len(around))
+    return means
+
+
+def _legend(figure: Any, names: Sequence[str]) -> None:
+    """Below all panels, in as many columns as the names leave room for."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=COLOURS[run % len(COLOURS)], linestyle=STYLES[run // len(COLOURS) % len(STYLES)])
+        for run in range(len(names))
+    ]
+    columns = max(1, min(len(names), 130 // (max(map(len, names), default=0) + 8)))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=11, frameon=False)
 
 
 BLOCKS = "▁▂▃▄▅▆▇█"

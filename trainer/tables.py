@@ -13,6 +13,7 @@ from store.tables import plain_table
 from trainer.evaluation import COVERAGE, Estimate, Evaluation, Score
 from trainer.inspection import QuerySummary, Question, curve, evaluation_rows
 from trainer.plot import sparkline
+from trainer.timing import PHASES
 
 CURVES = (
     "sft/loss",
@@ -29,6 +30,8 @@ CURVES = (
     "completions/mean_length",
     "completions/clipped_ratio",
     "grad_norm",
+    "tokens_per_second/trained",
+    "seconds/step",
 )
 
 
@@ -88,8 +91,60 @@ def curves_table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
         _, values = curve(rows, metric)
         if values:
             ends = (values[0], values[-1], min(values), max(values))
-            table.add_row(metric, *(f"{value:.3f}" for value in ends), sparkline(values, width=14))
+            table.add_row(metric, *map(_number, ends), sparkline(values, width=14))
     return table
+
+
+COMPARED = (
+    "accuracy",
+    "groups/all_fail",
+    "reward",
+    "entropy",
+    "completions/mean_length",
+    "store/queries",
+    "grad_norm",
+    "tokens_per_second/sampled",
+    "tokens_per_second/trained",
+    "memory/peak_mib",
+    "seconds/step",
+)
+
+
+def comparison_table(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Table:
+    """Several runs side by side: where each ended, as the mean over its last tenth of steps."""
+    table = plain_table("runs side by side (mean of the last tenth of steps)")
+    table.add_column("", no_wrap=True)
+    for name in runs:
+        table.add_column(escape(name), justify="right", overflow="fold")
+    table.add_row("step", *(str(max((row["step"] for row in rows), default=0)) for rows in runs.values()))
+    for metric in COMPARED:
+        found = [curve(rows, metric)[1] for rows in runs.values()]
+        if any(found):
+            table.add_row(metric, *(_number(mean_of_last_tenth(values)) for values in found))
+    return table
+
+
+def mean_of_last_tenth(values: Sequence[float]) -> float | None:
+    """Of one value at least; None where there is none."""
+    last = values[-max(len(values) // 10, 1) :]
+    return sum(last) / len(last) if last else None
+
+
+def _number(value: float | None) -> str:
+    """As many digits as tell something."""
+    return "-" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"
+
+
+def time_line(rows: Sequence[dict[str, Any]]) -> str:
+    """Where the steps' time went, in one line; empty for a run that did not measure it."""
+    whole = sum(curve(rows, "seconds/step")[1])
+    steps = len(curve(rows, "seconds/step")[1])
+    if not whole:
+        return ""
+    spent = {phase: sum(curve(rows, f"seconds/{phase}")[1]) / whole for phase in PHASES}
+    rest = 1 - sum(spent.values())
+    shown = [f"{phase} {share:.0%}" for phase, share in spent.items() if share >= 0.005]
+    return f"a step takes {whole / steps:.1f} s: {', '.join([*shown, f'the rest {rest:.0%}'])}"
 
 
 def evaluations_table(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Table:
@@ -114,7 +169,7 @@ def evaluation_table(model: str, evaluation: Evaluation) -> Table:
     """One evaluation by `ampo eval`: a row a source, and one for all problems."""
     overall, sources = evaluation.overall, evaluation.sources
     table = plain_table(model)
-    table.add_column("source")
+    table.add_column("source", overflow="fold")
     passes = [f"pass@{k}" for k in overall.pass_at if k > 1]
     for name in ("problems", "n", "avg@n", *passes, "tokens", "cut"):
         table.add_column(name, justify="right")
@@ -123,9 +178,9 @@ def evaluation_table(model: str, evaluation: Evaluation) -> Table:
     if sources:
         table.add_section()
         means = (f"{value:.3f}" for value in evaluation.mean_of_sources.values())
-        table.add_row("mean of sources", "", "", *means, "", "")
-    table.add_row("all problems", *_score_cells(overall), style="bold")
-    table.caption = f"[ ]: {COVERAGE:.0%} interval, bootstrap over problems; avg@n is pass@1"
+        table.add_row("mean", "", "", *means, "", "")
+    table.add_row("all", *_score_cells(overall), style="bold")
+    table.caption = escape(f"[ ]: {COVERAGE:.0%} interval, bootstrap over problems; avg@n is pass@1")
     return table
 
 
@@ -134,18 +189,18 @@ def _score_cells(score: Score) -> list[str]:
     return [
         f"{score.problems:,}",
         str(most) if fewest == most else f"{fewest}-{most}",
-        *(escape(estimate_text(found)) for found in score.pass_at.values()),
+        *(escape(estimate_text(found, between="\n")) for found in score.pass_at.values()),
         f"{score.mean_length:.0f}",
         f"{score.cut_share:.0%}",
     ]
 
 
-def estimate_text(found: Estimate) -> str:
+def estimate_text(found: Estimate, *, between: str = " ") -> str:
     """`0.433 [.36 .51]`; without brackets where no interval can be had."""
     if found.low is None or found.high is None:
         return f"{found.value:.3f}"
     low, high = (f"{end:.2f}".removeprefix("0") for end in (found.low, found.high))
-    return f"{found.value:.3f} [{low} {high}]"
+    return f"{found.value:.3f}{between}[{low} {high}]"
 
 
 def _cell(value: float | None) -> str:

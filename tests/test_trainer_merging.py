@@ -1,0 +1,187 @@
+"""`ampo model merge`: what it writes is what was trained, and vLLM serves it as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from run_examples import PROBLEMS, config_of, write_problems, write_store
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from precompute.config import TeacherConfig
+from precompute.engines import Request, Sampling
+from precompute.engines.vllm_engine import VllmEngine
+from store.errors import EngineError, RunError
+from trainer.assemble import SilentReporter
+from trainer.batch import pad
+from trainer.config import StudentConfig
+from trainer.eval_model import evaluate_model
+from trainer.loop import train
+from trainer.merging import merge
+from trainer.model_files import as_saved
+from trainer.policy import Policy, load_policy
+
+IDS = [(2, 10, 11, 12, 13, 20, 21, 3, 1), (2, 20, 33, 5, 1)]
+LAB = Path(__file__).parents[1] / "lab" / "models" / "student"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("merging")
+    write_problems(path / "train.jsonl", PROBLEMS)
+    write_store(path / "traces")
+    # bitsandbytes' CPU kernel takes no layer narrower than its blocks of 64.
+    tiny_model(hidden_size=64, num_attention_heads=2, num_key_value_heads=2).save_pretrained(path / "base")
+    tiny_tokenizer().save_pretrained(path / "base")
+    return path
+
+
+def trained(world: Path, model: Path, name: str, **changes: Any) -> Path:
+    """The checkpoint of one step that moves every weight it trains."""
+    config = config_of(
+        world,
+        model,
+        run__name=name,
+        train__max_steps=1,
+        train__learning_rate=3e-2 if changes else 1e-3,
+        **changes,
+    )
+    done = train(config, resume="never", reporter=SilentReporter())
+    assert done.checkpoint is not None
+    return done.checkpoint
+
+
+def as_trained(checkpoint: Path) -> Policy:
+    student, weights = as_saved(StudentConfig(model=str(checkpoint), device="cpu"))
+    return load_policy(student, temperature=1.0, weights=weights)
+
+
+def logprobs(policy: Policy) -> torch.Tensor:
+    batch = pad(IDS, [8, 4], pad_id=0, device=torch.device("cpu"))
+    with torch.no_grad():
+        return policy.logprobs(batch)
+
+
+def plain(model: Path) -> Policy:
+    return load_policy(StudentConfig(model=str(model), device="cpu"), temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("full", {}),
+        ("lora", {"student__use_peft": True}),
+        ("qlora", {"student__use_peft": True, "student__load_in_4bit": True}),
+    ],
+)
+def test_the_merged_model_says_what_the_trained_one_says(
+    world: Path, tmp_path: Path, name: str, changes: dict[str, Any]
+) -> None:
+    checkpoint = trained(world, world / "base", name, **changes)
+    report = merge(checkpoint, tmp_path / "out")
+    ours, theirs = logprobs(as_trained(checkpoint)), logprobs(plain(tmp_path / "out"))
+    assert (ours - theirs).abs().max() < 1e-4
+    before = logprobs(plain(world / "base"))
+    assert (theirs - before).abs().max() > 1e-2  # it has learnt something
+    assert (report.adapters, report.four_bits) == (name != "full", name == "qlora")
+    assert report.dtype == "float32"
+
+
+def test_what_is_written_is_an_ordinary_model_directory(world: Path, tmp_path: Path) -> None:
+    checkpoint = trained(world, world / "base", "ordinary", student__use_peft=True)
+    merge(checkpoint, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert not [name for name in names if "adapter" in name or name in {"optimizer.pt", "state.json"}]
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert "lora" not in " ".join(model.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == tiny_tokenizer().chat_template
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 1
+
+
+def test_weights_are_rounded_only_when_that_is_asked_for(world: Path, tmp_path: Path) -> None:
+    checkpoint = trained(world, world / "base", "rounded")
+    report = merge(checkpoint, tmp_path / "narrow", dtype="bfloat16")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow", dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert report.dtype == "bfloat16"
+    whole: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    for name, weight in whole.state_dict().items():
+        assert model.state_dict()[name].equal(weight.to(torch.bfloat16)), name
+
+
+def test_auto_takes_the_type_that_the_first_model_was_stored_in(world: Path, tmp_path: Path) -> None:
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "narrow")
+    tiny_tokenizer().save_pretrained(tmp_path / "narrow")
+    checkpoint = trained(world, tmp_path / "narrow", "narrow")
+    assert merge(checkpoint, tmp_path / "out").dtype == "bfloat16"
+
+
+def test_what_is_there_is_never_written_over(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RunError, match="out is there already"):
+        merge(LAB, tmp_path / "out")
+
+
+def test_what_is_no_model_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="nothing-here"):
+        merge(tmp_path / "nothing-here", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def drawn(engine: VllmEngine, prompts: list[tuple[int, ...]]) -> list[tuple[tuple[int, ...], Any]]:
+    requests = [Request(request_id=str(n), prompt_ids=ids, seed=n) for n, ids in enumerate(prompts)]
+    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=24)
+    found = {completion.request_id: completion for completion in engine.generate(requests, sampling)}
+    return [(ids, found[str(n)]) for n, ids in enumerate(prompts)]
+
+
+def test_vllm_serves_merged_adapters_as_they_were_trained(world: Path, tmp_path: Path) -> None:
+    checkpoint = trained(world, LAB, "served", student__use_peft=True)
+    merge(checkpoint, tmp_path / "out")
+    policy = as_trained(checkpoint)
+    before = plain(LAB)
+    teacher = TeacherConfig(name="served", model=str(tmp_path / "out"), batch_size=4)
+    engine = VllmEngine.load(teacher, AutoTokenizer.from_pretrained(tmp_path / "out"), max_length=64)
+    try:
+        answers = drawn(engine, [(5, 10, 11, 12), (5, 20), (5, 30, 31)])
+    finally:
+        engine.close()
+    moved = 0.0
+    for prompt, completion in answers:
+        ids = (*prompt, *completion.token_ids)
+        batch = pad([ids], [len(completion.token_ids)], pad_id=0, device=torch.device("cpu"))
+        with torch.no_grad():
+            ours = policy.logprobs(batch)[0, len(prompt) :]
+            base = before.logprobs(batch)[0, len(prompt) :]
+        theirs = torch.tensor(completion.logprobs)
+        assert (ours - theirs).abs().max() < 1e-4
+        moved = max(moved, float((ours - base).abs().max()))
+    assert moved > 1e-2
+
+
+@pytest.mark.slow
+def test_vllm_evaluates_a_whole_checkpoint_by_the_same_command(world: Path, tmp_path: Path) -> None:
+    checkpoint = trained(world, LAB, "whole")
+    merge(checkpoint, tmp_path / "out")
+    config = config_of(
+        world,
+        tmp_path / "out",
+        problems__eval=str(world / "train.jsonl"),
+        eval__samples=2,
+        eval__k=[1, 2],
+        eval__engine="vllm",
+        eval__temperature=0.0,
+    )
+    served = evaluate_model(config, SilentReporter(), out=tmp_path / "served")
+    recipe = json.loads((tmp_path / "served" / "eval.json").read_text())
+    assert recipe["engine"] == "vllm"
+    same = config.model_copy(update={"eval": config.eval.model_copy(update={"engine": "transformers"})})
+    ours = evaluate_model(same, SilentReporter(), out=tmp_path / "ours")
+    # Greedy and in float32: both take the same tokens.
+    assert [row.text for row in served.evaluation.samples] == [row.text for row in ours.evaluation.samples]

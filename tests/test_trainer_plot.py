@@ -1,0 +1,164 @@
+"""Curves of runs: what is drawn, and that a person can read it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from store.records import Problem
+from trainer.console import completions_table
+from trainer.evaluation import EvalSample, evaluation_of
+from trainer.groups import Group, Sample
+from trainer.plot import COLOURS, PANELS, figure_of, plot_runs, running_mean
+from trainer.rollout import Prompt
+from trainer.tables import comparison_table, evaluation_table, mean_of_last_tenth, time_line
+
+
+def rows(length: int, offset: float = 0.0) -> list[dict[str, Any]]:
+    """Steps 1..length; every second one is evaluated."""
+    return [
+        {
+            "step": step,
+            "accuracy": offset + step / (2 * length),
+            "groups/all_fail": 1 - step / length,
+            "entropy": 0.1 + offset,
+            "completions/mean_length": 1000.0 + step,
+            "seconds/step": 4.0,
+            "seconds/sample": 2.0,
+            "seconds/update": 1.0,
+            **({"eval/pass@1": 0.5} if step % 2 == 0 else {}),
+        }
+        for step in range(1, length + 1)
+    ]
+
+
+def lines(axes: Any) -> list[tuple[list[float], list[float]]]:
+    return [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
+
+
+def test_each_panel_has_a_curve_for_each_run_with_that_runs_values() -> None:
+    figure = figure_of({"one": rows(4), "two": rows(6, 0.2)})
+    assert [axes.get_title() for axes in figure.axes] == [panel.title for panel in PANELS]
+    solved, _, passed, *_ = figure.axes
+    assert lines(solved) == [
+        ([1, 2, 3, 4], [0.125, 0.25, 0.375, 0.5]),
+        ([1, 2, 3, 4, 5, 6], pytest.approx([0.2 + step / 12 for step in range(1, 7)])),
+    ]
+    assert lines(passed) == [([2, 4], [0.5, 0.5]), ([2, 4, 6], [0.5, 0.5, 0.5])]
+    assert [line.get_color() for line in solved.lines] == list(COLOURS[:2])
+
+
+def test_a_long_curve_is_smoothed_over_a_faint_one_of_all_values() -> None:
+    figure = figure_of({"long": rows(100)})
+    raw, smooth = figure.axes[0].lines
+    assert len(raw.get_xdata()) == len(smooth.get_xdata()) == 100
+    assert raw.get_alpha() < 0.5
+    assert smooth.get_alpha() is None
+
+
+def test_a_running_mean_by_hand() -> None:
+    # The ends have no neighbour on one side, so they reach less far on both.
+    assert running_mean([1.0, 2.0, 6.0, 4.0, 0.0], 2) == [1.0, 3.0, 13 / 5, 10 / 3, 0.0]
+
+
+@pytest.mark.parametrize("names", [["a"], [f"a-run-with-rather-a-long-name-{n}" for n in range(8)]])
+def test_nothing_lies_over_anything_else(names: list[str]) -> None:
+    figure = figure_of({name: rows(5) for name in names})
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == names
+    renderer = figure.canvas.get_renderer()
+    boxes = [axes.get_tightbbox(renderer) for axes in figure.axes] + [legend.get_window_extent(renderer)]
+    for n, box in enumerate(boxes):
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.width
+        assert not [other for other in boxes[n + 1 :] if box.overlaps(other)]
+
+
+def test_what_no_run_measured_is_said_to_be_so() -> None:
+    figure = figure_of({"old": [{"step": 1, "accuracy": 0.5}]})
+    assert [axes.texts[0].get_text() for axes in figure.axes[1:]] == ["not measured"] * 5
+
+
+def test_the_png_shows_every_runs_colour(tmp_path: Path) -> None:
+    plot_runs({"one": rows(4), "two": rows(6, 0.2), "three": rows(6, 0.4)}, tmp_path / "curves.png")
+    pixels = imread(tmp_path / "curves.png")[..., :3]
+    for colour in COLOURS[:3]:
+        wanted = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        assert (abs(pixels - wanted).max(axis=-1) < 0.01).sum() > 100, colour
+
+
+def test_a_run_ends_with_the_mean_of_its_last_tenth() -> None:
+    assert mean_of_last_tenth([*[0.0] * 18, 1.0, 3.0]) == 2.0  # two of twenty
+    assert mean_of_last_tenth([0.0, 5.0]) == 5.0  # one at least
+    assert mean_of_last_tenth([]) is None
+
+
+def test_runs_stand_side_by_side() -> None:
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(comparison_table({"one": rows(20), "two": rows(10)}))
+    text = capture.get()
+    # The last two of twenty: (19/40 + 20/40) / 2; the last of ten: 1/2.
+    assert [line.split() for line in text.splitlines() if "accuracy" in line] == [
+        ["accuracy", "0.487", "0.500"]
+    ]
+
+
+def test_where_the_time_went_by_hand() -> None:
+    # Of 4 s, 2 for sampling and 1 for the update.
+    assert time_line(rows(3)) == "a step takes 4.0 s: sample 50%, update 25%, the rest 25%"
+    assert time_line([{"step": 1}]) == ""
+
+
+def test_a_long_response_shows_its_beginning_and_its_answer() -> None:
+    text = "Let us see. " + "and so on " * 200 + "\\boxed{42}"
+    sample = Sample(
+        token_ids=(1,), text=text, finish_reason="stop", is_correct=True, has_format=True, reward=1.0
+    )
+    group = Group(problem=Problem(question="6*7", answer="42"), prompt_ids=(2,), samples=(sample, sample))
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(completions_table(3, [group], 1))
+    shown = capture.get()
+    assert "Let us see." in shown
+    assert "\\boxed{42}" in "".join(shown.split())
+    assert len(shown.splitlines()) < 20
+
+
+def test_an_evaluation_fits_eighty_columns_with_every_interval_whole() -> None:
+    problems = [
+        Problem(question=f"{source}{n}", answer="1", source=source)
+        for source in ("aime", "olympiad_bench")
+        for n in range(5)
+    ]
+    rows = [
+        EvalSample(
+            problem_id=problem.problem_id,
+            source=problem.source,
+            sample_index=s,
+            is_correct=(n + s) % 3 == 0,
+            has_format=True,
+            n_tokens=1200,
+            finish_reason="stop",
+            text="",
+        )
+        for n, problem in enumerate(problems)
+        for s in range(32)
+    ]
+    prompts = [Prompt(problem=problem, text="", ids=(1,), opens_think=False) for problem in problems]
+    evaluation = evaluation_of(rows, prompts, samples=32, k=(1, 8, 32))
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(evaluation_table("runs/ampo/checkpoints/step-000510", evaluation))
+    text = capture.get()
+    assert max(map(len, text.splitlines())) <= 80
+    # Of 32 samples 11 are right where n % 3 is 0 or 2, else 10: 107 of 320.
+    assert "0.334" in text
+    # avg@n and pass@8 of both sources and of all have an interval; pass@32 is 1 everywhere. And the caption.
+    assert len(re.findall(r"\[[.\d]+ [.\d]+\]", text)) == 3 * 2
