@@ -4,7 +4,8 @@
 
 Needs a run of that config (`make real` does all of it). Every trace is read by the student as it was and as
 the last checkpoint has it: s, the mean log-probability of the gold answer after reading the trace, and the
-mean log-probability of the trace's own tokens. Problems that no step held stand apart. The last line is JSON.
+mean log-probability of the trace's own tokens; for problems that a step held, for the others, and by teacher.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ def main() -> None:
         "trained": compared(before, after, [reading.problem_id in held for reading in before]),
         "other": compared(before, after, [reading.problem_id not in held for reading in before]),
     }
+    for teacher in sorted({reading.teacher for reading in before}):
+        figures[teacher] = compared(before, after, [reading.teacher == teacher for reading in before])
     Console().print(table(figures))
     told = {"steps": step_of(last), **of_run(run), "verified": verified_shares(config.store.path)}
     print(json.dumps({"bench": "real_model", **figures, **told}))
@@ -171,7 +174,7 @@ def verified_shares(store: str) -> dict[str, float]:
 
 
 def table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Before and after, for the problems that the steps held and for the others."""
+    """Before and after, a row for each choice of traces."""
     drawn = plain_table("read by the student before -> after")
     for column in (
         "problems",
