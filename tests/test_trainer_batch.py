@@ -21,8 +21,16 @@ def test_every_sequence_stands_in_one_micro_batch_within_the_budget(lengths: lis
 
 
 def test_filling_sorts_by_length_so_that_little_is_padded() -> None:
-    # Longest first: 9; 8 does not fit beside it (2 * 9 > 16), but 8 and 2 do (2 * 8 = 16); 1 is left over.
-    assert fill([1, 9, 2, 8], 16) == [[1], [3, 2], [0]]
+    # Longest first: 9; 8 does not fit beside it (2 * 9 > 16), so three passes are the fewest. 9 + 8 + 2 * 2
+    # are 21 tokens with padding, 9 + 2 * 8 + 1 would be 26.
+    assert fill([1, 9, 2, 8], 16) == [[1], [3], [2, 0]]
+
+
+def test_a_long_sequence_does_not_pad_many_short_ones_and_few_are_worth_no_pass_of_their_own() -> None:
+    # Together 9 * 400 = 3,600 tokens in one pass; apart 400 + 8 * 40 = 720 and a pass more, worth 1,024.
+    assert fill([40] * 4 + [400] + [40] * 4, 16384) == [[4], [0, 1, 2, 3, 5, 6, 7, 8]]
+    # Together 2 * 400 = 800; apart 440 + 1,024.
+    assert fill([40, 400], 16384) == [[1, 0]]
 
 
 def test_each_process_gets_as_many_long_sequences() -> None:

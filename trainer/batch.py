@@ -5,12 +5,16 @@ Pure. How a step is cut changes memory and speed, never loss or gradient (see `o
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+PASS_TOKENS = 1024
+"""What a forward pass costs beyond its tokens, in tokens: so much padding is worth one pass less."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,19 +50,25 @@ class TokenBatch:
 
 
 def fill(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices cut into micro-batches: longest first, rows * longest <= max_tokens.
+    """Indices cut into micro-batches: longest first, rows * longest <= max_tokens, and of all such cuts the
+    one with the fewest tokens, padding included, where each micro-batch counts as PASS_TOKENS more.
 
     A sequence longer than the budget gets a micro-batch of its own.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    batches: list[list[int]] = []
-    for index in order:
-        fits = bool(batches) and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens
-        if fits:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
+    # costs[n]: of the best cut of the n longest, whose last micro-batch begins at starts[n].
+    costs, starts = [0, *[sys.maxsize] * len(order)], [0] * (len(order) + 1)
+    for start, index in enumerate(order):
+        rows = max(1, max_tokens // lengths[index])
+        for end in range(start + 1, min(start + rows, len(order)) + 1):
+            cost = costs[start] + (end - start) * lengths[index] + PASS_TOKENS
+            if cost < costs[end]:
+                costs[end], starts[end] = cost, start
+    batches, end = [], len(order)
+    while end:
+        batches.append(order[starts[end] : end])
+        end = starts[end]
+    return batches[::-1]
 
 
 def deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
