@@ -39,6 +39,8 @@ def train(
     Ctrl-C finishes the step, saves, and says how to go on.
 
     Example: `ampo train --config configs/lab.toml --set run.name=first --set train.max_steps=20`
+
+    On several devices: `torchrun --standalone --nproc-per-node 4 --no-python ampo train --config my.toml`
     """
     settings, console = read_config(config, set_), console_of()
     if dry_run:
@@ -48,15 +50,18 @@ def train(
         print_config(console, settings)
         console.print(report)
         return
-    from trainer.console import ConsoleReporter
+    from trainer.console import reporter_of
+    from trainer.distributed import joined
     from trainer.loop import train as run_training
 
     try:
-        with ConsoleReporter(console, settings.run) as reporter:
-            outcome = run_training(settings, resume=resume, reporter=reporter)
+        with joined(settings.student.device) as world, reporter_of(world, console, settings.run) as reporter:
+            outcome = run_training(settings, resume=resume, reporter=reporter, world=world)
     except KeyboardInterrupt:
         console.print("stopped at once; what was saved before is whole. Go on with the same command.")
         raise typer.Exit(130) from None
+    if not world.is_first:
+        raise typer.Exit(130 if outcome.interrupted_by else 0)
     if outcome.interrupted_by:
         saved = f"saved {outcome.checkpoint}" if outcome.checkpoint else "there was nothing to save yet"
         console.print(

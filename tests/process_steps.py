@@ -54,6 +54,8 @@ def cases() -> dict[str, Case]:
     found["gspo"] = Case(sequences=rows, train={"importance_sampling_level": "sequence"}, student={})
     lora = {"use_peft": True, "lora_r": 4}
     found["lora"] = Case(sequences=rows, train=small, student=lora)
+    found["bfloat16"] = Case(sequences=rows, train=small, student={"dtype": "bfloat16"})
+    found["bfloat16 lora"] = Case(sequences=rows, train=small, student={"dtype": "bfloat16", **lora})
     found["lora and kl"] = Case(sequences=rows, train={**small, "beta": 0.5}, student=lora)
     return found
 
@@ -88,7 +90,7 @@ def take(case: Case, model: str, world: World) -> dict[str, Any]:
 
 def idle_while_the_others_compute(policy: Policy, world: World) -> None:
     """With whole weights, processes may take different numbers of passes."""
-    with whole_weights(policy), torch.no_grad():
+    with whole_weights(policy), policy.computing(), torch.no_grad():
         for _ in range(2 * world.rank):
             policy.model(torch.ones(1, 4, dtype=torch.long))
 

@@ -9,6 +9,7 @@ from types import FrameType
 
 import pytest
 
+from trainer.distributed import ALONE
 from trainer.interrupt import StopRequest, stop_on_signals
 
 BOTH = (signal.SIGINT, signal.SIGTERM)
@@ -31,11 +32,9 @@ def caught() -> Iterator[list[int]]:
 @pytest.mark.parametrize("number", BOTH)
 def test_the_first_signal_asks_to_stop_and_says_which(number: signal.Signals, caught: list[int]) -> None:
     with stop_on_signals() as request:
-        assert not request
-        assert request.signal is None
+        assert request.agreed(ALONE) is None
         signal.raise_signal(number)
-        assert request
-        assert request.signal == number.name
+        assert request.agreed(ALONE) == request.signal == number.name
     assert caught == []
 
 
@@ -99,4 +98,4 @@ def test_off_the_main_thread_it_never_fires_and_leaves_the_handlers_alone(caught
         leave.set()
         thread.join()
     assert caught == list(BOTH)
-    assert [bool(request) for request in requests] == [False]
+    assert [request.signal for request in requests] == [None]

@@ -34,6 +34,9 @@ def test_two_processes_take_the_optimizer_step_of_one(
     one, two = take(cases()[name], str(model_dir), ALONE), by_two[name]
     assert one["gradient"].norm() > 1e-3
     difference = (two["gradient"] - one["gradient"]).norm() / one["gradient"].norm()
+    if name.startswith("bfloat16"):
+        assert difference.item() < 2e-2
+        return
     assert difference.item() < 1e-5
     for ours, theirs in zip(one["reports"], two["reports"], strict=True):
         assert theirs.loss == pytest.approx(ours.loss, rel=1e-4, abs=1e-6)
@@ -59,6 +62,8 @@ def test_a_loss_that_is_no_number_in_one_process_is_said_by_all(
     [
         (["student.use_peft=true", "student.load_in_4bit=true"], "student.load_in_4bit"),
         (["train.optim=adamw_8bit"], "train.optim"),
+        (["train.offload_optimizer=true"], "train.offload_optimizer"),
+        (["rollout.engine=vllm"], "rollout.engine"),
     ],
 )
 def test_what_cannot_be_dealt_out_is_refused_by_name(changes: list[str], key: str) -> None:

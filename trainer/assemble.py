@@ -19,6 +19,7 @@ from store.report import problem_rows
 from store.trace_store import TraceStore
 from trainer.config import Config
 from trainer.cost import CostMeter
+from trainer.distributed import ALONE, World
 from trainer.evaluation import Evaluation
 from trainer.groups import Group
 from trainer.guidance import Guide
@@ -29,6 +30,7 @@ from trainer.rollout import Prompt, demanded_form, student_prompts
 from trainer.run_files import Position, RunFiles
 from trainer.sampler import Sampler, check_sampler, make_sampler
 from trainer.schedule import problems_of_step
+from trainer.sharding import check_shardable, shard
 from trainer.step import Updater
 from trainer.traces import TraceTokens, check_tokenizers
 from trainer.trackers import Trackers
@@ -100,14 +102,21 @@ class Parts:
     eval_prompts: list[Prompt]
     problems_fingerprint: str
     reporter: TrainReporter
+    world: World
 
 
 def assemble(
-    config: Config, run: RunFiles, weights: Path | None, reporter: TrainReporter, stack: ExitStack
+    config: Config,
+    run: RunFiles,
+    weights: Path | None,
+    reporter: TrainReporter,
+    stack: ExitStack,
+    world: World = ALONE,
 ) -> Parts:
     """Loads and checks everything; what must be closed is closed by `stack`."""
     check_sampler(config)
-    trackers = stack.enter_context(Trackers(config.run.report_to))
+    check_shardable(config, world)
+    trackers = stack.enter_context(Trackers(config.run.report_to if world.is_first else ()))
     verifier = stack.enter_context(Verifier.configured(config.verify))
     problems = usable_problems(config, "train", verifier, reporter)
     held_out = usable_problems(config, "eval", verifier, reporter) if config.eval.every else []
@@ -126,6 +135,7 @@ def assemble(
     guide = make_guide(config, store, policy, judge)
     if store is not None:
         check_store(config, store, guide, train_prompts, reporter)
+    shard(policy, world)
     prompts = [prompt.ids for prompt in (*train_prompts, *eval_prompts)]
     sampler = make_sampler(config, policy, prompts, run.root, stack)
     optimizer = make_optimizer(policy.model, config.train)
@@ -136,7 +146,7 @@ def assemble(
         optimizer=optimizer,
         sampler=sampler,
         judge=judge,
-        warmup=find_warmup(config, policy, store, judge, train_prompts, reporter),
+        warmup=find_warmup(config, policy, store, judge, train_prompts, reporter, world),
         guide=guide,
         updater=Updater(
             policy,
@@ -144,14 +154,16 @@ def assemble(
             config.train,
             config.guidance,
             max_completion_length=config.rollout.max_completion_length,
-            reference=_reference(config, policy),
+            reference=_reference(config, policy, world),
+            world=world,
         ),
-        meter=CostMeter(policy),
+        meter=CostMeter(policy, devices=world.size),
         trackers=trackers,
         train_prompts=train_prompts,
         eval_prompts=eval_prompts,
         problems_fingerprint=content_hash([problem.problem_id for problem in problems]),
         reporter=reporter,
+        world=world,
     )
 
 
@@ -235,6 +247,7 @@ def find_warmup(
     judge: Judge,
     prompts: Sequence[Prompt],
     reporter: TrainReporter,
+    world: World,
 ) -> Warmup:
     """The warm-up, its traces in the student's own tokens whatever `guidance.ratio` says."""
     return make_warmup(
@@ -244,6 +257,7 @@ def find_warmup(
         TraceTokens(policy, judge.answer_form, own_ids=False),
         prompts,
         lambda done, total: reporter.sampling("traces for the warm-up", done, total),
+        world,
     )
 
 
@@ -299,7 +313,7 @@ def fitting_prompts(
     return prompts
 
 
-def _reference(config: Config, policy: Policy) -> Reference | None:
+def _reference(config: Config, policy: Policy, world: World) -> Reference | None:
     """The student as it was before training, for the KL; only where beta asks for it."""
     if config.train.beta == 0:
         return None
@@ -308,4 +322,5 @@ def _reference(config: Config, policy: Policy) -> Reference | None:
     reference = load_policy(config.student, temperature=config.rollout.temperature)
     reference.model.requires_grad_(False)
     reference.model.eval()
+    shard(reference, world)
     return reference

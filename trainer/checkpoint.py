@@ -25,8 +25,10 @@ from safetensors import SafetensorError
 from store.errors import RunError
 from store.files import sync
 from trainer.config import Config
+from trainer.distributed import ALONE, World
 from trainer.policy import Policy
 from trainer.run_files import Position
+from trainer.sharding import is_sharded, shard_state, whole_state
 
 MAY_CHANGE = {
     "run": None,
@@ -65,18 +67,30 @@ class TrainState:
 
 
 def save(
-    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: TrainState, *, keep_last: int
+    folder: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    *,
+    keep_last: int,
+    world: World = ALONE,
 ) -> Path:
     """Writes `folder/step-N` aside, renames it, then removes all but the last `keep_last`.
+
+    Every process calls it; weights dealt out over them come together at the first one, which writes.
 
     Raises RunError when the disk is full or not writable; what was there before stays.
     """
     target = folder / state.done.name
     aside = folder / f".tmp-{target.name}"
+    weights = whole_state(saved_weights(policy), world) if policy.shards else None
+    optimizer_state = whole_state(optimizer.state_dict(), world)
+    if not world.is_first:
+        return target
     try:
         clear_leftovers(folder)
         aside.mkdir(parents=True)
-        _write(aside, policy, optimizer, state)
+        _write(aside, policy, weights, optimizer_state, state)
         if target.exists():
             _remove(target)
         aside.rename(target)
@@ -89,6 +103,14 @@ def save(
     for old in checkpoints(folder)[:-keep_last]:
         _remove(old)
     return target
+
+
+def saved_weights(policy: Policy) -> dict[str, Any]:
+    """Name -> weight of what a checkpoint holds: of a model with adapters those alone."""
+    state: dict[str, Any] = policy.model.state_dict()
+    if policy.model is policy.causal:
+        return state
+    return {name: weight for name, weight in state.items() if "lora_" in name}
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -104,10 +126,17 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(gone)
 
 
-def _write(aside: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
-    policy.model.save_pretrained(aside)
+def _write(
+    aside: Path,
+    policy: Policy,
+    weights: dict[str, Any] | None,
+    optimizer_state: dict[str, Any],
+    state: TrainState,
+) -> None:
+    """`weights`: None for the policy's own."""
+    policy.model.save_pretrained(aside, **({} if weights is None else {"state_dict": weights}))
     policy.tokenizer.save_pretrained(aside)
-    body = {"optimizer": optimizer.state_dict(), "generators": _generators(policy.device)}
+    body = {"optimizer": optimizer_state, "generators": _generators(policy.device)}
     torch.save(body, aside / "optimizer.pt")
     described = {
         "step": state.done.step,
@@ -149,10 +178,12 @@ def read_state(checkpoint: Path) -> TrainState:
 
 
 def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Loads the optimizer's state and torch's generators."""
+    """Loads the optimizer's state and torch's generators; where weights are dealt out, a process takes its
+    own part of the state from the file."""
     # On the host: each optimizer takes its state to where it belongs.
-    saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(saved["optimizer"])
+    file, sharded = checkpoint / "optimizer.pt", is_sharded(optimizer)
+    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=sharded)
+    optimizer.load_state_dict(shard_state(saved["optimizer"], optimizer) if sharded else saved["optimizer"])
     generators = saved["generators"]
     torch.set_rng_state(generators["cpu"].cpu())
     if device.type == "cuda" and "cuda" in generators:

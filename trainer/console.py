@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,7 +14,9 @@ from rich.table import Table
 
 from store.bars import progress_bars
 from store.tables import plain_table
+from trainer.assemble import SilentReporter, TrainReporter
 from trainer.config import RunConfig
+from trainer.distributed import World
 from trainer.evaluation import Evaluation
 from trainer.groups import Group, Sample
 from trainer.run_files import Position, logger
@@ -111,6 +114,11 @@ class ConsoleReporter:
     def _say(self, text: str) -> None:
         logger.info(text)
         self.console.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def reporter_of(world: World, console: Console, config: RunConfig) -> AbstractContextManager[TrainReporter]:
+    """The first process speaks; what the others would say, it says too."""
+    return ConsoleReporter(console, config) if world.is_first else nullcontext(SilentReporter())
 
 
 def step_line(row: dict[str, Any], max_steps: int) -> str:

@@ -95,13 +95,14 @@ def peak_flops(device_name: str) -> float | None:
 
 
 class CostMeter:
-    """Measures steps of one policy on its device."""
+    """Measures steps of one policy on its device, and on the other processes' `devices - 1`."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, *, devices: int = 1) -> None:
         self._device = policy.device
         self._arithmetic = arithmetic_of(policy)
         on_cuda = policy.device.type == "cuda"
-        self._peak = peak_flops(torch.cuda.get_device_name(policy.device)) if on_cuda else None
+        peak = peak_flops(torch.cuda.get_device_name(policy.device)) if on_cuda else None
+        self._peak = None if peak is None else peak * devices
 
     def begin(self) -> StepTimer:
         """A step begins: its timer. On CUDA the peak of memory is the step's own."""

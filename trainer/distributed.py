@@ -9,6 +9,7 @@ takes its share of every mini-batch's sequences. Alone, nothing is ever sent and
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -93,14 +94,23 @@ def joined(device: str) -> Iterator[World]:
     place = pick_device(device)
     if place.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    rank = int(os.environ["RANK"])
+    with _process_group(place), _failing_together(rank):
+        yield World(rank=rank, size=size)
+
+
+@contextmanager
+def _process_group(device: torch.device) -> Iterator[None]:
+    on_cuda, ended_well = device.type == "cuda", False
     # Objects travel over gloo, which takes nothing of the device's memory.
-    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
     try:
-        with _failing_together(int(os.environ["RANK"])):
-            yield World(rank=int(os.environ["RANK"]), size=size)
+        yield
+        ended_well = True
     finally:
-        dist.destroy_process_group()
+        # NCCL would wait for the others to end what was begun.
+        if ended_well or not on_cuda:
+            dist.destroy_process_group()
 
 
 @contextmanager
@@ -115,6 +125,8 @@ def _failing_together(rank: int) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        # torchrun sends it as soon as another leaves: this one is leaving, and may have to say why.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if rank:
             time.sleep(FIRST_SPEAKS)  # and most often never returns from it
         if board.compare_set(failed, "", str(rank)) != str(rank).encode():

@@ -17,6 +17,7 @@ import numpy as np
 from precompute.engines import Engine, Sampling
 from store.records import Problem
 from trainer.config import EvalConfig, RolloutConfig
+from trainer.distributed import ALONE, World
 from trainer.groups import Sample
 from trainer.rewards import Judge
 from trainer.rollout import Prompt, judged_samples
@@ -155,12 +156,16 @@ def evaluate(
     samples: int,
     k: Sequence[int],
     seed: int,
+    world: World = ALONE,
     on_sample: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Samples and judges `samples` responses of each prompt, or as many as its problem file states it. The
-    same seed draws the same samples again, so that two evaluations differ by the policy alone."""
-    drawn = draw_samples(engine, judge, prompts, sampling, samples=samples, seed=seed, on_sample=on_sample)
-    return evaluation_of(list(drawn), prompts, samples=samples, k=k)
+    same seed draws the same samples again, so that two evaluations differ by the policy alone. Each process
+    of `world` draws of its share of the prompts."""
+    own = world.share(prompts)
+    drawn = list(draw_samples(engine, judge, own, sampling, samples=samples, seed=seed, on_sample=on_sample))
+    rows = [row for shares in world.gather(drawn) for row in shares]
+    return evaluation_of(rows, prompts, samples=samples, k=k)
 
 
 def draw_samples(

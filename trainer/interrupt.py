@@ -10,28 +10,33 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from trainer.distributed import World
+
 
 class StopRequest:
     """Set by the first signal; the second one interrupts at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, speaks: bool = True) -> None:
         self.signal: str | None = None
+        self._speaks = speaks
 
-    def __bool__(self) -> bool:
-        return self.signal is not None
+    def agreed(self, world: World) -> str | None:
+        """The signal that any process has got; every process must ask, and all hear the same."""
+        return next((signal for signal in world.gather(self.signal) if signal is not None), None)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
-        # A step may take minutes. os.write, for a handler may run in the middle of another print.
-        os.write(2, b"\nfinishing this step, then saving; press again to stop at once\n")
+        if self._speaks:
+            # A step may take minutes. os.write, for a handler may run in the middle of another print.
+            os.write(2, b"\nfinishing this step, then saving; press again to stop at once\n")
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(*, speaks: bool = True) -> Iterator[StopRequest]:
     """Routes SIGINT and SIGTERM to a StopRequest for the block; off the main thread it never fires."""
-    request = StopRequest()
+    request = StopRequest(speaks=speaks)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

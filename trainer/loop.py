@@ -4,6 +4,9 @@ Departures from the paper's published code stand in docs/departures.md.
 
     ampo train --config configs/lab.toml
     ampo train --config configs/lab.toml --set guidance.trigger=never --set run.name=grpo
+
+Under `torchrun` every process runs this same story: it samples and guides its share of a step's problems, and
+from there on has all groups. The first one writes and speaks.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from trainer import checkpoint
 from trainer.assemble import Parts, TrainReporter, assemble
 from trainer.checkpoint import TrainState
 from trainer.config import Config
+from trainer.distributed import ALONE, World
 from trainer.evaluation import eval_sampling, evaluate
 from trainer.groups import Group
 from trainer.guidance import QueryRow
@@ -29,8 +33,9 @@ from trainer.interrupt import StopRequest, stop_on_signals
 from trainer.metrics import step_metrics
 from trainer.optimizer import learning_rate_at, set_learning_rate
 from trainer.rollout import Prompt, sample_groups, sampling_of
-from trainer.run_files import Position, RunFiles, run_config
+from trainer.run_files import Position, RunFiles, UnwrittenRun, run_config
 from trainer.schedule import problems_of_step, refills_of_step
+from trainer.sharding import whole_weights
 from trainer.step import NotFiniteError, member_advantages
 from trainer.timing import StepTimer
 
@@ -53,27 +58,31 @@ class TrainReport:
         return self.done.step
 
 
-def train(config: Config, *, resume: str = "auto", reporter: TrainReporter) -> TrainReport:
+def train(
+    config: Config, *, resume: str = "auto", reporter: TrainReporter, world: World = ALONE
+) -> TrainReport:
     """Trains the student and returns how it ended; the first Ctrl-C ends the step, saves, and returns.
 
     Args:
         resume: `auto` goes on from the run's last checkpoint, where there is one; `never` refuses a run that
             exists; else the path of a checkpoint.
+        world: see `distributed.joined`; each of its processes calls this.
 
     Raises UserError for everything a user can mend, before the first step.
     """
-    run = RunFiles(Path(config.run.dir).absolute() / config.run.name)
-    start_from = find_start(run, config, resume)
+    kind = RunFiles if world.is_first else UnwrittenRun
+    run = kind(Path(config.run.dir).absolute() / config.run.name)
+    start_from = world.from_first(lambda: find_start(run, config, resume))
     run.check_writable()
     with ExitStack() as stack:
-        parts = assemble(config, run, start_from, reporter, stack)
+        parts = assemble(config, run, start_from, reporter, stack, world)
         done = _resume_state(parts, start_from)
         goes_on = start_from is not None and start_from.parent == run.checkpoints
         after = done if goes_on else Position()
-        run.start(config, after=after)
+        run.start(config, after=after, processes=world.size)
         parts.trackers.begin(run.root, config.model_dump(mode="json"), after=after)
         stack.enter_context(run.log_to_file())
-        stop = stack.enter_context(stop_on_signals())
+        stop = stack.enter_context(stop_on_signals(speaks=world.is_first))
         reporter.started(run=run.root, after=done, max_steps=config.train.max_steps)
         done, saved = warm_up(parts, done, start_from, stop)
         return run_steps(parts, done, saved, stop)
@@ -86,14 +95,16 @@ def warm_up(
     config, last = parts.config, parts.config.warmup.sft_steps
     if done.step == 0 and done.sft_step < last:
         parts.sampler.sleep()
-    while done.step == 0 and done.sft_step < last and not stop:
+    stopped = stop.agreed(parts.world)
+    while done.step == 0 and done.sft_step < last and not stopped:
         step = Position(sft_step=done.sft_step + 1)
         with _explained(parts.run, step, saved):
             row = parts.warmup.step(step.sft_step)
         _log(parts, row)
         parts.reporter.warmed_up(row, last)
         done = step
-        if step.sft_step == last or stop or step.sft_step % config.run.save_every == 0:
+        stopped = stop.agreed(parts.world)
+        if step.sft_step == last or stopped or step.sft_step % config.run.save_every == 0:
             saved = save(parts, step)
     if done.sft_step == last:
         parts.warmup.forget()
@@ -102,27 +113,30 @@ def warm_up(
 
 def run_steps(parts: Parts, done: Position, saved: Path | None, stop: StopRequest) -> TrainReport:
     """From the sampling step after `done`, which `saved` holds, to the last, or to a stop."""
-    config, run = parts.config, parts.run
-    if not stop:
+    config, run, world = parts.config, parts.run, parts.world
+    if not stop.agreed(world):
         with _explained(run, done, saved):
             parts.sampler.sync(done.step)
         if done.step == 0 and parts.eval_prompts:
             _log(parts, {"step": 0, **_evaluate(parts, 0)})
-    while done.step < config.train.max_steps and not stop:
+    stopped = stop.agreed(world)
+    while done.step < config.train.max_steps and not stopped:
         step = done.step + 1
         with _explained(run, replace(done, step=step), saved):
             row, groups = train_step(parts, step)
         last = step == config.train.max_steps
-        if parts.eval_prompts and not stop and (last or step % config.eval.every == 0):
+        evaluates = parts.eval_prompts and (last or step % config.eval.every == 0)
+        if evaluates and not stop.agreed(world):
             row |= _evaluate(parts, step)
         _log(parts, row)
         parts.reporter.stepped(row, groups)
         done = replace(done, step=step)
-        if last or stop or step % config.run.save_every == 0:
+        stopped = stop.agreed(world)
+        if last or stopped or step % config.run.save_every == 0:
             saved = save(parts, done)
     finished = done >= Position(step=config.train.max_steps, sft_step=config.warmup.sft_steps)
     return TrainReport(
-        run=run.root, done=done, checkpoint=saved, interrupted_by=None if finished else stop.signal
+        run=run.root, done=done, checkpoint=saved, interrupted_by=None if finished else stopped
     )
 
 
@@ -199,6 +213,18 @@ def sample_and_guide(parts: Parts, step: int, timer: StepTimer) -> tuple[list[Gr
 def _groups_of(
     parts: Parts, prompts: Sequence[Prompt], step: int, timer: StepTimer
 ) -> tuple[list[Group], list[QueryRow]]:
+    """Each process samples and guides its share of the prompts; all get all groups, in order."""
+    with whole_weights(parts.policy):
+        own, asked = _own_groups_of(parts, parts.world.share(prompts), step, timer)
+    groups = parts.world.merged(own)
+    order = {group.problem.problem_id: place for place, group in enumerate(groups)}
+    queries = [row for rows in parts.world.gather(asked) for row in rows]
+    return groups, sorted(queries, key=lambda row: order[row.problem_id])
+
+
+def _own_groups_of(
+    parts: Parts, prompts: Sequence[Prompt], step: int, timer: StepTimer
+) -> tuple[list[Group], list[QueryRow]]:
     config = parts.config
     with timer("sample"), parts.policy.computing():
         sampled = sample_groups(
@@ -219,7 +245,7 @@ def _groups_of(
 
 def _evaluate(parts: Parts, step: int) -> dict[str, float]:
     config, timer = parts.config, StepTimer()
-    with parts.policy.computing():
+    with whole_weights(parts.policy), parts.policy.computing():
         evaluation = evaluate(
             parts.sampler,
             parts.judge,
@@ -228,6 +254,7 @@ def _evaluate(parts: Parts, step: int) -> dict[str, float]:
             samples=config.eval.samples,
             k=config.eval.k,
             seed=config.train.seed,
+            world=parts.world,
             on_sample=lambda drawn, total: parts.reporter.sampling("evaluation", drawn, total),
         )
     parts.run.write_evaluation(step, evaluation.samples)
@@ -248,9 +275,14 @@ def save(parts: Parts, done: Position) -> Path:
         config=parts.config.model_dump(mode="json"),
         problems_fingerprint=parts.problems_fingerprint,
     )
-    folder = parts.run.checkpoints
-    optimizer = optimizer_at(parts, done)
-    path = checkpoint.save(folder, parts.policy, optimizer, state, keep_last=parts.config.run.keep_last)
+    path = checkpoint.save(
+        parts.run.checkpoints,
+        parts.policy,
+        optimizer_at(parts, done),
+        state,
+        keep_last=parts.config.run.keep_last,
+        world=parts.world,
+    )
     parts.reporter.saved(path)
     return path
 

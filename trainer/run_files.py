@@ -143,13 +143,13 @@ class RunFiles:
         if not os.access(there, os.W_OK | os.X_OK):
             raise RunError(f"run.dir: no permission to write {there}")
 
-    def start(self, config: Config, *, after: Position) -> None:
+    def start(self, config: Config, *, after: Position, processes: int = 1) -> None:
         """Writes config and environment, and drops what an interrupted run logged past `after`. What comes
         between the warm-up and the first sampling step is past both."""
         for folder in ("rollouts", "queries", "evals", "checkpoints"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
         self._text("config.toml", toml_of(config))
-        self._text("env.json", json.dumps(environment(), indent=2) + "\n")
+        self._text("env.json", json.dumps(environment(processes), indent=2) + "\n")
         # The evaluation before the first sampling step is done again by whoever has not got past it.
         last = after.step or -1
         kept = [row for row in self.metrics() if _is_before(row, after.sft_step, last)]
@@ -209,11 +209,14 @@ class RunFiles:
     def write_failed_batch(self, step: Position, sequences: Sequence[TrainSequence]) -> Path:
         """What a step that is no number computed on, a row a sequence; returns the file."""
         rows = [{"step": step.step, **asdict(sequence)} for sequence in sequences]
-        path = self.root / "failed" / f"{step.name}.parquet"
+        path = self._failed_batch(step)
         path.parent.mkdir(exist_ok=True)
         with whole_file(path) as file:
             pq.write_table(pa.Table.from_pylist(rows, schema=FAILED_SCHEMA), file, compression="zstd")
         return path
+
+    def _failed_batch(self, step: Position) -> Path:
+        return self.root / "failed" / f"{step.name}.parquet"
 
     def _table(self, folder: str, step: int, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
         table = pa.Table.from_pylist(list(rows), schema=schema)
@@ -223,6 +226,31 @@ class RunFiles:
     def _text(self, name: str, text: str) -> None:
         with whole_file(self.root / name) as file:
             file.write(text.encode("utf-8"))
+
+
+class UnwrittenRun(RunFiles):
+    """A run whose files another process writes: this one reads them and leaves them alone."""
+
+    def check_writable(self) -> None:
+        """Whoever writes will check."""
+
+    def start(self, config: Config, *, after: Position, processes: int = 1) -> None:
+        """Nothing."""
+
+    @contextmanager
+    def log_to_file(self) -> Iterator[None]:
+        """Nothing."""
+        yield
+
+    def add_metrics(self, row: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def write_failed_batch(self, step: Position, sequences: Sequence[TrainSequence]) -> Path:
+        """Where the other process writes it."""
+        return self._failed_batch(step)
+
+    def _table(self, folder: str, step: int, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
+        pass
 
 
 def _is_before(row: Mapping[str, Any], sft_step: int, step: int) -> bool:
@@ -272,12 +300,13 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def environment() -> dict[str, Any]:
+def environment(processes: int) -> dict[str, Any]:
     """What the run ran on: enough to tell why two runs differ."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processes": processes,
         "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
     }
 

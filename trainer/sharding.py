@@ -8,6 +8,7 @@ A world of one is left as it is, without the seconds that importing FSDP2 takes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,16 +27,18 @@ def check_shardable(config: Config, world: World) -> None:
     """ConfigError for what cannot be dealt out over processes."""
     if world.size == 1:
         return
-    if config.student.load_in_4bit:
-        raise ConfigError(
-            f"student.load_in_4bit = true works in one process, not in {world.size}: set it to false "
-            "(LoRA, student.use_peft = true, works in any number)"
-        )
-    if config.train.optim != "adamw":
-        raise ConfigError(
-            f'train.optim = "{config.train.optim}" works in one process, not in {world.size}: '
-            'set it to "adamw", whose state is dealt out over the processes'
-        )
+    refused = {
+        "student.load_in_4bit": (config.student.load_in_4bit, False),
+        "train.optim": (config.train.optim, "adamw"),
+        "train.offload_optimizer": (config.train.offload_optimizer, False),
+        "rollout.engine": (config.rollout.engine, "transformers"),
+    }
+    for key, (value, possible) in refused.items():
+        if value != possible:
+            raise ConfigError(
+                f"{key} = {json.dumps(value)} works in one process, not in {world.size}: "
+                f"set it to {json.dumps(possible)}"
+            )
 
 
 def shard(policy: Policy, world: World) -> None:
@@ -104,13 +107,18 @@ def whole_state(state: Mapping[str, Any], world: World) -> dict[str, Any]:
     def whole(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: whole(below) for key, below in value.items()}
-        if not isinstance(value, Tensor):
+        if not hasattr(value, "full_tensor"):
             return value
         full = whole_tensor(value)
         return full.cpu() if world.is_first else None
 
     found: dict[str, Any] = whole(state)
     return found
+
+
+def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether each process has but a part of what the optimizer trains."""
+    return hasattr(optimizer.param_groups[0]["params"][0], "full_tensor")
 
 
 def shard_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

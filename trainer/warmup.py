@@ -21,6 +21,7 @@ from torch import Tensor
 from store.errors import StoreError
 from trainer.batch import TrainSequence
 from trainer.config import Config, GuidanceConfig, TrainConfig
+from trainer.distributed import ALONE, World
 from trainer.loss import LossInputs, Partial
 from trainer.objective import StepCounts
 from trainer.optimizer import make_optimizer, set_learning_rate
@@ -49,6 +50,7 @@ class Warmup:
         store: CandidateStore | None,
         lessons: Sequence[Lesson],
         tokens: TraceTokens,
+        world: World = ALONE,
     ) -> None:
         self.config = config.warmup
         self.seed = config.train.seed
@@ -65,6 +67,7 @@ class Warmup:
             config.guidance,
             max_completion_length=config.rollout.max_completion_length,
             loss=token_mean,
+            world=world,
         )
 
     def step(self, number: int) -> dict[str, Any]:
@@ -114,6 +117,7 @@ def make_warmup(
     tokens: TraceTokens,
     prompts: Sequence[Prompt],
     on_problem: Callable[[int, int], None] = lambda done, total: None,
+    world: World = ALONE,
 ) -> Warmup:
     """The warm-up with all its lessons found; without `sft_steps` it has none.
 
@@ -128,7 +132,7 @@ def make_warmup(
                 f"traces (sft_traces = {config.warmup.sft_traces!r}) of the training problems that fit "
                 f"rollout.max_completion_length = {config.rollout.max_completion_length}"
             )
-    return Warmup(config, policy, store, lessons, tokens)
+    return Warmup(config, policy, store, lessons, tokens, world)
 
 
 def find_lessons(

@@ -196,6 +196,8 @@ class TransformersEngine:
                 generation_config=self._generation_config(most),
                 logits_processor=LogitsProcessorList([rows.sampler]),
                 stopping_criteria=StoppingCriteriaList([EnoughEnded(self._eos, rows.ids, count)]),
+                # Of several processes each draws at its own pace.
+                synced_gpus=False,
             )
         rows.grow(ids)
         going, completions = [], []

@@ -1,0 +1,263 @@
+"""Whole runs by one process and by two: the same samples, questions and losses; checkpoints that any number
+of processes goes on from; and how they end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from process_runs import cut_back
+from processes import ROOT, environment, run_processes, torchrun
+from run_examples import PROBLEMS, config_of, settings, write_problems, write_store
+from safetensors.torch import load_file
+from test_trainer_loop import metrics_of, rows_of
+
+from trainer.assemble import SilentReporter
+from trainer.distributed import ALONE, World
+from trainer.loop import train
+
+LORA = {
+    "student__use_peft": True,
+    "student__lora_r": 4,
+    "train__beta": 0.1,
+    "warmup__sft_steps": 2,
+    "warmup__traces_per_step": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("world")
+    write_problems(path / "train.jsonl", PROBLEMS)
+    write_problems(path / "held-out.jsonl", PROBLEMS[:5])
+    write_store(path / "traces")
+    return path
+
+
+def changes(world: Path, name: str, **more: Any) -> dict[str, Any]:
+    """Three problems a mini-batch, so that the processes' shares are of different sizes."""
+    return {
+        "run__name": name,
+        "run__keep_last": 9,
+        "problems__eval": str(world / "held-out.jsonl"),
+        "train__problems_per_step": 6,
+        "train__mini_batch_problems": 3,
+        "train__max_tokens_per_microbatch": 200,
+        "guidance__k": 1,  # of two candidates, so that they are scored
+        "eval__every": 2,
+        "eval__samples": 2,
+        "eval__k": [1],
+        **more,
+    }
+
+
+def alone(world: Path, model: Path, name: str, **more: Any) -> Path:
+    config = config_of(world, model, **changes(world, name, **more))
+    return train(config, reporter=SilentReporter()).run
+
+
+@pytest.fixture(scope="module")
+def runs(world: Path, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs by one process: `one`, `one-lora`. By two: `two`, `two-lora`, and `two-two`, `one-two`, the second
+    halves of what two and one began. By one: `two-one`."""
+    folder = world / "runs"
+    alone(world, model_dir, "one")
+    alone(world, model_dir, "one-lora", **LORA)
+    described = [
+        {"settings": settings(world, model_dir, **changes(world, name, **more)), "copy": copy}
+        for name, more, copy in [
+            ("two", {}, None),
+            ("two-lora", LORA, None),
+            ("two-two", {}, [str(folder / "two"), str(folder / "two-two")]),
+            ("one-two", {}, [str(folder / "one"), str(folder / "one-two")]),
+        ]
+    ]
+    plan = tmp_path_factory.mktemp("plan") / "runs.json"
+    plan.write_text(json.dumps(described))
+    done = run_processes(2, "tests/process_runs.py", str(plan))
+    assert done.returncode == 0, done.stderr
+    cut_back(folder / "two", folder / "two-one")
+    alone(world, model_dir, "two-one")
+    return folder
+
+
+def assert_close(one: Any, two: Any) -> None:
+    """Equal, floats to noise: sums are taken in another order."""
+    if isinstance(one, float) and isinstance(two, float):
+        assert two == pytest.approx(one, rel=2e-3, abs=1e-5)
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_close(one[key], two[key])
+    elif isinstance(one, list):
+        assert len(one) == len(two)
+        for ours, theirs in zip(one, two, strict=True):
+            assert_close(ours, theirs)
+    else:
+        assert one == two
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("one", "two"), ("one-lora", "two-lora"), ("one", "one-two"), ("one", "two-one")]
+)
+def test_a_run_by_two_processes_is_the_run_of_one(ours: str, theirs: str, runs: Path) -> None:
+    one, two = runs / ours, runs / theirs
+    assert_close(metrics_of(one), metrics_of(two))
+    for folder in ("rollouts", "queries", "evals"):
+        assert rows_of(one, folder)
+        assert_close(rows_of(one, folder), rows_of(two, folder))
+
+
+def test_going_on_by_as_many_processes_is_never_having_stopped(runs: Path) -> None:
+    assert metrics_of(runs / "two") == metrics_of(runs / "two-two")
+    for folder in ("rollouts", "queries", "evals"):
+        assert rows_of(runs / "two", folder) == rows_of(runs / "two-two", folder)
+    ours, theirs = (
+        load_file(runs / name / "checkpoints" / "step-000004" / "model.safetensors")
+        for name in ("two", "two-two")
+    )
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("kind", ["", "-lora"])
+def test_a_checkpoint_is_what_one_process_would_have_written(kind: str, runs: Path) -> None:
+    one, two = (runs / f"{name}{kind}" / "checkpoints" / "step-000004" for name in ("one", "two"))
+    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    (weights,) = (path.name for path in one.glob("*.safetensors"))
+    ours, theirs = load_file(one / weights), load_file(two / weights)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(theirs[name], ours[name], rtol=2e-2, atol=1e-4)
+    states = [torch.load(path / "optimizer.pt", weights_only=True) for path in (one, two)]
+    assert_same_layout(*states)
+
+
+def assert_same_layout(one: Any, two: Any) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_same_layout(one[key], two[key])
+    elif isinstance(one, torch.Tensor):
+        assert (one.shape, one.dtype, type(one)) == (two.shape, two.dtype, type(two))
+
+
+def test_the_environment_says_how_many_processes_there_were(runs: Path) -> None:
+    counts = [json.loads((runs / name / "env.json").read_text())["processes"] for name in ("one", "two")]
+    assert counts == [1, 2]
+
+
+def test_shares_are_dealt_out_in_turn() -> None:
+    assert [World(rank=rank, size=3).share("abcdefg") for rank in range(3)] == [
+        ["a", "d", "g"],
+        ["b", "e"],
+        ["c", "f"],
+    ]
+    assert ALONE.share("abc") == ALONE.merged("abc") == ["a", "b", "c"]
+
+
+AMPO = str(Path(sys.executable).parent / "ampo")
+
+
+def command(world: Path, model: Path, name: str, **more: Any) -> list[str]:
+    """As the README has it."""
+    sets = [each for value in settings(world, model, run__name=name, **more) for each in ("--set", value)]
+    return ["--no-python", AMPO, "train", *sets]
+
+
+def test_a_mistake_is_said_once_and_ends_all_processes(world: Path, model_dir: Path) -> None:
+    done = run_processes(2, *command(world, model_dir, "mistaken", train__optim="adamw_8bit"))
+    assert done.returncode != 0
+    assert done.stderr.count("error: train.optim") == 1
+    assert "exitcode  : 2" in done.stderr
+    assert not (world / "runs" / "mistaken").exists()
+
+
+def test_what_one_process_alone_finds_out_ends_the_others_at_once(tmp_path: Path) -> None:
+    script = tmp_path / "lonely.py"
+    script.write_text(
+        "import time\n"
+        "from store.errors import StoreError\n"
+        "from trainer.distributed import joined\n"
+        "with joined('cpu') as world:\n"
+        "    if world.rank == 1:\n"
+        "        raise StoreError('only I have seen it')\n"
+        "    time.sleep(600)\n"
+    )
+    done = run_processes(2, str(script), timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("StoreError: only I have seen it") == 1
+
+
+@pytest.fixture
+def running(world: Path, model_dir: Path) -> Any:
+    """A run of two processes that has done its first step, and its directory."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(name: str) -> tuple[subprocess.Popen[str], Path]:
+        arguments = command(world, model_dir, name, train__max_steps=100_000, run__save_every=100_000)
+        process = subprocess.Popen(
+            torchrun(2, *arguments),
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        path = world / "runs" / name
+        until = time.monotonic() + 200
+        while not metrics_if_any(path) and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+        assert process.poll() is None, process.communicate()[0]
+        return process, path
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def metrics_if_any(run: Path) -> str:
+    path = run / "metrics.jsonl"
+    return path.read_text() if path.exists() else ""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_ends_the_step_saves_once_and_all_leave(
+    sent: signal.Signals, running: Any, world: Path, model_dir: Path
+) -> None:
+    process, path = running(f"stopped-{sent.name}")
+    process.send_signal(sent)
+    said, _ = process.communicate(timeout=100)
+    (saved,) = (path / "checkpoints").iterdir()
+    assert (saved / "state.json").is_file()
+    step = int(saved.name.removeprefix("step-"))
+    assert json.loads(metrics_if_any(path).splitlines()[-1])["step"] == step
+    assert said.count("finishing this step") == 1
+    assert said.count(f"stopped by {sent.name} after step {step}") == 1
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_takes_the_others_with_it(running: Any) -> None:
+    process, path = running("killed")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = {rank_of(int(child)): int(child) for child in children}
+    os.kill(ranks["1"], signal.SIGKILL)
+    process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert not Path(f"/proc/{ranks['0']}").exists()
+    assert not list((path / "checkpoints").iterdir())
+
+
+def rank_of(process: int) -> str | None:
+    variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    return next((v.decode().removeprefix("RANK=") for v in variables if v.startswith(b"RANK=")), None)
