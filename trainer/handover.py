@@ -87,7 +87,7 @@ class Handover:
 
 def place_for(policy: Policy, run: Path) -> Path:
     """Shared memory where the weights fit, else the run's directory."""
-    needed = sum(parameter.numel() for parameter in policy.model.parameters()) * policy.dtype.itemsize
+    needed = policy.causal.num_parameters() * policy.dtype.itemsize  # which knows of packed 4-bit weights
     if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > SPARE * needed:
         return SHARED_MEMORY
     return run

@@ -131,15 +131,15 @@ class VllmSampler:
 
     def _bring(self) -> None:
         self._brought += 1
-        before = self._in_use
-        if self._adapter_only:
+        done_with = self._in_use
+        if self._adapter_only:  # which vllm may read again, as long as it draws with it
             self._in_use = self._handover.write_adapter(self._brought)
             self._engine.load_adapter(self._in_use, self._brought)
         else:
-            before = self._handover.write_weights(self._brought)
-            self._engine.load_weights(before)
-        if before is not None:
-            self._handover.remove(before)
+            done_with = self._handover.write_weights(self._brought)
+            self._engine.load_weights(done_with)
+        if done_with is not None:
+            self._handover.remove(done_with)
 
 
 def make_sampler(
