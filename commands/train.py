@@ -18,6 +18,7 @@ from commands.shared import (
     print_config,
     read_config,
 )
+from store.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +34,10 @@ def train(
         ),
     ] = "auto",
     dry_run: DryRun = False,
+    gpu: Annotated[
+        str, typer.Option(help="With --dry-run: the card to plan for, e.g. H100-80GB, RTX4090-24GB.")
+    ] = "",
+    processes: Annotated[int, typer.Option(min=1, help="With --dry-run: how many GPUs share the run.")] = 1,
 ) -> None:
     """Train the student; ask the store only for problems whose samples all failed.
 
@@ -46,10 +51,12 @@ def train(
     if dry_run:
         from trainer.dry_run import dry_run_of
 
-        report = dry_run_of(settings)
+        report = dry_run_of(settings, gpu=gpu, processes=processes)
         print_config(console, settings)
         console.print(report)
         return
+    if gpu or processes > 1:
+        raise UserError("--gpu and --processes plan a run: they go with --dry-run alone")
     from trainer.console import reporter_of
     from trainer.distributed import joined
     from trainer.loop import train as run_training

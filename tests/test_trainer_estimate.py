@@ -8,20 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from memory_watch import MemoryWatch
 
 from store.errors import EngineError
-from trainer.config import Config, StudentConfig
-from trainer.estimate import (
-    Estimate,
-    ModelShape,
-    estimate,
-    load_model_config,
-    measured_flops,
-    shape_of,
-)
+from trainer.batch import TrainSequence
+from trainer.config import Config, GuidanceConfig, StudentConfig, TrainConfig
+from trainer.estimate import Estimate, ModelShape, estimate, layer_bytes, load_model_config, shape_of
+from trainer.hardware import Device, at_hand
+from trainer.optimizer import make_optimizer
+from trainer.policy import load_policy
+from trainer.step import Updater
 
 
 def shape_at(path: Path) -> ModelShape:
@@ -36,11 +35,26 @@ def shape(model_dir: Path) -> ModelShape:
 @pytest.fixture(scope="module")
 def large(shape: ModelShape) -> ModelShape:
     """About a model of half a billion parameters."""
-    return dataclasses.replace(shape, parameters=500_000_000, layers=24, hidden=1024, kv_width=128)
+    return dataclasses.replace(
+        shape,
+        parameters=500_000_000,
+        linear=400_000_000,
+        layers=24,
+        hidden=1024,
+        kv_width=128,
+        intermediate=4096,
+        vocabulary=100_000,
+    )
 
 
 def estimated(
-    shape: ModelShape, *, flops: float = 1e12, bytes_per_value: int = 2, **changes: Any
+    shape: ModelShape,
+    *,
+    flops: float = 1e12,
+    bandwidth: float = 1e15,
+    bytes_per_value: int = 2,
+    processes: int = 1,
+    **changes: Any,
 ) -> Estimate:
     """`section__key=value` over 2 problems of 3 samples, prompts of 10 tokens and responses of 90."""
     values = {
@@ -56,7 +70,14 @@ def estimated(
     for name, value in values.items():
         section, key = name.split("__")
         sections.setdefault(section, {})[key] = value
-    return estimate(Config(**sections), shape, flops=flops, bytes_per_value=bytes_per_value)  # type: ignore[arg-type]
+    device = Device(name="a card", memory=9 * 10**9, card_memory=10**10, flops=flops, bandwidth=bandwidth)
+    return estimate(
+        Config(**sections),  # type: ignore[arg-type]
+        shape,
+        device,
+        bytes_per_value=bytes_per_value,
+        processes=processes,
+    )
 
 
 def test_the_shape_counts_the_models_parameters_exactly(shape: ModelShape) -> None:
@@ -96,12 +117,19 @@ def test_a_reference_is_a_second_set_of_weights_where_beta_asks_for_one(large: M
     assert estimated(large, train__beta=0.1).memory["reference"] == 2_000_000_000
 
 
-@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
-def test_8_bit_optimizer_state_is_a_quarter_of_32_bit_state(large: ModelShape, optim: str) -> None:
-    whole, eighth = estimated(large), estimated(large, train__optim=optim)
-    assert 4 * eighth.memory["optimizer"] == whole.memory["optimizer"]
-    # 3 of 4 GB less, whichever of sampling and updating is the peak.
-    assert whole.peak - eighth.peak == 3_000_000_000
+@pytest.mark.parametrize(
+    ("changes", "saved"),
+    [
+        # 500 M weights: 8 bytes each for AdamW, 2 in 8 bits, none that has to stay where pages can go.
+        ({"train__optim": "adamw_8bit"}, 3_000_000_000),
+        ({"train__optim": "paged_adamw_8bit"}, 4_000_000_000),
+        ({"train__offload_optimizer": True}, 4_000_000_000),
+    ],
+)
+def test_smaller_or_absent_optimizer_state_lowers_the_peak(
+    large: ModelShape, changes: dict[str, Any], saved: int
+) -> None:
+    assert estimated(large).peak - estimated(large, **changes).peak == saved
 
 
 def test_the_cache_by_hand(shape: ModelShape) -> None:
@@ -119,16 +147,52 @@ def test_sampling_and_updating_share_their_memory(shape: ModelShape) -> None:
     stays = few.memory["weights"] + few.memory["optimizer"]
     update = few.memory["gradients"] + few.memory["activations"] + few.memory["logits"]
     assert few.peak == stays + update
-    assert many.peak == stays + many.memory["kv cache"] > few.peak
+    assert many.peak == stays + many.memory["kv cache"] + many.memory["drawing"] > few.peak
+    assert (few.dominant, many.dominant) == ("activations", "kv cache")
 
 
 def test_seconds_are_the_work_over_what_the_device_does(large: ModelShape) -> None:
     slow, fast = estimated(large, flops=1e12), estimated(large, flops=4e12)
     assert slow.seconds == pytest.approx(4 * fast.seconds)
-    # 600 tokens at 2 operations a weight to sample, 2 + 4 to update: 600 * 8 * 5e8 / 1e12 = 2.4 s.
-    assert slow.seconds == pytest.approx(2.4)
-    # Checkpointing runs the forward pass once more: 600 * 10 * 5e8 / 1e12.
-    assert estimated(large, student__gradient_checkpointing=True).seconds == pytest.approx(3.0)
+    # 600 tokens at 2 operations a weight to sample: 600 * 2 * 5e8 / 1e12 = 0.6 s. To update 2 + 4, and 2 for
+    # the old log-probabilities of the second of two optimizer steps: 600 * 7 * 5e8 / 1e12 = 2.1 s.
+    assert (slow.sampling_seconds, slow.update_seconds) == pytest.approx((0.6, 2.1))
+    # Checkpointing runs the forward pass once more; a frozen model needs no gradient of its weights.
+    assert estimated(large, student__gradient_checkpointing=True).update_seconds == pytest.approx(2.7)
+    assert estimated(large, student__use_peft=True).update_seconds == pytest.approx(1.5)
+
+
+def test_decoding_is_bound_by_bandwidth(large: ModelShape) -> None:
+    # Six rows of at most 100 tokens: 90 times all weights in bf16, 1e9 bytes, and the cache, half full with
+    # 10 + 45 tokens of 2 * 24 * 128 * 4 bytes a row: 6 * 55 * 24,576 = 8,110,080. Over 1e10 bytes a second.
+    assert estimated(large, bandwidth=1e10).sampling_seconds == pytest.approx(90 * 1_008_110_080 / 1e10)
+    # Half the rows at once read the weights twice as often.
+    halves = estimated(large, bandwidth=1e10, rollout__batch_size=3)
+    assert halves.sampling_seconds == pytest.approx(2 * 90 * 1_004_055_040 / 1e10)
+
+
+def test_offloaded_state_crosses_the_bus_twice_an_optimizer_step(large: ModelShape) -> None:
+    # 2 steps * 500 M weights * 16 bytes over 25 GB/s = 0.64 s.
+    slower = estimated(large, train__offload_optimizer=True).update_seconds - estimated(large).update_seconds
+    assert slower == pytest.approx(0.64)
+
+
+def test_processes_divide_what_is_dealt_out(large: ModelShape) -> None:
+    one, four = estimated(large), estimated(large, processes=4)
+    for part in ("weights", "gradients", "optimizer"):
+        assert one.memory[part] == 4 * four.memory[part]
+    # 6 samples over 4 processes are 2 rows at most.
+    assert one.memory["kv cache"] == 3 * four.memory["kv cache"]
+    # While it samples each has all weights: 400 M of layers in bf16, the rest in float32.
+    assert four.memory["gathered weights"] == 2 * 400_000_000 + 4 * 100_000_000
+    assert one.update_seconds == pytest.approx(4 * four.update_seconds)
+
+
+def test_vllm_takes_its_share_of_the_card_and_servers_none(large: ModelShape) -> None:
+    own = estimated(large, rollout__engine="vllm", rollout__vllm_gpu_memory_utilization=0.5)
+    assert (own.memory["vllm"], own.memory["kv cache"]) == (5 * 10**9, 0)
+    served = estimated(large, rollout__engine="vllm", rollout__base_urls=["http://h/v1"])
+    assert served.memory["vllm"] == 0
 
 
 @given(tokens=st.integers(100, 50_000), more=st.integers(1, 50_000))
@@ -154,13 +218,23 @@ def test_gradient_checkpointing_shrinks_activations_and_nothing_else(large: Mode
     shape = dataclasses.replace(large, layers=layers)
     plain, thrifty = estimated(shape), estimated(shape, student__gradient_checkpointing=True)
     assert thrifty.memory["activations"] < plain.memory["activations"]
-    assert thrifty.memory | {"activations": 0} == plain.memory | {"activations": 0}
+    # Narrow copies of the weights are made layer by layer too.
+    less = {"activations": 0, "narrow weights in the graph": 0}
+    assert thrifty.memory | less == plain.memory | less
     assert thrifty.peak < plain.peak
 
 
 def test_activations_by_hand(large: ModelShape) -> None:
-    # 34 bytes a token, hidden unit and layer in 16 bits: 1000 * 1024 * 24 * 34 = 835,584,000.
-    assert estimated(large).memory["activations"] == 835_584_000
+    # A layer keeps 34 bytes a hidden unit and, in 16 bits, four of the MLP's width, a key and a value:
+    # 34 * 1024 + 2 * (4 * 4096 + 2 * 128) = 68,096 a token; 1,000 tokens, 24 layers.
+    assert layer_bytes(StudentConfig(), large, 2) == 68_096
+    assert estimated(large).memory["activations"] == 1000 * 24 * 68_096
+    # Checkpointed: the float32 input of each layer; a whole layer, 68 MB, is less than the logits were.
+    thrifty = estimated(large, student__gradient_checkpointing=True)
+    assert thrifty.memory["activations"] == 1000 * 24 * 4 * 1024
+    small = dataclasses.replace(large, vocabulary=1000)  # logits of 7 * 4 * 1000 * 1000 = 28 MB
+    thrifty = estimated(small, student__gradient_checkpointing=True)
+    assert thrifty.memory["activations"] == 1000 * (24 * 4 * 1024 + 68_096) - 28_000_000
 
 
 def test_logits_never_pile_up(large: ModelShape) -> None:
@@ -180,4 +254,57 @@ def test_a_small_vocabulary_needs_no_whole_chunk(shape: ModelShape) -> None:
 
 
 def test_the_device_is_measured() -> None:
-    assert measured_flops("cpu", torch.float32) > 1e6
+    here = at_hand("cpu", torch.float32)
+    assert (here.name, here.memory) == ("cpu", None)
+    assert here.flops > 1e6
+    assert here.bandwidth > 1e6
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        {},
+        {"dtype": "bfloat16"},
+        {"gradient_checkpointing": True, "dtype": "bfloat16"},
+        {"use_peft": True, "dtype": "bfloat16"},
+        {"use_peft": True, "dtype": "bfloat16", "gradient_checkpointing": True},
+    ],
+    ids=lambda student: "+".join(student) or "plain",
+)
+def test_the_estimate_is_what_a_step_allocates(student: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_model(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=4000,
+        max_position_embeddings=1024,
+        initializer_range=0.02,
+    )
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    settings = StudentConfig(model=str(tmp_path), device="cpu", **student)
+    policy = load_policy(settings, temperature=1.0)
+    train = TrainConfig(max_tokens_per_microbatch=1024)
+    updater = Updater(
+        policy, make_optimizer(policy.model, train), train, GuidanceConfig(), max_completion_length=500
+    )
+    ids = tuple(5 + i % 90 for i in range(500))
+    rows = [
+        TrainSequence(prompt_ids=ids[:12], response_ids=ids, advantage=1.0, is_teacher=False)
+        for _ in range(4)  # two micro-batches of 1,024 tokens
+    ]
+    updater.optimizer_step(rows)  # makes the optimizer's state
+    with MemoryWatch() as watch:
+        updater.optimizer_step(rows)
+    found = estimated(
+        shape_at(tmp_path),
+        bytes_per_value=2 if "dtype" in student else 4,
+        rollout__max_prompt_length=12,
+        rollout__max_completion_length=500,
+        train__max_tokens_per_microbatch=1024,
+        **{f"student__{key}": value for key, value in student.items() if key != "dtype"},
+    )
+    made = found.peak - found.memory["weights"] - found.memory["optimizer"]
+    assert made / watch.peak == pytest.approx(1.0, abs=0.15)

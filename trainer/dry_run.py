@@ -22,7 +22,9 @@ from trainer.assemble import (
 )
 from trainer.checkpoint import checkpoints
 from trainer.config import Config
-from trainer.estimate import Estimate, estimate, load_model_config, measured_flops, shape_of
+from trainer.estimate import Estimate, ModelShape, estimate, load_model_config, shape_of
+from trainer.fitting import Proposal, proposal
+from trainer.hardware import Device, at_hand, card
 from trainer.policy import compute_dtype, load_tokenizer, pick_device
 from trainer.rollout import demanded_form, student_prompts
 from trainer.run_files import Position
@@ -30,8 +32,14 @@ from trainer.sampler import check_sampler
 from trainer.trackers import Trackers
 
 
-def dry_run_of(config: Config) -> Group:
-    """Everything that `ampo train` would check, and what it would then do. Raises what it would raise."""
+def dry_run_of(config: Config, *, gpu: str = "", processes: int = 1) -> Group:
+    """Everything that `ampo train` would check, and what it would then do. Raises what it would raise.
+
+    Args:
+        gpu: the card to plan for, by name; empty: the device at hand.
+        processes: how many of them.
+    """
+    planned_for = card(gpu) if gpu else None
     check_sampler(config)
     with ExitStack() as stack:
         stack.enter_context(Trackers(config.run.report_to))
@@ -59,7 +67,7 @@ def dry_run_of(config: Config) -> Group:
         Text("\n".join(lines)),
         Text(f"first prompt ({len(prompts[0].ids)} tokens):"),
         Text(escape(prompts[0].text), style="cyan"),
-        estimate_table(config),
+        *estimate_of(config, planned_for, processes),
     )
 
 
@@ -72,35 +80,62 @@ def _start_line(config: Config) -> str:
     return f"run {run}: would start, {warmup}{config.train.max_steps} sampling steps"
 
 
-def estimate_table(config: Config) -> Table:
-    """Memory by part, the peak, and a lower bound of a step's time on this device."""
+def estimate_of(config: Config, planned_for: Device | None, processes: int) -> tuple[Table, Text]:
+    """Memory by part, the peak, a lower bound of a step's time, and what to change where it does not fit."""
     shape = shape_of(load_model_config(config.student))
-    device = pick_device(config.student.device)
-    dtype = compute_dtype(config.student, device)
-    found = estimate(
-        config,
-        shape,
-        flops=measured_flops(config.student.device, dtype),
-        bytes_per_value=dtype.itemsize,
-    )
-    table = Table(title=f"one step of {shape.parameters:,} parameters on {device}", title_justify="left")
+    place = torch.device("cuda") if planned_for else pick_device(config.student.device)
+    dtype = compute_dtype(config.student, place)
+    device = planned_for or at_hand(config.student.device, dtype)
+    width = dtype.itemsize
+    found = estimate(config, shape, device, bytes_per_value=width, processes=processes)
+    table = Table(title=_title(shape, device, processes), title_justify="left")
     table.add_column("part")
     table.add_column("MiB", justify="right")
     for part, size in sorted(found.memory.items(), key=lambda item: -item[1]):
-        table.add_row(part, f"{size / 2**20:,.1f}")
+        if size:
+            table.add_row(part, _mib(size))
     table.add_section()
-    table.add_row("peak (sampling and update do not overlap)", f"{found.peak / 2**20:,.1f}")
-    table.add_row("of the device's", _device_memory(device))
-    table.caption = _time_line(config, found)
-    return table
+    table.add_row("peak (sampling and update do not overlap)", _mib(found.peak))
+    table.add_row("that tensors can have", "-" if device.memory is None else _mib(device.memory))
+    lines = [_time_line(config, found), f"most of the peak: {found.dominant}"]
+    if device.memory is not None:
+        better = proposal(config, shape, device, bytes_per_value=width, processes=processes)
+        lines.append(_fit_line(better, device, processes))
+    return table, Text("\n".join(lines))
+
+
+def _title(shape: ModelShape, device: Device, processes: int) -> str:
+    each = f", in each of {processes} processes" if processes > 1 else ""
+    return f"one step of {shape.parameters:,} parameters on {device.name}{each}"
 
 
 def _time_line(config: Config, found: Estimate) -> str:
     hours = found.seconds * config.train.max_steps / 3600
-    return f"at least {found.seconds:.2g} s a step if every response has full length; {hours:.2g} h in all"
+    return (
+        f"at least {found.seconds:.2g} s a step if every response has full length: sampling "
+        f"{found.sampling_seconds:.2g} s, update {found.update_seconds:.2g} s; {hours:.2g} h in all"
+    )
 
 
-def _device_memory(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "-"
-    return f"{torch.cuda.get_device_properties(device).total_memory / 2**20:,.1f}"
+def _fit_line(better: Proposal | None, device: Device, processes: int) -> str:
+    """Whether it fits, and the changes under which it does."""
+    if better is None:
+        return f"does not fit {device.name}, and no setting was found that does: take a smaller student"
+    changes = [f"--set {key}={_toml(value)}" for key, value in better.changes.items()]
+    if better.processes != processes:
+        changes.append(f"--processes {better.processes}")
+    if not changes:
+        return f"fits {device.name}"
+    found = better.estimate
+    return (
+        f"does not fit {device.name}; this does: {' '.join(changes)} "
+        f"(peak {_mib(found.peak)} MiB, {found.seconds:.2g} s a step)"
+    )
+
+
+def _toml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f}"

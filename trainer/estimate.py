@@ -1,12 +1,13 @@
 """What a step will need, from config and model shape alone: memory by part, and a lower bound in time.
 
-Pure arithmetic over `ModelShape`; weights are never loaded. Activations follow Korthikanti et al. 2022
-(arXiv 2205.05198), about 34 bytes a token, hidden unit and layer in 16 bits with fused attention.
+Pure arithmetic over `ModelShape`; weights are never loaded. What a layer keeps for the backward pass was
+counted on real layers of many shapes (RMSNorm, rotary positions, SwiGLU, grouped key heads); the tests
+compare the sum with what whole steps allocate.
 """
 
 from __future__ import annotations
 
-import time
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,24 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from store.errors import EngineError
 from trainer.config import Config, StudentConfig
-from trainer.policy import LOGITS_PER_CHUNK, pick_device
+from trainer.hardware import Device
+from trainer.policy import LOGITS_PER_CHUNK
 
-OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
-"""Bytes of state for each weight that trains."""
+OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 0}
+"""Bytes of state on the device for each weight that trains; pages go to the host when it is full."""
+HIDDEN_BYTES = {True: 24, False: 34}
+"""Bytes that a layer keeps for the backward pass for each token and hidden unit, by whether the model is
+frozen under adapters: inputs of norms and linear layers."""
+CHUNKS_ALIVE = 7
+"""Tensors of the size of a chunk of logits that exist at once in its backward pass."""
+NF4_BYTES = 4.127 / 8
+"""Of a weight: 4 bits, and 0.127 for its share of the scales (QLoRA, section 3)."""
+BUS = 25e9
+"""Bytes a second between host and device, PCIe 4 x16."""
+
+STAYS = ("weights", "optimizer", "reference")
+UPDATE = ("gradients", "activations", "logits", "narrow weights in the graph", "gathered layers")
+SAMPLING = ("kv cache", "drawing", "narrow weights", "gathered weights", "vllm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,22 +50,36 @@ class ModelShape:
     hidden: int
     kv_width: int
     """Key-value heads times head size."""
+    intermediate: int
+    """Width of the MLP."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """Bytes by part, and seconds of arithmetic of one step."""
+    """Bytes by part in each process, and seconds of one step."""
 
     memory: dict[str, int]
-    seconds: float
-    """When every response has the maximum length and nothing but matrix products costs time."""
+    sampling_seconds: float
+    """When every response has the maximum length, as the next."""
+    update_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.sampling_seconds + self.update_seconds
 
     @property
     def peak(self) -> int:
         """Sampling and updating never overlap: the larger of the two on top of what always stays."""
-        stays = sum(self.memory[part] for part in ("weights", "optimizer", "reference", "narrow weights"))
-        update = sum(self.memory[part] for part in ("gradients", "activations", "logits"))
-        return stays + max(update, self.memory["kv cache"])
+        return self._sum(STAYS) + max(self._sum(UPDATE), self._sum(SAMPLING))
+
+    @property
+    def dominant(self) -> str:
+        """The largest part of the peak."""
+        phase = UPDATE if self._sum(UPDATE) >= self._sum(SAMPLING) else SAMPLING
+        return max((*STAYS, *phase), key=lambda part: self.memory[part])
+
+    def _sum(self, parts: tuple[str, ...]) -> int:
+        return sum(self.memory[part] for part in parts)
 
 
 def load_model_config(student: StudentConfig) -> Any:
@@ -78,60 +107,150 @@ def shape_of(config: Any) -> ModelShape:
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         kv_width=heads * size,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
     )
 
 
-def estimate(config: Config, shape: ModelShape, *, flops: float, bytes_per_value: int) -> Estimate:
+def estimate(
+    config: Config, shape: ModelShape, device: Device, *, bytes_per_value: int, processes: int = 1
+) -> Estimate:
     """Memory and time of a training step.
 
     Args:
-        flops: what the device reaches, in floating-point operations a second.
         bytes_per_value: of the compute dtype, 2 or 4.
+        processes: GPUs that weights, gradients, optimizer state and samples are dealt out to.
     """
-    rollout, train = config.rollout, config.train
-    longest = rollout.max_prompt_length + rollout.max_completion_length
-    rows = min(rollout.batch_size, train.problems_per_step * rollout.num_generations)
-    layers = 1 if config.student.gradient_checkpointing else shape.layers
-    kept = 2 * shape.layers if config.student.gradient_checkpointing else 0
-    tokens = max(train.max_tokens_per_microbatch, longest)
-    weights, trained = _weights(config.student, shape, bytes_per_value)
     memory = {
-        "weights": weights,
-        "gradients": 4 * trained,
-        "optimizer": OPTIMIZER_BYTES[train.optim] * trained,
-        # Under adapters the frozen model itself is the reference.
-        "reference": 4 * shape.parameters if train.beta and not config.student.use_peft else 0,
-        "activations": tokens * shape.hidden * bytes_per_value * (17 * layers + kept),
-        "logits": 3 * 4 * min(LOGITS_PER_CHUNK, tokens * shape.vocabulary),
-        # Keys and values come out of autocast in float32, and autocast keeps a narrow copy of the weights.
-        "kv cache": rows * longest * 2 * shape.layers * shape.kv_width * 4,
-        "narrow weights": bytes_per_value * trained if bytes_per_value < 4 else 0,
+        **_standing_memory(config, shape, bytes_per_value, processes),
+        **_update_memory(config, shape, bytes_per_value, processes),
+        **_sampling_memory(config, shape, device, bytes_per_value, processes),
     }
-    responses = train.problems_per_step * rollout.num_generations
-    passes = 8 if config.student.gradient_checkpointing else 6
-    work = responses * longest * shape.parameters * (2 + passes)
-    return Estimate(memory=memory, seconds=work / flops)
+    return Estimate(
+        memory=memory,
+        sampling_seconds=_sampling_seconds(config, shape, device, bytes_per_value, processes),
+        update_seconds=_update_seconds(config, shape, device, processes),
+    )
 
 
-def _weights(student: StudentConfig, shape: ModelShape, bytes_per_value: int) -> tuple[int, int]:
-    """Bytes of all weights, and how many of them train."""
-    if not student.use_peft:
-        return 4 * shape.parameters, shape.parameters
-    trained = student.lora_r * shape.linear_widths
-    # nf4 with double quantization: 4 bits and 0.127 for the scales of each weight (QLoRA, section 3).
-    linear = round(4.127 / 8 * shape.linear) if student.load_in_4bit else bytes_per_value * shape.linear
-    return linear + bytes_per_value * (shape.parameters - shape.linear) + 4 * trained, trained
+def _trained(student: StudentConfig, shape: ModelShape) -> int:
+    return student.lora_r * shape.linear_widths if student.use_peft else shape.parameters
 
 
-def measured_flops(device_name: str, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a square matrix product on the device, best of five."""
-    device = pick_device(device_name)
-    n = 4096 if device.type == "cuda" else 512
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        product = a @ a
-        float(product[0, 0])  # waits for the device
-        best = min(best, time.perf_counter() - started)
-    return 2 * n**3 / best
+def _frozen_bytes(student: StudentConfig, shape: ModelShape, bytes_per_value: int) -> int:
+    """Of all weights under adapters."""
+    linear = NF4_BYTES if student.load_in_4bit else bytes_per_value
+    return round(linear * shape.linear) + bytes_per_value * (shape.parameters - shape.linear)
+
+
+def _standing_memory(config: Config, shape: ModelShape, bytes_per_value: int, n: int) -> dict[str, int]:
+    """What is there in all phases."""
+    student, train = config.student, config.train
+    trained = _trained(student, shape)
+    frozen = _frozen_bytes(student, shape, bytes_per_value) if student.use_peft else 0
+    state = 0 if train.offload_optimizer else OPTIMIZER_BYTES[train.optim]
+    reference = train.beta > 0 and not student.use_peft
+    return {
+        "weights": (frozen + 4 * trained) // n,
+        "optimizer": state * trained // n,
+        "reference": 4 * shape.parameters if reference else 0,
+    }
+
+
+def _narrow_weights(config: Config, shape: ModelShape, bytes_per_value: int, n: int) -> int:
+    """Autocast's copies of what trains; FSDP gathers layers in the narrow type instead."""
+    return bytes_per_value * _trained(config.student, shape) if bytes_per_value < 4 and n == 1 else 0
+
+
+def layer_bytes(student: StudentConfig, shape: ModelShape, bytes_per_value: int) -> int:
+    """What one layer keeps of one token for the backward pass."""
+    wide = HIDDEN_BYTES[student.use_peft] * shape.hidden
+    # In the compute type: gate, its activation, up and their product; keys and values.
+    return wide + bytes_per_value * (4 * shape.intermediate + 2 * shape.kv_width)
+
+
+def _update_memory(config: Config, shape: ModelShape, bytes_per_value: int, n: int) -> dict[str, int]:
+    student = config.student
+    tokens = max(config.train.max_tokens_per_microbatch, _longest(config))
+    layer = tokens * layer_bytes(student, shape, bytes_per_value)
+    inputs = tokens * (bytes_per_value if student.use_peft else 4) * shape.hidden
+    logits = CHUNKS_ALIVE * 4 * min(LOGITS_PER_CHUNK, tokens * shape.vocabulary)
+    kept, narrow = shape.layers * layer, _narrow_weights(config, shape, bytes_per_value, n)
+    if student.gradient_checkpointing:  # one layer is whole at a time, once the logits are gone
+        kept, narrow = shape.layers * inputs + max(layer - logits, 0), 0
+    outside = 4 * (shape.parameters - shape.linear)
+    return {
+        "gradients": 4 * _trained(student, shape) // n,
+        "activations": kept,
+        "logits": logits,
+        "narrow weights in the graph": narrow,
+        # Two layers at a time; embedding and head whole, with their gradient.
+        "gathered layers": 2 * outside + 2 * 4 * shape.linear // shape.layers if n > 1 else 0,
+    }
+
+
+def _sampling_memory(
+    config: Config, shape: ModelShape, device: Device, bytes_per_value: int, n: int
+) -> dict[str, int]:
+    rollout = config.rollout
+    nothing = dict.fromkeys(SAMPLING, 0)
+    if rollout.engine == "vllm":
+        held = 0 if rollout.base_urls or device.card_memory is None else device.card_memory
+        return nothing | {"vllm": round(rollout.vllm_gpu_memory_utilization * held)}
+    rows = _rows(config, n)
+    cached = rows * _cache_bytes(config, shape, bytes_per_value)
+    prompts = rows * rollout.max_prompt_length
+    # Prompts pass through an MLP all at once, before the cache is full.
+    passing = prompts * (3 * bytes_per_value * shape.intermediate + 4 * 4 * shape.hidden)
+    room = cached * rollout.max_completion_length
+    whole = bytes_per_value * shape.linear + 4 * (shape.parameters - shape.linear)
+    return nothing | {
+        "kv cache": cached * _longest(config),
+        "narrow weights": _narrow_weights(config, shape, bytes_per_value, n),
+        "drawing": max(3 * 4 * rows * shape.vocabulary, passing - room),
+        "gathered weights": whole if n > 1 else 0,
+    }
+
+
+def _longest(config: Config) -> int:
+    return config.rollout.max_prompt_length + config.rollout.max_completion_length
+
+
+def _rows(config: Config, n: int) -> int:
+    """Sequences that a process samples at once."""
+    samples = config.train.problems_per_step * config.rollout.num_generations
+    return min(config.rollout.batch_size, math.ceil(samples / n))
+
+
+def _cache_bytes(config: Config, shape: ModelShape, bytes_per_value: int) -> int:
+    """Keys and values of one token; they come out of autocast over float32 weights in float32."""
+    narrow = config.student.use_peft or config.rollout.engine == "vllm"
+    return 2 * shape.layers * shape.kv_width * (bytes_per_value if narrow else 4)
+
+
+def _sampling_seconds(
+    config: Config, shape: ModelShape, device: Device, bytes_per_value: int, n: int
+) -> float:
+    """Decoding reads all weights and the cache for each token of a batch: bandwidth binds it, mostly."""
+    rollout, student = config.rollout, config.student
+    samples, rows = config.train.problems_per_step * rollout.num_generations / n, _rows(config, n)
+    # Four bits are widened before they are used: read, written, read.
+    linear = NF4_BYTES + 2 * bytes_per_value if student.load_in_4bit else bytes_per_value
+    weights = linear * shape.linear + bytes_per_value * (shape.parameters - shape.linear)
+    half_full = rollout.max_prompt_length + rollout.max_completion_length / 2
+    cache = rows * half_full * _cache_bytes(config, shape, bytes_per_value)
+    tokens = math.ceil(samples / rows) * rollout.max_completion_length
+    reading = tokens * (weights + cache) / device.bandwidth
+    return max(reading, 2 * samples * _longest(config) * shape.parameters / device.flops)
+
+
+def _update_seconds(config: Config, shape: ModelShape, device: Device, n: int) -> float:
+    """Forward 2, gradients of activations 2 and of weights 2 operations a weight and token; a forward pass
+    more where activations are computed again, and for old log-probabilities."""
+    train, student = config.train, config.student
+    optimizer_steps = train.problems_per_step // train.mini_batch_problems
+    passes = 4 if student.use_peft else 6
+    passes += 2 if student.gradient_checkpointing else 0
+    tokens = train.problems_per_step * config.rollout.num_generations * _longest(config) / n
+    work = tokens * shape.parameters * (passes + 2 * (optimizer_steps - 1) / optimizer_steps)
+    moved = 16 * _trained(student, shape) * optimizer_steps if train.offload_optimizer else 0
+    return work / device.flops + moved / BUS
