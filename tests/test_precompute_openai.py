@@ -26,6 +26,9 @@ from precompute.progress import SilentReporter
 from precompute.prompts import render_prompt
 from store.errors import ConfigError, EngineError
 from store.trace_store import TraceStore
+from trainer.assemble import SilentReporter as SilentTrainReporter
+from trainer.config import Config
+from trainer.eval_model import evaluate_model
 
 if find_spec("vllm") is None or find_spec("openai") is None:
     pytest.skip("vllm or openai is not installed", allow_module_level=True)
@@ -441,3 +444,32 @@ def test_a_key_in_the_config_is_refused_and_not_repeated(tmp_path: Path, key: st
     with pytest.raises(ConfigError, match=rf"teachers\[0\]\.{key}: ") as caught:
         load_config(PrecomputeConfig, str(path), [])
     assert "sk-12345" not in str(caught.value)
+
+
+def test_a_model_behind_servers_is_evaluated_like_one_that_is_here(port: int, tmp_path: Path) -> None:
+    lines = Path(PROBLEMS).read_text().splitlines()[:8]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines) + "\n")
+    url = address(port)
+    settings = [
+        f'student.model="{MODEL}"',
+        'student.system_prompt=""',
+        f'problems.eval="{tmp_path}/few.jsonl"',
+        "rollout.max_completion_length=100",
+        "eval.samples=1",
+        "eval.k=[1]",
+        "eval.temperature=0.0",
+        "verify.workers=1",
+    ]
+    served = [
+        "eval.engine=openai",
+        f"eval.engine_args.base_urls=['{url}']",
+        f"eval.engine_args.served_model_name={SERVED}",
+        "eval.engine_args.api_key_env=TEACHER_KEY",
+    ]
+    theirs, ours = (
+        evaluate_model(load_config(Config, None, settings + more), SilentTrainReporter(), out=tmp_path / out)
+        for more, out in ((served, "served"), (["eval.engine=transformers"], "here"))
+    )
+    assert theirs.evaluation == ours.evaluation
+    assert theirs.evaluation.overall.pass_at[1].value > 0
+    assert KEY not in (tmp_path / "served" / "eval.json").read_text()
