@@ -77,5 +77,11 @@ lab: $(VENV)/.base ## make the lab's models and problems again from scratch (abo
 bench-learning: $(VENV)/.base ## AMPO against GRPO and random selection on the lab, three seeds (about 8 minutes)
 	$(BIN)/python -m bench.learning
 
+bench-trainer: $(VENV)/.base ## scores, rollouts and a full step, side by side with others (about 15 minutes)
+	@$(PIP) --editable ".[plot,bench]"
+	$(BIN)/python -m bench.comprehension
+	$(BIN)/python -m bench.rollouts
+	$(BIN)/python -m bench.train_step
+
 clean: ## remove the environment and caches; runs/ and traces/ stay
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

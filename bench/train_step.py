@@ -204,6 +204,15 @@ class Clock:
         return Measured(seconds=seconds, cpu_seconds=cpu_seconds, tokens=self.tokens, peak_mib=self._peak.mib)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainPending:
+    """What trainer.rewards.PendingSample is, where nothing has to be waited for."""
+
+    gold: str
+    sample: dict[str, Any]
+    is_judged: bool = True
+
+
 class PlainJudge:
     """`reward_of` in the place of the verifier's processes, which TRL has none of."""
 
@@ -212,15 +221,14 @@ class PlainJudge:
         self._clock = clock
         self._settled = 0
 
-    def submit(self, *, gold: str, opens_think: bool, **sample: Any) -> tuple[str, dict[str, Any]]:
+    def submit(self, *, gold: str, opens_think: bool, **sample: Any) -> PlainPending:
         self._clock.tokens += len(sample["token_ids"]) * self._clock.running
-        return gold, sample
+        return PlainPending(gold=gold, sample=sample)
 
-    def settle(self, pending: tuple[str, dict[str, Any]]) -> Sample:
-        gold, sample = pending
-        earned = reward_of(self._reward, sample["text"], gold, self._settled)
+    def settle(self, pending: PlainPending) -> Sample:
+        earned = reward_of(self._reward, pending.sample["text"], pending.gold, self._settled)
         self._settled += 1
-        return Sample(**sample, is_correct=earned == 1, has_format=True, reward=earned)
+        return Sample(**pending.sample, is_correct=earned == 1, has_format=True, reward=earned)
 
 
 def ampo(task: Task) -> Measured:
