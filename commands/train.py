@@ -33,6 +33,12 @@ def train(
             help="auto: go on from the run's last checkpoint; never: refuse an existing run; or a path."
         ),
     ] = "auto",
+    changed_store: Annotated[
+        bool,
+        typer.Option(
+            "--resume-with-changed-store", help="Go on though the store holds other traces than before."
+        ),
+    ] = False,
     dry_run: DryRun = False,
     gpu: Annotated[
         str, typer.Option(help="With --dry-run: the card to plan for, e.g. H100-80GB, RTX4090-24GB.")
@@ -63,7 +69,9 @@ def train(
 
     try:
         with joined(settings.student.device) as world, reporter_of(world, console, settings.run) as reporter:
-            outcome = run_training(settings, resume=resume, reporter=reporter, world=world)
+            outcome = run_training(
+                settings, resume=resume, changed_store=changed_store, reporter=reporter, world=world
+            )
     except KeyboardInterrupt:
         console.print("stopped at once; what was saved before is whole. Go on with the same command.")
         raise typer.Exit(130) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +50,23 @@ _REFRESHES = 5
 _ID = re.compile(r"[0-9a-f]{16}")
 
 
+_CONTENTS = """
+    SELECT teacher, count(*) AS traces, bit_xor(trace) AS mark FROM idx.rows
+    WHERE problem IN (SELECT unnest($problems::UBIGINT[])) AND is_correct AND filtered IS NULL
+      AND ($teachers::VARCHAR[] IS NULL OR list_contains($teachers::VARCHAR[], teacher))
+    GROUP BY teacher ORDER BY teacher
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usable:
+    """Which of a teacher's traces may guide a student, in two numbers: equal ones mean the same traces."""
+
+    traces: int
+    fingerprint: str
+    """All trace_ids, exclusive or: in any order, over any parts."""
+
+
 class TraceStore:
     """A store opened for reading; any number of processes may, while one writes.
 
@@ -85,6 +103,19 @@ class TraceStore:
     ) -> dict[str, list[Trace]]:
         """As `candidates`, but wrong and filtered traces too."""
         return self._of_problems("", problem_ids, teachers, tokens=tokens)
+
+    def usable(
+        self, problem_ids: Sequence[str], *, teachers: Sequence[str] | None = None
+    ) -> dict[str, Usable]:
+        """teacher -> which traces `candidates` would find; teachers without one are left out."""
+        asked = {
+            "problems": [int(problem_id, 16) for problem_id in problem_ids],
+            "teachers": None if teachers is None else list(teachers),
+        }
+        return {
+            row["teacher"]: Usable(traces=row["traces"], fingerprint=f"{row['mark']:016x}")
+            for row in self.index.rows(_CONTENTS, asked)
+        }
 
     def traces(
         self,

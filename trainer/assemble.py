@@ -16,7 +16,7 @@ from precompute.verify import Verifier
 from store.errors import ConfigError, ProblemsError, StoreError
 from store.records import Problem, content_hash
 from store.report import problem_rows
-from store.trace_store import TraceStore
+from store.trace_store import TraceStore, Usable
 from trainer.config import Config
 from trainer.cost import CostMeter
 from trainer.distributed import ALONE, World
@@ -101,6 +101,8 @@ class Parts:
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
     problems_fingerprint: str
+    usable: dict[str, Usable]
+    """teacher -> which traces of the training problems may be asked for; empty where nothing is asked."""
     reporter: TrainReporter
     world: World
 
@@ -161,6 +163,11 @@ def assemble(
         trackers=trackers,
         train_prompts=train_prompts,
         eval_prompts=eval_prompts,
+        usable={}
+        if store is None
+        else store.usable(
+            [problem.problem_id for problem in problems], teachers=config.guidance.teachers or None
+        ),
         problems_fingerprint=content_hash([problem.problem_id for problem in problems]),
         reporter=reporter,
         world=world,

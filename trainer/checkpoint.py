@@ -3,7 +3,8 @@
     checkpoints/step-000050/
       config.json, *.safetensors, tokenizer files     an ordinary transformers model
       optimizer.pt                                    the optimizer's state and torch's generators
-      state.json                                      steps, config, fingerprint of the problems
+      state.json                                      steps, config, what the problems and the store were,
+                                                      size and checksum of every other file
     checkpoints/sft-000050/                           the same in the warm-up, with its optimizer
 
 Sampling, order of problems and placement are functions of (seed, step, problem), so no position is needed
@@ -12,10 +13,11 @@ beyond the step.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from safetensors import SafetensorError
 
 from store.errors import RunError
 from store.files import sync
+from store.trace_store import Usable
 from trainer.config import Config
 from trainer.distributed import ALONE, World
 from trainer.policy import Policy
@@ -35,7 +38,7 @@ MAY_CHANGE = {
     "eval": None,
     "verify": None,
     "teachers": None,
-    "store": {"part_traces", "part_seconds"},
+    "store": None,
     "problems": None,
     "train": {"max_steps", "max_tokens_per_microbatch", "offload_optimizer"},
     "rollout": {
@@ -51,6 +54,7 @@ MAY_CHANGE = {
     "student": {"device", "gradient_checkpointing", "chat_template"},
 }
 """Sections (None: whole) and keys that may differ on resume: they do not change what a step computes.
+Problems and store may lie elsewhere: what they hold is compared by fingerprint.
 A chat template's path may; what it says is compared when the tokenizer is loaded.
 `warmup.sft_steps` may until the first sampling step, see `check_resumable`.
 A schedule that runs down to max_steps is the exception, see `differences`."""
@@ -64,6 +68,8 @@ class TrainState:
     config: Mapping[str, Any]
     problems_fingerprint: str
     """Content hash of the training problems, in order."""
+    store: Mapping[str, Usable]
+    """teacher -> what may be asked of it; empty where nothing is asked."""
 
 
 def save(
@@ -142,12 +148,56 @@ def _write(
         "step": state.done.step,
         "sft_step": state.done.sft_step,
         "problems_fingerprint": state.problems_fingerprint,
+        "store": {name: asdict(usable) for name, usable in state.store.items()},
+        "files": {file.name: _mark(file) for file in sorted(aside.iterdir())},
         "config": dict(state.config),
     }
     (aside / "state.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     for file in aside.iterdir():
         sync(file)
     sync(aside)
+
+
+def _mark(file: Path) -> list[int | str]:
+    """Size in bytes and checksum."""
+    with file.open("rb") as opened:
+        return [file.stat().st_size, hashlib.file_digest(opened, _checksum).hexdigest()]
+
+
+def _checksum() -> Any:
+    return hashlib.blake2b(digest_size=16)
+
+
+def check_whole(checkpoint: Path) -> None:
+    """RunError, with the way out, when a file is not what was saved: cut, changed or gone."""
+    reason = _damage(checkpoint)
+    if reason is None:
+        return
+    older = [path for path in checkpoints(checkpoint.parent) if Position.of(path) < Position.of(checkpoint)]
+    whole = next((path for path in reversed(older) if _damage(path) is None), None)
+    way_out = (
+        f"remove it to go on from {whole}, the last one that is whole"
+        if whole
+        else "no older one is whole: start anew under another run.name"
+    )
+    raise RunError(f"{checkpoint} is damaged: {reason}; {way_out}")
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None: nothing."""
+    try:
+        files = json.loads((checkpoint / "state.json").read_text(encoding="utf-8")).get("files", {})
+        for name, (size, checksum) in files.items():
+            found = _mark(checkpoint / name)
+            if found[0] != size:
+                return f"{name} has {found[0]} bytes, not {size}"
+            if found[1] != checksum:
+                return f"{name} is not what was saved"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is gone"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"state.json cannot be read ({error})"
+    return None
 
 
 def _generators(device: torch.device) -> dict[str, torch.Tensor]:
@@ -172,8 +222,9 @@ def read_state(checkpoint: Path) -> TrainState:
             done=Position(step=body["step"], sft_step=body["sft_step"]),
             config=body["config"],
             problems_fingerprint=body["problems_fingerprint"],
+            store={name: Usable(**usable) for name, usable in body["store"].items()},
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunError(f"no checkpoint at {checkpoint.absolute()}: {error}") from error
 
 
@@ -228,4 +279,20 @@ def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
             for key, value in keys.items()
             if key not in free and now[section].get(key) != value
         ]
+    return found
+
+
+def store_differences(saved: Mapping[str, Usable], now: Mapping[str, Usable]) -> list[str]:
+    """What may be asked for now and could not be then, or the other way round, by teacher."""
+    found = []
+    for name in sorted({*saved, *now}):
+        before, after = saved.get(name), now.get(name)
+        if before == after:
+            continue
+        if before is None or after is None:
+            found.append(f"{name} is {'new' if before is None else 'gone'}")
+        elif before.traces == after.traces:
+            found.append(f"{name} has {after.traces} traces as before, but others")
+        else:
+            found.append(f"{name} had {before.traces} traces, now {after.traces}")
     return found

@@ -59,24 +59,31 @@ class TrainReport:
 
 
 def train(
-    config: Config, *, resume: str = "auto", reporter: TrainReporter, world: World = ALONE
+    config: Config,
+    *,
+    resume: str = "auto",
+    changed_store: bool = False,
+    reporter: TrainReporter,
+    world: World = ALONE,
 ) -> TrainReport:
     """Trains the student and returns how it ended; the first Ctrl-C ends the step, saves, and returns.
 
     Args:
         resume: `auto` goes on from the run's last checkpoint, where there is one; `never` refuses a run that
             exists; else the path of a checkpoint.
+        changed_store: go on though the store holds other traces than before; what follows is another run
+            than the uninterrupted one.
         world: see `distributed.joined`; each of its processes calls this.
 
     Raises UserError for everything a user can mend, before the first step.
     """
     kind = RunFiles if world.is_first else UnwrittenRun
     run = kind(Path(config.run.dir).absolute() / config.run.name)
-    start_from = world.from_first(lambda: find_start(run, config, resume))
+    start_from = world.from_first(lambda: find_whole_start(run, config, resume))
     run.check_writable()
     with ExitStack() as stack:
         parts = assemble(config, run, start_from, reporter, stack, world)
-        done = _resume_state(parts, start_from)
+        done = _resume_state(parts, start_from, changed_store=changed_store)
         goes_on = start_from is not None and start_from.parent == run.checkpoints
         after = done if goes_on else Position()
         run.start(config, after=after, processes=world.size)
@@ -274,6 +281,7 @@ def save(parts: Parts, done: Position) -> Path:
         done=done,
         config=parts.config.model_dump(mode="json"),
         problems_fingerprint=parts.problems_fingerprint,
+        store=parts.usable,
     )
     path = checkpoint.save(
         parts.run.checkpoints,
@@ -290,6 +298,14 @@ def save(parts: Parts, done: Position) -> Path:
 def optimizer_at(parts: Parts, done: Position) -> torch.optim.Optimizer:
     """The one that took the last step: the warm-up has its own."""
     return parts.warmup.optimizer if done.step == 0 and done.sft_step else parts.optimizer
+
+
+def find_whole_start(run: RunFiles, config: Config, resume: str) -> Path | None:
+    """As `find_start`; RunError when the checkpoint is damaged."""
+    start_from = find_start(run, config, resume)
+    if start_from is not None:
+        checkpoint.check_whole(start_from)
+    return start_from
 
 
 def find_start(run: RunFiles, config: Config, resume: str) -> Path | None:
@@ -326,11 +342,18 @@ def check_same_beginning(run: RunFiles, config: Config) -> None:
         raise RunError(f"{run.root} holds a run with {'; '.join(changed)}; choose another run.name")
 
 
-def _resume_state(parts: Parts, start_from: Path | None) -> Position:
+def _resume_state(parts: Parts, start_from: Path | None, *, changed_store: bool) -> Position:
     """Steps done; restores the optimizer."""
     if start_from is None:
         return Position()
     state = checkpoint.read_state(start_from)
     checkpoint.check_resumable(state, parts.config, parts.problems_fingerprint, start_from)
+    if changed := checkpoint.store_differences(state.store, parts.usable):
+        if not changed_store:
+            raise RunError(
+                f"the store holds other traces than {start_from} was trained with: {'; '.join(changed)}. "
+                "Give it the same store, start anew under another run.name, or --resume-with-changed-store"
+            )
+        parts.reporter.warned(f"the store holds other traces than before: {'; '.join(changed)}")
     checkpoint.restore_optimizer(start_from, optimizer_at(parts, state.done), parts.policy.device)
     return state.done

@@ -1,0 +1,201 @@
+"""A run that was stopped and resumed is the run that never stopped, to the bit; what differs is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from run_examples import (
+    PROBLEMS,
+    assert_same_run,
+    config_of,
+    metrics_of,
+    teacher,
+    trace,
+    write_problems,
+    write_store,
+)
+
+from precompute.verify import VERIFIER_NAME, VERIFIER_VERSION
+from store.compaction import compact
+from store.errors import RunError
+from store.trace_store import TraceStore, Usable
+from store.writer import StoreWriter
+from trainer.assemble import SilentReporter
+from trainer.checkpoint import store_differences
+from trainer.loop import TrainReport, train
+
+# 12 problems: 4 a step end an epoch with step 3, 2 a step with step 6.
+EDGE = {"train__problems_per_step": 4, "train__mini_batch_problems": 2}
+MIDDLE = {"train__problems_per_step": 2, "train__mini_batch_problems": 2}
+SMALL = {
+    "rollout__num_generations": 2,
+    "rollout__max_completion_length": 16,
+    "train__learning_rate": 1e-2,
+}
+LORA = {"student__use_peft": True, "student__lora_r": 4}
+CASES: dict[str, dict[str, Any]] = {
+    "two mini-batches, at the edge of an epoch": EDGE,
+    "one mini-batch, in the middle of an epoch": MIDDLE,
+    "LoRA": {**EDGE, **LORA},
+    "adamw_8bit": {**EDGE, "train__optim": "adamw_8bit"},
+    "paged_adamw_8bit": {**MIDDLE, "train__optim": "paged_adamw_8bit"},
+    "LoRA, adamw_8bit": {**MIDDLE, **LORA, "train__optim": "adamw_8bit"},
+}
+
+WARM = {
+    **MIDDLE,
+    "warmup__traces_per_step": 5,  # 16 traces: an epoch ends with step 3
+    "warmup__learning_rate": 1e-2,
+    "rollout__max_completion_length": 32,
+    "train__optim": "adamw_8bit",
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("world")
+    write_problems(path / "train.jsonl", PROBLEMS)
+    write_store(path / "traces")
+    return path
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vocabulary of 4,096 makes the embedding large enough for 8-bit state."""
+    path = tmp_path_factory.mktemp("wide")
+    tiny_model(vocab_size=4096).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def run(world: Path, model: Path, name: str, **changes: Any) -> TrainReport:
+    settings = {**SMALL, "run__save_every": 50, **changes}
+    return train(config_of(world, model, run__name=name, **settings), reporter=SilentReporter())
+
+
+def dtypes_of(value: Any) -> set[torch.dtype]:
+    """Of every tensor in a nest of dicts."""
+    if isinstance(value, dict):
+        return {dtype for each in value.values() for dtype in dtypes_of(each)}
+    return {value.dtype} if isinstance(value, torch.Tensor) else set()
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", CASES)
+def test_three_steps_and_three_are_six(name: str, world: Path, wide: Path) -> None:
+    changes = CASES[name]
+    one = run(world, wide, f"{name} straight", train__max_steps=6, **changes)
+    run(world, wide, f"{name} halves", train__max_steps=3, **changes)
+    two = run(world, wide, f"{name} halves", train__max_steps=6, **changes)
+    assert (one.step, two.step) == (6, 6)
+    assert [row["step"] for row in metrics_of(two.run)] == [1, 2, 3, 4, 5, 6]
+    assert_same_run(one.run, two.run, "step-000006")
+    saved = torch.load(two.run / "checkpoints" / "step-000006" / "optimizer.pt", weights_only=True)
+    assert sum(row["optimizer_steps"] for row in metrics_of(two.run)) >= 6
+    assert (torch.uint8 in dtypes_of(saved["optimizer"]["state"])) == ("8bit" in name and "LoRA" not in name)
+
+
+@pytest.mark.parametrize(
+    ("sft_steps", "max_steps"), [(2, 0), (4, 0), (4, 1)], ids=["inside", "at the edge", "after"]
+)
+def test_a_stop_anywhere_about_the_warm_up_changes_nothing(
+    sft_steps: int, max_steps: int, world: Path, wide: Path
+) -> None:
+    whole = {**WARM, "warmup__sft_steps": 4, "train__max_steps": 2}
+    one = run(world, wide, "warm straight", **whole).run
+    name = f"warm {sft_steps} {max_steps}"
+    run(world, wide, name, **{**whole, "warmup__sft_steps": sft_steps, "train__max_steps": max_steps})
+    two = run(world, wide, name, **whole).run
+    assert_same_run(one, two, "step-000002")
+
+
+@pytest.fixture
+def begun(world: Path, model_dir: Path, tmp_path: Path) -> Path:
+    """A world of its own with a run of two steps."""
+    shutil.copytree(world / "traces", tmp_path / "traces")
+    shutil.copy(world / "train.jsonl", tmp_path)
+    run(tmp_path, model_dir, "run", train__max_steps=2, run__save_every=1)
+    return tmp_path
+
+
+def test_a_store_that_gained_a_trace_is_refused_unless_asked_for(begun: Path, model_dir: Path) -> None:
+    # PROBLEMS[0] had no trace: with one, the next steps would be others.
+    with StoreWriter.open(begun / "traces", verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION) as w:
+        w.append([trace(PROBLEMS[0], "ada", "\\boxed{0}", teacher("ada"))])
+    with pytest.raises(RunError, match=r"ada had 8 traces, now 9\..*--resume-with-changed-store"):
+        run(begun, model_dir, "run", train__max_steps=3)
+    reporter = SilentReporter()
+    settings = config_of(begun, model_dir, run__name="run", **SMALL, train__max_steps=3)
+    assert train(settings, changed_store=True, reporter=reporter).step == 3
+    assert any("ada had 8 traces, now 9" in warning for warning in reporter.warnings)
+    # From there on it is the store that was trained with.
+    assert run(begun, model_dir, "run", train__max_steps=4).step == 4
+
+
+def test_a_store_that_was_moved_and_compacted_is_the_same(begun: Path, model_dir: Path) -> None:
+    (begun / "traces").rename(begun / "moved")
+    compact(begun / "moved")
+    assert run(begun, model_dir, "run", train__max_steps=3, store__path=str(begun / "moved")).step == 3
+
+
+def test_what_a_store_lets_be_asked_is_told_by_teacher(world: Path) -> None:
+    with TraceStore(world / "traces") as store:
+        everything = store.usable([problem.problem_id for problem in PROBLEMS])
+        assert {name: usable.traces for name, usable in everything.items()} == {"ada": 8, "bob": 8}
+        assert list(store.usable([PROBLEMS[1].problem_id], teachers=["bob"])) == ["bob"]
+        (found,) = store.candidates([PROBLEMS[1].problem_id], teachers=["bob"])[PROBLEMS[1].problem_id]
+        # Of one trace the exclusive or is its own id.
+        only = store.usable([PROBLEMS[1].problem_id], teachers=["bob"])["bob"]
+        assert only == Usable(traces=1, fingerprint=found.trace_id)
+        assert store.usable([PROBLEMS[0].problem_id]) == {}
+
+
+def test_each_kind_of_change_is_named() -> None:
+    two, others = Usable(traces=2, fingerprint="a"), Usable(traces=2, fingerprint="b")
+    three = Usable(traces=3, fingerprint="a")
+    assert store_differences({"ada": two, "bob": two}, {"ada": two, "bob": two}) == []
+    assert store_differences(
+        {"ada": two, "bob": two, "eve": two}, {"ada": others, "bob": three, "kim": two}
+    ) == [
+        "ada has 2 traces as before, but others",
+        "bob had 2 traces, now 3",
+        "eve is gone",
+        "kim is new",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        ("cut", r"model.safetensors has 100 bytes, not \d+"),
+        ("flipped", "optimizer.pt is not what was saved"),
+        ("gone", "config.json is gone"),
+        ("blank", "state.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_with_the_last_whole_one(
+    harm: str, said: str, begun: Path, model_dir: Path
+) -> None:
+    damaged = begun / "runs" / "run" / "checkpoints" / "step-000002"
+    if harm == "cut":
+        with (damaged / "model.safetensors").open("r+b") as file:
+            file.truncate(100)
+    elif harm == "flipped":
+        with (damaged / "optimizer.pt").open("r+b") as file:
+            file.seek(-1, 2)
+            last = file.read()
+            file.seek(-1, 2)
+            file.write(bytes([last[0] ^ 1]))
+    elif harm == "gone":
+        (damaged / "config.json").unlink()
+    else:
+        (damaged / "state.json").write_text("")
+    with pytest.raises(RunError, match=rf"2 is damaged: .*{said}.* remove it to go on from .*000001"):
+        run(begun, model_dir, "run", train__max_steps=3)
+    shutil.rmtree(damaged)
+    assert run(begun, model_dir, "run", train__max_steps=3).step == 3
