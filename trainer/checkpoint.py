@@ -149,7 +149,9 @@ def _write(
         "sft_step": state.done.sft_step,
         "problems_fingerprint": state.problems_fingerprint,
         "store": {name: asdict(usable) for name, usable in state.store.items()},
-        "files": {file.name: _mark(file) for file in sorted(aside.iterdir())},
+        "files": {
+            str(file.relative_to(aside)): _mark(file) for file in sorted(aside.rglob("*")) if file.is_file()
+        },
         "config": dict(state.config),
     }
     (aside / "state.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
