@@ -62,6 +62,7 @@ def test_a_loss_that_is_no_number_in_one_process_is_said_by_all(
     [
         (["student.use_peft=true", "student.load_in_4bit=true"], "student.load_in_4bit"),
         (["train.optim=adamw_8bit"], "train.optim"),
+        (["train.compile=true"], "train.compile"),
         (["train.offload_optimizer=true"], "train.offload_optimizer"),
         (["rollout.engine=vllm"], "rollout.engine"),
     ],

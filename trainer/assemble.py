@@ -125,6 +125,8 @@ def assemble(
     store = open_store(config, stack)
     torch.manual_seed(config.train.seed)  # new adapters begin at random
     policy = load_policy(config.student, temperature=config.rollout.temperature, weights=weights)
+    if config.train.compile:
+        policy.compile()
     train_prompts = fitting_prompts(config, problems, policy.tokenizer, reporter)
     eval_prompts = fitting_prompts(config, held_out, policy.tokenizer, reporter) if held_out else []
     warn_of_prompts(config, policy.tokenizer, train_prompts, reporter)

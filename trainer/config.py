@@ -185,6 +185,9 @@ class TrainConfig(Section):
     """The 8-bit ones are bitsandbytes'; the paged one's state goes to the host when the GPU is full."""
     offload_optimizer: bool = False
     """Keeps adamw's state in host memory, 8 bytes a weight; a step moves twice as many over the bus."""
+    compile: bool = False
+    """torch.compile for the passes of scores and update; the result is the same up to float noise. It needs a
+    C++ compiler and minutes for the first passes; on the CPU it was no faster (docs/departures.md)."""
     learning_rate: NotNegative = 1e-6
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Count = 0

@@ -62,6 +62,8 @@ class Policy:
         self.model = model
         self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         """The transformers model itself, adapters in place."""
+        self.body: Any = self.causal.base_model
+        """Gives the hidden states that the head reads."""
         self.tokenizer = tokenizer
         self.dtype = dtype
         self.temperature = temperature
@@ -75,6 +77,10 @@ class Policy:
         """What OfLogits makes of the asked tokens' logits, each [N]."""
         self.shards: list[Any] = []
         """FSDP's modules, where the weights are dealt out over processes (sharding.py)."""
+
+    def compile(self) -> None:
+        """From here on the body runs compiled, by one program for all lengths; sampling stays as it is."""
+        self.body = torch.compile(self.causal.base_model, dynamic=True)
 
     def computing(self) -> AbstractContextManager[Any]:
         """Forward passes inside compute in the policy's dtype; the weights stay float32."""
@@ -116,7 +122,7 @@ class Policy:
         # Nothing looks at what stands behind it, so padding on the right needs no mask: attention has kernels
         # for that case which keep no [L, L] matrix.
         padded_left = not bool(batch.attention_mask[:, 0].all())
-        output = self.causal.base_model(
+        output = self.body(
             input_ids=batch.input_ids, use_cache=False, **(_left_padded(batch) if padded_left else {})
         )
         hidden: Tensor = output.last_hidden_state

@@ -31,6 +31,7 @@ def check_shardable(config: Config, world: World) -> None:
         "student.load_in_4bit": (config.student.load_in_4bit, False),
         "train.optim": (config.train.optim, "adamw"),
         "train.offload_optimizer": (config.train.offload_optimizer, False),
+        "train.compile": (config.train.compile, False),
         "rollout.engine": (config.rollout.engine, "transformers"),
     }
     for key, (value, possible) in refused.items():
