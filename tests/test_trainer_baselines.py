@@ -77,5 +77,6 @@ def test_the_table_is_whole_and_every_file_is_short() -> None:
 
 def test_evaluation_is_the_same_for_all() -> None:
     loaded = [load_config(Config, str(BASELINES / f"{name}.toml"), []) for name in METHODS]
-    assert {(config.eval, config.problems) for config in loaded} == {(loaded[0].eval, loaded[0].problems)}
+    for config in loaded:
+        assert (config.eval, config.problems) == (loaded[0].eval, loaded[0].problems)
     assert len({config.run.name for config in loaded}) == len(METHODS)
