@@ -9,8 +9,8 @@ position, of which the answer's are read. The trainer: `trainer.guidance.reading
     lab     the lab's student (310,080 parameters, vocabulary 262); chains of 2 to 6 operations, each
             solved in the lab's four styles; P + R = 64 + 448, all positions that the student has
     large   a random Qwen2 of 103 million parameters, vocabulary 151,936; four candidates a problem, prompts
-            of 40 to 100 tokens, traces log-normal around 150 tokens (a fifth of R, as the paper's traces are
-            of 8,192), answers of 1 to 6; P + R = 256 + 768
+            of 40 to 100 tokens, traces log-normal around 150 tokens (a fifth of R: the longer the limits
+            beside the traces, the more the reference pads), answers of 1 to 6; P + R = 256 + 768
 
 Each way has a process of its own, with one thread, for its seconds and another for its memory: the peak of
 resident memory (on CUDA: allocated) beyond the loaded model. CPU seconds are told too: what else runs on the
