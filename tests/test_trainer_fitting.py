@@ -141,8 +141,9 @@ def test_a_7b_model_on_a_small_card_is_told_to_take_adapters_and_four_bits(model
     assert again.peak <= 12 * 10**9
 
 
-def test_no_proposed_change_is_superfluous(models: dict[str, Path]) -> None:
-    found, room = plan(models, "H100-80GB"), card("H100-80GB")
+@pytest.mark.parametrize("gpu", ["H100-80GB", "RTX4090-24GB"])
+def test_no_proposed_change_is_superfluous(gpu: str, models: dict[str, Path]) -> None:
+    found, room = plan(models, gpu), card(gpu)
     assert found.changes
     for dotted in found.changes:
         fewer = changed(Config(), {key: value for key, value in found.changes.items() if key != dotted})
