@@ -51,6 +51,7 @@ def cases() -> dict[str, Case]:
     found["one sequence for two processes"] = Case(sequences=rows[:1], train=small, student={})
     found["checkpointing"] = Case(sequences=rows, train=small, student={"gradient_checkpointing": True})
     found["kl"] = Case(sequences=rows, train={**small, "beta": 0.5}, student={})
+    found["kl, one sequence for two processes"] = Case(sequences=rows[:1], train={"beta": 0.5}, student={})
     found["gspo"] = Case(sequences=rows, train={"importance_sampling_level": "sequence"}, student={})
     lora = {"use_peft": True, "lora_r": 4}
     found["lora"] = Case(sequences=rows, train=small, student=lora)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -111,8 +112,11 @@ def read_until(root: Path, traces: int) -> None:
 def fork_and_be_killed(root: Path) -> None:
     """A child that holds the write lock, forks a worker that outlives it, and is killed."""
     StoreWriter.open(root, **JUDGE)
-    worker = os.fork()
-    if worker == 0:
+    told = root.parent / "worker.pid"
+    if os.fork() == 0:
+        (root.parent / "worker").write_text(str(os.getpid()))
+        (root.parent / "worker").rename(told)
         signal.pause()
-    (root.parent / "worker.pid").write_text(str(worker))
+    while not told.exists():  # until the worker runs, and holds no lock
+        time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from run_examples import PROBLEMS, config_of, write_problems, write_store
+from run_examples import PROBLEMS, config_of, metrics_of, write_problems, write_store
 
 from precompute.config import FiltersConfig, StoreConfig
 from precompute.import_form import ImportColumns, ImportForm, TeacherNames, files_at
@@ -311,10 +311,7 @@ def test_the_trainer_runs_on_imported_traces_as_on_generated_ones(tmp_path: Path
         report = train(
             config_of(tmp_path, model_dir, **changes, **run), resume="auto", reporter=SilentReporter()
         )
-        (line,) = (report.run / "metrics.jsonl").read_text().splitlines()
-        metrics.append(
-            {k: v for k, v in json.loads(line).items() if "seconds" not in k and "latency" not in k}
-        )
+        metrics += metrics_of(report.run)
     assert metrics[0] == metrics[1]
     assert metrics[0]["store/hit_rate"] > 0
     assert metrics[0]["grad_norm"] > 0

@@ -48,19 +48,25 @@ def test_pairs_of_one_gold_go_to_one_worker_and_an_idle_worker_helps() -> None:
     for answer in "abcd":
         jobs.put(Job(("7", answer), 1.0))
     home = hash("7") % 2
-    first, other = jobs.get(home), jobs.get(1 - home)
-    assert first is not None
-    assert other is not None
+    (first,), (other,) = jobs.get(home), jobs.get(1 - home)
     assert (first.pair[1], other.pair[1]) == ("a", "b")
     assert [job.pair[1] for job in jobs.drain()] == ["c", "d"]
 
 
 def test_a_closed_queue_gives_out_what_waits_and_then_ends() -> None:
     jobs = JobQueue(3)
-    got: list[Job | None] = []
+    got: list[list[Job]] = []
     waiting = threading.Thread(target=lambda: got.extend([jobs.get(2), jobs.get(2)]))
     waiting.start()
     jobs.put(Job(("7", "a"), 1.0))
     jobs.close()
     waiting.join(timeout=10)
-    assert [job and job.pair for job in got] == [("7", "a"), None]
+    assert [[job.pair for job in taken] for taken in got] == [[("7", "a")], []]
+
+
+def test_while_many_wait_a_worker_gets_several_and_the_last_one_by_one() -> None:
+    # A quarter of what waits behind the first, 16 at most: 11 // 4 = 2, 9 // 4 = 2, 7 // 4 = 1, 6 // 4 = 1.
+    jobs = JobQueue(1)
+    for answer in "abcdefghijkl":
+        jobs.put(Job(("7", answer), 1.0))
+    assert ["".join(job.pair[1] or "" for job in jobs.get(0)) for _ in range(4)] == ["ab", "cd", "e", "f"]

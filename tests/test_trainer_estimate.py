@@ -117,6 +117,12 @@ def test_a_reference_is_a_second_set_of_weights_where_beta_asks_for_one(large: M
     assert estimated(large, train__beta=0.1).memory["reference"] == 2_000_000_000
 
 
+def test_several_processes_share_a_reference_but_for_what_stays_gathered(large: ModelShape) -> None:
+    # 4 bytes a weight: the linear layers' in 4 shares, all else whole.
+    shared = estimated(large, train__beta=0.1, processes=4).memory["reference"]
+    assert shared == large.linear + 4 * (large.parameters - large.linear)
+
+
 @pytest.mark.parametrize(
     ("changes", "saved"),
     [

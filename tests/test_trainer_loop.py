@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from run_examples import (
 
 from store.errors import ConfigError, ProblemsError, RunError, StoreError, TrainingError
 from store.records import Problem
-from trainer import checkpoint
+from trainer import checkpoint, loop
 from trainer.assemble import SilentReporter
+from trainer.dry_run import dry_run_of
 from trainer.loop import TrainReport, train
 from trainer.timing import PHASES
 
@@ -402,6 +404,54 @@ def test_a_student_with_invalid_sampling_defaults_can_be_saved(world: Path, tmp_
     path.write_text(json.dumps({**json.loads(path.read_text()), "do_sample": False, "temperature": 0.6}))
     report = run(world, tmp_path / "model", run__dir=str(tmp_path / "runs"), train__max_steps=1)
     assert report.checkpoint is not None
+
+
+def test_a_stop_in_a_step_with_an_evaluation_loses_none(
+    world: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {
+        "problems__eval": str(world / "train.jsonl"),
+        "eval__every": 2,
+        "eval__samples": 1,
+        "eval__k": [1],
+        "train__max_steps": 3,
+    }
+    one = run(world, model_dir, run__name="unstopped", **changes).run
+    real = loop.train_step
+
+    def signalled(parts: loop.Parts, step: int) -> Any:
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return real(parts, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", signalled)
+        report = run(world, model_dir, run__name="stopped", **changes)
+    assert (report.interrupted_by, report.done.step) == ("SIGINT", 2)
+    assert_same_run(one, run(world, model_dir, run__name="stopped", **changes).run, "step-000003")
+
+
+def test_adapters_over_a_run_of_full_weights_are_refused_before_anything_is_loaded(
+    straight: Path, world: Path, model_dir: Path
+) -> None:
+    with pytest.raises(RunError, match=r"student\.use_peft = False, now True"):
+        run(world, model_dir, run__name="straight", student__use_peft=True)
+
+
+def test_a_dry_run_refuses_what_several_processes_cannot_do(world: Path, model_dir: Path) -> None:
+    settings = config_of(world, model_dir, run__name="dry", train__optim="adamw_8bit")
+    with pytest.raises(ConfigError, match=r"train\.optim"):
+        dry_run_of(settings, gpu="H100-80GB", processes=4)
+
+
+def test_a_dry_run_refuses_to_go_on_as_another_run(straight: Path, world: Path, model_dir: Path) -> None:
+    with pytest.raises(RunError, match=r"train\.seed"):
+        dry_run_of(config_of(world, model_dir, run__name="straight", train__seed=7))
+
+
+def test_teachers_probabilities_are_compared_at_their_own_temperature(world: Path, model_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.temperature = 1\.0"):
+        config_of(world, model_dir, guidance__ratio="teacher", rollout__temperature=0.7)
 
 
 def test_the_teacher_ratio_checks_every_trace_before_the_first_step(world: Path, model_dir: Path) -> None:

@@ -152,26 +152,27 @@ def assemble(
         judge=judge,
         warmup=find_warmup(config, policy, store, judge, train_prompts, reporter, world),
         guide=guide,
-        updater=Updater(
-            policy,
-            optimizer,
-            config.train,
-            config.guidance,
-            max_completion_length=config.rollout.max_completion_length,
-            reference=_reference(config, policy, world),
-            world=world,
-        ),
+        updater=make_updater(config, policy, optimizer, world),
         meter=CostMeter(policy, devices=world.size),
         trackers=trackers,
         train_prompts=train_prompts,
         eval_prompts=eval_prompts,
-        usable={}
-        if store is None
-        else store.usable(
-            [problem.problem_id for problem in problems], teachers=config.guidance.teachers or None
-        ),
+        usable=usable_traces(config, store, problems),
         problems_fingerprint=content_hash([problem.problem_id for problem in problems]),
         reporter=reporter,
+        world=world,
+    )
+
+
+def make_updater(config: Config, policy: Policy, optimizer: torch.optim.Optimizer, world: World) -> Updater:
+    """What takes the optimizer steps of RL."""
+    return Updater(
+        policy,
+        optimizer,
+        config.train,
+        config.guidance,
+        max_completion_length=config.rollout.max_completion_length,
+        reference=_reference(config, policy, world),
         world=world,
     )
 
@@ -223,6 +224,14 @@ def check_store(
         reporter.warned(f"{store.path} has no verified trace of any training problem: is it the right store?")
     for part in store.damaged:
         reporter.warned(f"{part.part} cannot be read ({part.reason}); its traces are left out")
+
+
+def usable_traces(config: Config, store: TraceStore | None, problems: Sequence[Problem]) -> dict[str, Usable]:
+    """teacher -> which traces of the problems may be asked for; empty where nothing is asked."""
+    if store is None:
+        return {}
+    ids = [problem.problem_id for problem in problems]
+    return store.usable(ids, teachers=config.guidance.teachers or None)
 
 
 def covered(store: TraceStore, problems: Sequence[Problem], config: Config) -> int:

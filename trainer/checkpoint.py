@@ -56,7 +56,7 @@ MAY_CHANGE = {
 """Sections (None: whole) and keys that may differ on resume: they do not change what a step computes.
 Problems and store may lie elsewhere: what they hold is compared by fingerprint.
 A chat template's path may; what it says is compared when the tokenizer is loaded.
-`warmup.sft_steps` may until the first sampling step, see `check_resumable`.
+`warmup.sft_steps` may until the first sampling step, see `check_config`.
 A schedule that runs down to max_steps is the exception, see `differences`."""
 
 
@@ -243,18 +243,22 @@ def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, device
         torch.cuda.set_rng_state(generators["cuda"].cpu(), device)
 
 
-def check_resumable(state: TrainState, config: Config, problems_fingerprint: str, checkpoint: Path) -> None:
-    """RunError, with the difference, when going on would not be the same run."""
+def check_problems(state: TrainState, problems_fingerprint: str, checkpoint: Path) -> None:
+    """RunError when going on with these problems would not be the same run."""
+    if state.problems_fingerprint != problems_fingerprint:
+        raise RunError(
+            f"problems.train holds other problems than {checkpoint} was trained on; "
+            f"give it the same file, or start anew under another run.name"
+        )
+
+
+def check_config(state: TrainState, config: Config, checkpoint: Path) -> None:
+    """RunError, with the difference, when going on with this config would not be the same run."""
     changed = differences(state.config, config)
     if changed:
         raise RunError(
             f"{checkpoint} was trained with {'; '.join(changed)}. "
             f"Set it back, or start anew under another run.name"
-        )
-    if state.problems_fingerprint != problems_fingerprint:
-        raise RunError(
-            f"problems.train holds other problems than {checkpoint} was trained on; "
-            f"give it the same file, or start anew under another run.name"
         )
     if state.done.step > config.train.max_steps:
         raise RunError(f"{checkpoint} is at {state.done}, past train.max_steps = {config.train.max_steps}")

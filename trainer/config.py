@@ -307,3 +307,12 @@ class Config(PrecomputeConfig):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _teachers_probabilities_are_of_temperature_1(self) -> Self:
+        if self.guidance.ratio == "teacher" and self.rollout.temperature != 1.0:
+            raise ValueError(
+                'guidance.ratio = "teacher" compares with stored log-probs of temperature 1: set '
+                f"rollout.temperature = 1.0, not {self.rollout.temperature}"
+            )
+        return self

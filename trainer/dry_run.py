@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from precompute.prompts import tokenizer_fingerprint
 from precompute.verify import Verifier
 from trainer.assemble import (
     SilentReporter,
@@ -20,15 +21,19 @@ from trainer.assemble import (
     usable_problems,
     warn_of_prompts,
 )
-from trainer.checkpoint import checkpoints
+from trainer.checkpoint import check_config, read_state
 from trainer.config import Config
+from trainer.distributed import World
 from trainer.estimate import Estimate, ModelShape, estimate, load_model_config, shape_of
 from trainer.fitting import Proposal, proposal
 from trainer.hardware import Device, at_hand, card
+from trainer.loop import find_start
 from trainer.policy import compute_dtype, load_tokenizer, pick_device
 from trainer.rollout import demanded_form, student_prompts
-from trainer.run_files import Position
+from trainer.run_files import Position, RunFiles
 from trainer.sampler import check_sampler
+from trainer.sharding import check_shardable
+from trainer.traces import check_tokenizers
 from trainer.trackers import Trackers
 
 
@@ -41,6 +46,12 @@ def dry_run_of(config: Config, *, gpu: str = "", processes: int = 1) -> Group:
     """
     planned_for = card(gpu) if gpu else None
     check_sampler(config)
+    check_shardable(config, World(size=processes))
+    run = RunFiles(Path(config.run.dir).absolute() / config.run.name)
+    run.check_writable()
+    start_from = find_start(run, config, "auto")
+    if start_from is not None:
+        check_config(read_state(start_from), config, start_from)
     with ExitStack() as stack:
         stack.enter_context(Trackers(config.run.report_to))
         verifier = stack.enter_context(Verifier.configured(config.verify))
@@ -49,19 +60,23 @@ def dry_run_of(config: Config, *, gpu: str = "", processes: int = 1) -> Group:
         held_out = usable_problems(config, "eval", verifier, reporter) if config.eval.every else []
         store = open_store(config, stack)
         known = None if store is None else covered(store, problems, config)
-    tokenizer = load_tokenizer(config.student)
-    prompts, too_long = student_prompts(
-        problems, tokenizer, config.student, max_prompt_length=config.rollout.max_prompt_length
+        tokenizer = load_tokenizer(config.student)
+        if store is not None and config.guidance.ratio == "teacher":
+            check_tokenizers(store.teachers(), tokenizer_fingerprint(tokenizer), config.guidance.teachers)
+    longest = config.rollout.max_prompt_length
+    prompts, too_long = student_prompts(problems, tokenizer, config.student, max_prompt_length=longest)
+    held_out_prompts = (
+        student_prompts(held_out, tokenizer, config.student, max_prompt_length=longest)[0] if held_out else []
     )
     warn_of_prompts(config, tokenizer, prompts, reporter)
-    check_plan(config, prompts, [], load_model_config(config.student), reporter)
+    check_plan(config, prompts, held_out_prompts, load_model_config(config.student), reporter)
     form = demanded_form(config.student, problems)
     lines = [
         *(f"warning: {warning}" for warning in reporter.warnings),
         f"{len(prompts)} training problems ({too_long} too long), {len(held_out)} held out",
         f"final answers in the form {form}",
         "no store is asked" if known is None else f"{known} problems have a verified trace in the store",
-        _start_line(config),
+        _start_line(config, run, start_from),
     ]
     return Group(
         Text("\n".join(lines)),
@@ -71,13 +86,12 @@ def dry_run_of(config: Config, *, gpu: str = "", processes: int = 1) -> Group:
     )
 
 
-def _start_line(config: Config) -> str:
-    run = Path(config.run.dir).absolute() / config.run.name
-    there = checkpoints(run / "checkpoints")
-    if there:
-        return f"run {run}: would go on after {Position.of(there[-1])}, to step {config.train.max_steps}"
+def _start_line(config: Config, run: RunFiles, start_from: Path | None) -> str:
+    if start_from is not None:
+        done = Position.of(start_from)
+        return f"run {run.root}: would go on after {done}, to step {config.train.max_steps}"
     warmup = f"{config.warmup.sft_steps} supervised and " if config.warmup.sft_steps else ""
-    return f"run {run}: would start, {warmup}{config.train.max_steps} sampling steps"
+    return f"run {run.root}: would start, {warmup}{config.train.max_steps} sampling steps"
 
 
 def estimate_of(config: Config, planned_for: Device | None, processes: int) -> tuple[Table, Text]:

@@ -148,11 +148,14 @@ def _standing_memory(config: Config, shape: ModelShape, bytes_per_value: int, n:
     trained = _trained(student, shape)
     frozen = _frozen_bytes(student, shape, bytes_per_value) if student.use_peft else 0
     state = 0 if train.offload_optimizer else OPTIMIZER_BYTES[train.optim]
-    reference = train.beta > 0 and not student.use_peft
+    reference = 0
+    if train.beta > 0 and not student.use_peft:
+        # Dealt out but for embedding and head, which stay gathered: no backward pass lets go of them.
+        reference = 4 * shape.linear // n + 4 * (shape.parameters - shape.linear)
     return {
         "weights": (frozen + 4 * trained) // n,
         "optimizer": state * trained // n,
-        "reference": 4 * shape.parameters if reference else 0,
+        "reference": reference,
     }
 
 

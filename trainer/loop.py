@@ -124,24 +124,27 @@ def run_steps(parts: Parts, done: Position, saved: Path | None, stop: StopReques
     if not stop.agreed(world):
         with _explained(run, done, saved):
             parts.sampler.sync(done.step)
-        if done.step == 0 and parts.eval_prompts:
-            _log(parts, {"step": 0, **_evaluate(parts, 0)})
+            if done.step == 0 and parts.eval_prompts:
+                _log(parts, {"step": 0, **_evaluate(parts, 0)})
     stopped = stop.agreed(world)
     while done.step < config.train.max_steps and not stopped:
         step = done.step + 1
+        last = step == config.train.max_steps
         with _explained(run, replace(done, step=step), saved):
             row, groups = train_step(parts, step)
-        last = step == config.train.max_steps
-        evaluates = parts.eval_prompts and (last or step % config.eval.every == 0)
-        if evaluates and not stop.agreed(world):
-            row |= _evaluate(parts, step)
+            # Even when a stop is wanted: a resumed run would not make up for it.
+            if parts.eval_prompts and (last or step % config.eval.every == 0):
+                row |= _evaluate(parts, step)
         _log(parts, row)
         parts.reporter.stepped(row, groups)
         done = replace(done, step=step)
         stopped = stop.agreed(world)
         if last or stopped or step % config.run.save_every == 0:
             saved = save(parts, done)
-    finished = done >= Position(step=config.train.max_steps, sft_step=config.warmup.sft_steps)
+    # Stopped in the last supervised step of all, a run still owes its evaluation.
+    owes = done.step == 0 and stopped is not None
+    last_of_all = Position(step=config.train.max_steps, sft_step=config.warmup.sft_steps)
+    finished = done >= last_of_all and not owes
     return TrainReport(
         run=run.root, done=done, checkpoint=saved, interrupted_by=None if finished else stopped
     )
@@ -301,10 +304,11 @@ def optimizer_at(parts: Parts, done: Position) -> torch.optim.Optimizer:
 
 
 def find_whole_start(run: RunFiles, config: Config, resume: str) -> Path | None:
-    """As `find_start`; RunError when the checkpoint is damaged."""
+    """As `find_start`; RunError when the checkpoint is damaged, or another config trained it."""
     start_from = find_start(run, config, resume)
     if start_from is not None:
         checkpoint.check_whole(start_from)
+        checkpoint.check_config(checkpoint.read_state(start_from), config, start_from)
     return start_from
 
 
@@ -347,7 +351,7 @@ def _resume_state(parts: Parts, start_from: Path | None, *, changed_store: bool)
     if start_from is None:
         return Position()
     state = checkpoint.read_state(start_from)
-    checkpoint.check_resumable(state, parts.config, parts.problems_fingerprint, start_from)
+    checkpoint.check_problems(state, parts.problems_fingerprint, start_from)
     if changed := checkpoint.store_differences(state.store, parts.usable):
         if not changed_store:
             raise RunError(

@@ -213,12 +213,12 @@ def _load_model(config: StudentConfig, device: torch.device, weights: Path | Non
             dtype=dtype if config.use_peft else torch.float32,
             **(nf4_on(device, dtype) if config.load_in_4bit else {}),
         )
+        if not config.load_in_4bit:
+            return model.to(device)
     except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
         raise EngineError(
             f"student.model = {source!r} cannot be loaded: {load_failure(source, error)}"
         ) from error
-    if not config.load_in_4bit:
-        return model.to(device)
     check_blocks(model, device, named=f"student.model = {source!r}", instead="set load_in_4bit = false")
     return model
 

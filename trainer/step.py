@@ -174,10 +174,11 @@ class Updater:
 
     def _idle_pass(self) -> None:
         """A pass that adds nothing, by a process that has fewer micro-batches: weights are gathered and
-        gradients summed by all processes at once."""
+        gradients summed by all processes at once, and in one order."""
         batch = train_batch([IDLE], pad_id=self.policy.pad_id, device=self.policy.device)
+        logprobs = self.policy.statistics(batch).logprobs
         self._reference_logprobs(batch)
-        (self.policy.statistics(batch).logprobs.sum() * 0.0).backward()  # type: ignore[no-untyped-call]
+        (logprobs.sum() * 0.0).backward()  # type: ignore[no-untyped-call]
 
     def _cut(
         self, sequences: Sequence[TrainSequence], old: Sequence[Tensor] | None

@@ -107,6 +107,10 @@ class Warmup:
 
     def forget(self) -> None:
         """Frees the optimizer's state, once the last step is taken and saved."""
+        own = {id(value) for state in self.optimizer.state.values() for value in state.values()}
+        # bitsandbytes keeps every page it ever gave out.
+        if (pages := getattr(self.optimizer, "page_mng", None)) is not None:
+            pages.paged_tensors[:] = [page for page in pages.paged_tensors if id(page) not in own]
         self.optimizer.state.clear()
 
 
