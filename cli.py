@@ -7,6 +7,7 @@ ampo inspect store queries   what was asked, what came back, what was used
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from importlib.metadata import version as package_version
@@ -51,6 +52,8 @@ def main() -> None:
     # Before torch loads OpenMP: threads that spin while they wait make a step 10 to 15 times slower as soon
     # as anything else (our own verifier's workers, say) wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # At import it tells of a faster kernel that no package of ours wants.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except UserError as error:
