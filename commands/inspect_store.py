@@ -58,9 +58,9 @@ def inspect_queries(
     console.print(queries_table(shown, _problem_texts(run_config(files))))
     if len(shown) < len(questions):
         console.print(f"the last {len(shown)} of {len(questions)} questions; --limit 0 shows all")
-    console.print(
-        f"{files.root.name}: {summary_line(summary_of(questions))}", highlight=False, soft_wrap=True
-    )
+    filtered = (step, problem, teacher) != (None, None, None)
+    line = summary_line(summary_of(questions), filtered=filtered)
+    console.print(f"{files.root.name}: {line}", highlight=False, soft_wrap=True)
 
 
 def _problem_texts(config: Config) -> dict[str, str]:

@@ -138,6 +138,9 @@ def evaluate(
     from trainer.tables import evaluation_table
 
     own = _eval_overrides(model, problems, samples, k, engine)
+    if samples is not None and not k:
+        # pass@k beyond n samples does not exist.
+        own.append(f"eval.k={[each for each in read_config(config, set_).eval.k if each <= samples] or [1]}")
     if samples is None and k:
         # As many as the largest k needs, where the config asks for fewer.
         asked = read_config(config, set_).eval.samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -27,6 +28,7 @@ from trainer import checkpoint, loop
 from trainer.assemble import SilentReporter
 from trainer.dry_run import dry_run_of
 from trainer.loop import TrainReport, train
+from trainer.run_files import RunFiles
 from trainer.timing import PHASES
 
 
@@ -429,6 +431,41 @@ def test_a_stop_in_a_step_with_an_evaluation_loses_none(
         report = run(world, model_dir, run__name="stopped", **changes)
     assert (report.interrupted_by, report.done.step) == ("SIGINT", 2)
     assert_same_run(one, run(world, model_dir, run__name="stopped", **changes).run, "step-000003")
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(world: Path, model_dir: Path) -> None:
+    root = world / "runs" / "held"
+    with RunFiles(root).held(), pytest.raises(RunError, match=f"trained by process {os.getpid()}; wait"):
+        run(world, model_dir, run__name="held", train__max_steps=1)
+    assert run(world, model_dir, run__name="held", train__max_steps=1).step == 1
+
+
+def test_what_another_process_trained_while_this_one_was_loading_is_not_overwritten(
+    world: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.assemble
+
+    def slowly(*arguments: Any) -> loop.Parts:
+        monkeypatch.setattr(loop, "assemble", real)
+        run(world, model_dir, run__name="overtaken", train__max_steps=1)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "assemble", slowly)
+    with pytest.raises(RunError, match="by another process meanwhile"):
+        run(world, model_dir, run__name="overtaken", train__max_steps=1)
+
+
+def test_a_store_that_covers_less_than_half_is_told(world: Path, model_dir: Path, tmp_path: Path) -> None:
+    # 8 of the 12 problems have a trace; with 8 strangers beside them 8 of 20.
+    strangers = [Problem(question=f"{n}-0", answer=str(n)) for n in range(8)]
+    write_problems(tmp_path / "many.jsonl", [*PROBLEMS, *strangers])
+    reporter = SilentReporter()
+    problems = str(tmp_path / "many.jsonl")
+    settings = config_of(
+        world, model_dir, problems__train=problems, run__dir=str(tmp_path), train__max_steps=1
+    )
+    train(settings, reporter=reporter)
+    assert any("traces of 8 of 20 training problems" in warning for warning in reporter.warnings)
 
 
 def test_adapters_over_a_run_of_full_weights_are_refused_before_anything_is_loaded(

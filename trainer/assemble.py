@@ -220,8 +220,14 @@ def check_store(
         fingerprint = tokenizer_fingerprint(guide.policy.tokenizer)
         check_tokenizers(store.teachers(), fingerprint, config.guidance.teachers)
         guide.traces.check_teacher_ratio(store, prompts, config.guidance.teachers)
-    if not covered(store, [prompt.problem for prompt in prompts], config):
+    known = covered(store, [prompt.problem for prompt in prompts], config)
+    if not known:
         reporter.warned(f"{store.path} has no verified trace of any training problem: is it the right store?")
+    elif known < len(prompts) / 2:
+        reporter.warned(
+            f"{store.path} has verified traces of {known} of {len(prompts)} training problems; where all "
+            "samples of another one fail, nothing is learnt"
+        )
     for part in store.damaged:
         reporter.warned(f"{part.part} cannot be read ({part.reason}); its traces are left out")
 

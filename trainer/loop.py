@@ -84,6 +84,8 @@ def train(
     with ExitStack() as stack:
         parts = assemble(config, run, start_from, reporter, stack, world)
         done = _resume_state(parts, start_from, changed_store=changed_store)
+        stack.enter_context(run.held())
+        world.from_first(lambda: check_unchanged(run, config, resume, start_from))
         goes_on = start_from is not None and start_from.parent == run.checkpoints
         after = done if goes_on else Position()
         run.start(config, after=after, processes=world.size)
@@ -310,6 +312,14 @@ def find_whole_start(run: RunFiles, config: Config, resume: str) -> Path | None:
         checkpoint.check_whole(start_from)
         checkpoint.check_config(checkpoint.read_state(start_from), config, start_from)
     return start_from
+
+
+def check_unchanged(run: RunFiles, config: Config, resume: str, start_from: Path | None) -> None:
+    """RunError when another process trained the run while this one was loading."""
+    if find_start(run, config, resume) != start_from:
+        raise RunError(
+            f"{run.root} was trained by another process meanwhile; the same command goes on from there"
+        )
 
 
 def find_start(run: RunFiles, config: Config, resume: str) -> Path | None:

@@ -72,6 +72,7 @@ def _frame(axes: Any, panel: Panel) -> None:
     axes.set_title(panel.title, fontsize=12)
     axes.set_xlabel("step", fontsize=10)
     axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if panel.share:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from precompute.config import load_config, toml_of
 from store.errors import RunError
-from store.files import whole_file
+from store.files import FileLock, whole_file
 from trainer.batch import TrainSequence
 from trainer.config import Config
 from trainer.eval_files import EVAL_SCHEMA
@@ -160,6 +160,21 @@ class RunFiles:
                     file.unlink()
 
     @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other trainers out for the block; RunError when one has the run."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.root / ".train.lock")
+        if not lock.acquire(wait=False):
+            raise RunError(
+                f"{self.root} is being trained by process {lock.holder() or 'unknown'}; wait for it to end, "
+                "or give this run another run.name"
+            )
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
     def log_to_file(self) -> Iterator[None]:
         """log.txt gets every line of the `ampo` logger for the block."""
         handler = logging.FileHandler(self.root / "log.txt", encoding="utf-8")
@@ -236,6 +251,11 @@ class UnwrittenRun(RunFiles):
 
     def start(self, config: Config, *, after: Position, processes: int = 1) -> None:
         """Nothing."""
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The process that writes holds it."""
+        yield
 
     @contextmanager
     def log_to_file(self) -> Iterator[None]:

@@ -68,10 +68,10 @@ def _candidate_cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def summary_line(summary: QuerySummary) -> str:
-    """Hit rate and share of each teacher in one line."""
+def summary_line(summary: QuerySummary, *, filtered: bool = False) -> str:
+    """Hit rate and share of each teacher in one line; `filtered`: of some of the questions alone."""
     if not summary.questions:
-        return "the store was not asked"
+        return "no question fits --step, --problem and --teacher" if filtered else "the store was not asked"
     shares = ", ".join(f"{name} {share:.0%}" for name, share in summary.share.items()) or "none"
     return (
         f"asked {summary.questions} times for {summary.problems} problems; "
