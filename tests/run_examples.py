@@ -38,6 +38,13 @@ def write_store(path: Path) -> None:
             writer.append([trace(p, name, f"{opening}\\boxed{{{p.answer}}}", record) for p in solved])
 
 
+def make_world(path: Path) -> Path:
+    """Problems and a store in the directory `path`; returns it."""
+    write_problems(path / "train.jsonl", PROBLEMS)
+    write_store(path / "traces")
+    return path
+
+
 def teacher(name: str) -> TeacherRecord:
     return TeacherRecord(
         name=name,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_examples import PROBLEMS, metrics_of, rows_of, settings, write_problems, write_store
+from run_examples import make_world, metrics_of, rows_of, settings
 
 from precompute.config import load_config
 from trainer.assemble import SilentReporter
@@ -29,10 +29,7 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("world")
-    write_problems(path / "train.jsonl", PROBLEMS)
-    write_store(path / "traces")
-    return path
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def shrunk(name: str, world: Path, model: Path) -> Config:

@@ -16,10 +16,10 @@ from run_examples import (
     PROBLEMS,
     assert_same_run,
     config_of,
+    make_world,
     metrics_of,
     rows_of,
     write_problems,
-    write_store,
 )
 
 from store.errors import ConfigError, ProblemsError, RunError, StoreError, TrainingError
@@ -34,10 +34,7 @@ from trainer.timing import PHASES
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("world")
-    write_problems(path / "train.jsonl", PROBLEMS)
-    write_store(path / "traces")
-    return path
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def run(world: Path, model: Path, *, resume: str = "auto", **changes: Any) -> TrainReport:

@@ -13,11 +13,10 @@ from run_examples import (
     PROBLEMS,
     assert_same_run,
     config_of,
+    make_world,
     metrics_of,
     teacher,
     trace,
-    write_problems,
-    write_store,
 )
 
 from precompute.verify import VERIFIER_NAME, VERIFIER_VERSION
@@ -58,10 +57,7 @@ WARM = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("world")
-    write_problems(path / "train.jsonl", PROBLEMS)
-    write_store(path / "traces")
-    return path
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
-from run_examples import PROBLEMS, config_of, write_problems, write_store
+from run_examples import config_of, make_world
 from safetensors.torch import load_file, save_file
 from vllm_examples import change, forward_logprobs, prompts_of
 
@@ -48,10 +48,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("world")
-    write_problems(path / "train.jsonl", PROBLEMS)
-    write_store(path / "traces")
-    return path
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from openai_examples import free_port, vllm_server
-from run_examples import PROBLEMS, config_of, write_problems, write_store
+from run_examples import config_of, make_world
 from vllm_examples import change, forward_logprobs, prompts_of
 
 from precompute.engines import Request, Sampling
@@ -31,10 +31,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("world")
-    write_problems(path / "train.jsonl", PROBLEMS)
-    write_store(path / "traces")
-    return path
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
