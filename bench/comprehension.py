@@ -96,7 +96,7 @@ def main() -> None:
             problems=options.lab_problems,
             max_prompt=64,
             max_response=448,
-            max_tokens=256,
+            max_tokens=192,
             repeats=3,
         ),
         "large": Case(

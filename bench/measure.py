@@ -16,7 +16,11 @@ import torch
 A = TypeVar("A")
 T = TypeVar("T")
 
-RETURNED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+RETURNED_AT_ONCE = {
+    "MALLOC_MMAP_THRESHOLD_": "4096",
+    "MALLOC_MMAP_MAX_": "1000000",
+    "MALLOC_TRIM_THRESHOLD_": "0",
+}
 """glibc gives freed tensors back at once, so that resident memory is what lives; it takes time."""
 
 

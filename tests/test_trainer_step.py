@@ -262,6 +262,45 @@ def test_what_is_not_finite_names_the_sequences_it_came_from() -> None:
     assert caught.value.sequences == (bad,)
 
 
+@pytest.mark.parametrize("loss_type", sorted(LOSS_TYPES))
+@pytest.mark.parametrize("is_teacher", [True, False])
+def test_a_row_without_advantage_counts_and_is_not_computed(loss_type: str, is_teacher: bool) -> None:
+    # With an advantage of 1e-30 it is computed and adds nothing to a gradient of ordinary size.
+    rows = sequences(3)
+    idle = TrainSequence(prompt_ids=(2,), response_ids=(9,) * 7, advantage=0.0, is_teacher=is_teacher)
+    gradients, reports = [], []
+    for row in (idle, replace(idle, advantage=1e-30)):
+        made = updater(TrainConfig(loss_type=loss_type, entropy_coef=0.0))  # type: ignore[arg-type]
+        gradients.append(keep_gradient(made))
+        reports.append(made.optimizer_step([*rows, row]))
+    (skipped,), (computed,) = gradients
+    assert torch.allclose(skipped, computed, rtol=1e-5, atol=1e-8)
+    assert reports[1].tokens - reports[0].tokens == 7
+
+
+def test_a_row_without_advantage_keeps_its_entropy_bonus() -> None:
+    rows = [
+        TrainSequence(prompt_ids=(2,), response_ids=(9, 1), advantage=0.5, is_teacher=False),
+        TrainSequence(prompt_ids=(2,), response_ids=(9, 8, 7), advantage=0.0, is_teacher=False),
+        TrainSequence(prompt_ids=(2,), response_ids=(9, 8), advantage=0.0, is_teacher=True),
+    ]
+    assert updater(TrainConfig(entropy_coef=0.001)).optimizer_step(rows).tokens == 2 + 3
+    assert updater(TrainConfig(entropy_coef=0.0)).optimizer_step(rows).tokens == 2
+
+
+def test_later_mini_batches_find_the_old_log_probabilities_of_the_rows_they_compute() -> None:
+    # Rewards 0.0, 0.5, 1.0: the middle row, of another length, has no advantage. No weight moves (lr 0), so
+    # the second mini-batch's ratio is 1 on every token, and nothing is clipped.
+    train = TrainConfig(problems_per_step=2, mini_batch_problems=1, learning_rate=0.0, entropy_coef=0.0)
+    bad, middling, good = (sample(reward) for reward in (0.0, 0.5, 1.0))
+    samples = (bad, replace(middling, token_ids=(9, 8, 7, 1)), replace(good, token_ids=(9, 8, 1)))
+    groups = [replace(group(), samples=samples)] * 2
+    made = updater(train.model_copy(update={"eps_low": 1e-4, "eps_high": 1e-4}))
+    report = made.update(groups, member_advantages(groups, scale="none"))
+    assert report.optimizer_steps == 2
+    assert report.clip_low == report.clip_high == 0
+
+
 def test_samples_that_were_cut_count_for_the_mean_and_train_nothing() -> None:
     # Rewards 1.0, 0.1, 0.1 (cut): the mean is 0.4, so 0.6 and -0.3 are left to train.
     cut = replace(

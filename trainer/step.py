@@ -24,7 +24,8 @@ from trainer.sharding import whole_tensor, whole_weights
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateReport:
-    """What an update did: means over an optimizer step's student tokens, then over the optimizer steps."""
+    """What an update did: means over an optimizer step's student tokens that carry a gradient, then over the
+    optimizer steps."""
 
     loss: float
     """Mean over the optimizer steps."""
@@ -95,9 +96,9 @@ class Updater:
             sequences_of(groups[i : i + size], advantages[i : i + size], without_truncated=masked)
             for i in range(0, len(groups), size)
         ]
-        live = [batch for batch in batches if batch]
+        live = [batch for batch in batches if self._trained_on(batch)]
         # The first optimizer step updates the very policy that sampled: its old log-probs are its own.
-        old = [None, *(self._old_logprobs(self._share(batch)) for batch in live[1:])]
+        old = [None, *(self._old_logprobs(self._share(self._trained_on(batch))) for batch in live[1:])]
         reports = [self.optimizer_step(batch, logprobs) for batch, logprobs in zip(live, old, strict=False)]
         return _mean_report(reports)
 
@@ -108,22 +109,24 @@ class Updater:
 
         Args:
             sequences: the whole optimizer step's, in every process.
-            old_logprobs: [R] of the sampling policy for each sequence of this process's share; None: the
-                current policy sampled.
+            old_logprobs: [R] of the sampling policy for each sequence of this process's share of those that
+                carry a gradient; None: the current policy sampled.
         """
         counts = count_sequences(sequences, self.max_completion_length)
+        trained = self._trained_on(sequences)
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.model.train()
-        parts = self._gradient(sequences, old_logprobs, counts)
+        parts = self._gradient(trained, old_logprobs, counts)
         norm = self._clip()
         loss = sum(part.loss for part in parts)
         if not torch.isfinite(norm):
-            raise NotFiniteError(f"gradient norm {float(norm)} at a loss of {loss:.4g}", sequences)
+            raise NotFiniteError(f"gradient norm {float(norm)} at a loss of {loss:.4g}", trained)
         self.optimizer.step()
         # Freed now: while the student samples, nobody needs them.
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.model.eval()
-        tokens = max(counts.student_tokens, 1)
+        computed = count_sequences(trained, self.max_completion_length)
+        tokens = max(computed.student_tokens, 1)
         return UpdateReport(
             loss=loss,
             grad_norm=float(norm),
@@ -131,7 +134,7 @@ class Updater:
             kl=sum(part.kl for part in parts) / tokens,
             clip_low=sum(part.clip_low for part in parts) / tokens,
             clip_high=sum(part.clip_high for part in parts) / tokens,
-            tokens=counts.tokens,
+            tokens=computed.tokens,
             optimizer_steps=1,
             sampler_difference=_total([part.sampler_difference for part in parts], tokens),
             sampler_capped=_total([part.sampler_capped for part in parts], tokens),
@@ -161,6 +164,11 @@ class Updater:
         norm = whole_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         torch.nn.utils.clip_grads_with_norm_(parameters, self.train.max_grad_norm, norm)
         return norm
+
+    def _trained_on(self, sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
+        """Those that carry a gradient; the others count, and are not computed."""
+        regularised = bool(self.train.entropy_coef or self.reference)
+        return [s for s in sequences if s.advantage != 0 or (regularised and not s.is_teacher)]
 
     def _share(self, sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
         """What this process trains on of an optimizer step."""
