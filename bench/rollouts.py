@@ -9,8 +9,8 @@ student writes responses of one length, its teachers of many. A GPU is used wher
     refilled    what `ampo` samples with (`TransformersEngine`): a seed for each row, prompts
                 are read once a problem, ended rows leave and others take their places
     static      `generate(do_sample=True)` over the whole step as one padded batch
-    continuous  `generate_batch`: transformers' continuous batching with a paged cache; by default on CUDA
-                alone, for on a CPU it did not come back (transformers 5.19)
+    continuous  `generate_batch`: transformers' continuous batching with a paged cache, sized for the whole
+                step on a CPU (left to itself it never begins there, transformers 5.19) and by itself on CUDA
 
 The last line is JSON.
 """
@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
+from transformers.utils import logging as transformers_logging
 
 from bench.measure import alone
 from precompute.engines import Request, Sampling
@@ -41,6 +42,8 @@ from store.tables import plain_table
 PROBLEMS = "lab/problems/train.jsonl"
 SAMPLES = 8
 MAX_TOKENS = 160
+PAGE = 32
+"""Tokens of a page of the paged cache."""
 
 Prompts = list[tuple[int, ...]]
 Draw = Callable[[Prompts], int]
@@ -85,14 +88,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=["lab/models/student", "lab/models/teacher-words"])
     parser.add_argument("--problems", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
-    cuda = torch.cuda.is_available()
-    ways = [way for way in WAYS if cuda or way != "continuous"]
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=ways)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     return parser.parse_args()
 
 
 def run(task: Task) -> Measured:
     torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer = AutoTokenizer.from_pretrained(task.model)
     model: Any = AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32)
     draw = WAYS[task.way](model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
@@ -161,10 +163,28 @@ def continuous(model: Any, tokenizer: Any) -> Draw:
 
     def draw(prompts: Prompts) -> int:
         with torch.no_grad():
-            found = model.generate_batch([list(ids) for ids in prompts], generation_config=config)
+            found = model.generate_batch(
+                [list(ids) for ids in prompts],
+                generation_config=config,
+                continuous_batching_config=paged(prompts) if model.device.type == "cpu" else None,
+                progress_bar=False,
+            )
         return sum(len(output.generated_tokens) for output in found.values())
 
     return draw
+
+
+def paged(prompts: Prompts) -> ContinuousBatchingConfig:
+    """Pages for all requests at once, and nothing that needs CUDA."""
+    pages = -(-(max(map(len, prompts)) + MAX_TOKENS) // PAGE)
+    return ContinuousBatchingConfig(
+        page_size=PAGE,
+        num_blocks=pages * len(prompts),
+        max_batch_tokens=max(sum(map(len, prompts)), len(prompts)),
+        max_requests_per_batch=len(prompts),
+        use_async_batching=False,
+        use_cuda_graph=False,
+    )
 
 
 WAYS: dict[str, Callable[[Any, Any], Draw]] = {
