@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from precompute.config import TeacherConfig
 from precompute.engines import Completion, Request, Sampling
 from precompute.engines.checks import eos_ids
-from precompute.engines.drawing import inverse_cdf, keep_top_k, keep_top_p, uniforms
+from precompute.engines.drawing import BLOCK, FEW_BLOCKS, inverse_cdf, keep_top_k, keep_top_p, uniforms
 from precompute.engines.options import check_options
 from precompute.engines.select import check_fits, prepare_engine
 from precompute.engines.transformers_engine import TransformersEngine
@@ -260,6 +260,39 @@ def test_inverse_cdf_draws_the_bin_that_holds_the_uniform() -> None:
     assert drawn == [0, 0, 2, 2, 3]
     # Twice the mass draws the same.
     assert int(inverse_cdf(2 * probs, torch.tensor([[0.7]], dtype=torch.float64))) == 2
+
+
+@given(
+    seed=st.integers(0, 1000),
+    size=st.sampled_from([FEW_BLOCKS * BLOCK, FEW_BLOCKS * BLOCK + 1, 9 * BLOCK, 10 * BLOCK + 7]),
+    place=st.one_of(st.sampled_from([0.0, 0.5, 1 - 2**-53]), st.floats(0, 1, exclude_max=True)),
+)
+def test_a_large_vocabulary_is_searched_by_blocks_for_the_same_token(
+    seed: int, size: int, place: float
+) -> None:
+    # Half of the tokens have a hundred-millionth of the others' mass, every third has none, nor has a whole
+    # block and the last two.
+    probs = torch.rand(2, size, generator=torch.Generator().manual_seed(seed)) * (1 - 1e-8) + 1e-8
+    probs[:, 1::2] *= 1e-8
+    probs[:, 1::3] = 0.0
+    probs[:, BLOCK : 2 * BLOCK] = probs[:, -2:] = 0.0
+    uniform = torch.tensor([[place], [place / 2]], dtype=torch.float64)
+    tokens = inverse_cdf(probs, uniform)
+    edges = probs.double().cumsum(-1)
+    total = edges[:, -1:]
+    upper, weight = edges.gather(1, tokens), probs.double().gather(1, tokens)
+    assert bool((weight > 0).all())
+    # Sums in float32 move an edge by as much as the probabilities' own rounding.
+    assert bool((upper - weight <= uniform * total + 1e-6 * total).all())
+    assert bool((upper >= uniform * total - 1e-6 * total).all())
+
+
+def test_the_search_by_blocks_draws_what_the_plain_one_draws() -> None:
+    probs = torch.rand(64, 20_000, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    uniform = torch.rand(64, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    edges = probs.double().cumsum(-1)
+    plain = torch.searchsorted(edges, uniform * edges[:, -1:], right=True)
+    assert torch.equal(inverse_cdf(probs, uniform), plain)
 
 
 @given(st.integers(0, 2**31 - 1), st.lists(st.integers(0, 2**31 - 1), max_size=4))

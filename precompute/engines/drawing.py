@@ -9,6 +9,11 @@ from transformers import LogitsProcessor
 
 from precompute.engines import Sampling
 
+BLOCK = 512
+"""Tokens whose bins are looked through one by one, once it is known that the draw lies among them."""
+FEW_BLOCKS = 8
+"""Up to so many, all tokens are looked through at once."""
+
 
 class SeededSampler(LogitsProcessor):
     """Draws the next token of each row by inverse CDF at the row's own uniform, and forces it.
@@ -18,7 +23,7 @@ class SeededSampler(LogitsProcessor):
 
     def __init__(self, seeds: Sequence[int], sampling: Sampling, device: torch.device) -> None:
         self._sampling = sampling
-        # Bins of a large vocabulary are narrower than float32 resolves; MPS has nothing wider.
+        # Uniforms in float32 would miss bins that are narrower than they resolve; MPS has nothing wider.
         self._precision = torch.float32 if device.type == "mps" else torch.float64
         self._uniforms = uniforms(seeds, sampling.max_tokens).to(device, self._precision)  # [B, max_tokens]
         self.max_tokens = sampling.max_tokens
@@ -60,7 +65,7 @@ class SeededSampler(LogitsProcessor):
             probs = keep_top_k(probs, sampling.top_k)
         if sampling.top_p < 1:
             probs = keep_top_p(probs, sampling.top_p)
-        tokens = inverse_cdf(probs.to(self._precision), uniform)
+        tokens = inverse_cdf(probs, uniform)
         if sampling.logprobs == "model" and sampling.temperature != 1:
             return tokens, log_softmax_at(logits, tokens)
         logprobs = tempered.gather(1, tokens) - normalizer
@@ -83,11 +88,32 @@ def uniforms(seeds: Sequence[int], count: int) -> torch.Tensor:
 def inverse_cdf(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Probabilities [B, V] (of any positive sum) and uniforms [B, 1] in [0, 1) -> token ids [B, 1].
 
-    A token of probability 0 is never drawn: its bin is empty.
+    A token of probability 0 is never drawn: its bin is empty. Over a large vocabulary the bin of a block of
+    tokens is found first, then the token's within it: one pass over V, and nothing wide of that size.
     """
-    edges = probs.cumsum(-1)
-    tokens = torch.searchsorted(edges, uniform * edges[:, -1:], right=True)
-    return tokens.clamp_(max=probs.shape[1] - 1)  # only NaN lands behind the last bin
+    if probs.shape[1] <= FEW_BLOCKS * BLOCK:
+        return _bin(probs.to(uniform.dtype), uniform)[0]
+    # A block's sum in float32 is as exact as the probabilities themselves.
+    whole = probs.shape[1] // BLOCK
+    sums = probs[:, : whole * BLOCK].view(len(probs), whole, BLOCK).sum(-1)
+    rest = probs[:, whole * BLOCK :].sum(-1, keepdim=True)
+    block, within = _bin(torch.cat([sums, rest], dim=1).to(uniform.dtype), uniform)
+    columns = block * BLOCK + torch.arange(BLOCK, device=probs.device)  # [B, BLOCK]
+    last = probs.shape[1] - 1
+    weights = probs.gather(1, columns.clamp(max=last)).masked_fill_(columns > last, 0.0)
+    return columns.gather(1, _bin(weights.to(uniform.dtype), within)[0]).clamp_(max=last)
+
+
+def _bin(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [B, N] and uniforms [B, 1] in [0, 1) -> the bin that the uniform lands in, and the share of
+    that bin which lies before it, in [0, 1); both [B, 1]."""
+    edges = weights.cumsum(-1)
+    place = uniform * edges[:, -1:]
+    bins = torch.searchsorted(edges, place, right=True)
+    bins.clamp_(max=weights.shape[1] - 1)  # only NaN lands behind the last bin
+    weight = weights.gather(1, bins)
+    share = (place - (edges.gather(1, bins) - weight)) / weight
+    return bins, share.clamp_(0, 1 - torch.finfo(share.dtype).eps)
 
 
 def keep_top_k(probs: torch.Tensor, k: int) -> torch.Tensor:
