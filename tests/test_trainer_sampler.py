@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
+from processes import environment
 from run_examples import config_of
 from safetensors.torch import load_file
 
@@ -121,6 +124,41 @@ def test_a_place_that_cannot_be_written_is_named(policy: Policy, tmp_path: Path)
     config = config_of(tmp_path, tmp_path)
     with pytest.raises(EngineError, match=r"cannot be written to .*file/ampo.*rollout.sync_dir"):
         Handover(policy, config.student, tmp_path / "file")
+
+
+BRINGS_WEIGHTS = """
+import sys, time
+from pathlib import Path
+from precompute.config import load_config
+from trainer.config import Config
+from trainer.handover import Handover
+from trainer.policy import load_policy
+
+student = load_config(Config, None, [f"student.model={sys.argv[1]}"]).student
+weights = Handover(load_policy(student, temperature=1.0), student, Path(sys.argv[2]))
+print(weights.write_weights(1), flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_a_killed_trainer_left_is_removed_by_the_next_and_what_a_living_one_brings_stays(
+    policy: Policy, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = config_of(tmp_path, tmp_path).student
+    mine = Handover(policy, student, tmp_path)
+    command = [sys.executable, "-c", BRINGS_WEIGHTS, str(model_dir), str(tmp_path)]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        brought = Path(other.stdout.readline().strip())
+        assert {path.name for path in tmp_path.iterdir()} == {mine.folder.name, brought.parent.name}
+        handover.remove_abandoned(tmp_path)
+        assert (brought / "model.safetensors").exists()
+        other.kill()
+    # Its room counts as free when the next asks for a place.
+    monkeypatch.setattr(handover, "SHARED_MEMORY", tmp_path)
+    place_for(policy, Path("run"))
+    assert [path.name for path in tmp_path.iterdir()] == [mine.folder.name]
+    mine.close()
 
 
 def test_shared_memory_is_taken_where_the_weights_fit(

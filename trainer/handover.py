@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from store.errors import EngineError
+from store.files import FileLock
 from trainer.config import StudentConfig
 from trainer.policy import Policy
 from trainer.sharding import whole_tensor
@@ -20,6 +22,9 @@ from trainer.sharding import whole_tensor
 SHARED_MEMORY = Path("/dev/shm")
 SPARE = 1.1
 """How much more room than the weights take there has to be."""
+FOLDER = "ampo-weights-"
+IN_USE = "in-use.lock"
+"""Held by the process that brings weights, as long as it lives."""
 
 
 class Handover:
@@ -29,9 +34,10 @@ class Handover:
         """`place`: the directory in which the folder is made. Raises EngineError when it cannot be."""
         self._policy = policy
         self._student = student
-        self.folder = place / f"ampo-weights-{secrets.token_hex(4)}"
+        self.folder = place / f"{FOLDER}{secrets.token_hex(4)}"
+        remove_abandoned(place)
         try:
-            self.folder.mkdir(parents=True)
+            self._lock = _make_locked(self.folder)
         except OSError as error:
             raise self._refused(error) from error
 
@@ -68,6 +74,7 @@ class Handover:
     def close(self) -> None:
         """Removes all that is there."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release()
 
     def _write(self, number: int, save: Any) -> Path:
         path = self.folder / f"{number:06d}"
@@ -85,8 +92,30 @@ class Handover:
         )
 
 
+def _make_locked(folder: Path) -> FileLock:
+    """Makes the folder and holds its lock; under its name it is there only once the lock is held."""
+    made = folder.with_name(f".{folder.name}")
+    made.mkdir(parents=True)
+    lock = FileLock(made / IN_USE)
+    lock.acquire(wait=True)
+    made.rename(folder)
+    return lock
+
+
+def remove_abandoned(place: Path) -> None:
+    """Removes the folders that killed processes left in `place`; those of living ones, and of other users,
+    stay."""
+    for folder in place.glob(f"{FOLDER}*"):
+        with suppress(OSError):
+            lock = FileLock(folder / IN_USE)
+            if lock.acquire(wait=False):
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.release()
+
+
 def place_for(policy: Policy, run: Path) -> Path:
     """Shared memory where the weights fit, else the run's directory."""
+    remove_abandoned(SHARED_MEMORY)
     needed = policy.causal.num_parameters() * policy.dtype.itemsize  # which knows of packed 4-bit weights
     if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > SPARE * needed:
         return SHARED_MEMORY
