@@ -89,7 +89,8 @@ def train(
         goes_on = start_from is not None and start_from.parent == run.checkpoints
         after = done if goes_on else Position()
         run.start(config, after=after, processes=world.size)
-        parts.trackers.begin(run.root, config.model_dump(mode="json"), after=after)
+        told = config.model_dump(mode="json")
+        parts.trackers.begin(run.root, told, after=after, rows=run.metrics())
         stack.enter_context(run.log_to_file())
         stop = stack.enter_context(stop_on_signals(speaks=world.is_first))
         reporter.started(run=run.root, after=done, max_steps=config.train.max_steps)

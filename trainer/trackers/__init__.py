@@ -26,6 +26,9 @@ PROJECT = "ampo"
 class Tracker(Protocol):
     """One program that is told a run's metrics."""
 
+    known: int
+    """The last step that it has of the run from before; -1: none."""
+
     def log(self, step: int, numbers: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
@@ -45,8 +48,11 @@ class Trackers:
         self._trackers: list[Tracker] = []
         self._warmup_steps = 0
 
-    def begin(self, folder: Path, config: Mapping[str, Any], *, after: Position) -> None:
-        """Opens them for the run in `folder`, which goes on after `after`."""
+    def begin(
+        self, folder: Path, config: Mapping[str, Any], *, after: Position, rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Opens them for the run in `folder`, which goes on after `after`. `rows`: the lines of metrics.jsonl
+        until then, for a program that lacks some: it was killed with the run, say, or is a new one."""
         if not self._names:
             return
         identity = _identity(folder, anew=after == Position())
@@ -54,16 +60,19 @@ class Trackers:
         last = after.step + self._warmup_steps if after.step else after.sft_step
         for name in self._names:
             self._trackers.append(_open(name, folder, config, identity=identity, after_step=last or -1))
+        for row in rows:
+            self.log(row)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl; what does not exist in it (None) is left out. Programs know one count of
-        steps: sampling steps come after those of the warm-up."""
+        steps: sampling steps come after those of the warm-up. A step that a program has is not told again."""
         numbers = {
             key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"
         }
         step = row.get("sft/step") or row["step"] + self._warmup_steps
         for tracker in self._trackers:
-            tracker.log(step, numbers)
+            if step > tracker.known:
+                tracker.log(step, numbers)
 
     def __enter__(self) -> Self:
         return self

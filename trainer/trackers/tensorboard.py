@@ -12,7 +12,9 @@ class TensorBoardTracker:
     """Writes event files; what a killed run wrote past its last checkpoint is hidden once it goes on."""
 
     def __init__(self, folder: Path, *, after_step: int) -> None:
-        self._writer = SummaryWriter(folder / "tensorboard", purge_step=after_step + 1)
+        events = folder / "tensorboard"
+        self.known = after_step if events.exists() else -1
+        self._writer = SummaryWriter(events, purge_step=after_step + 1)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():

@@ -13,7 +13,7 @@ from trainer.trackers import PROJECT
 
 
 class TrackioTracker:
-    """A resumed run goes on as the same one."""
+    """A resumed run goes on as the same one; steps that it takes again are those that are there."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, identity: str) -> None:
         self._run = trackio.init(
@@ -22,6 +22,8 @@ class TrackioTracker:
             config=dict(config),
             resume="allow",
         )
+        # It takes a step twice without a word, and tells nowhere else which it has, here or on a server.
+        self.known = self._run._next_step - 1
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log(dict(numbers), step=step)

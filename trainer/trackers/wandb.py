@@ -14,7 +14,8 @@ from trainer.trackers import PROJECT
 
 
 class WandbTracker:
-    """A resumed run goes on as the same one; steps that it takes again are those that are there."""
+    """A resumed run goes on as the same one; steps that it takes again are those that are there. Offline it
+    begins anew with all steps, for `wandb sync` puts the last directory of a run in the others' place."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, identity: str) -> None:
         try:
@@ -33,6 +34,7 @@ class WandbTracker:
             raise EngineError(
                 f"run.report_to: wandb cannot start: {reason}; `wandb login`, or set WANDB_MODE=offline"
             ) from error
+        self.known = self._run.starting_step - 1
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log(dict(numbers), step=step)
