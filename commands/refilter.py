@@ -8,6 +8,7 @@ import typer
 
 from commands.progress import Meter
 from commands.shared import ConfigOption, SetOption, console_of, read_config
+from store.errors import ConfigError
 
 
 def store_refilter(
@@ -22,13 +23,19 @@ def store_refilter(
 ) -> None:
     """Judge the stored traces by the config's [filters]; nothing is drawn or verified again.
 
-    What a filter holds back stays in the store with the reason, and never reaches the student.
+    What a filter holds back stays in the store with the reason, and never reaches the student. Without
+    `--config` the filters must be named: `--set filters.max_tokens=4096`, or `=none` to lift all of them.
 
     Example: `ampo store refilter --config configs/lab.toml --set filters.max_tokens=4096`
     """
     from precompute.refilter import refilter
     from precompute.tables import refilter_table
 
+    if config is None and not any(each.strip().startswith("filters.") for each in set_ or ()):
+        raise ConfigError(
+            "no [filters] given, which would lift all that the store has: give --config FILE, or name them "
+            "by --set, e.g. --set filters.max_tokens=4096 (--set filters.max_tokens=none lifts all)"
+        )
     settings, console = read_config(config, set_), console_of()
     try:
         with Meter("judging traces") as meter:

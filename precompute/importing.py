@@ -30,7 +30,7 @@ from precompute.import_report import ImportCounts, ImportReport, TeacherImport
 from precompute.prompts import demanded_form
 from precompute.refilter import check_filters, filter_settings
 from precompute.verify import VERIFIER_NAME, VERIFIER_VERSION, Verdict, Verifier
-from store.errors import ConfigError, RecipeChangedError
+from store.errors import ConfigError, EngineError, RecipeChangedError
 from store.records import Problem, TeacherRecord, Trace
 from store.writer import StoreWriter
 
@@ -165,7 +165,11 @@ class _Tokens:
             from precompute.engines.select import load_tokenizer
             from precompute.prompts import tokenizer_fingerprint
 
-            self._tokenizer = load_tokenizer(TeacherConfig(name="import", model=model))
+            try:
+                self._tokenizer = load_tokenizer(TeacherConfig(name="import", model=model))
+            except EngineError as error:  # nobody wrote of such a teacher
+                reason = str(error).removeprefix("teacher 'import': model ")
+                raise EngineError(f"--tokenizer {reason}") from error
             self.fingerprint = tokenizer_fingerprint(self._tokenizer)
 
     def of(self, text: str) -> tuple[int, ...]:

@@ -145,6 +145,8 @@ def test_version_is_the_packages() -> None:
         (["inspect", "store", "summary", "nowhere"], "nowhere"),
         (["inspect", "run", "nowhere"], "no run at "),
         (["store", "reindex", "nowhere"], "nowhere"),
+        (["store", "refilter", "traces"], "give --config FILE, or name them by"),
+        (["store", "refilter", "traces", "--set", "store.part_traces=9"], "--set filters.max_tokens=none"),
         (["inspect", "store", "traces", "--verdict", "wrong"], "--verdict wrong"),
     ],
 )

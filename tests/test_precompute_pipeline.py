@@ -315,7 +315,7 @@ def test_user_errors_name_what_is_wrong(tmp_path: Path) -> None:
         pipeline.run(PrecomputeConfig())
     with pytest.raises(ConfigError, match=r"problems\.train is empty"):
         pipeline.run(config(store, train=""))
-    with pytest.raises(EngineError, match=r"teacher 'x': model '.*absent' has no usable tokenizer"):
+    with pytest.raises(EngineError, match=r"teacher 'x': model '.*absent': there is no directory"):
         pipeline.run(config(store, {"name": "x", "model": str(tmp_path / "absent")}))
     with pytest.raises(EngineError, match=r"teacher 'totals': max_tokens = 9999 .* may be \d+ at most"):
         pipeline.plan(config(store, GOOD | {"max_tokens": 9999}), limit=2)

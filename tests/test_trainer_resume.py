@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from run_examples import (
 
 from precompute.verify import VERIFIER_NAME, VERIFIER_VERSION
 from store.compaction import compact
-from store.errors import RunError
+from store.errors import RunError, UserError
 from store.trace_store import TraceStore, Usable
 from store.writer import StoreWriter
 from trainer.assemble import SilentReporter
 from trainer.checkpoint import store_differences
+from trainer.eval_model import evaluate_model
 from trainer.loop import TrainReport, train
+from trainer.merging import merge
 
 # 12 problems: 4 a step end an epoch with step 3, 2 a step with step 6.
 EDGE = {"train__problems_per_step": 4, "train__mini_batch_problems": 2}
@@ -137,6 +140,39 @@ def test_a_store_that_was_moved_and_compacted_is_the_same(begun: Path, model_dir
     (begun / "traces").rename(begun / "moved")
     compact(begun / "moved")
     assert run(begun, model_dir, "run", train__max_steps=3, store__path=str(begun / "moved")).step == 3
+
+
+@pytest.mark.parametrize("given", ["", "checkpoints"])
+def test_where_a_run_is_given_for_a_checkpoint_its_last_one_is_named(
+    given: str, begun: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    folder = begun / "runs" / "run" / given
+    config = config_of(begun, folder, run__name="other", problems__eval=str(begun / "train.jsonl"))
+    calls: dict[str, Callable[[], object]] = {
+        "MODEL": lambda: evaluate_model(config, SilentReporter(), out=tmp_path / "eval"),
+        "CHECKPOINT": lambda: merge(folder, tmp_path / "out"),
+        "student.model": lambda: train(config, reporter=SilentReporter()),
+        "no checkpoint at": lambda: train(config, resume=str(folder), reporter=SilentReporter()),
+    }
+    for said, call in calls.items():
+        with pytest.raises(UserError, match=f"^{said} .*: it is a run") as error:
+            call()
+        last = begun / "runs" / "run" / "checkpoints" / "step-000002"
+        assert str(error.value).endswith(f"give one of its checkpoints, the last one is {last}")
+
+
+def test_a_checkpoint_that_is_not_there_is_answered_with_the_last_beside_it(
+    begun: Path, model_dir: Path
+) -> None:
+    last, config = begun / "runs" / "run" / "checkpoints" / "step-000002", config_of(begun, model_dir)
+    with pytest.raises(RunError, match=f"step-000009: there is no such directory; .* is {last}$"):
+        train(config, resume=str(last.with_name("step-000009")), reporter=SilentReporter())
+
+
+def test_a_checkpoint_past_the_last_step_says_what_to_raise(begun: Path, model_dir: Path) -> None:
+    config = config_of(begun, model_dir, **SMALL, train__max_steps=1)
+    with pytest.raises(RunError, match=r"past train.max_steps = 1: to go on, set train.max_steps above 2;"):
+        train(config, reporter=SilentReporter())
 
 
 def test_what_a_store_lets_be_asked_is_told_by_teacher(world: Path) -> None:

@@ -23,6 +23,7 @@ from trainer.distributed import ALONE, World
 from trainer.evaluation import Evaluation
 from trainer.groups import Group
 from trainer.guidance import Guide
+from trainer.model_check import check_model
 from trainer.optimizer import make_optimizer
 from trainer.policy import TEMPLATE_KEY, Policy, Reference, WithoutAdapters, load_policy
 from trainer.rewards import Judge
@@ -122,6 +123,8 @@ def assemble(
     verifier = stack.enter_context(Verifier.configured(config.verify))
     problems = usable_problems(config, "train", verifier, reporter)
     held_out = usable_problems(config, "eval", verifier, reporter) if config.eval.every else []
+    if weights is None or config.student.use_peft:
+        check_model(config.student)
     store = open_store(config, stack)
     torch.manual_seed(config.train.seed)  # new adapters begin at random
     policy = load_policy(config.student, temperature=config.rollout.temperature, weights=weights)

@@ -216,8 +216,21 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in names if (path / "state.json").is_file()), key=Position.of)
 
 
+def instead_of_run(path: Path) -> str | None:
+    """What to give instead of a run's directory, or of its `checkpoints`; None: `path` is neither."""
+    if (path / "config.json").is_file() or (path / "state.json").is_file():
+        return None
+    for folder in (path / "checkpoints", path):
+        if found := checkpoints(folder):
+            return f"it is a run: give one of its checkpoints, the last one is {found[-1]}"
+    is_run = (path / "config.toml").is_file() and (path / "checkpoints").is_dir()
+    return "it is a run that has no checkpoint yet" if is_run else None
+
+
 def read_state(checkpoint: Path) -> TrainState:
     """RunError when the folder is no checkpoint."""
+    if not (checkpoint / "state.json").is_file():
+        raise RunError(f"no checkpoint at {checkpoint.absolute()}: {_why_no_checkpoint(checkpoint)}")
     try:
         body = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         return TrainState(
@@ -228,6 +241,14 @@ def read_state(checkpoint: Path) -> TrainState:
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunError(f"no checkpoint at {checkpoint.absolute()}: {error}") from error
+
+
+def _why_no_checkpoint(path: Path) -> str:
+    if not path.is_dir():
+        there = checkpoints(path.parent)
+        last = f"; the last one beside it is {there[-1]}" if there else ""
+        return f"there is no such directory{last}"
+    return instead_of_run(path) or "it has no state.json"
 
 
 def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -261,7 +282,10 @@ def check_config(state: TrainState, config: Config, checkpoint: Path) -> None:
             f"Set it back, or start anew under another run.name"
         )
     if state.done.step > config.train.max_steps:
-        raise RunError(f"{checkpoint} is at {state.done}, past train.max_steps = {config.train.max_steps}")
+        raise RunError(
+            f"{checkpoint} is at {state.done}, past train.max_steps = {config.train.max_steps}: to go on, "
+            f"set train.max_steps above {state.done.step}; or start anew under another run.name"
+        )
     steps = config.warmup.sft_steps
     if state.done.sft_step > steps or (state.done.step and state.done.sft_step != steps):
         raise RunError(

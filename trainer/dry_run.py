@@ -28,6 +28,7 @@ from trainer.estimate import Estimate, ModelShape, estimate, load_model_config, 
 from trainer.fitting import Proposal, proposal
 from trainer.hardware import Device, at_hand, card
 from trainer.loop import find_start
+from trainer.model_check import check_model
 from trainer.policy import compute_dtype, load_tokenizer, pick_device
 from trainer.rollout import demanded_form, student_prompts
 from trainer.run_files import Position, RunFiles
@@ -47,6 +48,7 @@ def dry_run_of(config: Config, *, gpu: str = "", processes: int = 1) -> Group:
     planned_for = card(gpu) if gpu else None
     check_sampler(config)
     check_shardable(config, World(size=processes))
+    check_model(config.student)
     run = RunFiles(Path(config.run.dir).absolute() / config.run.name)
     run.check_writable()
     start_from = find_start(run, config, "auto")

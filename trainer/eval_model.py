@@ -29,6 +29,7 @@ from trainer.evaluation import (
     evaluation_of,
     samples_of,
 )
+from trainer.model_check import check_base, check_model
 from trainer.model_files import ADAPTERS, as_saved, fingerprint
 from trainer.policy import load_policy, load_tokenizer
 from trainer.rewards import Judge
@@ -67,10 +68,12 @@ def evaluate_model(
     """
     if not config.problems.eval:
         raise ConfigError("no problems to evaluate on: give --problems FILE or set problems.eval")
+    check_model(config.student, named="MODEL")
     engine_name = _engine_name(config)
     with Verifier.configured(config.verify) as verifier:
         problems = usable_problems(config, "eval", verifier, reporter)
-        tokenizer = load_tokenizer(config.student)
+        with _of_the_model():
+            tokenizer = load_tokenizer(config.student)
         prompts = fitting_prompts(config, problems, tokenizer, reporter)
         warn_of_prompts(config, tokenizer, prompts, reporter)
         judge = Judge(
@@ -191,7 +194,9 @@ def _loaded(
     """The model in the engine. transformers has it as training does, so that both draw the same samples."""
     if engine_name == "transformers":
         student, weights = as_saved(config.student)
-        policy = load_policy(student, temperature=1.0, weights=weights)
+        check_base(student, weights)
+        with _of_the_model():
+            policy = load_policy(student, temperature=1.0, weights=weights)
         with policy.computing():
             yield TransformersEngine(policy.model, tokenizer, batch_size=config.rollout.batch_size)
         return
@@ -207,11 +212,12 @@ def _loaded(
 
 @contextmanager
 def _of_the_model() -> Iterator[None]:
-    """What engines say of a teacher is said of the model here."""
+    """What is said of a teacher or the student is said of the model here."""
     try:
         yield
     except EngineError as error:
-        raise EngineError(str(error).removeprefix(f"teacher {NAME!r}: ")) from error
+        of_model = str(error).removeprefix(f"teacher {NAME!r}: ").replace("student.model = ", "MODEL = ")
+        raise EngineError(of_model) from error
 
 
 def _as_teacher(config: Config, engine_name: str) -> TeacherConfig:

@@ -20,6 +20,7 @@ from store.files import sync
 from trainer.adapters import with_adapters
 from trainer.config import StudentConfig
 from trainer.handover import dequantized
+from trainer.model_check import check_base, check_model
 from trainer.model_files import as_saved, trained_student
 from trainer.policy import Policy, load_policy
 
@@ -52,7 +53,9 @@ def merge(checkpoint: Path, out: Path, *, dtype: str = "auto") -> MergeReport:
     """
     if out.exists():
         raise RunError(f"{out} is there already; give a new directory")
+    check_model(StudentConfig(model=str(checkpoint)), named="CHECKPOINT")
     student, weights = as_saved(StudentConfig(model=str(checkpoint)))
+    check_base(student, weights)
     if not student.load_in_4bit:
         student = student.model_copy(update={"device": "cpu"})
     # In float32, whatever the student computed in: the sum is rounded once, when it is written.

@@ -60,7 +60,12 @@ def cannot_load(model: str, error: BaseException | str) -> EngineError:
 def load_failure(model: str, error: BaseException | str) -> str:
     """Why a model cannot be loaded, in one line. A path that is not there is said to be just that: the
     library takes it for a hub name and says what is wrong with the name."""
+    return missing_directory(model) or (" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
+def missing_directory(model: str) -> str | None:
+    """That there is no such directory, where `model` looks like a path and no hub would have it."""
     looks_like_a_path = model.startswith((".", "/", "~")) or model.count("/") > 1
     if looks_like_a_path and not Path(model).exists():
         return f"there is no directory {Path(model).absolute()}"
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+    return None

@@ -10,6 +10,7 @@ from typing import Any
 from precompute.config import TeacherConfig
 from precompute.engines import Engine
 from precompute.engines.checks import cannot_load
+from precompute.engines.hub import check_there
 from precompute.engines.options import check_options
 from precompute.prompts import use_template
 from store.errors import EngineError
@@ -79,6 +80,7 @@ def load_tokenizer(teacher: TeacherConfig) -> Any:
     """
     from transformers import AutoTokenizer
 
+    check_there(teacher.model, teacher.revision, named=f"teacher {teacher.name!r}: model {teacher.model!r}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(teacher.model, revision=teacher.revision)
     except (OSError, ValueError, KeyError, ImportError) as error:
