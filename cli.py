@@ -18,7 +18,7 @@ import typer
 from commands import inspect_store, lab, model, precompute, store
 from commands.inspect_run import inspect_run
 from commands.refilter import store_refilter
-from commands.shared import console_of, escaped
+from commands.shared import say_error
 from commands.store_exchange import store_export, store_import
 from commands.train import evaluate, train
 from commands.verify import verify
@@ -59,9 +59,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        console_of(stderr=True).print(
-            f"[red]error:[/] {escaped(str(error))}", highlight=False, soft_wrap=True
-        )
+        say_error(error)
         sys.exit(2)
     except BrokenPipeError:
         # `ampo ... | head` closes the pipe; that is the reader's good right.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from store.errors import UserError
+from store.errors import StoreMissingError, UserError, missing_store
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,6 +57,27 @@ def escaped(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+def say_error(error: UserError) -> None:
+    """One line on stderr."""
+    console_of(stderr=True).print(f"[red]error:[/] {escaped(str(error))}", highlight=False, soft_wrap=True)
+
+
+def with_config(error: UserError, config: str | None) -> UserError:
+    """The error; of a store that is missing, with the config that this command was given in its hint."""
+    if isinstance(error, StoreMissingError) and error.root is not None:
+        return missing_store(error.root, config)
+    return error
+
+
+@contextmanager
+def told_with_config(config: str | None) -> Iterator[None]:
+    """Errors of the block as `with_config` tells them."""
+    try:
+        yield
+    except StoreMissingError as error:
+        raise with_config(error, config) from None
 
 
 def emit_rows(rows: Sequence[Mapping[str, Any]], as_json: bool, as_csv: bool) -> bool:

@@ -17,11 +17,16 @@ from commands.shared import (
     emit_json,
     print_config,
     read_config,
+    say_error,
+    told_with_config,
+    with_config,
 )
 from store.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from trainer.config import Config
 
 
 def train(
@@ -49,17 +54,16 @@ def train(
 
     Ctrl-C finishes the step, saves, and says how to go on.
 
+    `--dry-run` tells the plan even where problems, store or student are still missing; each of them is an
+    error then, as a run would end with, and the exit code is 2.
+
     Example: `ampo train --config configs/lab.toml --set run.name=first --set train.max_steps=20`
 
     On several devices: `torchrun --standalone --nproc-per-node 4 --no-python ampo train --config my.toml`
     """
     settings, console = read_config(config, set_), console_of()
     if dry_run:
-        from trainer.dry_run import dry_run_of
-
-        report = dry_run_of(settings, gpu=gpu, processes=processes)
-        print_config(console, settings)
-        console.print(report)
+        _show_dry_run(settings, config, gpu, processes)
         return
     if gpu or processes > 1:
         raise UserError("--gpu and --processes plan a run: they go with --dry-run alone")
@@ -68,7 +72,11 @@ def train(
     from trainer.loop import train as run_training
 
     try:
-        with joined(settings.student.device) as world, reporter_of(world, console, settings.run) as reporter:
+        with (
+            joined(settings.student.device) as world,
+            reporter_of(world, console, settings.run) as reporter,
+            told_with_config(config),
+        ):
             outcome = run_training(
                 settings, resume=resume, changed_store=changed_store, reporter=reporter, world=world
             )
@@ -86,6 +94,19 @@ def train(
         )
         raise typer.Exit(130)
     _say_done(console, outcome.run, str(outcome.done))
+
+
+def _show_dry_run(settings: Config, file: str | None, gpu: str, processes: int) -> None:
+    from trainer.dry_run import dry_run_of
+
+    found = dry_run_of(settings, gpu=gpu, processes=processes)
+    console = console_of()
+    print_config(console, settings)
+    console.print(found.report)
+    for error in found.missing:
+        say_error(with_config(error, file))
+    if found.missing:
+        raise typer.Exit(2)
 
 
 def _say_done(console: Console, run: Path, last: str) -> None:

@@ -26,7 +26,7 @@ from precompute.outcome import (
 )
 from precompute.places import RAY, Place, place_of
 from precompute.probe import expect, run_probe
-from precompute.problems import load_problems, split_by_gold
+from precompute.problems import load_problems, of_key, split_by_gold
 from precompute.progress import Reporter, SilentReporter
 from precompute.prompts import demanded_form, tokenizer_fingerprint
 from precompute.refilter import check_filters, filter_settings
@@ -163,17 +163,20 @@ def _problems(
     """The problems to solve. ProblemsError when there are some and no gold answer can be parsed."""
     if not config.problems.train:
         raise ConfigError("problems.train is empty; name a Parquet or JSONL file with the problems to solve")
-    found = load_problems(
-        config.problems.train,
-        question_column=config.problems.question_column,
-        answer_column=config.problems.answer_column,
-    )
+    with of_key("problems.train"):
+        found = load_problems(
+            config.problems.train,
+            question_column=config.problems.question_column,
+            answer_column=config.problems.answer_column,
+        )
     chosen = found.problems[:limit]
     if shard is not None:
         chosen = shard.of(chosen)
     usable, unparseable = _check_golds(chosen, verifier, reporter)
     if not usable and not shard:
-        raise ProblemsError(f"{config.problems.train}: no gold answer of its problems can be parsed")
+        raise ProblemsError(
+            f"problems.train: {config.problems.train}: no gold answer of its problems can be parsed"
+        )
     if unparseable:
         shown = ", ".join(f"{problem.problem_id} ({problem.answer[:30]!r})" for problem in unparseable[:3])
         reporter.message(f"{len(unparseable)} gold answers cannot be parsed; left out: {shown} ...")

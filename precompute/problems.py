@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
@@ -38,6 +39,15 @@ class ProblemSet:
     """Rows of the file."""
     duplicates: int
     """Rows that repeat an earlier one: rows - len(problems)."""
+
+
+@contextmanager
+def of_key(key: str) -> Iterator[None]:
+    """A ProblemsError of the block begins with the config's key that named the file."""
+    try:
+        yield
+    except ProblemsError as error:
+        raise ProblemsError(f"{key}: {error}") from None
 
 
 def load_problems(

@@ -44,4 +44,9 @@ def _regenerate(report: CheckReport) -> list[Text]:
     teachers = " ".join(f"--teacher {teacher}" for teacher in report.lost)
     if not teachers:
         return []
-    return [Text(f"`ampo precompute teachers --config ... {teachers}` draws exactly the lost samples again")]
+    return [
+        Text(
+            f"`ampo precompute teachers --config ... {teachers}` draws exactly the lost samples again; for "
+            "imported traces, `ampo store import` of the same file"
+        )
+    ]

@@ -18,6 +18,10 @@ UserError                    anything a user can mend: one line, exit code 2
 Every message is one line that names the culprit, its value and what would be right.
 """
 
+from __future__ import annotations
+
+from pathlib import Path
+
 
 class UserError(Exception):
     """Something the user can mend; the command line prints it as one line and exits with 2."""
@@ -40,7 +44,20 @@ class StoreError(UserError):
 
 
 class StoreMissingError(StoreError):
-    """There is no store at the path."""
+    """There is no store at `root`."""
+
+    root: Path | None = None
+
+
+def missing_store(root: Path, config: str | None = None) -> StoreMissingError:
+    """The error, with what makes a store; `config`: the file that a command was given."""
+    teachers = "ampo precompute teachers" + (f" --config {config}" if config else "")
+    error = StoreMissingError(
+        f"no trace store at {root}; make one with `{teachers}`, or with `ampo store import` from traces that "
+        "are there"
+    )
+    error.root = root
+    return error
 
 
 class StoreForeignError(StoreError):

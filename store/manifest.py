@@ -22,9 +22,9 @@ from store.errors import (
     StoreDamagedError,
     StoreError,
     StoreForeignError,
-    StoreMissingError,
     StoreNewerError,
     StoreOlderError,
+    missing_store,
 )
 from store.files import MANIFEST_LOCK, FileLock, is_bookkeeping, whole_file
 from store.schema import SCHEMA_VERSION
@@ -103,14 +103,14 @@ def read_content(root: Path) -> dict[str, Any]:
     Raises StoreMissingError, StoreForeignError or StoreDamagedError.
     """
     if is_fresh(root):
-        raise StoreMissingError(f"no trace store at {root}; make one with `ampo precompute teachers`")
+        raise missing_store(root)
     path = root / MANIFEST
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise StoreDamagedError(
             f"{path} cannot be read: {error}; restore it, or move {root} aside and "
-            "run `ampo precompute teachers`"
+            "run `ampo precompute teachers` or `ampo store import`"
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("schema_version"), int):
         raise StoreForeignError(f"{path} is not a trace store's: it names no schema_version")

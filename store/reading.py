@@ -11,13 +11,15 @@ from store.parts import damage_named, one_line, open_part
 from store.records import Problem, TeacherRecord
 from store.schema import problem_of, teacher_of
 
+MAKE_AGAIN = "remove it and run `ampo precompute teachers` (or `ampo store import`) again"
+
 
 def read_problems(root: Path) -> list[Problem]:
     """Every problem, in order of arrival; [] before the first was written. Raises StoreDamagedError."""
     path = root / PROBLEMS
     if not path.exists():
         return []
-    with damage_named(path, "remove it and run `ampo precompute teachers` again"), open_part(path) as file:
+    with damage_named(path, MAKE_AGAIN), open_part(path) as file:
         return [problem_of(row) for row in file.read(use_threads=False).to_pylist()]
 
 
@@ -28,9 +30,6 @@ def read_teachers(root: Path) -> dict[str, TeacherRecord]:
         try:
             record = teacher_of(json.loads(path.read_bytes()))
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise StoreDamagedError(
-                f"{path} cannot be read: {one_line(error)}; "
-                "remove it and run `ampo precompute teachers` again"
-            ) from error
+            raise StoreDamagedError(f"{path} cannot be read: {one_line(error)}; {MAKE_AGAIN}") from error
         records[record.name] = record
     return records

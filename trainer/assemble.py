@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from precompute.problems import load_problems, split_by_gold
+from precompute.problems import load_problems, of_key, split_by_gold
 from precompute.prompts import prompt_warning, tokenizer_fingerprint
 from precompute.verify import Verifier
 from store.errors import ConfigError, ProblemsError, StoreError
@@ -288,9 +288,14 @@ def find_warmup(
     )
 
 
+def asks_store(config: Config) -> bool:
+    """Whether a run reads traces at all."""
+    return config.guidance.trigger != "never" or config.warmup.sft_steps > 0
+
+
 def open_store(config: Config, stack: ExitStack) -> TraceStore | None:
     """The store, unless nothing will be asked; StoreError when a wanted teacher is not in it."""
-    if config.guidance.trigger == "never" and not config.warmup.sft_steps:
+    if not asks_store(config):
         return None
     store = stack.enter_context(TraceStore(config.store.path))
     missing = sorted(set(config.guidance.teachers) - set(store.teachers()))
@@ -307,18 +312,19 @@ def usable_problems(config: Config, which: str, verifier: Verifier, reporter: Tr
         if which == "eval":
             return []
         raise ConfigError("problems.train is not set: give a Parquet or JSONL file of problems")
-    loaded = load_problems(
-        path,
-        question_column=config.problems.question_column,
-        answer_column=config.problems.answer_column,
-    )
+    with of_key(f"problems.{which}"):
+        loaded = load_problems(
+            path,
+            question_column=config.problems.question_column,
+            answer_column=config.problems.answer_column,
+        )
     usable, unparseable = split_by_gold(loaded.problems, verifier)
     for problem in unparseable:
         reporter.warned(
             f"{path}: gold answer {problem.answer!r} of {problem.problem_id} cannot be parsed; left out"
         )
     if not usable:
-        raise ProblemsError(f"{path}: no gold answer of its problems can be parsed")
+        raise ProblemsError(f"problems.{which}: {path}: no gold answer of its problems can be parsed")
     return list(usable)
 
 

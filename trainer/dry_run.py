@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from precompute.prompts import tokenizer_fingerprint
+from precompute.engines.checks import stop_ids_of
+from precompute.prompts import tokenizer_fingerprint, turn_end
 from precompute.verify import Verifier
+from store.errors import UserError
+from store.records import Problem
+from store.trace_store import TraceStore
 from trainer.assemble import (
     SilentReporter,
+    asks_store,
     check_plan,
     covered,
+    fitting_prompts,
     open_store,
     usable_problems,
     warn_of_prompts,
@@ -27,19 +35,33 @@ from trainer.distributed import World
 from trainer.estimate import Estimate, ModelShape, estimate, load_model_config, shape_of
 from trainer.fitting import Proposal, proposal
 from trainer.hardware import Device, at_hand, card
+from trainer.known_shapes import known_config
 from trainer.loop import find_start
 from trainer.model_check import check_model
 from trainer.policy import compute_dtype, load_tokenizer, pick_device
-from trainer.rollout import demanded_form, student_prompts
+from trainer.rollout import Prompt, demanded_form
 from trainer.run_files import Position, RunFiles
 from trainer.sampler import check_sampler
 from trainer.sharding import check_shardable
-from trainer.traces import check_tokenizers
+from trainer.traces import TraceTokens, check_tokenizers
 from trainer.trackers import Trackers
+from trainer.warmup import find_lessons
+
+T = TypeVar("T")
 
 
-def dry_run_of(config: Config, *, gpu: str = "", processes: int = 1) -> Group:
-    """Everything that `ampo train` would check, and what it would then do. Raises what it would raise.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DryRun:
+    """What a run would do, and what it could not begin without."""
+
+    report: Group
+    missing: tuple[UserError, ...]
+    """What a run would end with before its first step; the plan is told all the same."""
+
+
+def dry_run_of(config: Config, *, gpu: str = "", processes: int = 1) -> DryRun:
+    """Everything that `ampo train` would check, and what it would then do. Raises what the config and the run
+    that is there rule out; what problems, traces and student do not bear is told beside the plan.
 
     Args:
         gpu: the card to plan for, by name; empty: the device at hand.
@@ -48,44 +70,122 @@ def dry_run_of(config: Config, *, gpu: str = "", processes: int = 1) -> Group:
     planned_for = card(gpu) if gpu else None
     check_sampler(config)
     check_shardable(config, World(size=processes))
-    check_model(config.student)
     run = RunFiles(Path(config.run.dir).absolute() / config.run.name)
     run.check_writable()
     start_from = find_start(run, config, "auto")
     if start_from is not None:
         check_config(read_state(start_from), config, start_from)
+    reporter = SilentReporter()
     with ExitStack() as stack:
         stack.enter_context(Trackers(config.run.report_to))
-        verifier = stack.enter_context(Verifier.configured(config.verify))
-        reporter = SilentReporter()
-        problems = usable_problems(config, "train", verifier, reporter)
-        held_out = usable_problems(config, "eval", verifier, reporter) if config.eval.every else []
-        store = open_store(config, stack)
-        known = None if store is None else covered(store, problems, config)
-        tokenizer = load_tokenizer(config.student)
-        if store is not None and config.guidance.ratio == "teacher":
-            check_tokenizers(store.teachers(), tokenizer_fingerprint(tokenizer), config.guidance.teachers)
-    longest = config.rollout.max_prompt_length
-    prompts, too_long = student_prompts(problems, tokenizer, config.student, max_prompt_length=longest)
-    held_out_prompts = (
-        student_prompts(held_out, tokenizer, config.student, max_prompt_length=longest)[0] if held_out else []
-    )
-    warn_of_prompts(config, tokenizer, prompts, reporter)
-    check_plan(config, prompts, held_out_prompts, load_model_config(config.student), reporter)
-    form = demanded_form(config.student, problems)
+        there = _look(config, reporter, stack)
+        prompt = there.tried(lambda: _check_prompts(config, there, reporter)) or []
     lines = [
         *(f"warning: {warning}" for warning in reporter.warnings),
-        f"{len(prompts)} training problems ({too_long} too long), {len(held_out)} held out",
-        f"final answers in the form {form}",
-        "no store is asked" if known is None else f"{known} problems have a verified trace in the store",
+        *there.told(config),
         _start_line(config, run, start_from),
     ]
-    return Group(
-        Text("\n".join(lines)),
-        Text(f"first prompt ({len(prompts[0].ids)} tokens):"),
-        Text(escape(prompts[0].text), style="cyan"),
-        *estimate_of(config, planned_for, processes),
+    plan: Sequence[Table | Text] = [
+        Text(f"no plan of memory and time: the shape of {config.student.model!r} is not known")
+    ]
+    if there.model_config is not None:
+        plan = estimate_of(config, there.model_config, planned_for, processes)
+    return DryRun(report=Group(Text("\n".join(lines)), *prompt, *plan), missing=tuple(there.missing))
+
+
+@dataclass(slots=True)
+class _There:
+    """What a run would read; None where it is missing."""
+
+    problems: list[Problem] | None = None
+    held_out: list[Problem] | None = None
+    store: TraceStore | None = None
+    known: int | None = None
+    """Problems with a verified trace in the store."""
+    tokenizer: Any = None
+    model_config: Any = None
+    """For its shape alone where the model is not there."""
+    missing: list[UserError] = field(default_factory=list)
+
+    def tried(self, look: Callable[[], T]) -> T | None:
+        """What `look` gives; None, and a note, where it is missing."""
+        try:
+            return look()
+        except UserError as error:
+            self.missing.append(error)
+            return None
+
+    def told(self, config: Config) -> list[str]:
+        lines = []
+        if self.problems is not None and self.held_out is not None:
+            lines.append(f"{len(self.problems)} training problems, {len(self.held_out)} held out")
+        if not asks_store(config):
+            lines.append("no store is asked")
+        if self.known is not None:
+            lines.append(f"{self.known} problems have a verified trace in the store")
+        return lines
+
+
+def _look(config: Config, reporter: SilentReporter, stack: ExitStack) -> _There:
+    there, student = _There(), config.student
+    verifier = stack.enter_context(Verifier.configured(config.verify))
+    there.problems = there.tried(lambda: usable_problems(config, "train", verifier, reporter))
+    there.held_out = []
+    if config.eval.every:
+        there.held_out = there.tried(lambda: usable_problems(config, "eval", verifier, reporter))
+    there.store = there.tried(lambda: open_store(config, stack))
+    if there.store is not None and there.problems is not None:
+        there.known = covered(there.store, there.problems, config)
+    there.tokenizer = there.tried(lambda: _tokenizer(config))
+    there.model_config = (
+        load_model_config(student) if there.tokenizer is not None else known_config(student.model)
     )
+    return there
+
+
+def _tokenizer(config: Config) -> Any:
+    check_model(config.student)
+    return load_tokenizer(config.student)
+
+
+def _check_prompts(config: Config, there: _There, reporter: SilentReporter) -> list[Text]:
+    """Checks what belongs together, where it is there; the first prompt as the student sees it."""
+    if there.problems is None or there.tokenizer is None:
+        return []
+    prompts = fitting_prompts(config, there.problems, there.tokenizer, reporter)
+    held_out = fitting_prompts(config, there.held_out, there.tokenizer, reporter) if there.held_out else []
+    warn_of_prompts(config, there.tokenizer, prompts, reporter)
+    check_plan(config, prompts, held_out, there.model_config, reporter)
+    if there.store is not None:
+        _check_traces(config, there, prompts)
+    form = demanded_form(config.student, there.problems)
+    return [
+        Text(f"final answers in the form {form}; first prompt ({len(prompts[0].ids)} tokens):"),
+        Text(prompts[0].text, style="cyan"),
+    ]
+
+
+def _check_traces(config: Config, there: _There, prompts: Sequence[Prompt]) -> None:
+    """That the store's traces bear what the config wants of them."""
+    assert there.store is not None
+    if config.guidance.ratio == "teacher":
+        fingerprint = tokenizer_fingerprint(there.tokenizer)
+        check_tokenizers(there.store.teachers(), fingerprint, config.guidance.teachers)
+    if config.warmup.sft_steps:
+        student = config.student
+        ends = stop_ids_of(student.model, student.revision, there.tokenizer)
+        tokens = _Tokens(there.tokenizer, ends, turn_end(there.tokenizer, ends))
+        form = demanded_form(student, [prompt.problem for prompt in prompts])
+        find_lessons(config, there.store, TraceTokens(tokens, form, own_ids=False), prompts)
+
+
+@dataclass(slots=True)
+class _Tokens:
+    """What a loaded student would know of its tokens."""
+
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    eos_id: int
 
 
 def _start_line(config: Config, run: RunFiles, start_from: Path | None) -> str:
@@ -96,9 +196,11 @@ def _start_line(config: Config, run: RunFiles, start_from: Path | None) -> str:
     return f"run {run.root}: would start, {warmup}{config.train.max_steps} sampling steps"
 
 
-def estimate_of(config: Config, planned_for: Device | None, processes: int) -> tuple[Table, Text]:
+def estimate_of(
+    config: Config, model_config: Any, planned_for: Device | None, processes: int
+) -> tuple[Table, Text]:
     """Memory by part, the peak, a lower bound of a step's time, and what to change where it does not fit."""
-    shape = shape_of(load_model_config(config.student))
+    shape = shape_of(model_config)
     place = torch.device("cuda") if planned_for else pick_device(config.student.device)
     dtype = compute_dtype(config.student, place)
     device = planned_for or at_hand(config.student.device, dtype)
@@ -126,10 +228,12 @@ def _title(shape: ModelShape, device: Device, processes: int) -> str:
 
 
 def _time_line(config: Config, found: Estimate) -> str:
-    hours = found.seconds * config.train.max_steps / 3600
+    supervised = config.warmup.sft_steps * found.supervised_seconds
+    hours = (found.seconds * config.train.max_steps + supervised) / 3600
+    before = f"; {found.supervised_seconds:.2g} s a supervised step" if config.warmup.sft_steps else ""
     return (
         f"at least {found.seconds:.2g} s a step if every response has full length: sampling "
-        f"{found.sampling_seconds:.2g} s, update {found.update_seconds:.2g} s; {hours:.2g} h in all"
+        f"{found.sampling_seconds:.2g} s, update {found.update_seconds:.2g} s{before}; {hours:.2g} h in all"
     )
 
 

@@ -56,12 +56,14 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """Bytes by part in each process, and seconds of one step."""
+    """Bytes by part in each process, and seconds of one sampling step."""
 
     memory: dict[str, int]
     sampling_seconds: float
     """When every response has the maximum length, as the next."""
     update_seconds: float
+    supervised_seconds: float
+    """Of one step of the warm-up, as if every trace had the maximum length."""
 
     @property
     def seconds(self) -> float:
@@ -129,6 +131,9 @@ def estimate(
         memory=memory,
         sampling_seconds=_sampling_seconds(config, shape, device, bytes_per_value, processes),
         update_seconds=_update_seconds(config, shape, device, processes),
+        supervised_seconds=_training_seconds(
+            config, shape, device, processes, sequences=config.warmup.traces_per_step, optimizer_steps=1
+        ),
     )
 
 
@@ -247,13 +252,26 @@ def _sampling_seconds(
 
 
 def _update_seconds(config: Config, shape: ModelShape, device: Device, n: int) -> float:
+    train = config.train
+    return _training_seconds(
+        config,
+        shape,
+        device,
+        n,
+        sequences=train.problems_per_step * config.rollout.num_generations,
+        optimizer_steps=train.problems_per_step // train.mini_batch_problems,
+    )
+
+
+def _training_seconds(
+    config: Config, shape: ModelShape, device: Device, n: int, *, sequences: int, optimizer_steps: int
+) -> float:
     """Forward 2, gradients of activations 2 and of weights 2 operations a weight and token; a forward pass
     more where activations are computed again, and for old log-probabilities."""
     train, student = config.train, config.student
-    optimizer_steps = train.problems_per_step // train.mini_batch_problems
     passes = 4 if student.use_peft else 6
     passes += 2 if student.gradient_checkpointing else 0
-    tokens = train.problems_per_step * config.rollout.num_generations * _longest(config) / n
+    tokens = sequences * _longest(config) / n
     work = tokens * shape.parameters * (passes + 2 * (optimizer_steps - 1) / optimizer_steps)
     moved = 16 * _trained(student, shape) * optimizer_steps if train.offload_optimizer else 0
     return work / device.flops + moved / BUS

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from precompute.config import AnswerForm
 from store.errors import StoreError
 from store.records import TeacherRecord, Trace
-from trainer.policy import Policy
 from trainer.rollout import Prompt
 from trainer.student_form import in_students_form
 
@@ -79,10 +78,20 @@ class Recent(Generic[V]):
         return value
 
 
+class StudentTokens(Protocol):
+    """What is known of a student's tokens, its weights loaded (`Policy`) or not."""
+
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    """All that end a response."""
+    eos_id: int
+    """Ends a trace."""
+
+
 class TraceTokens:
     """Turns traces into the student's tokens; nothing is cut."""
 
-    def __init__(self, policy: Policy, form: AnswerForm, *, own_ids: bool) -> None:
+    def __init__(self, policy: StudentTokens, form: AnswerForm, *, own_ids: bool) -> None:
         self.policy = policy
         self.form = form
         """In which the student must answer."""

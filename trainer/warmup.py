@@ -123,19 +123,10 @@ def make_warmup(
     on_problem: Callable[[int, int], None] = lambda done, total: None,
     world: World = ALONE,
 ) -> Warmup:
-    """The warm-up with all its lessons found; without `sft_steps` it has none.
-
-    Raises StoreError when there are fewer than a step needs.
-    """
+    """The warm-up with all its lessons found; without `sft_steps` it has none. Raises as `find_lessons`."""
     lessons: list[Lesson] = []
     if config.warmup.sft_steps and store is not None:
         lessons = find_lessons(config, store, tokens, prompts, on_problem)
-        if len(lessons) < config.warmup.traces_per_step:
-            raise StoreError(
-                f"warmup.traces_per_step = {config.warmup.traces_per_step}, but the store has {len(lessons)} "
-                f"traces (sft_traces = {config.warmup.sft_traces!r}) of the training problems that fit "
-                f"rollout.max_completion_length = {config.rollout.max_completion_length}"
-            )
     return Warmup(config, policy, store, lessons, tokens, world)
 
 
@@ -149,7 +140,8 @@ def find_lessons(
     """Every trace that may be trained on, in the order of the problems, teachers and samples.
 
     A trace longer than `rollout.max_completion_length` is left out and never cut, as in guidance.
-    `on_problem` is called with (problems gone through, problems in all).
+    `on_problem` is called with (problems gone through, problems in all). Raises StoreError when there are
+    fewer than a step needs.
     """
     lessons = []
     for start in range(0, len(prompts), ASKED_AT_ONCE):
@@ -165,6 +157,12 @@ def find_lessons(
                 for trace in LESSONS[config.warmup.sft_traces](fitting)
             ]
         on_problem(start + len(part), len(prompts))
+    if len(lessons) < config.warmup.traces_per_step:
+        raise StoreError(
+            f"warmup.traces_per_step = {config.warmup.traces_per_step}, but the store has {len(lessons)} "
+            f"traces (sft_traces = {config.warmup.sft_traces!r}) of the training problems that fit "
+            f"rollout.max_completion_length = {config.rollout.max_completion_length}"
+        )
     return lessons
 
 
