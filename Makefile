@@ -8,8 +8,6 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Waiting threads that spin starve everything else on a small machine.
 export OMP_WAIT_POLICY ?= PASSIVE
-# Touching new memory takes a third of the time in large pages (Linux).
-export THP_MEM_ALLOC_ENABLE ?= 1
 TEST_PROCESSES ?= 2
 
 .PHONY: help install demo real test test-slow soak check lab clean

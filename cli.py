@@ -52,8 +52,6 @@ def main() -> None:
     # Before torch loads OpenMP: threads that spin while they wait make a step 10 to 15 times slower as soon
     # as anything else (our own verifier's workers, say) wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Large tensors in large pages (Linux): touching new memory takes a third of the time.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # At import it tells of a faster kernel that no package of ours wants.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

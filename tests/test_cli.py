@@ -100,25 +100,6 @@ def test_help_loads_nothing_heavy() -> None:
     assert not loaded & {"torch", "transformers", "duckdb", "pyarrow", "pydantic", "numpy", "math_verify"}
 
 
-@pytest.mark.parametrize(
-    ("given", "found"), [({}, "PASSIVE 1"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "PASSIVE 0")]
-)
-def test_torch_finds_waiting_threads_asleep_and_memory_in_large_pages(
-    given: dict[str, str], found: str
-) -> None:
-    # torch reads both from the environment as it loads; what the user has set stays.
-    code = (
-        "import os, sys, cli; sys.argv = ['ampo', 'inspect', 'store', 'summary', 'nowhere']\n"
-        "try: cli.main()\n"
-        "finally: print(os.environ['OMP_WAIT_POLICY'], os.environ['THP_MEM_ALLOC_ENABLE'])"
-    )
-    unset = {k: v for k, v in ENVIRONMENT.items() if k not in {"OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE"}}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=unset | given, cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.stdout.strip() == found
-
-
 def test_version_is_the_packages() -> None:
     done = ampo("--version")
     assert (done.returncode, done.stdout.split()[0]) == (0, "ampo")
