@@ -11,7 +11,7 @@ from trainer import narrow_head
 from trainer import policy as policy_module
 from trainer.batch import TokenBatch
 from trainer.config import StudentConfig
-from trainer.narrow_head import head_logits
+from trainer.narrow_head import head_logits, let_heads_use_tensor_cores
 from trainer.policy import Policy, load_policy
 
 VOCABULARY = 150_000
@@ -95,3 +95,22 @@ def test_scores_of_a_bfloat16_student_come_from_float32_logits(tmp_path: object)
     logits = hidden.double() @ head.double().T
     expected = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     torch.testing.assert_close(policy.logprobs(batch)[:, 1:].double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "precision"),
+    [
+        ("cuda", torch.bfloat16, "high"),
+        ("cuda", torch.float32, "highest"),
+        ("cpu", torch.bfloat16, "highest"),
+    ],
+)
+def test_only_a_student_in_bfloat16_on_cuda_reads_fewer_bits_in_its_head(
+    device: str, dtype: torch.dtype, precision: str
+) -> None:
+    assert torch.get_float32_matmul_precision() == "highest"
+    try:
+        let_heads_use_tensor_cores(torch.device(device), dtype)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")

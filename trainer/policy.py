@@ -26,7 +26,7 @@ from store.errors import EngineError, RunError
 from trainer.adapters import with_adapters
 from trainer.batch import TokenBatch
 from trainer.config import StudentConfig
-from trainer.narrow_head import head_logits
+from trainer.narrow_head import head_logits, let_heads_use_tensor_cores
 from trainer.objective import log_softmax_and_entropy, selective_log_softmax
 
 TEMPLATE_KEY = "student.chat_template"
@@ -198,6 +198,7 @@ def load_policy(config: StudentConfig, *, temperature: float, weights: Path | No
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     _check_head(Policy(model, tokenizer, dtype=torch.float32, temperature=temperature))
+    let_heads_use_tensor_cores(device, compute_dtype(config, device))
     return Policy(model, tokenizer, dtype=compute_dtype(config, device), temperature=temperature)
 
 
