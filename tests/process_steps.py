@@ -12,11 +12,13 @@ from random import Random
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from test_trainer_step import sequences
 
 from trainer.batch import TrainSequence
 from trainer.config import GuidanceConfig, StudentConfig, TrainConfig
 from trainer.distributed import World, joined
+from trainer.handover import Handover
 from trainer.objective import LOSS_TYPES
 from trainer.optimizer import make_optimizer
 from trainer.policy import Policy, WithoutAdapters, load_policy
@@ -107,6 +109,13 @@ def reference(student: StudentConfig, train: TrainConfig, policy: Policy, world:
     return other
 
 
+STUDENTS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "narrow": {"dtype": "bfloat16"},
+    "adapter": {"use_peft": True, "lora_r": 4},
+}
+
+
 def unusable(model: str, world: World) -> str:
     """What is said of a loss that is no number, whichever process has it."""
     policy = load_policy(StudentConfig(model=model, device="cpu"), temperature=1.0)
@@ -124,10 +133,27 @@ def unusable(model: str, world: World) -> str:
     return "nothing"
 
 
+def brought(student: StudentConfig, place: Path, world: World) -> dict[str, torch.Tensor]:
+    """What a sampler finds in the folder of a student that is dealt out, by name."""
+    torch.manual_seed(0)
+    policy = load_policy(student, temperature=1.0)
+    shard(policy, world)
+    handover = Handover(policy, student, place, world)
+    write = handover.write_adapter if student.use_peft else handover.write_weights
+    (file,) = write(1).glob("*.safetensors")
+    found = load_file(file)
+    world.wait()
+    handover.close()
+    return found
+
+
 def main(model: str, out: str) -> None:
     with joined("cpu") as world:
         found: dict[str, Any] = {name: take(case, model, world) for name, case in cases().items()}
         found["unusable"] = world.gather(unusable(model, world))
+        for name, student in STUDENTS.items():
+            place, config = Path(out).parent, StudentConfig(model=model, device="cpu", **student)
+            found[f"brought {name}"] = world.gather(brought(config, place, world))
         if world.is_first:
             torch.save(found, Path(out))
 

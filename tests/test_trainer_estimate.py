@@ -201,6 +201,23 @@ def test_vllm_takes_its_share_of_the_card_and_servers_none(large: ModelShape) ->
     assert served.memory["vllm"] == 0
 
 
+def test_several_processes_have_all_weights_to_score_with_while_their_vllm_sleeps(large: ModelShape) -> None:
+    servers: dict[str, Any] = {"rollout__engine": "vllm", "rollout__base_urls": ["http://h/v1"]}
+    alone, four = estimated(large, **servers), estimated(large, processes=4, **servers)
+    # 400 M weights of layers in bf16, 100 M outside of them in float32.
+    assert (alone.memory["weights to score with"], four.memory["weights to score with"]) == (0, 1_200_000_000)
+    small = {"train__max_tokens_per_microbatch": 1, "student__gradient_checkpointing": True}
+    slim = estimated(large, processes=64, **servers, **small)
+    update = slim.peak - slim.memory["weights"] - slim.memory["optimizer"]
+    assert update == max(
+        1_200_000_000,
+        slim.memory["gathered layers"]
+        + slim.memory["gradients"]
+        + slim.memory["logits"]
+        + slim.memory["activations"],
+    )
+
+
 @given(tokens=st.integers(100, 50_000), more=st.integers(1, 50_000))
 def test_a_larger_micro_batch_needs_more(shape: ModelShape, tokens: int, more: int) -> None:
     small = estimated(shape, train__max_tokens_per_microbatch=tokens)

@@ -177,12 +177,12 @@ def test_the_probe_is_at_temperature_1_and_leaves_the_policys_own(policy: Policy
     with torch.no_grad():
         logprobs = policy.model(input_ids=torch.tensor(prompts)).logits[0, :-1].log_softmax(-1)
     right = logprobs.gather(1, torch.tensor(prompts[0][1:])[:, None])[:, 0].tolist()
-    check.compare({"vllm": [right]})
+    check.compare(check.own_logprobs(), {"vllm": [right]})
     assert policy.temperature == 0.5
     with pytest.raises(EngineError, match="did not reach vllm"):
-        check.compare({"vllm": [[value + 0.006 for value in right]]})
+        check.compare(check.own_logprobs(), {"vllm": [[value + 0.006 for value in right]]})
     with pytest.raises(EngineError, match="did not reach vllm"):
-        check.compare({"vllm": [[float("nan"), *right[1:]]]})
+        check.compare(check.own_logprobs(), {"vllm": [[float("nan"), *right[1:]]]})
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.005), (torch.bfloat16, 0.1)])

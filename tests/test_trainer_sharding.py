@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from process_steps import cases, take, unusable
+from process_steps import STUDENTS, brought, cases, take, unusable
 from processes import run_processes
 
 from precompute.config import load_config
 from store.errors import ConfigError
-from trainer.config import Config
+from trainer.config import Config, StudentConfig
 from trainer.distributed import ALONE, World
 from trainer.sharding import check_shardable
 
@@ -57,6 +57,18 @@ def test_a_loss_that_is_no_number_in_one_process_is_said_by_all(
     assert "not taken" in by_two["unusable"][0]
 
 
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_sampler_gets_from_two_processes_what_it_gets_from_one(
+    name: str, by_two: dict[str, Any], model_dir: Path, tmp_path: Path
+) -> None:
+    student = StudentConfig(model=str(model_dir), device="cpu", **STUDENTS[name])
+    one = brought(student, tmp_path, ALONE)
+    for theirs in by_two[f"brought {name}"]:
+        assert theirs.keys() == one.keys()
+        assert all(theirs[key].dtype == one[key].dtype and theirs[key].equal(one[key]) for key in one)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
@@ -64,7 +76,6 @@ def test_a_loss_that_is_no_number_in_one_process_is_said_by_all(
         (["train.optim=adamw_8bit"], "train.optim"),
         (["train.compile=true"], "train.compile"),
         (["train.offload_optimizer=true"], "train.offload_optimizer"),
-        (["rollout.engine=vllm"], "rollout.engine"),
     ],
 )
 def test_what_cannot_be_dealt_out_is_refused_by_name(changes: list[str], key: str) -> None:

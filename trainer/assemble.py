@@ -144,7 +144,7 @@ def assemble(
         check_store(config, store, guide, train_prompts, reporter)
     shard(policy, world)
     prompts = [prompt.ids for prompt in (*train_prompts, *eval_prompts)]
-    sampler = make_sampler(config, policy, prompts, run.root, stack)
+    sampler = make_sampler(config, policy, prompts, run.root, stack, world)
     optimizer = make_optimizer(policy.model, config.train)
     return Parts(
         config=config,

@@ -9,13 +9,15 @@ takes its share of every mini-batch's sequences. Alone, nothing is ever sent and
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -41,11 +43,20 @@ class World:
 
     rank: int = 0
     size: int = 1
+    local_rank: int = 0
+    """Which one of its machine's."""
+    scratch: list[Path] = field(default_factory=list, compare=False)
+    """Folders that go when the processes leave, by whichever of them is left to remove them."""
 
     @property
     def is_first(self) -> bool:
         """The process that writes files and speaks to people."""
         return self.rank == 0
+
+    @property
+    def is_first_of_machine(self) -> bool:
+        """The process that does what one has to do on every machine."""
+        return self.local_rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
         """Every `size`-th item, from this process's own place on."""
@@ -64,6 +75,14 @@ class World:
         shares = self.gather(list(mine))
         total = sum(len(share) for share in shares)
         return [shares[place % self.size][place // self.size] for place in range(total)]
+
+    def wait(self) -> None:
+        """Returns when every process is here."""
+        self.gather(None)
+
+    def of_machine(self, mine: T) -> T:
+        """The value of the first process on this one's machine."""
+        return self.gather(mine)[self.rank - self.local_rank]
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What the first process makes, in every process; the others do not call `make`."""
@@ -94,9 +113,9 @@ def joined(device: str) -> Iterator[World]:
     place = pick_device(device)
     if place.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    rank = int(os.environ["RANK"])
-    with _process_group(place), _failing_together(rank):
-        yield World(rank=rank, size=size)
+    world = World(rank=int(os.environ["RANK"]), size=size, local_rank=int(os.environ["LOCAL_RANK"]))
+    with _process_group(place), _failing_together(world):
+        yield world
 
 
 @contextmanager
@@ -114,24 +133,31 @@ def _process_group(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _failing_together(rank: int) -> Iterator[None]:
+def _failing_together(world: World) -> Iterator[None]:
     """Ends the others when the block fails here, and this process when it failed there.
 
     A process that waits for a dead one would wait for hours, or be told to stop by torchrun and take that for
     a person's wish to save and go.
     """
     board, failed = _board(), f"ampo/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    threading.Thread(target=_leave_when_another_fails, args=(failed, rank), daemon=True).start()
+    threading.Thread(target=_leave_when_another_fails, args=(failed, world), daemon=True).start()
     try:
         yield
     except BaseException:
         # torchrun sends it as soon as another leaves: this one is leaving, and may have to say why.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if rank:
+        if not world.is_first:
             time.sleep(FIRST_SPEAKS)  # and most often never returns from it
-        if board.compare_set(failed, "", str(rank)) != str(rank).encode():
+        if board.compare_set(failed, "", str(world.rank)) != str(world.rank).encode():
             raise SystemExit(1) from None
         raise
+    finally:
+        _remove(world.scratch)
+
+
+def _remove(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _board() -> Any:
@@ -141,12 +167,13 @@ def _board() -> Any:
     )
 
 
-def _leave_when_another_fails(failed: str, rank: int) -> None:
+def _leave_when_another_fails(failed: str, world: World) -> None:
     try:
         board = _board()
         while not board.check([failed]):
             time.sleep(WATCH_EVERY)
-        if board.get(failed) != str(rank).encode():
+        if board.get(failed) != str(world.rank).encode():
+            _remove(world.scratch)
             # The main thread may be in a collective that never ends, so no exception would reach it.
             os._exit(1)
     except dist.DistError:

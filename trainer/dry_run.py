@@ -213,7 +213,7 @@ def estimate_of(
         if size:
             table.add_row(part, _mib(size))
     table.add_section()
-    table.add_row("peak (sampling and update do not overlap)", _mib(found.peak))
+    table.add_row("peak (sampling, scoring and update do not overlap)", _mib(found.peak))
     table.add_row("that tensors can have", "-" if device.memory is None else _mib(device.memory))
     lines = [_time_line(config, found), f"most of the peak: {found.dominant}"]
     if device.memory is not None:

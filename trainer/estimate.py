@@ -34,6 +34,8 @@ BUS = 25e9
 STAYS = ("weights", "optimizer", "reference")
 UPDATE = ("gradients", "activations", "logits", "narrow weights in the graph", "gathered layers")
 SAMPLING = ("kv cache", "drawing", "narrow weights", "gathered weights", "vllm")
+SCORING = ("weights to score with",)
+"""Apart from sampling where vllm draws: it sleeps meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,13 +73,13 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """Sampling and updating never overlap: the larger of the two on top of what always stays."""
-        return self._sum(STAYS) + max(self._sum(UPDATE), self._sum(SAMPLING))
+        """Phases never overlap: the largest of them on top of what always stays."""
+        return self._sum(STAYS) + max(map(self._sum, (UPDATE, SAMPLING, SCORING)))
 
     @property
     def dominant(self) -> str:
         """The largest part of the peak."""
-        phase = UPDATE if self._sum(UPDATE) >= self._sum(SAMPLING) else SAMPLING
+        phase = max((UPDATE, SAMPLING, SCORING), key=self._sum)
         return max((*STAYS, *phase), key=lambda part: self.memory[part])
 
     def _sum(self, parts: tuple[str, ...]) -> int:
@@ -200,22 +202,24 @@ def _sampling_memory(
     config: Config, shape: ModelShape, device: Device, bytes_per_value: int, n: int
 ) -> dict[str, int]:
     rollout = config.rollout
-    nothing = dict.fromkeys(SAMPLING, 0)
+    nothing = dict.fromkeys((*SAMPLING, *SCORING), 0)
+    # Each process scores at its own pace, with all weights.
+    whole = (bytes_per_value * shape.linear + 4 * (shape.parameters - shape.linear)) if n > 1 else 0
     if rollout.engine == "vllm":
         held = 0 if rollout.base_urls or device.card_memory is None else device.card_memory
-        return nothing | {"vllm": round(rollout.vllm_gpu_memory_utilization * held)}
+        drawing = round(rollout.vllm_gpu_memory_utilization * held)
+        return nothing | {"vllm": drawing, "weights to score with": whole}
     rows = _rows(config, n)
     cached = rows * _cache_bytes(config, shape, bytes_per_value)
     prompts = rows * rollout.max_prompt_length
     # Prompts pass through an MLP all at once, before the cache is full.
     passing = prompts * (3 * bytes_per_value * shape.intermediate + 4 * 4 * shape.hidden)
     room = cached * rollout.max_completion_length
-    whole = bytes_per_value * shape.linear + 4 * (shape.parameters - shape.linear)
     return nothing | {
         "kv cache": cached * _longest(config),
         "narrow weights": _narrow_weights(config, shape, bytes_per_value, n),
         "drawing": max(3 * 4 * rows * shape.vocabulary, passing - room),
-        "gathered weights": whole if n > 1 else 0,
+        "gathered weights": whole,
     }
 
 

@@ -75,7 +75,7 @@ def _fewest(config: Config, changes: Changes, fit: Callable[[Changes], bool]) ->
 def _can_be_dealt_out(config: Config) -> bool:
     """Whether many processes can share the run (sharding.py)."""
     plain = config.train.optim == "adamw" and not config.train.offload_optimizer
-    return plain and not config.student.load_in_4bit and config.rollout.engine == "transformers"
+    return plain and not config.student.load_in_4bit
 
 
 def _ladder(config: Config, *, alone: bool) -> Iterator[Changes]:

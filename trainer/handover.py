@@ -1,4 +1,7 @@
-"""The student's weights on their way to another process: a folder that both sides see."""
+"""The student's weights on their way to another process: a folder that both sides see.
+
+Where they are dealt out over processes, all of these come together to write; one folder a machine is enough.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from store.errors import EngineError
 from store.files import FileLock
 from trainer.config import StudentConfig
+from trainer.distributed import ALONE, World
 from trainer.policy import Policy
 from trainer.sharding import whole_tensor
 
@@ -30,11 +34,33 @@ IN_USE = "in-use.lock"
 class Handover:
     """Writes weights where another process reads them; what was brought is removed."""
 
-    def __init__(self, policy: Policy, student: StudentConfig, place: Path) -> None:
-        """`place`: the directory in which the folder is made. Raises EngineError when it cannot be."""
+    def __init__(
+        self,
+        policy: Policy,
+        student: StudentConfig,
+        place: Path,
+        world: World = ALONE,
+        *,
+        one_for_all: bool = False,
+    ) -> None:
+        """Raises EngineError when the folder cannot be made.
+
+        Args:
+            place: the directory in which it is made; on a machine the first process's counts.
+            world: its processes make each call here together.
+            one_for_all: one folder for all machines, not one for each.
+        """
         self._policy = policy
         self._student = student
-        self.folder = place / f"{FOLDER}{secrets.token_hex(4)}"
+        self._world = world
+        self._writes = world.is_first if one_for_all else world.is_first_of_machine
+        mine = place / f"{FOLDER}{secrets.token_hex(4)}"
+        self.folder = world.gather(mine)[0] if one_for_all else world.of_machine(mine)
+        self._lock: FileLock | None = None
+        if world.size > 1:
+            world.scratch.append(self.folder)
+        if not self._writes:
+            return
         remove_abandoned(place)
         try:
             self._lock = _make_locked(self.folder)
@@ -43,7 +69,7 @@ class Handover:
 
     def write_weights(self, number: int) -> Path:
         """All weights, in the type that the student computes in."""
-        state = narrowed(self._policy)
+        state = narrowed(self._policy, kept=self._writes)
         return self._write(number, lambda path: self._policy.causal.save_pretrained(path, state_dict=state))
 
     def write_adapter(self, number: int) -> Path:
@@ -68,20 +94,25 @@ class Handover:
         return self._write(0, lambda path: skeleton.save_pretrained(path, state_dict=state))
 
     def remove(self, path: Path) -> None:
-        """Harmless when it is gone."""
-        shutil.rmtree(path, ignore_errors=True)
+        """Once no process reads it; harmless when it is gone."""
+        if self._writes:
+            shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
         """Removes all that is there."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.release()
+        self.remove(self.folder)
+        if self._lock is not None:
+            self._lock.release()
 
     def _write(self, number: int, save: Any) -> Path:
+        """The folder, which is whole when this returns."""
         path = self.folder / f"{number:06d}"
-        try:
-            save(path)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise self._refused(error) from error
+        if self._writes:
+            try:
+                save(path)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise self._refused(error) from error
+        self._world.wait()
         return path
 
     def _refused(self, error: Exception) -> EngineError:
@@ -122,20 +153,22 @@ def place_for(policy: Policy, run: Path) -> Path:
     return run
 
 
-def narrowed(policy: Policy) -> dict[str, Tensor]:
+def narrowed(policy: Policy, *, kept: bool = True) -> dict[str, Tensor]:
     """Name -> weight on the CPU, in the type that the student computes in; tied weights stay one.
 
-    Where the weights are dealt out over processes, all of them take part.
+    Where the weights are dealt out over processes, all of them take part, and those without `kept` get none.
     """
+    weights = dict(policy.causal.named_parameters(remove_duplicate=False))
     found: dict[str, Tensor] = {}
-    seen: dict[tuple[int, torch.Size], Tensor] = {}
+    seen: dict[int | str, Tensor] = {}
     for name, tensor in policy.causal.state_dict().items():
-        whole = whole_tensor(tensor)
-        place = (whole.data_ptr(), whole.shape)
-        if whole is not tensor or place not in seen:  # the memory of a gathered one is soon another's
-            seen[place] = whole.to("cpu", policy.dtype if whole.is_floating_point() else whole.dtype)
-        found[name] = seen[place]
-    return found
+        own = id(weights[name]) if name in weights else name
+        if own not in seen:
+            whole = whole_tensor(tensor)
+            dtype = policy.dtype if whole.is_floating_point() else whole.dtype
+            seen[own] = whole.to("cpu" if kept else "meta", dtype)
+        found[name] = seen[own]
+    return found if kept else {}
 
 
 def dequantized(policy: Policy) -> dict[str, Tensor]:

@@ -227,7 +227,7 @@ def _groups_of(
     parts: Parts, prompts: Sequence[Prompt], step: int, timer: StepTimer
 ) -> tuple[list[Group], list[QueryRow]]:
     """Each process samples and guides its share of the prompts; all get all groups, in order."""
-    with whole_weights(parts.policy):
+    with parts.sampler.drawing():
         own, asked = _own_groups_of(parts, parts.world.share(prompts), step, timer)
     groups = parts.world.merged(own)
     order = {group.problem.problem_id: place for place, group in enumerate(groups)}
@@ -253,12 +253,13 @@ def _own_groups_of(
         )
     with timer("sync"):
         parts.sampler.sleep()
-    return parts.guide.guide(sampled, step=step, timer=timer)
+    with whole_weights(parts.policy):
+        return parts.guide.guide(sampled, step=step, timer=timer)
 
 
 def _evaluate(parts: Parts, step: int) -> dict[str, float]:
     config, timer = parts.config, StepTimer()
-    with whole_weights(parts.policy), parts.policy.computing():
+    with parts.sampler.drawing(), parts.policy.computing():
         evaluation = evaluate(
             parts.sampler,
             parts.judge,

@@ -77,6 +77,8 @@ class Policy:
         """What OfLogits makes of the asked tokens' logits, each [N]."""
         self.shards: list[Any] = []
         """FSDP's modules, where the weights are dealt out over processes (sharding.py)."""
+        self.is_whole = False
+        """Whether all of them are here nevertheless, for a while."""
 
     def compile(self) -> None:
         """From here on the body runs compiled, by one program for all lengths; sampling stays as it is."""

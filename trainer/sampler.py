@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +21,10 @@ from precompute.engines.transformers_engine import TransformersEngine
 from precompute.engines.vllm_engine import VllmEngine, VllmProcess, llm_options
 from store.errors import ConfigError
 from trainer.config import Config, StudentConfig
+from trainer.distributed import ALONE, World
 from trainer.handover import Handover, place_for
 from trainer.policy import Policy
+from trainer.sharding import whole_weights
 from trainer.sync_check import SyncCheck
 
 LOGGER = logging.getLogger(__name__)
@@ -41,9 +43,15 @@ class Sampler(Engine, Protocol):
     def sync(self, step: int) -> None:
         """Makes the student's weights those that are drawn from, and wakes what slept.
 
+        Several processes call it together, and none returns before all samplers have the weights.
+
         `step`: the sampling steps that these weights have behind them. Raises EngineError when they cannot be
         brought, or did not arrive.
         """
+        ...
+
+    def drawing(self) -> AbstractContextManager[None]:
+        """The block in which each process draws at its own pace."""
         ...
 
     def sleep(self) -> None:
@@ -53,6 +61,14 @@ class Sampler(Engine, Protocol):
 
 class SharedSampler(TransformersEngine):
     """Draws from the very model that is trained: its weights are always the new ones."""
+
+    def __init__(self, policy: Policy, *, batch_size: int) -> None:
+        super().__init__(policy.model, policy.tokenizer, batch_size=batch_size)
+        self._policy = policy
+
+    def drawing(self) -> AbstractContextManager[None]:
+        """Whole weights, where they are dealt out over processes."""
+        return whole_weights(self._policy)
 
     def sync(self, step: int) -> None:
         """Nothing is to be brought."""
@@ -88,14 +104,20 @@ class VllmSampler:
         *,
         adapter_only: bool,
         sleeps: bool,
+        world: World = ALONE,
     ) -> None:
-        """`adapter_only`: the engine has the frozen weights already."""
+        """
+        Args:
+            adapter_only: the engine has the frozen weights already.
+            world: its processes have a sampler each, and go through `sync` together.
+        """
         self.version = engine.version
         self._engine = engine
         self._handover = handover
         self._check = check
         self._adapter_only = adapter_only
         self._sleeps = sleeps
+        self._world = world
         self._asleep = False
         self._brought = 0
         self._in_use: Path | None = None
@@ -104,15 +126,24 @@ class VllmSampler:
         """As Engine.generate."""
         return self._engine.generate(requests, sampling)
 
+    def drawing(self) -> AbstractContextManager[None]:
+        """Nothing is needed: vllm has weights of its own."""
+        return nullcontext()
+
     def sync(self, step: int) -> None:
         """Brings the weights and compares what both make of a probe."""
+        # While vllm sleeps: whole weights of the trainer's and vllm's memory need not find room together.
+        ours = self._check.own_logprobs()
+        folder = self._write()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what the update has set aside is another process's to take
         self._wake("weights")
-        self._bring()
+        self._load(folder)
         self._wake("kv_cache")
         self._asleep = False
-        self._check.compare(self._engine.logprobs(self._check.rows))
+        self._check.compare(ours, self._named(self._engine.logprobs(self._check.rows)))
+        self._world.wait()
+        self._forget(folder)
 
     def sleep(self) -> None:
         """Frees vllm's GPU memory; frozen weights stay in the host's, others come anew in any case."""
@@ -129,23 +160,42 @@ class VllmSampler:
         if self._asleep:
             self._engine.wake(what)
 
-    def _bring(self) -> None:
+    def _write(self) -> Path:
         self._brought += 1
-        done_with = self._in_use
-        if self._adapter_only:  # which vllm may read again, as long as it draws with it
-            self._in_use = self._handover.write_adapter(self._brought)
-            self._engine.load_adapter(self._in_use, self._brought)
+        write = self._handover.write_adapter if self._adapter_only else self._handover.write_weights
+        return write(self._brought)
+
+    def _load(self, folder: Path) -> None:
+        if self._adapter_only:
+            self._engine.load_adapter(folder, self._brought)
         else:
-            done_with = self._handover.write_weights(self._brought)
-            self._engine.load_weights(done_with)
+            self._engine.load_weights(folder)
+
+    def _forget(self, folder: Path) -> None:
+        """Removes what nobody reads any more; vllm may read an adapter again, as long as it draws with it."""
+        done_with, self._in_use = (self._in_use, folder) if self._adapter_only else (folder, None)
         if done_with is not None:
             self._handover.remove(done_with)
 
+    def _named(self, found: dict[str, Any]) -> dict[str, Any]:
+        """By the name of each copy; of several processes each has a vllm."""
+        if self._world.size == 1 or self.name not in found:
+            return found
+        return {f"the {self.name} of process {self._world.rank}": found[self.name]}
+
 
 def make_sampler(
-    config: Config, policy: Policy, prompts: Sequence[Sequence[int]], run: Path, stack: ExitStack
+    config: Config,
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    run: Path,
+    stack: ExitStack,
+    world: World = ALONE,
 ) -> Sampler:
     """The sampler that `rollout.engine` names; `stack` closes it.
+
+    Of several processes each has one: a vllm of its own on its GPU, or the servers, which all draw from and
+    the first one tells of new weights.
 
     Args:
         prompts: ids of all that may be asked; the first ones are the probe.
@@ -153,17 +203,23 @@ def make_sampler(
     """
     rollout = config.rollout
     if rollout.engine == "transformers":
-        return SharedSampler(policy.model, policy.tokenizer, batch_size=rollout.batch_size)
-    handover = Handover(policy, config.student, _place(config, policy, run))
+        return SharedSampler(policy, batch_size=rollout.batch_size)
+    at_servers = bool(rollout.base_urls)
+    handover = Handover(policy, config.student, _place(config, policy, run), world, one_for_all=at_servers)
     stack.callback(handover.close)
     max_length = max(len(ids) for ids in prompts) + rollout.max_completion_length
-    load: Callable[..., WeightedEngine] = _servers if rollout.base_urls else load_vllm
+    engine: WeightedEngine = (
+        _servers(config, policy, max_length=max_length, tells=world.is_first)
+        if at_servers
+        else load_vllm(config, policy, handover, max_length=max_length)
+    )
     sampler = VllmSampler(
-        load(config, policy, handover, max_length=max_length),
+        engine,
         handover,
         SyncCheck(policy, prompts, rollout.sync_tolerance),
         adapter_only=config.student.use_peft,
         sleeps=_sleeps(config),
+        world=world,
     )
     stack.callback(sampler.close)
     return sampler
@@ -218,7 +274,7 @@ def load_vllm(config: Config, policy: Policy, handover: Handover, *, max_length:
     )
 
 
-def _servers(config: Config, policy: Policy, handover: Handover, *, max_length: int) -> WeightedEngine:
+def _servers(config: Config, policy: Policy, *, max_length: int, tells: bool) -> WeightedEngine:
     """The student at `rollout.base_urls`."""
     rollout = config.rollout
     from precompute.engines.vllm_servers import VllmServers  # and with it openai
@@ -232,7 +288,7 @@ def _servers(config: Config, policy: Policy, handover: Handover, *, max_length: 
         base_urls=rollout.base_urls,
         served_model_name=rollout.served_model_name,
     )
-    return VllmServers(servers, policy.tokenizer, max_length=max_length, report=LOGGER.warning)
+    return VllmServers(servers, policy.tokenizer, max_length=max_length, report=LOGGER.warning, tells=tells)
 
 
 def vllm_options(config: Config, dtype: torch.dtype, base: Path | None, *, max_length: int) -> dict[str, Any]:

@@ -32,7 +32,6 @@ def check_shardable(config: Config, world: World) -> None:
         "train.optim": (config.train.optim, "adamw"),
         "train.offload_optimizer": (config.train.offload_optimizer, False),
         "train.compile": (config.train.compile, False),
-        "rollout.engine": (config.rollout.engine, "transformers"),
     }
     for key, (value, possible) in refused.items():
         if value != possible:
@@ -84,16 +83,21 @@ def _first_pass(policy: Policy) -> None:
 
 @contextmanager
 def whole_weights(policy: Policy) -> Iterator[None]:
-    """Every process has all weights for the block, and computes without the others, at its own pace."""
+    """Every process has all weights for the block, and computes without the others, at its own pace. A block
+    in such a block changes nothing."""
+    if policy.is_whole or not policy.shards:
+        yield
+        return
     for module in policy.shards:
         module.unshard()
         module.set_reshard_after_forward(False, recurse=False)
+    policy.is_whole = True
     yield
+    policy.is_whole = False
     for module in policy.shards:
         module.set_reshard_after_forward(module is not policy.causal, recurse=False)
-    if policy.shards:
-        # Apart again, and the passes forgotten: the next backward pass would gather in their order.
-        policy.causal.reset_iter_state()
+    # Apart again, and the passes forgotten: the next backward pass would gather in their order.
+    policy.causal.reset_iter_state()
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from store.errors import EngineError
 from trainer.batch import pad
 from trainer.policy import Policy
+from trainer.sharding import whole_weights
 
 ROWS = 4
 LENGTH = 256
@@ -39,12 +40,13 @@ class SyncCheck:
         self._policy = policy
         self._before: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def compare(self, theirs: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    def compare(self, ours: Tensor, theirs: Mapping[str, Sequence[Sequence[float]]]) -> None:
         """Raises EngineError, with both values, when a copy does not compute with the student's weights.
 
-        `theirs`: name of each copy -> [N][P - 1], its log-probabilities of all but each row's first token.
+        Args:
+            ours: of `own_logprobs`.
+            theirs: name of each copy -> [N][P - 1], its log-probabilities of all but each row's first token.
         """
-        ours = self._logprobs()
         for name, rows in theirs.items():
             copy = torch.tensor([value for row in rows for value in row])
             self._compare(name, ours, copy)
@@ -67,12 +69,12 @@ class SyncCheck:
             )
 
     @torch.no_grad()
-    def _logprobs(self) -> Tensor:
-        """[sum of P - 1]"""
+    def own_logprobs(self) -> Tensor:
+        """[sum of P - 1], the student's; processes that its weights are dealt out to call this together."""
         policy = self._policy
         asked = [len(row) - 1 for row in self.rows]
         batch = pad(self.rows, asked, pad_id=policy.pad_id, device=policy.device)
-        with at_temperature(policy, 1.0):
+        with whole_weights(policy), at_temperature(policy, 1.0):
             return policy.logprobs(batch)[batch.asked].cpu()
 
 

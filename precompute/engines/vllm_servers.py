@@ -29,9 +29,19 @@ class VllmServers:
     name = "vllm"
 
     def __init__(
-        self, servers: TeacherConfig, tokenizer: Any, *, max_length: int, report: Callable[[str], None]
+        self,
+        servers: TeacherConfig,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        report: Callable[[str], None],
+        tells: bool = True,
     ) -> None:
-        """`servers`: `base_urls`, `model`, `served_model_name`, `batch_size` and `request_timeout` of them.
+        """
+        Args:
+            servers: `base_urls`, `model`, `served_model_name`, `batch_size` and `request_timeout` of them.
+            tells: of several processes that draw from the same servers one tells them of new weights and asks
+                what they make of a probe; to the others the same calls only say what to draw with.
 
         Raises EngineError when none of them answers, and when one lacks the model or has too few positions.
         One that does not answer is reported, and ends the first change of weights.
@@ -40,17 +50,20 @@ class VllmServers:
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._report = report
+        self._tells = tells
         self._adapter: str | None = None
-        self._engine = self._engine_of(servers)
+        self._engine: OpenAIEngine | None = self._engine_of(servers)
         self.version = self._engine.version
 
     def generate(self, requests: Requests, sampling: Sampling) -> Iterator[Completion]:
         """As Engine.generate. A server that is lost is reported, and the others go on."""
+        if self._engine is None:
+            self._engine = self._engine_of(self._named(self._adapter))
         return self._engine.generate(requests, sampling)
 
     def load_weights(self, folder: Path) -> None:
         """Has every server load the weights of a transformers directory. Raises EngineError."""
-        for url in self._servers.base_urls:
+        for url in self._told:
             call = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
             self._post(url, "/collective_rpc", call, hint=DEV_MODE)
             self._post(url, "/reset_prefix_cache", {}, hint=DEV_MODE)
@@ -58,17 +71,17 @@ class VllmServers:
     def load_adapter(self, folder: Path, number: int) -> None:
         """Has every server load the LoRA adapter of a peft directory, and forget the one before."""
         before, self._adapter = self._adapter, f"{folder.parent.name}-{number}"
-        for url in self._servers.base_urls:
+        for url in self._told:
             adapter = {"lora_name": self._adapter, "lora_path": str(folder)}
             self._post(url, "/v1/load_lora_adapter", adapter, hint=LORA_MODE)
             if before is not None:
                 self._post(url, "/v1/unload_lora_adapter", {"lora_name": before}, hint=LORA_MODE)
-        self._engine = self._engine_of(self._named(self._adapter))
+        self._engine = None  # made anew for the next samples, when the servers know the name
 
     def logprobs(self, rows: Sequence[Sequence[int]]) -> dict[str, list[tuple[float, ...]]]:
         """[N] rows of ids -> for each server the log-probabilities of all but their first tokens, at
         temperature 1."""
-        return {url: [self._logprobs(url, row) for row in rows] for url in self._servers.base_urls}
+        return {url: [self._logprobs(url, row) for row in rows] for url in self._told}
 
     def sleep(self, level: int) -> None:
         """Servers stand on GPUs of their own."""
@@ -78,9 +91,12 @@ class VllmServers:
 
     def close(self) -> None:
         """Nothing of theirs is held."""
-        self._engine.close()
 
-    def _named(self, name: str) -> TeacherConfig:
+    @property
+    def _told(self) -> Sequence[str]:
+        return self._servers.base_urls if self._tells else ()
+
+    def _named(self, name: str | None) -> TeacherConfig:
         return self._servers.model_copy(update={"served_model_name": name})
 
     def _engine_of(self, servers: TeacherConfig) -> OpenAIEngine:

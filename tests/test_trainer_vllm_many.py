@@ -1,0 +1,159 @@
+"""Several processes whose samples vLLM draws: each has an engine of its own, or all have the same servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_model, tiny_tokenizer
+from openai_examples import free_port, vllm_server
+from processes import ROOT, environment, run_processes, torchrun
+from run_examples import config_of, make_world, metrics_of, rows_of, settings
+from test_trainer_distributed import command, rank_of
+
+from trainer.assemble import SilentReporter
+from trainer.loop import train
+
+if find_spec("vllm") is None:
+    pytest.skip("vllm is not installed", allow_module_level=True)
+
+LORA = {"student__use_peft": True, "student__lora_r": 4}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its head is its embedding: one weight, dealt out once."""
+    path = tmp_path_factory.mktemp("tied")
+    wide = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+    tiny_model(tie_word_embeddings=True, **wide).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def run_two(plan: Path, world: Path, model: Path, name: str, **changes: Any) -> Path:
+    """A run of two steps by two processes; its directory."""
+    values = {"train__max_steps": 2, "rollout__engine": "vllm", "run__name": name, **changes}
+    plan.write_text(json.dumps([{"settings": settings(world, model, **values), "copy": None}]))
+    done = run_processes(2, "tests/process_runs.py", str(plan), timeout=500)
+    assert done.returncode == 0, done.stderr
+    return world / "runs" / name
+
+
+def assert_trained_on_vllms_samples(run: Path) -> None:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        # Twice this far apart would be another model: the weights of the step before are.
+        assert row["sampling/logp_difference"] < 1e-4
+        assert row["grad_norm"] > 0
+        assert row["seconds/sync"] > 0
+    assert not list(Path("/dev/shm").glob("ampo-weights-*"))
+
+
+def test_each_process_draws_from_a_vllm_that_has_the_weights_of_all(
+    world: Path, model: Path, tmp_path: Path
+) -> None:
+    run = run_two(tmp_path / "plan.json", world, model, "own")
+    assert_trained_on_vllms_samples(run)
+    # Four problems a step, four samples each, by whichever process.
+    drawn = [
+        [row for row in rows if row["origin"] == "student"] for rows in rows_of(run, "rollouts").values()
+    ]
+    assert [len(rows) for rows in drawn] == [16, 16]
+    assert all(len({row["problem_id"] for row in rows}) == 4 for rows in drawn)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, LORA, LORA | {"rollout__max_refills": 1, "train__beta": 0.1}])
+def test_two_processes_with_vllm_train_as_one_does(
+    world: Path, model: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    name = "-".join(["many", *changes])
+    run = run_two(tmp_path / "plan.json", world, model, name, **changes)
+    assert_trained_on_vllms_samples(run)
+    values = {"train__max_steps": 2, "rollout__engine": "vllm", "run__name": f"{name}-one", **changes}
+    alone = train(config_of(world, model, **values), reporter=SilentReporter()).run
+    ours, theirs = metrics_of(alone), metrics_of(run)
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    assert {path.name for path in alone.iterdir()} == {path.name for path in run.iterdir()}
+    # The first step's samples have the same seeds and weights; two tokens nearly as likely may be swapped.
+    first = [next(iter(rows_of(each, "rollouts").values())) for each in (alone, run)]
+    same = sum(a["text"] == b["text"] for a, b in zip(*first, strict=False))
+    assert same > 0.8 * len(first[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, LORA])
+def test_all_processes_draw_from_servers_that_one_tells_of_new_weights(
+    world: Path, model_dir: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    pytest.importorskip("openai")
+    port, options = free_port(), {"model": str(model_dir), "max-model-len": "128", "max-lora-rank": "8"}
+    with vllm_server(
+        tmp_path / "log.txt",
+        port,
+        "--enable-lora",
+        options=options,
+        environment={
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+            "OMP_NUM_THREADS": "1",
+        },
+    ):
+        urls = [f"http://127.0.0.1:{port}/v1"]
+        name = "-".join(["servers", *changes])
+        run = run_two(tmp_path / "plan.json", world, model_dir, name, rollout__base_urls=urls, **changes)
+    assert_trained_on_vllms_samples(run)
+    assert not list(run.glob("ampo-weights-*"))
+
+
+@pytest.mark.slow
+def test_the_vllm_of_one_process_ends_all_in_one_line(world: Path, model: Path) -> None:
+    more = {"rollout__engine": "vllm", "train__max_steps": 100_000, "run__save_every": 1}
+    arguments = command(world, model, "killed-vllm", **more)
+    process = subprocess.Popen(
+        torchrun(2, *arguments),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        metrics, until = world / "runs" / "killed-vllm" / "metrics.jsonl", time.monotonic() + 400
+        while not (metrics.exists() and metrics.read_text()) and time.monotonic() < until:
+            time.sleep(0.2)
+        ranks = {rank_of(child): child for child in children(process.pid)}
+        (vllm,) = [child for child in children(ranks["1"]) if b"vllm_process" in command_line(child)]
+        os.kill(vllm, signal.SIGKILL)
+        said, _ = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert said.count("the vllm process ended with exit code -9") == 1
+    assert "the last checkpoint is" in said
+    assert not list(Path("/dev/shm").glob("ampo-weights-*"))
+
+
+def children(process: int) -> list[int]:
+    return [
+        int(child)
+        for task in Path(f"/proc/{process}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+
+
+def command_line(process: int) -> bytes:
+    return Path(f"/proc/{process}/cmdline").read_bytes()
