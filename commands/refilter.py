@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from commands.progress import Meter
-from commands.shared import ConfigOption, SetOption, console_of, read_config
+from commands.shared import ConfigOption, SetOption, console_of, read_config, told_with_config
 from store.errors import ConfigError
 
 
@@ -38,7 +38,7 @@ def store_refilter(
         )
     settings, console = read_config(config, set_), console_of()
     try:
-        with Meter("judging traces") as meter:
+        with told_with_config(config), Meter("judging traces") as meter:
             path = store or settings.store.path
             reports = refilter(path, settings.filters, teachers=teacher, progress=meter)
     except KeyboardInterrupt:

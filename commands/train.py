@@ -159,14 +159,14 @@ def evaluate(
     from trainer.tables import evaluation_table
 
     own = _eval_overrides(model, problems, samples, k, engine)
+    asked_for = _whole_numbers(k) if k else []
     if samples is not None and not k:
         # pass@k beyond n samples does not exist.
         own.append(f"eval.k={[each for each in read_config(config, set_).eval.k if each <= samples] or [1]}")
-    if samples is None and k:
+    if samples is None and asked_for:
         # As many as the largest k needs, where the config asks for fewer.
         asked = read_config(config, set_).eval.samples
-        largest = max((int(each) for each in k.split(",") if each.strip().isdecimal()), default=1)
-        own.append(f"eval.samples={max(asked, largest)}")
+        own.append(f"eval.samples={max(asked, *asked_for)}")
     settings = read_config(config, [*(set_ or []), *own])
     console = console_of(stderr=True)
 
@@ -184,6 +184,13 @@ def evaluate(
         emit_json({**report.results, "out": str(report.out)})
     else:
         console_of().print(evaluation_table(model, report.evaluation))
+
+
+def _whole_numbers(k: str) -> list[int]:
+    found = [int(each) if each.strip().isdecimal() else 0 for each in k.split(",")]
+    if min(found) < 1:
+        raise UserError(f"--k {k}: write whole numbers of 1 or more with commas between, e.g. 1,8,32")
+    return found
 
 
 def _eval_overrides(model: str, problems: str, samples: int | None, k: str, engine: str | None) -> list[str]:

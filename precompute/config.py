@@ -10,10 +10,19 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from store.errors import ConfigError
@@ -45,6 +54,10 @@ def checked_urls(urls: tuple[str, ...]) -> tuple[str, ...]:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"{url!r} is no URL; write http://HOST:PORT/v1")
     return urls
+
+
+BaseUrls = Annotated[tuple[str, ...], AfterValidator(checked_urls)]
+"""Addresses of OpenAI-compatible servers."""
 
 
 def _can_be_none(model: type[BaseModel], key: Any) -> bool:
@@ -193,7 +206,7 @@ class TeacherConfig(Section):
     """No CUDA graphs: starts sooner, draws slower. None: only where there is no GPU."""
     vllm_args: dict[str, Any] = Field(default_factory=dict)
     """More arguments of `vllm.LLM`, as they stand, e.g. {max_num_batched_tokens = 4096}."""
-    base_urls: tuple[str, ...] = ()
+    base_urls: BaseUrls = ()
     """openai alone, as the next five: servers of one model, e.g. ["http://127.0.0.1:8000/v1"]; requests are
     spread over them."""
     served_model_name: str | None = None
@@ -209,13 +222,10 @@ class TeacherConfig(Section):
     @model_validator(mode="after")
     def _sampling_plan_holds(self) -> Self:
         if self.max_samples is not None and self.until_verified is None:
-            raise ValueError("max_samples needs until_verified; use samples for a fixed number")
+            raise ValueError(
+                f"max_samples = {self.max_samples} needs until_verified; use samples for a fixed number"
+            )
         return self
-
-    @field_validator("base_urls")
-    @classmethod
-    def _urls_are_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        return checked_urls(urls)
 
     @field_validator("vllm_args")
     @classmethod
@@ -425,8 +435,43 @@ def explain(schema: type[Section], error: ValidationError) -> str:
         return f"{where} is missing; it has no default"
     if first["type"] == SECRET:
         return f"{where}: {first['msg']}"
-    reason = str(first["msg"]).removeprefix("Value error, ")
+    if _is_section(schema, first["loc"]):
+        return _of_section(first, where)
+    reason = HOW_TO_WRITE.get(first["type"]) or str(first["msg"]).removeprefix("Value error, ")
     return f"{where} = {_short(first['input'])}: {reason[:1].lower()}{reason[1:]}"
+
+
+HOW_TO_WRITE = {
+    "tuple_type": "write a list in brackets, e.g. [1, 2]",
+    "dict_type": "write a table in braces, e.g. {a = 1, b = true}",
+}
+"""Kind of a pydantic error -> what is right in TOML."""
+
+
+def _is_section(schema: type[Section], location: tuple[int | str, ...]) -> bool:
+    """Whether a whole table, or a list of them, is meant, and no key."""
+    model: type[BaseModel] = schema
+    for part in location:
+        if isinstance(part, str):
+            below = _section_of(model, part)
+            if below is model:
+                return False
+            model = below
+    return True
+
+
+def _of_section(first: Mapping[str, Any], where: str) -> str:
+    """What is wrong with keys together: the reason names them, its other keys would hide it."""
+    given = first["input"]
+    if first["type"] == "tuple_type":
+        return f"{where} is a list of tables: write [[{where}]] above each"
+    if first["type"] == "model_type":
+        listed = f", not [[{where}]]" if isinstance(given, list) else " and its keys below"
+        return f"{where} is one table: write [{where}]{listed}"
+    reason = str(first["msg"]).removeprefix("Value error, ")
+    if isinstance(given, dict) and "[" in where:
+        return f"teacher {given.get('name')!r}: {reason}"
+    return f"[{where}] {reason}" if where else reason
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:

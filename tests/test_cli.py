@@ -122,6 +122,8 @@ def test_version_is_the_packages() -> None:
         (["train", "--config", "nowhere.toml"], "no config file at "),
         (["train"], "problems.train"),
         (["eval", "lab/models/student"], "problems"),
+        (["eval", "lab/models/student", "--k", "abc"], "--k abc: write whole numbers of 1 or more"),
+        (["eval", "lab/models/student", "--k", "1,0"], "--k 1,0: write whole numbers of 1 or more"),
         (["precompute", "teachers"], "names no teacher"),
         (["inspect", "store", "summary", "nowhere"], "nowhere"),
         (["inspect", "run", "nowhere"], "no run at "),
@@ -197,6 +199,13 @@ def test_dry_run_shows_everything_and_touches_nothing(small_world: Path, model_d
     for said in ("learning_rate = 0.001", "<user>0+0<assistant>", "peak", "8 problems have a verified trace"):
         assert said in done.stdout
     assert not (small_world / "runs" / "dry").exists()
+
+
+def test_a_warning_before_the_first_step_is_said_once(small_world: Path, model_dir: Path) -> None:
+    overrides = settings(small_world, model_dir, run__name="warned", train__max_steps=0)
+    done = ampo("train", *sets(overrides), "--set", "rollout.vllm_sleep=false")
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).count("rollout.vllm_sleep = False is not read") == 1
 
 
 def test_the_resolved_config_of_a_dry_run_is_a_config(

@@ -44,8 +44,9 @@ def test_defaults_are_the_papers_run() -> None:
         ("train.max_steps=many", "train.max_steps = 'many': "),
         ("train.learning_rate=nan", "train.learning_rate = nan"),
         ("guidance.select=best", "guidance.select = 'best'"),
-        ("train.mini_batch_problems=3", "must divide problems_per_step = 128"),
-        ("eval.k=[16]", "k = 16 needs samples >= 16, not 8"),
+        ("rollout.base_urls=7", "rollout.base_urls = 7: write a list in brackets"),
+        ('rollout.vllm_args={"a": 1}', "write a table in braces, e.g. {a = 1, b = true}"),
+        ("teachers.a.samples=1", "teachers is a list of tables: write [[teachers]] above each"),
         ("run.name=a/b", "one folder name"),
         ("train=1", "write section.key=value"),
         ("train.max_steps", "write section.key=value"),
@@ -57,6 +58,47 @@ def test_an_error_names_key_value_and_what_would_be_right(override: str, said: s
         load(override)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "train.mini_batch_problems=3",
+            "[train] mini_batch_problems = 3 must divide problems_per_step = 128",
+        ),
+        ("eval.k=[16]", "[eval] k = 16 needs samples >= 16, not 8"),
+        (
+            "train.optim=adamw_8bit",
+            '[train] offload_optimizer = true needs optim = "adamw", not "adamw_8bit"',
+        ),
+        ("rollout.temperature=0.5", 'guidance.ratio = "teacher" compares with stored log-probs'),
+    ],
+)
+def test_keys_that_contradict_are_named_without_the_rest_of_their_section(override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load("train.offload_optimizer=true", "train.seed=77", "guidance.ratio=teacher", override)
+    assert str(error.value).startswith(said)
+    assert "77" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("toml", "said"),
+    [
+        ('[[student]]\nmodel = "x"\n', "student is one table: write [student], not [[student]]"),
+        ('student = "x"\n', "student is one table: write [student] and its keys below"),
+        ('[teachers]\nname = "a"\n', "teachers is a list of tables: write [[teachers]] above each"),
+        (
+            '[[teachers]]\nname = "a"\nmodel = "m"\nmax_samples = 3\n',
+            "teacher 'a': max_samples = 3 needs until_verified; use samples for a fixed number",
+        ),
+    ],
+)
+def test_a_section_in_another_form_is_told_how_to_write_it(toml: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(toml)
+    with pytest.raises(ConfigError) as error:
+        load(path=tmp_path / "c.toml")
+    assert str(error.value) == said
 
 
 def test_teachers_are_reached_by_name_and_must_be_unique(tmp_path: Path) -> None:

@@ -101,21 +101,37 @@ def test_a_hub_that_cannot_be_reached_is_tried_once(
     assert capfd.readouterr() == ("", "")
 
 
-def test_nobody_is_asked_offline_nor_for_what_is_here(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, model_dir: Path, tmp_path: Path
+def put_into_cache(cache: Path, model: str) -> None:
+    """As a download leaves it."""
+    downloaded = cache / f"models--{model.replace('/', '--')}"
+    (downloaded / "snapshots" / "c0ffee").mkdir(parents=True)
+    (downloaded / "snapshots" / "c0ffee" / "config.json").write_text("{}")
+    (downloaded / "refs").mkdir()
+    (downloaded / "refs" / "main").write_text("c0ffee")
+
+
+def test_what_was_downloaded_is_there_but_never_asked_for_in_vain(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    put_into_cache(tmp_path / "cache", "owner/model")
+    assert why_not_there("owner/model", None) is None
+    assert len(hub.asked) == 1
+    serve_at("http://127.0.0.1:1", monkeypatch)
+    assert str(why_not_there("owner/model", None)).endswith(
+        "set HF_HUB_OFFLINE=1 to take it as it was downloaded"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert why_not_there("owner/model", None) is None
+
+
+def test_nobody_is_asked_offline_nor_for_what_can_be_no_hubs(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, model_dir: Path
 ) -> None:
     assert why_not_there(str(model_dir), None) is None
     assert why_not_there("not a name", None) == (
         "it is neither a directory nor a name that a hub could have (OWNER/NAME)"
     )
-    downloaded = tmp_path / "cache" / "models--owner--model"
-    (downloaded / "snapshots" / "c0ffee").mkdir(parents=True)
-    (downloaded / "snapshots" / "c0ffee" / "config.json").write_text("{}")
-    (downloaded / "refs").mkdir()
-    (downloaded / "refs" / "main").write_text("c0ffee")
-    assert why_not_there("owner/model", None) is None
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert why_not_there("owner/model", None) is None
     assert str(why_not_there("owner/other", None)).endswith(
         "HF_HUB_OFFLINE is set: download it first, without it"
     )

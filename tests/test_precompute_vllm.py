@@ -23,6 +23,7 @@ from precompute.config import PrecomputeConfig, TeacherConfig
 from precompute.engines import Completion, Engine, Request, Sampling
 from precompute.engines.select import load_engine, load_tokenizer, resolve_engine
 from precompute.engines.transformers_engine import TransformersEngine
+from precompute.engines.vllm_engine import VllmProcess, llm_options
 from precompute.problems import load_problems
 from precompute.prompts import render_prompt
 from precompute.verify import Verifier
@@ -244,6 +245,20 @@ def test_a_model_that_is_none_is_named_before_the_engine_starts(tmp_path: Path, 
     teacher = TEACHER.model_copy(update={"model": str(tmp_path)})
     with pytest.raises(EngineError, match=r"teacher 'totals': model '.*' cannot be loaded: "):
         load_engine(teacher, "vllm", tokenizer, longest_prompt=40)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"enforce_egaer": True}, r"enforce_egaer = True: vllm says: .* unexpected keyword"),
+        ({"enforce_eager": True, "kv_cache_dtype": "foo"}, r"kv_cache_dtype = 'foo': vllm says: .*'fp8'"),
+    ],
+)
+def test_an_argument_that_vllm_does_not_take_is_named_by_its_key(given: dict[str, Any], said: str) -> None:
+    process = VllmProcess()
+    options = llm_options(TEACHER, max_length=160) | given
+    with pytest.raises(EngineError, match=f"^rollout.vllm_args.{said}"):
+        process.load(options, given=given, named="rollout.vllm_args")
 
 
 def test_without_vllm_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

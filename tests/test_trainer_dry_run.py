@@ -133,3 +133,15 @@ def test_a_prompt_with_brackets_is_shown_as_it_is(tmp_path: Path, model_dir: Pat
     (world / "train.jsonl").write_text('{"question": "[b]1[/b]+1", "answer": "2"}\n' * 4)
     printed, _ = told(config_of(world, model_dir, train__problems_per_step=1, train__mini_batch_problems=1))
     assert "<user>[b]1[/b]+1<assistant>" in printed
+
+
+def test_a_key_that_nothing_reads_and_a_k_that_no_group_has_room_for_are_warned_of(
+    world: Path, model_dir: Path
+) -> None:
+    changes = {"rollout__vllm_gpu_memory_utilization": 0.3, "guidance__k": 4, "rollout__num_generations": 4}
+    printed = told(config_of(world, model_dir, **changes))[0]
+    assert 'rollout.vllm_gpu_memory_utilization = 0.3 is not read: rollout.engine = "transformers"' in printed
+    assert "guidance.k = 4: one sample" in printed
+    assert "rollout.num_generations - 1 = 3 traces" in printed
+    assert "warning" not in told(config_of(world, model_dir, guidance__k=3))[0]
+    assert "warning" not in told(config_of(world, model_dir, guidance__k=4, guidance__trigger="never"))[0]

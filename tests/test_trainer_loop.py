@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import tiny_model, tiny_tokenizer
 from run_examples import (
     PROBLEMS,
@@ -492,3 +493,26 @@ def test_the_teacher_ratio_checks_every_trace_before_the_first_step(world: Path,
     with pytest.raises(StoreError, match="needs the student's tokenizer"):
         run(world, model_dir, run__name="ratio", guidance__ratio="teacher")
     assert not (world / "runs" / "ratio").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "doing"),
+    [
+        ("trainer.assemble.shard", "putting the run together"),
+        ("trainer.checkpoint.save", r"saving step 1 \(older checkpoints in .*/out/checkpoints are whole\)"),
+        ("trainer.checkpoint.restore_optimizer", "taking up the optimizer of .*step-000001"),
+    ],
+)
+def test_memory_that_runs_out_between_steps_is_told_in_one_line(
+    place: str, doing: str, world: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # torch raises this on a GPU alone: here it is raised in its stead.
+    def full(*arguments: Any, **more: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    changes: dict[str, Any] = {"run__dir": str(tmp_path), "run__name": "out", "train__max_steps": 1}
+    if "restore" in place:
+        run(world, model_dir, **changes)
+    monkeypatch.setattr(place, full)
+    with pytest.raises(TrainingError, match=f"out of GPU memory while {doing}: `ampo train --dry-run`"):
+        run(world, model_dir, **{**changes, "train__max_steps": 1 if "save" in place else 2})

@@ -29,6 +29,7 @@ URLS = ["http://127.0.0.1:8000/v1"]
     ("changes", "said"),
     [
         ({"rollout__base_urls": URLS}, r'set engine = "vllm"'),
+        (VLLM | {"rollout__served_model_name": "s"}, "served_model_name = 's' .* set base_urls"),
         (VLLM | {"rollout__base_urls": ["gpu1:8000"]}, "is no URL"),
         (VLLM | {"rollout__base_urls": ["http://user:sesame@gpu1/v1"]}, "carries no key"),
         (VLLM | {"rollout__vllm_args__max_num_seqs": 4}, "rollout.batch_size says it"),
@@ -41,6 +42,23 @@ def test_keys_that_do_not_go_together_are_refused_by_name(
     with pytest.raises(ConfigError, match=said) as caught:
         config_of(tmp_path, tmp_path, **changes)
     assert "sesame" not in str(caught.value)
+
+
+PROCESS = {"rollout__vllm_sleep": False, "rollout__vllm_args__enforce_eager": True}
+SYNC = {"rollout__sync_dir": "here", "rollout__sync_tolerance": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "idle"),
+    [
+        (PROCESS | SYNC, {"vllm_sleep", "vllm_args", "sync_dir", "sync_tolerance"}),
+        (VLLM | PROCESS | SYNC, set()),
+        (VLLM | PROCESS | SYNC | {"rollout__base_urls": URLS}, {"vllm_sleep", "vllm_args"}),
+        ({"rollout__vllm_sleep": True}, set()),  # as they stand by default
+    ],
+)
+def test_keys_that_nothing_reads_are_known(changes: dict[str, Any], idle: set[str], tmp_path: Path) -> None:
+    assert set(config_of(tmp_path, tmp_path, **changes).rollout.idle) == idle
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,13 @@ def check_plan(
         reporter.warned(
             "rollout.top_p below 1 or top_k above 0: sampler and trainer differ, the ratio is biased"
         )
+    for key, why in rollout.idle.items():
+        reporter.warned(f"rollout.{key} = {getattr(rollout, key)!r} is not read: {why}")
+    if config.guidance.trigger != "never" and config.guidance.k >= rollout.num_generations:
+        reporter.warned(
+            f"guidance.k = {config.guidance.k}: one sample of the student stays in every group, so at most "
+            f"rollout.num_generations - 1 = {rollout.num_generations - 1} traces take places"
+        )
 
 
 def check_store(

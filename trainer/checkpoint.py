@@ -101,6 +101,8 @@ def save(
             _remove(target)
         aside.rename(target)
         sync(folder)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
         raise RunError(f"cannot save {target}: {reason}; older checkpoints are whole") from error

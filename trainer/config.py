@@ -11,12 +11,12 @@ from pydantic import Field, field_validator, model_validator
 
 from precompute.config import (
     BOXED_INSTRUCTION,
+    BaseUrls,
     Positive,
     PrecomputeConfig,
     Section,
     Share,
     checked_engine_args,
-    checked_urls,
 )
 
 NotNegative = Annotated[float, Field(ge=0)]
@@ -73,6 +73,12 @@ SETTLED_VLLM_ARGS = {
 """Argument of `vllm.LLM` -> what settles it."""
 
 
+OF_SYNC = ("sync_dir", "sync_tolerance")
+"""Keys of [rollout] that say how weights reach vllm, a process or servers."""
+OF_PROCESS = ("vllm_gpu_memory_utilization", "vllm_sleep", "vllm_args")
+"""Those of the process that vllm runs in."""
+
+
 class RolloutConfig(Section):
     """[rollout]: how the student samples."""
 
@@ -92,8 +98,9 @@ class RolloutConfig(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
     """transformers draws from the very model that trains. vllm has a copy of it, in a process of its own or
     behind `base_urls`, which is brought up to date after every step and compared with the student."""
-    base_urls: tuple[str, ...] = ()
-    """vllm alone, as all below: servers of the student, e.g. ["http://127.0.0.1:8000/v1"], which see
+    base_urls: BaseUrls = ()
+    """vllm alone, as all below (of those that nothing reads one is warned): servers of the student, e.g.
+    ["http://127.0.0.1:8000/v1"], which see
     `sync_dir` under the same path; empty: a process of its own on the student's device."""
     served_model_name: str | None = None
     """The name that the servers know the student by; None: `student.model`."""
@@ -110,11 +117,6 @@ class RolloutConfig(Section):
     vllm_args: dict[str, Any] = Field(default_factory=dict)
     """More arguments of `vllm.LLM`, as they stand, e.g. {enforce_eager = true}."""
 
-    @field_validator("base_urls")
-    @classmethod
-    def _urls_are_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        return checked_urls(urls)
-
     @field_validator("vllm_args")
     @classmethod
     def _settled_arguments_are_settled(cls, more: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +129,25 @@ class RolloutConfig(Section):
     def _servers_are_vllm(self) -> Self:
         if self.base_urls and self.engine != "vllm":
             raise ValueError('base_urls are servers of vllm: set engine = "vllm", or leave them out')
+        if self.served_model_name is not None and not self.base_urls:
+            raise ValueError(
+                f"served_model_name = {self.served_model_name!r} is the student's name at servers: set "
+                "base_urls, or leave it out"
+            )
         return self
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Key -> why nothing reads it, of those that are set for an engine that does not run; a config that
+        others extend may well hold some."""
+        keys: tuple[str, ...] = ()
+        why = "it is settled at the servers of rollout.base_urls"
+        if self.engine != "vllm":
+            keys, why = (*OF_SYNC, *OF_PROCESS), f'rollout.engine = "{self.engine}" draws the samples'
+        elif self.base_urls:
+            keys = OF_PROCESS
+        set_here = self.model_dump(exclude_defaults=True)
+        return {key: why for key in keys if key in set_here}
 
     max_refills: Count = 0
     """Rounds in which other problems stand in for groups that train nothing, all solved or all failed without

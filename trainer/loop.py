@@ -82,8 +82,10 @@ def train(
     start_from = world.from_first(lambda: find_whole_start(run, config, resume))
     run.check_writable()
     with ExitStack() as stack:
-        parts = assemble(config, run, start_from, reporter, stack, world)
-        done = _resume_state(parts, start_from, changed_store=changed_store)
+        with _in_memory("putting the run together"):
+            parts = assemble(config, run, start_from, reporter, stack, world)
+        with _in_memory(f"taking up the optimizer of {start_from}"):
+            done = _resume_state(parts, start_from, changed_store=changed_store)
         stack.enter_context(run.held())
         world.from_first(lambda: check_unchanged(run, config, resume, start_from))
         goes_on = start_from is not None and start_from.parent == run.checkpoints
@@ -172,6 +174,18 @@ def _explained(run: RunFiles, step: Position, saved: Path | None) -> Iterator[No
         raise TrainingError(
             f"{step}: out of GPU memory; lower train.max_tokens_per_microbatch or rollout.batch_size "
             f"(both leave the result as it is), or set student.gradient_checkpointing; {where}"
+        ) from error
+
+
+@contextmanager
+def _in_memory(doing: str) -> Iterator[None]:
+    """Says in one line that what comes before and after steps does not fit into the GPU's memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of GPU memory while {doing}: `ampo train --dry-run` tells what takes how much, and the "
+            "settings that fit"
         ) from error
 
 
@@ -290,14 +304,15 @@ def save(parts: Parts, done: Position) -> Path:
         problems_fingerprint=parts.problems_fingerprint,
         store=parts.usable,
     )
-    path = checkpoint.save(
-        parts.run.checkpoints,
-        parts.policy,
-        optimizer_at(parts, done),
-        state,
-        keep_last=parts.config.run.keep_last,
-        world=parts.world,
-    )
+    with _in_memory(f"saving {done} (older checkpoints in {parts.run.checkpoints} are whole)"):
+        path = checkpoint.save(
+            parts.run.checkpoints,
+            parts.policy,
+            optimizer_at(parts, done),
+            state,
+            keep_last=parts.config.run.keep_last,
+            world=parts.world,
+        )
     parts.reporter.saved(path)
     return path
 

@@ -39,6 +39,8 @@ from trainer.groups import Group, Sample
 from trainer.guidance import QueryRow
 
 logger = logging.getLogger("ampo")
+# Warnings come before a run has its file: Python would repeat them on stderr beside the console's.
+logger.addHandler(logging.NullHandler())
 
 ROLLOUT_SCHEMA = pa.schema(
     [

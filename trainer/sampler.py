@@ -19,7 +19,7 @@ from precompute.engines import Completion, Engine, Requests, Sampling
 from precompute.engines.select import resolve_engine
 from precompute.engines.transformers_engine import TransformersEngine
 from precompute.engines.vllm_engine import VllmEngine, VllmProcess, llm_options
-from store.errors import ConfigError
+from store.errors import ConfigError, EngineError
 from trainer.config import Config, StudentConfig
 from trainer.distributed import ALONE, World
 from trainer.handover import Handover, place_for
@@ -261,7 +261,11 @@ def load_vllm(config: Config, policy: Policy, handover: Handover, *, max_length:
     """The student in a process of its own, on the student's device."""
     base = handover.write_base() if config.student.load_in_4bit else None
     process = VllmProcess(vllm_environment(policy.device, os.environ))
-    process.load(vllm_options(config, policy.dtype, base, max_length=max_length))
+    process.load(
+        vllm_options(config, policy.dtype, base, max_length=max_length),
+        given=config.rollout.vllm_args,
+        named="rollout.vllm_args",
+    )
     if base is not None:
         handover.remove(base)
     return VllmEngine(
@@ -288,7 +292,12 @@ def _servers(config: Config, policy: Policy, *, max_length: int, tells: bool) ->
         base_urls=rollout.base_urls,
         served_model_name=rollout.served_model_name,
     )
-    return VllmServers(servers, policy.tokenizer, max_length=max_length, report=LOGGER.warning, tells=tells)
+    try:
+        return VllmServers(
+            servers, policy.tokenizer, max_length=max_length, report=LOGGER.warning, tells=tells
+        )
+    except EngineError as error:
+        raise EngineError(f"rollout.base_urls: {error}") from error
 
 
 def vllm_options(config: Config, dtype: torch.dtype, base: Path | None, *, max_length: int) -> dict[str, Any]:

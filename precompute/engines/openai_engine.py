@@ -62,7 +62,7 @@ def survey(teacher: TeacherConfig) -> Survey:
             except openai.APIStatusError as error:
                 raise _refused(url, error, teacher) from None
     if not models:
-        raise EngineError(f"no server answers: {_listed(gone)}; start one, or choose others with --teacher")
+        raise EngineError(f"no server answers: {_listed(gone)}; start one, or give others as base_urls")
     lengths = [length for model in models.values() if (length := getattr(model, "max_model_len", None))]
     return Survey(
         version=", ".join(sorted(versions)),

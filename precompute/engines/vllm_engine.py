@@ -8,6 +8,7 @@ parent dies: vLLM's own engine process outlives a parent that was killed.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -67,7 +68,7 @@ class VllmEngine:
         """
         stop_ids = stop_ids_of(teacher.model, teacher.revision, tokenizer)
         process = VllmProcess()
-        process.load(llm_options(teacher, max_length=max_length))
+        process.load(llm_options(teacher, max_length=max_length), given=teacher.vllm_args)
         return cls(
             process, tokenizer, stop_ids=stop_ids, max_length=max_length, batch_size=teacher.batch_size
         )
@@ -155,11 +156,20 @@ class VllmProcess:
         """Of the process."""
         return self._process.pid
 
-    def load(self, options: dict[str, Any]) -> None:
-        """Returns when the model is loaded; EngineError, with the process ended, when it cannot be."""
+    def load(
+        self, options: dict[str, Any], *, given: Mapping[str, Any] | None = None, named: str = "vllm_args"
+    ) -> None:
+        """Returns when the model is loaded; EngineError, with the process ended, when it cannot be.
+
+        Args:
+            given: those of `options` that the user wrote under the key `named`; where vllm's words name one,
+                or its value, it is the culprit.
+        """
         try:
             self._exchange(options)
         except VllmError as error:
+            if culprit := _culprit(str(error), given or {}):
+                raise EngineError(f"{named}.{culprit}: vllm says: {error}") from None
             raise cannot_load(options["model"], str(error)) from None
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -251,6 +261,13 @@ class VllmProcess:
 
 class VllmError(EngineError):
     """vLLM's own words for what it could not do."""
+
+
+def _culprit(reason: str, given: Mapping[str, Any]) -> str | None:
+    """`argument = value` of what vllm complains of: by its name, or else by its value under another name."""
+    named = [key for key in given if re.search(rf"\b{re.escape(key)}\b", reason)]
+    valued = [key for key, value in given.items() if f" = {value!r}: " in reason]
+    return next((f"{key} = {given[key]!r}" for key in (*named, *valued)), None)
 
 
 def llm_options(teacher: TeacherConfig, *, max_length: int) -> dict[str, Any]:

@@ -159,8 +159,12 @@ def _pack_tied_heads(model: Any) -> None:
 
 def _reason(error: Exception) -> str:
     """In one line; of a pydantic error the first thing that is wrong, without its long heading."""
-    text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-    return " ".join(text.removeprefix("Value error, ").split())[:400] or type(error).__name__
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())[:400] or type(error).__name__
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    text = " ".join(first["msg"].removeprefix("Value error, ").split())[:400]
+    return f"{where} = {first['input']!r:.60}: {text}" if where else text
 
 
 def _generate(served: Served, inbox: Inbox, sampling: Sampling, stop_ids: list[int]) -> Iterator[Finished]:
