@@ -60,7 +60,7 @@ def inspect_queries(
         console.print(f"the last {len(shown)} of {len(questions)} questions; --limit 0 shows all")
     filtered = (step, problem, teacher) != (None, None, None)
     line = summary_line(summary_of(questions), filtered=filtered)
-    console.print(f"{files.root.name}: {line}", highlight=False, soft_wrap=True)
+    console.print(f"{files.root.name}: {line}", highlight=False)
 
 
 def _problem_texts(config: Config) -> dict[str, str]:

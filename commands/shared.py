@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from trainer.config import Config
 
+UNFOLDED = 100_000
+"""Characters of a line, where no terminal sets an end to it."""
 ConfigOption = Annotated[
     str | None, typer.Option("--config", "-c", help="A TOML file; without it the defaults alone.")
 ]
@@ -48,9 +51,13 @@ def print_config(console: Console, config: Config) -> None:
 
 
 def console_of(*, stderr: bool = False) -> Console:
+    """As wide as the terminal, or as COLUMNS says; in a file or a pipe nothing is cut or folded."""
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    console = Console(stderr=stderr)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = UNFOLDED
+    return console
 
 
 def escaped(text: str) -> str:

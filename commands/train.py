@@ -112,7 +112,7 @@ def _show_dry_run(settings: Config, file: str | None, gpu: str, processes: int) 
 def _say_done(console: Console, run: Path, last: str) -> None:
     shown = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
     console.print(
-        f"done: {last}. Look: ampo inspect run {shown}   ampo inspect store queries {shown}",
+        f"done: {last}. Look:\n  ampo inspect run {shown}\n  ampo inspect store queries {shown}",
         highlight=False,
         soft_wrap=True,
     )

@@ -13,6 +13,7 @@ from precompute.outcome import PrecomputePlan, PrecomputeReport, ProblemsSummary
 from precompute.probe import Expectation, Probe
 from precompute.refilter import RefilterReport
 from precompute.solution import closing, find_answer, opening, to_form
+from store.table_forms import Fitting, fitting
 from store.tables import coverage_table, plain_table
 
 
@@ -35,8 +36,9 @@ def report_tables(report: PrecomputeReport) -> Group:
             f"{teacher.new_tokens / teacher.seconds:,.0f}" if teacher.new_tokens else "-",
             f"{teacher.seconds:.1f} s",
         )
+    shown = fitting(table, ("engine", "problems", "tokens/s", "filtered", "tokens"))
     return Group(
-        Text(problems_line(report.problems)), table, coverage_table(dict(enumerate(report.coverage)))
+        Text(problems_line(report.problems)), shown, coverage_table(dict(enumerate(report.coverage)))
     )
 
 
@@ -56,12 +58,12 @@ def plan_tables(plan: PrecomputePlan, *, student_form: AnswerForm) -> Group:
     return Group(*parts)
 
 
-def _plan_table(plan: PrecomputePlan) -> Table:
+def _plan_table(plan: PrecomputePlan) -> Fitting:
     table = plain_table(f"plan for {plan.store}")
     table.add_column("teacher", no_wrap=True)
     table.add_column("engine", no_wrap=True)
-    for name in ("samples", "there", "usable", "left", "tokens at most", "longest prompt", "weights"):
-        table.add_column(name, justify="right")
+    for name in ("samples", "there", "usable", "left", "tokens\nat most", "longest\nprompt", "weights"):
+        table.add_column(name, justify="right", no_wrap=True)
     for teacher in plan.teachers:
         size = "-" if teacher.weight_bytes is None else f"{teacher.weight_bytes / 2**20:,.1f} MiB"
         table.add_row(
@@ -75,7 +77,7 @@ def _plan_table(plan: PrecomputePlan) -> Table:
             f"{teacher.longest_prompt:,}",
             size,
         )
-    return table
+    return fitting(table, ("weights", "engine", "longest\nprompt", "usable"))
 
 
 def _probe_tables(plan: PrecomputePlan) -> list[RenderableType]:

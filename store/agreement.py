@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.console import Group
 from rich.text import Text
 
+from store.table_forms import fitting
 from store.tables import plain_table
 from store.trace_store import TraceStore
 
@@ -88,8 +89,8 @@ def agreement_tables(pairs: Sequence[Agreement]) -> Group | Text:
     table = plain_table("pairs of teachers, over the problems that both tried")
     for name in ("one", "other"):
         table.add_column(name, no_wrap=True)
-    for name in ("tried", "both", "only one", "only other", "neither", "agree", "jaccard", "same wrong"):
-        table.add_column(name, justify="right")
+    for name in ("tried", "both", "only\none", "only\nother", "neither", "agree", "jaccard", "same\nwrong"):
+        table.add_column(name, justify="right", no_wrap=True)
     for pair in pairs:
         counts = (pair.tried, pair.both, pair.only_one, pair.only_other, pair.neither)
         shares = (pair.agreement, pair.jaccard, pair.same_wrong_share)
@@ -98,7 +99,7 @@ def agreement_tables(pairs: Sequence[Agreement]) -> Group | Text:
         "agree: both or neither solved it; jaccard: solved by both among solved by either; "
         "same wrong: one wrong answer in common, among the problems to which both gave one"
     )
-    return Group(table, Text(explained))
+    return Group(fitting(table, ("jaccard", "tried", "only\none", "only\nother", "neither")), Text(explained))
 
 
 def _share(value: float | None) -> str:

@@ -16,14 +16,16 @@ from rich.progress import (
 def progress_bars(console: Console) -> Progress:
     """Bars with a description, a count, a note (a task field that must be given) and an ETA.
 
-    Where there is no terminal nothing is drawn; the caller prints lines instead.
+    Where there is no terminal nothing is drawn; the caller prints lines instead. A narrow one shows the time
+    that is left and not the time that is gone.
     """
+    elapsed = [TimeElapsedColumn()] if console.width >= 100 else []
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
+        *elapsed,
         TextColumn("ETA"),
         TimeRemainingColumn(),
         console=console,

@@ -10,10 +10,10 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from store.errors import EngineError, StoreError, UserError
 from store.files import whole_file
+from store.table_forms import Fitting, fitting
 from store.tables import plain_table
 from store.trace_store import TraceStore
 from store.views import Views
@@ -92,17 +92,17 @@ def _numbers(values: Sequence[int]) -> dict[str, float]:
     return {"count": len(values), "min": values[0], **named, "max": values[-1], "mean": fmean(values)}
 
 
-def lengths_table(rows: Sequence[Mapping[str, Any]], unit: str) -> Table:
-    """What `length_rows` gave, but for what 80 columns have no room for."""
+def lengths_table(rows: Sequence[Mapping[str, Any]], unit: str) -> Fitting:
+    """What `length_rows` gave."""
     table = plain_table(f"{unit} of a trace")
     table.add_column("teacher", no_wrap=True)
     table.add_column("traces", no_wrap=True)
-    names = [name for name in rows[0] if name not in ("teacher", "traces", "min", "mean")]
+    names = [name for name in rows[0] if name not in ("teacher", "traces")]
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(row["teacher"], row["traces"], *(f"{row[name]:,.0f}" for name in names))
-    return table
+    return fitting(table, ("min", "mean", "p25", "p75", "p5"))
 
 
 def plot_lengths(found: Sequence[TeacherLengths], unit: str, path: Path) -> None:

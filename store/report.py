@@ -33,8 +33,10 @@ class TeacherReport:
     """verdict -> traces; verdicts that do not occur are left out. A cut response may be a `match` that
     is not verified."""
     tokens: int
-    """In the teacher's own tokens, all traces together."""
+    """In the teacher's own tokens, all traces together but those that were not counted."""
     verified_tokens: int
+    uncounted: int
+    """Traces whose tokens nobody counted: imports without a tokenizer."""
 
     @property
     def verified_share(self) -> float:
@@ -42,9 +44,10 @@ class TeacherReport:
         return self.verified / self.traces if self.traces else 0.0
 
     @property
-    def mean_tokens(self) -> float:
-        """Tokens of a trace."""
-        return self.tokens / self.traces if self.traces else 0.0
+    def mean_tokens(self) -> float | None:
+        """Tokens of a trace; None where none were counted."""
+        counted = self.traces - self.uncounted
+        return self.tokens / counted if counted else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +78,8 @@ _TEACHERS = """
            count(*) AS traces, count(*) FILTER (is_correct) AS verified,
            count(*) FILTER (is_correct AND NOT is_usable) AS filtered,
            sum(n_tokens)::BIGINT AS tokens,
-           coalesce(sum(n_tokens) FILTER (is_correct), 0)::BIGINT AS verified_tokens
+           coalesce(sum(n_tokens) FILTER (is_correct), 0)::BIGINT AS verified_tokens,
+           count(*) FILTER (n_tokens = 0) AS uncounted
     FROM idx.traces GROUP BY teacher ORDER BY teacher
 """
 
@@ -124,7 +128,16 @@ def _teacher_reports(store: TraceStore) -> tuple[TeacherReport, ...]:
     verdicts: dict[str, dict[str, int]] = {}
     for row in store.index.rows(_VERDICTS):
         verdicts.setdefault(row["teacher"], {})[row["verdict"]] = row["traces"]
-    counted = ("problems", "covered", "traces", "verified", "filtered", "tokens", "verified_tokens")
+    counted = (
+        "problems",
+        "covered",
+        "traces",
+        "verified",
+        "filtered",
+        "tokens",
+        "verified_tokens",
+        "uncounted",
+    )
     none = dict.fromkeys(counted, 0)
     return tuple(
         TeacherReport(

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from store.records import VERDICTS
 from store.report import StoreReport
+from store.table_forms import Fitting, fitting
 
 
 def plain_table(title: str | None = None) -> Table:
@@ -22,17 +23,18 @@ def plain_table(title: str | None = None) -> Table:
 
 def summary_tables(report: StoreReport) -> Group:
     """Teachers x verdicts, coverage, totals. `covered`: problems with a usable trace; `filtered`: verified
-    traces that a filter holds back; `tokens`: mean."""
-    return Group(_teachers(report), coverage_table(report.coverage), Text(_totals(report)))
+    traces that a filter holds back; `tokens`: mean, `-` where they were never counted."""
+    lines = [_totals(report), *_uncounted(report)]
+    return Group(_teachers(report), coverage_table(report.coverage), Text("\n".join(lines)))
 
 
-def _teachers(report: StoreReport) -> Table:
+def _teachers(report: StoreReport) -> Fitting:
     seen = [verdict for verdict in VERDICTS if any(t.verdicts.get(verdict) for t in report.teachers)]
     held_back = ("filtered",) if report.filtered else ()
     table = plain_table(f"teachers in {report.path}")
     table.add_column("teacher", no_wrap=True)
     for name in ("covered", "traces", "verified", *held_back, *seen, "tokens"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for teacher in report.teachers:
         table.add_row(
             teacher.teacher,
@@ -41,9 +43,9 @@ def _teachers(report: StoreReport) -> Table:
             f"{teacher.verified_share:.1%}",
             *(f"{getattr(teacher, name):,}" for name in held_back),
             *(f"{teacher.verdicts.get(verdict, 0):,}" for verdict in seen),
-            f"{teacher.mean_tokens:.1f}",
+            "-" if teacher.mean_tokens is None else f"{teacher.mean_tokens:.1f}",
         )
-    return table
+    return fitting(table, ("match", *reversed(seen), "traces", "filtered"))
 
 
 def coverage_table(coverage: Mapping[int, int]) -> Table:
@@ -69,14 +71,25 @@ def _totals(report: StoreReport) -> str:
     )
 
 
-def problems_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _uncounted(report: StoreReport) -> list[str]:
+    """Whose tokens are unknown, and how to have them counted."""
+    return [
+        f"{teacher.teacher}: the tokens of {teacher.uncounted:,} traces are unknown, for they were imported "
+        f"without a tokenizer; `ampo store forget {report.path} --teacher {teacher.teacher}`, then "
+        "`ampo store import` with --tokenizer MODEL, counts them"
+        for teacher in report.teachers
+        if teacher.uncounted
+    ]
+
+
+def problems_table(rows: Sequence[Mapping[str, Any]]) -> Fitting:
     """Hardest first."""
     table = plain_table()
     table.add_column("problem_id", no_wrap=True)
-    for name in ("question", "answer", "source"):
-        table.add_column(name, overflow="fold")
-    table.add_column("verified", justify="right")
-    table.add_column("teachers that solved it")
+    for name, least in (("question", 24), ("answer", 6), ("source", 6)):
+        table.add_column(name, overflow="fold", min_width=least)
+    table.add_column("verified", justify="right", no_wrap=True)
+    table.add_column("solved by", min_width=9)
     for row in rows:
         table.add_row(
             row["problem_id"],
@@ -86,15 +99,19 @@ def problems_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['verified']}/{row['traces']}",
             ", ".join(row["teachers"]) or "[red]none[/]",
         )
-    return table
+    return fitting(table, ("source",))
 
 
-def traces_table(rows: Sequence[Mapping[str, Any]], *, full: bool) -> Table:
+def traces_table(rows: Sequence[Mapping[str, Any]], *, full: bool) -> Fitting:
     """Traces side by side; `full` shows their whole text."""
-    table = Table(show_lines=full)
+    table = plain_table()
     table.add_column("problem_id", no_wrap=True)
-    for name in ("teacher", "sample", "verdict", "answer", "tokens", "text"):
-        table.add_column(name, overflow="fold", justify="right" if name in ("sample", "tokens") else "left")
+    table.add_column("teacher", no_wrap=True)
+    table.add_column("sample", justify="right", no_wrap=True)
+    for name, least in (("verdict", 8), ("answer", 6)):
+        table.add_column(name, overflow="fold", min_width=least)
+    table.add_column("tokens", justify="right", no_wrap=True)
+    table.add_column("text", overflow="fold", min_width=32)
     for row in rows:
         colour = "green" if row["is_correct"] else "red"
         table.add_row(
@@ -103,24 +120,34 @@ def traces_table(rows: Sequence[Mapping[str, Any]], *, full: bool) -> Table:
             str(row["sample_index"]),
             f"[{colour}]{row['verdict']}[/]{_held_back(row)}",
             escape(_clip(row["answer"] or "-", 40)),
-            str(row["n_tokens"]),
+            str(row["n_tokens"] or "-"),
             escape(row["text"] if full else _clip(row["text"], 200)),
+            end_section=True,
         )
-    return table
+    return fitting(table, ("sample", "tokens", "problem_id"))
 
 
 def _held_back(row: Mapping[str, Any]) -> str:
     return f"\n[yellow]filtered: {escape(row['filtered'])}[/]" if row["filtered"] else ""
 
 
-def answer_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """The rows of a query; long cells are cut."""
-    table = plain_table()
-    for name in columns:
-        table.add_column(escape(name), overflow="fold")
-    for row in rows:
-        table.add_row(*("[dim]null[/]" if cell is None else escape(_clip(str(cell), 80)) for cell in row))
-    return table
+def answer_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Fitting:
+    """The rows of a query, long cells cut; where columns have no room side by side, one below the other."""
+    shown = [
+        ["[dim]null[/]" if cell is None else escape(_clip(str(cell), 80)) for cell in row] for row in rows
+    ]
+    wide, tall = plain_table(), plain_table()
+    for place, name in enumerate(columns):
+        longest = max(map(len, [name, *(row[place] for row in shown)]))
+        wide.add_column(escape(name), overflow="fold", min_width=min(longest, 12))
+    tall.add_column("column", no_wrap=True)
+    tall.add_column("value", overflow="fold", min_width=12)
+    for row in shown:
+        wide.add_row(*row)
+        for name, cell in zip(columns, row, strict=True):
+            tall.add_row(escape(name), cell)
+        tall.add_section()
+    return Fitting(wide, tall)
 
 
 def _clip(text: str, length: int) -> str:

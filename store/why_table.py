@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
-from rich.table import Table
 
+from store.table_forms import Fitting, fitting
+from store.tables import plain_table
 from store.trace_store import TraceStore
 
 SHOWN_CHARS = 200
@@ -19,13 +20,14 @@ def with_golds(store: TraceStore, rows: Sequence[Mapping[str, Any]]) -> list[dic
     return [{**row, "gold": golds.get(row["problem_id"])} for row in rows]
 
 
-def why_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def why_table(rows: Sequence[Mapping[str, Any]]) -> Fitting:
     """Rows with their gold answers, side by side with what was read in them and why that is the verdict."""
-    table = Table(show_lines=True)
+    table = plain_table()
     for name in ("problem_id", "teacher", "verdict"):
         table.add_column(name, no_wrap=True)
-    for name in ("gold", "read as", "answer", "read as", "why"):
-        table.add_column(name, overflow="fold")
+    for name in ("gold", "read as", "answer", "read as"):
+        table.add_column(name, overflow="fold", min_width=7)
+    table.add_column("why", overflow="fold", min_width=12)
     for row in rows:
         colour = "green" if row["is_correct"] else "red"
         texts = [row[name] for name in ("gold", "parsed_gold", "answer", "parsed_answer")]
@@ -35,8 +37,9 @@ def why_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"[{colour}]{row['verdict']}[/]",
             *("[dim]-[/]" if text is None else escape(text[:SHOWN_CHARS]) for text in texts),
             escape(_why(row)),
+            end_section=True,
         )
-    return table
+    return fitting(table, ("problem_id",))
 
 
 def _why(row: Mapping[str, Any]) -> str:

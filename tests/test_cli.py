@@ -100,6 +100,26 @@ def test_help_loads_nothing_heavy() -> None:
     assert not loaded & {"torch", "transformers", "duckdb", "pyarrow", "pydantic", "numpy", "math_verify"}
 
 
+def test_in_a_pipe_no_line_is_folded(trained: Path) -> None:
+    unset = {name: value for name, value in ENVIRONMENT.items() if name != "COLUMNS"}
+    command = [
+        sys.executable,
+        "-m",
+        "cli",
+        "inspect",
+        "store",
+        "sql",
+        "SELECT repeat('x', 70) AS a, * FROM traces",
+    ]
+    done = subprocess.run(
+        [*command, str(trained.parents[1] / "traces"), "--limit", "1"],
+        env=unset, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    (row,) = (line for line in done.stdout.splitlines() if "x" * 70 in line)
+    assert len(row) > 300
+    assert "match" in row
+
+
 def test_version_is_the_packages() -> None:
     done = ampo("--version")
     assert (done.returncode, done.stdout.split()[0]) == (0, "ampo")

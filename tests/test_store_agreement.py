@@ -70,7 +70,7 @@ def test_rows_and_table_say_it_all(root: Path) -> None:
     }  # fmt: skip
     console = Console(width=80, record=True)
     console.print(agreement_tables(pairs))
-    assert "50.0%    33.3%     50.0%" in console.export_text()
+    assert "50.0%    33.3%  50.0%" in console.export_text()
 
 
 def test_teachers_without_a_common_problem_are_no_pair(tmp_path: Path) -> None:

@@ -42,8 +42,24 @@ def test_the_report_counts_teachers_verdicts_and_tokens(root: Path) -> None:
     assert ada.verdicts == {"match": 3, "mismatch": 1}
     assert (bob.traces, bob.verified, bob.tokens, bob.verified_tokens) == (2, 1, 6, 3)
     assert (bob.problems, bob.covered) == (2, 1)
-    assert (eve.traces, eve.verified_share, eve.mean_tokens, eve.verdicts) == (0, 0.0, 0.0, {})
+    assert (eve.traces, eve.verified_share, eve.mean_tokens, eve.verdicts) == (0, 0.0, None, {})
     assert (report.problems, report.traces, report.verified, report.tokens) == (4, 6, 4, 26)
+
+
+def test_tokens_that_nobody_counted_are_unknown_and_no_zeros(tmp_path: Path) -> None:
+    ada = [trace(0, "ada", n_tokens=5), trace(1, "ada", n_tokens=0)]
+    with TraceStore(make_store(tmp_path / "traces", ada, [trace(0, "bob", n_tokens=0)])) as store:
+        report = store_report(store)
+    # ada: 5 in the one that was counted.
+    assert [(of.mean_tokens, of.uncounted) for of in report.teachers] == [(5.0, 1), (None, 1)]
+    console = Console(width=500)
+    with console.capture() as capture:
+        console.print(summary_tables(report))
+    lines = capture.get().splitlines()
+    assert [line.split()[-1] for line in lines if line.startswith((" ada ", " bob "))] == ["5.0", "-"]
+    told = [line for line in lines if "are unknown" in line]
+    assert [line.split(":")[0] for line in told] == ["ada", "bob"]
+    assert all("--tokenizer" in line and "store forget" in line for line in told)
 
 
 def test_coverage_counts_problems_by_teachers_with_a_verified_trace(root: Path) -> None:

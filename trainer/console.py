@@ -25,6 +25,9 @@ from trainer.tables import estimate_text
 LARGE_CUT_SHARE = 0.25
 """A warning is due when a larger share of the samples is cut."""
 
+WIDE = 120
+"""Columns of a terminal from which on a step is a line with the names in it; below, names stand above."""
+
 LONGEST_CELL = 220
 """Characters of a response that a table shows; the run's rollouts hold all of it."""
 
@@ -39,6 +42,7 @@ class ConsoleReporter:
         self._progress = progress_bars(console)
         self._sampling: TaskID | None = None
         self._warmup: TaskID | None = None
+        self._under_heads = False
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -71,7 +75,7 @@ class ConsoleReporter:
     def stepped(self, row: dict[str, Any], groups: list[Group]) -> None:
         """The live line, and every n steps a table of sample completions."""
         self._progress.update(self._task, completed=row["step"], note=f"solved {row['accuracy']:.0%}")
-        self._say(step_line(row, self.max_steps))
+        self._say_step(row)
         cut = row["completions/clipped_ratio"]
         if cut > LARGE_CUT_SHARE:
             self.warned(
@@ -79,6 +83,7 @@ class ConsoleReporter:
             )
         every = self.config.log_completions_every
         if every and row["step"] % every == 0:
+            self._under_heads = False
             self.console.print(completions_table(row["step"], groups, self.config.num_completions_to_print))
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
@@ -87,7 +92,8 @@ class ConsoleReporter:
         passes = "  ".join(f"pass@{k} {estimate_text(found)}" for k, found in score.pass_at.items())
         self._say(
             f"eval step {step}: {passes}  length {score.mean_length:.0f} "
-            f"({score.problems} problems x {evaluation.n} samples)"
+            f"({score.problems} problems x {evaluation.n} samples)",
+            soft_wrap=False,
         )
 
     def sampling(self, label: str, done: int, total: int) -> None:
@@ -109,11 +115,24 @@ class ConsoleReporter:
 
     def warned(self, text: str) -> None:
         logger.warning(text)
+        self._under_heads = False
         self.console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, *, soft_wrap: bool = True) -> None:
         logger.info(text)
-        self.console.print(escape(text), highlight=False, soft_wrap=True)
+        self._under_heads = False
+        self.console.print(escape(text), highlight=False, soft_wrap=soft_wrap)
+
+    def _say_step(self, row: dict[str, Any]) -> None:
+        line = step_line(row, self.max_steps)
+        if self.console.width >= WIDE:
+            self._say(line)
+            return
+        logger.info(line)
+        if not self._under_heads:
+            self.console.print(STEP_HEADS, style="dim", highlight=False)
+            self._under_heads = True
+        self.console.print(step_cells(row), highlight=False)
 
 
 def reporter_of(world: World, console: Console, config: RunConfig) -> AbstractContextManager[TrainReporter]:
@@ -130,6 +149,19 @@ def step_line(row: dict[str, Any], max_steps: int) -> str:
         f"solved {row['accuracy']:4.0%}  all-fail {row['groups/all_fail']:4.0%}  {asked:<18} "
         f"loss {_number(row['loss'])}  entropy {_number(row['entropy'])}  "
         f"len {row['completions/mean_length']:.0f}  {row['seconds/step']:.1f} s"
+    )
+
+
+STEP_HEADS = " step  reward  solved  all-fail  asked   hit    loss  entropy    len    time"
+
+
+def step_cells(row: dict[str, Any]) -> str:
+    """The same numbers, each below its name in STEP_HEADS."""
+    hit = row["store/hit_rate"]
+    return (
+        f"{row['step']:5}  {row['reward']:6.3f}  {row['accuracy']:6.0%}  {row['groups/all_fail']:8.0%}  "
+        f"{row['store/queries']:5.0f}  {'-' if hit is None else f'{hit:.0%}':>4}  {_number(row['loss'])}  "
+        f" {_number(row['entropy'])}  {row['completions/mean_length']:5.0f}  {row['seconds/step']:4.1f} s"
     )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from rich.console import Group as RenderGroup
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from store.table_forms import Fitting, fitting
 from store.tables import plain_table
 from trainer.evaluation import COVERAGE, Estimate, Evaluation, Score
 from trainer.inspection import QuerySummary, Question, curve, evaluation_rows
@@ -35,14 +38,14 @@ CURVES = (
 )
 
 
-def queries_table(questions: Sequence[Question], problem_texts: Mapping[str, str]) -> Table:
+def queries_table(questions: Sequence[Question], problem_texts: Mapping[str, str]) -> Fitting:
     """A block a question: its candidates, best first, and which of them were used."""
     table = plain_table("what the trainer asked the store")
     table.add_column("step", justify="right")
-    table.add_column("problem", overflow="fold")
-    table.add_column("teacher")
+    table.add_column("problem", overflow="fold", min_width=20)
+    table.add_column("teacher", no_wrap=True)
     for name in ("rank", "exp(s)", "s", "tokens"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("used")
     for question in questions:
         text = problem_texts.get(question.problem_id)
@@ -51,7 +54,7 @@ def queries_table(questions: Sequence[Question], problem_texts: Mapping[str, str
         for (step, problem), row in zip(heads, question.candidates or ({},), strict=True):
             table.add_row(step, problem, *_candidate_cells(row))
         table.add_section()
-    return table
+    return fitting(table, ("rank", "tokens", "s"))
 
 
 def _candidate_cells(row: Mapping[str, Any]) -> list[str]:
@@ -95,33 +98,52 @@ def curves_table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-COMPARED = (
-    "accuracy",
-    "groups/all_fail",
-    "reward",
-    "entropy",
-    "completions/mean_length",
-    "store/queries",
-    "grad_norm",
-    "tokens_per_second/sampled",
-    "tokens_per_second/trained",
-    "memory/peak_mib",
-    "seconds/step",
-)
+COMPARED = {
+    "accuracy": "solved",
+    "groups/all_fail": "all-fail",
+    "reward": "reward",
+    "entropy": "entropy",
+    "completions/mean_length": "length",
+    "store/queries": "asked",
+    "grad_norm": "grad",
+    "tokens_per_second/sampled": "sampled/s",
+    "tokens_per_second/trained": "trained/s",
+    "memory/peak_mib": "MiB",
+    "seconds/step": "s/step",
+}
+"""Metric -> its head where the runs are rows."""
 
 
-def comparison_table(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Table:
-    """Several runs side by side: where each ended, as the mean over its last tenth of steps."""
-    table = plain_table("runs side by side (mean of the last tenth of steps)")
-    table.add_column("", no_wrap=True)
+def comparison_table(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Fitting:
+    """Several runs side by side: where each ended, as the mean over its last tenth of steps. A column a run;
+    where these are too wide, a row a run."""
+    ends = {name: _end_of(rows) for name, rows in runs.items()}
+    metrics = [metric for metric in COMPARED if any(end[metric] is not None for end in ends.values())]
+    title = "runs side by side (mean of the last tenth of steps)"
+    wide, tall = plain_table(title), plain_table(title)
+    wide.add_column("", no_wrap=True)
+    tall.add_column("run", overflow="fold", min_width=_name_width(runs))
     for name in runs:
-        table.add_column(escape(name), justify="right", overflow="fold")
-    table.add_row("step", *(str(max((row["step"] for row in rows), default=0)) for rows in runs.values()))
-    for metric in COMPARED:
-        found = [curve(rows, metric)[1] for rows in runs.values()]
-        if any(found):
-            table.add_row(metric, *(_number(mean_of_last_tenth(values)) for values in found))
-    return table
+        wide.add_column(escape(name), justify="right")
+    for head in ("step", *(COMPARED[metric] for metric in metrics)):
+        tall.add_column(head, justify="right", no_wrap=True)
+    wide.add_row("step", *(_number(end["step"]) for end in ends.values()))
+    for metric in metrics:
+        wide.add_row(metric, *(_number(end[metric]) for end in ends.values()))
+    for name, end in ends.items():
+        tall.add_row(escape(name), *(_number(end[metric]) for metric in ("step", *metrics)))
+    return Fitting(wide, *fitting(tall, ("MiB", "sampled/s", "trained/s", "grad", "reward", "step")).forms)
+
+
+def _end_of(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """What to compare, by metric, and the last `step`."""
+    last = max((row["step"] for row in rows), default=0)
+    return {"step": last} | {name: mean_of_last_tenth(curve(rows, name)[1]) for name in COMPARED}
+
+
+def _name_width(runs: Collection[str]) -> int:
+    """What a column of the runs' names is not folded below."""
+    return min(max(map(len, runs), default=3), 30)
 
 
 def mean_of_last_tenth(values: Sequence[float]) -> float | None:
@@ -132,7 +154,8 @@ def mean_of_last_tenth(values: Sequence[float]) -> float | None:
 
 def _number(value: float | None) -> str:
     """As many digits as tell something."""
-    return "-" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"
+    whole = value is not None and (isinstance(value, int) or abs(value) >= 100)
+    return "-" if value is None else f"{value:,.0f}" if whole else f"{value:.3f}"
 
 
 def time_line(rows: Sequence[dict[str, Any]]) -> str:
@@ -147,32 +170,33 @@ def time_line(rows: Sequence[dict[str, Any]]) -> str:
     return f"a step takes {whole / steps:.1f} s: {', '.join([*shown, f'the rest {rest:.0%}'])}"
 
 
-def evaluations_table(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Table:
+def evaluations_table(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Fitting:
     """Held-out evaluations of one or several runs."""
     found = {name: evaluation_rows(rows) for name, rows in runs.items()}
     # Those of single sources (eval/aime/pass@1) would make it too wide; --json has them.
     names = {key for rows in found.values() for row in rows for key in row if key.count("/") == 1}
     metrics = sorted(names)
     table = plain_table("held-out evaluation")
-    table.add_column("run")
+    table.add_column("run", overflow="fold", min_width=_name_width(runs))
     table.add_column("step", justify="right")
     for metric in metrics:
-        table.add_column(metric.removeprefix("eval/"), justify="right")
+        table.add_column(metric.removeprefix("eval/"), justify="right", no_wrap=True)
     for name, rows in found.items():
         for row in rows:
-            table.add_row(name, str(row["step"]), *(_cell(row.get(metric)) for metric in metrics))
+            table.add_row(escape(name), str(row["step"]), *(_cell(row.get(metric)) for metric in metrics))
         table.add_section()
-    return table
+    averages = (name for name in names if name.startswith("eval/avg@"))  # which is pass@1
+    return fitting(table, [*(name.removeprefix("eval/") for name in averages), "cut_share", "mean_length"])
 
 
-def evaluation_table(model: str, evaluation: Evaluation) -> Table:
+def evaluation_table(model: str, evaluation: Evaluation) -> RenderGroup:
     """One evaluation by `ampo eval`: a row a source, and one for all problems."""
     overall, sources = evaluation.overall, evaluation.sources
     table = plain_table(model)
-    table.add_column("source", overflow="fold")
+    table.add_column("source", overflow="fold", min_width=8)
     passes = [f"pass@{k}" for k in overall.pass_at if k > 1]
     for name in ("problems", "n", "avg@n", *passes, "tokens", "cut"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for source, score in sources.items():
         table.add_row(escape(source) or "-", *_score_cells(score))
     if sources:
@@ -180,8 +204,10 @@ def evaluation_table(model: str, evaluation: Evaluation) -> Table:
         means = (f"{value:.3f}" for value in evaluation.mean_of_sources.values())
         table.add_row("mean", "", "", *means, "", "")
     table.add_row("all", *_score_cells(overall), style="bold")
-    table.caption = escape(f"[ ]: {COVERAGE:.0%} interval, bootstrap over problems; avg@n is pass@1")
-    return table
+    explained = f"[ ]: {COVERAGE:.0%} interval, bootstrap over problems; avg@n is pass@1"
+    return RenderGroup(
+        fitting(table, ("cut", "tokens", "problems", *passes[:-1])), Text(explained, style="dim")
+    )
 
 
 def _score_cells(score: Score) -> list[str]:
