@@ -6,12 +6,11 @@ import gc
 import os
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
-
-import torch
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -25,12 +24,15 @@ RETURNED_AT_ONCE = {
 
 
 def alone(way: Callable[[A], T], argument: A, **environment: str) -> T:
-    """`way(argument)` in a fresh process, so that its memory and caches are its own."""
+    """`way(argument)` in a fresh process, so that its memory and caches are its own.
+
+    Raises what `way` raises, and BrokenProcessPool for a process that dies, its own error on stderr.
+    """
     before = dict(os.environ)
     os.environ |= environment
     try:
-        with get_context("spawn").Pool(1) as pool:
-            return pool.apply(way, (argument,))
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(way, argument).result()
     finally:
         os.environ.clear()
         os.environ |= before
@@ -45,6 +47,8 @@ class Peak:
 @contextmanager
 def peak_growth() -> Iterator[Peak]:
     """Of the accelerator where there is one, otherwise resident (Linux)."""
+    import torch  # here, for a benchmark that measures what does without
+
     peak = Peak()
     gc.collect()
     if torch.cuda.is_available():

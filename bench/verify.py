@@ -20,15 +20,14 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
+from bench.measure import alone
 from precompute.data_files import data_rows
 from precompute.solution import find_answer
 from precompute.verify import Verifier
@@ -40,7 +39,6 @@ SLIPS = 8
 
 PROCESSES = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 
-T = TypeVar("T")
 PairOfTexts = tuple[str, str]
 """(response, gold)"""
 
@@ -82,12 +80,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--many", type=int, default=100_000)
     return parser.parse_args()
-
-
-def alone(way: Callable[[T], Measured], argument: T) -> Measured:
-    """`way(argument)` in a fresh process, so that its memory and caches are its own."""
-    with get_context("spawn").Pool(1) as pool:
-        return pool.apply(way, (argument,))
 
 
 def plain_loop(pairs: Sequence[PairOfTexts]) -> Measured:

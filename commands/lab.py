@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from commands.progress import Meter
 from commands.shared import console_of
 
 app = typer.Typer(no_args_is_help=True, help="The bundled lab of tiny models, and a published one.")
@@ -40,4 +41,6 @@ def lab_real(
     """
     from lab.real_model import build_real_model
 
-    typer.echo(f"{build_real_model(out)} holds Gemma 3 270M")
+    with Meter("reading weights") as progress:
+        build_real_model(out, progress)
+    typer.echo(f"{out} holds Gemma 3 270M")

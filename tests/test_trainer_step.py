@@ -21,7 +21,14 @@ from trainer.groups import Group, Sample, place_guidance
 from trainer.objective import LOSS_TYPES
 from trainer.optimizer import make_optimizer
 from trainer.policy import Policy, WithoutAdapters, load_policy
-from trainer.step import NotFiniteError, Updater, UpdateReport, member_advantages, sequences_of
+from trainer.step import (
+    NotFiniteError,
+    Updater,
+    UpdateReport,
+    mean_report,
+    member_advantages,
+    sequences_of,
+)
 
 PROBLEM = Problem(question="2+2", answer="4")
 
@@ -211,12 +218,26 @@ def test_the_samplers_log_probabilities_are_compared_with_the_trainers() -> None
     assert made.optimizer_step(rows).sampler_difference is None
 
 
+def test_what_student_tokens_tell_is_unknown_without_one_and_is_no_zero() -> None:
+    rows = sequences(0)
+    made = updater(TrainConfig())
+    without = made.optimizer_step([row for row in rows if row.is_teacher])
+    assert (without.entropy, without.kl, without.clip_low, without.clip_high) == (None, None, None, None)
+    assert without.loss != 0
+    # The mean over two optimizer steps is that of the one that had student tokens.
+    with_some = made.optimizer_step(rows)
+    assert with_some.entropy is not None
+    assert mean_report([without, with_some]).entropy == with_some.entropy
+
+
 def test_the_entropy_bonus_raises_entropy() -> None:
     row = TrainSequence(prompt_ids=(2,), response_ids=(9, 1), advantage=1e-9, is_teacher=False)
     made = updater(TrainConfig(learning_rate=1e-2, entropy_coef=1.0))
     before = made.optimizer_step([row]).entropy
     for _ in range(3):
         report = made.optimizer_step([row])
+    assert report.entropy is not None
+    assert before is not None
     assert report.entropy > before
 
 

@@ -25,17 +25,17 @@ from trainer.sharding import whole_tensor, whole_weights
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateReport:
     """What an update did: means over an optimizer step's student tokens that carry a gradient, then over the
-    optimizer steps."""
+    optimizer steps that have such tokens; None where none has."""
 
     loss: float
     """Mean over the optimizer steps."""
     grad_norm: float
     """Before clipping, mean over the optimizer steps."""
-    entropy: float
-    kl: float
-    clip_low: float
+    entropy: float | None
+    kl: float | None
+    clip_low: float | None
     """Share of student tokens that clipping holds back: ratio below 1 - eps_low, advantage negative."""
-    clip_high: float
+    clip_high: float | None
     """Share of student tokens that clipping holds back: ratio above 1 + eps_high, advantage positive."""
     tokens: int
     """Response tokens that carried a gradient."""
@@ -100,7 +100,7 @@ class Updater:
         # The first optimizer step updates the very policy that sampled: its old log-probs are its own.
         old = [None, *(self._old_logprobs(self._share(self._trained_on(batch))) for batch in live[1:])]
         reports = [self.optimizer_step(batch, logprobs) for batch, logprobs in zip(live, old, strict=False)]
-        return _mean_report(reports)
+        return mean_report(reports)
 
     def optimizer_step(
         self, sequences: Sequence[TrainSequence], old_logprobs: Sequence[Tensor] | None = None
@@ -126,14 +126,14 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.model.eval()
         computed = count_sequences(trained, self.max_completion_length)
-        tokens = max(computed.student_tokens, 1)
+        tokens = computed.student_tokens
         return UpdateReport(
             loss=loss,
             grad_norm=float(norm),
-            entropy=sum(part.entropy for part in parts) / tokens,
-            kl=sum(part.kl for part in parts) / tokens,
-            clip_low=sum(part.clip_low for part in parts) / tokens,
-            clip_high=sum(part.clip_high for part in parts) / tokens,
+            entropy=_total([part.entropy for part in parts], tokens),
+            kl=_total([part.kl for part in parts], tokens),
+            clip_low=_total([part.clip_low for part in parts], tokens),
+            clip_high=_total([part.clip_high for part in parts], tokens),
             tokens=computed.tokens,
             optimizer_steps=1,
             sampler_difference=_total([part.sampler_difference for part in parts], tokens),
@@ -292,22 +292,29 @@ def count_sequences(sequences: Sequence[TrainSequence], max_completion_length: i
 
 
 def _total(sums: Sequence[float | None], count: int) -> float | None:
-    """The mean over `count`; None when any sum is unknown."""
+    """The mean over `count`; None when any sum is unknown, or nothing was counted."""
     known = [each for each in sums if each is not None]
-    return sum(known) / count if known and len(known) == len(sums) else None
+    return sum(known) / count if count and len(known) == len(sums) else None
 
 
-def _mean_report(reports: Sequence[UpdateReport]) -> UpdateReport:
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of those that exist."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def mean_report(reports: Sequence[UpdateReport]) -> UpdateReport:
+    """What a sampling step's optimizer steps did, in one."""
     n = max(len(reports), 1)
     return UpdateReport(
         loss=sum(report.loss for report in reports) / n,
         grad_norm=sum(report.grad_norm for report in reports) / n,
-        entropy=sum(report.entropy for report in reports) / n,
-        kl=sum(report.kl for report in reports) / n,
-        clip_low=sum(report.clip_low for report in reports) / n,
-        clip_high=sum(report.clip_high for report in reports) / n,
+        entropy=_mean([report.entropy for report in reports]),
+        kl=_mean([report.kl for report in reports]),
+        clip_low=_mean([report.clip_low for report in reports]),
+        clip_high=_mean([report.clip_high for report in reports]),
         tokens=sum(report.tokens for report in reports),
         optimizer_steps=len(reports),
-        sampler_difference=_total([report.sampler_difference for report in reports], n),
-        sampler_capped=_total([report.sampler_capped for report in reports], n),
+        sampler_difference=_mean([report.sampler_difference for report in reports]),
+        sampler_capped=_mean([report.sampler_capped for report in reports]),
     )
