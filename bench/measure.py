@@ -5,12 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
+
+from rich.table import Table
+
+from store.tables import plain_table
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -36,6 +40,21 @@ def alone(way: Callable[[A], T], argument: A, **environment: str) -> T:
     finally:
         os.environ.clear()
         os.environ |= before
+
+
+def ways_table(
+    title: str, case: str, found: Mapping[str, Mapping[str, T]], figures: Mapping[str, Callable[[T], str]]
+) -> Table:
+    """A row for each way of each case. `case`: the head of their names; `figures`: the other heads."""
+    drawn = plain_table(title)
+    for name in (case, "way"):
+        drawn.add_column(name, no_wrap=True)
+    for name in figures:
+        drawn.add_column(name, justify="right", no_wrap=True)
+    for name, ways in found.items():
+        for way, measured in ways.items():
+            drawn.add_row(name, way, *(figure(measured) for figure in figures.values()))
+    return drawn
 
 
 class Peak:

@@ -20,24 +20,22 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from bench.measure import alone
+from bench.measure import alone, ways_table
 from precompute.engines import Request, Sampling
 from precompute.engines.checks import eos_ids
 from precompute.engines.rows import left_padded
 from precompute.engines.transformers_engine import TransformersEngine
 from precompute.problems import load_problems
 from precompute.prompts import render_prompt
-from store.tables import plain_table
 
 PROBLEMS = "lab/problems/train.jsonl"
 SAMPLES = 8
@@ -78,7 +76,7 @@ def main() -> None:
         }
         for model in options.models
     }
-    Console().print(table(found))
+    Console().print(ways_table("drawing a step's samples", "model", found, FIGURES))
     rows = {model: {way: summary(row) for way, row in ways.items()} for model, ways in found.items()}
     print(json.dumps({"bench": "rollouts", **rows}))
 
@@ -194,17 +192,12 @@ WAYS: dict[str, Callable[[Any, Any], Draw]] = {
 }
 
 
-def table(found: Mapping[str, Mapping[str, Measured]]) -> Table:
-    drawn = plain_table("drawing a step's samples")
-    drawn.add_column("model", no_wrap=True)
-    drawn.add_column("way", no_wrap=True)
-    for name in ("tokens", "seconds", "CPU s", "tokens per CPU s"):
-        drawn.add_column(name, justify="right")
-    for model, ways in found.items():
-        for way, row in ways.items():
-            numbers = (f"{row.tokens:,}", f"{row.seconds:.3f}", f"{row.cpu_seconds:.3f}")
-            drawn.add_row(model, way, *numbers, f"{row.tokens / row.cpu_seconds:,.0f}")
-    return drawn
+FIGURES: dict[str, Callable[[Measured], str]] = {
+    "tokens": lambda row: f"{row.tokens:,}",
+    "seconds": lambda row: f"{row.seconds:.3f}",
+    "CPU s": lambda row: f"{row.cpu_seconds:.3f}",
+    "tokens per CPU s": lambda row: f"{row.tokens / row.cpu_seconds:,.0f}",
+}
 
 
 def summary(row: Measured) -> dict[str, float]:

@@ -37,12 +37,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from bench.measure import RETURNED_AT_ONCE, Peak, alone, peak_growth
+from bench.measure import RETURNED_AT_ONCE, Peak, alone, peak_growth, ways_table
 from precompute.config import load_config
-from store.tables import plain_table
 from trainer.assemble import SilentReporter, assemble
 from trainer.config import Config
 from trainer.groups import Sample
@@ -108,7 +106,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         model = model_of(options.size, Path(folder))
         found = {reward: measure(options, reward, model) for reward in options.rewards}
-    Console().print(table(found))
+    Console().print(ways_table("a full training step", "reward", found, FIGURES))
     versions = {name: version(name) for name in ("trl", "transformers", "torch")}
     rows = {reward: {way: summary(row) for way, row in ways.items()} for reward, ways in found.items()}
     shares = {reward: ratios(ways) for reward, ways in found.items()}
@@ -364,24 +362,13 @@ WAYS: dict[str, Callable[[Task], Measured]] = {
 }
 
 
-def table(found: Mapping[str, Mapping[str, Measured]]) -> Table:
-    drawn = plain_table("a full training step")
-    drawn.add_column("reward", no_wrap=True)
-    drawn.add_column("way", no_wrap=True)
-    for name in ("tokens", "seconds", "tokens/s", "CPU s", "peak MiB"):
-        drawn.add_column(name, justify="right")
-    for reward, ways in found.items():
-        for name, way in ways.items():
-            drawn.add_row(
-                reward,
-                name,
-                f"{way.tokens:,}",
-                f"{way.seconds:.2f}",
-                f"{way.tokens_per_second:,.0f}",
-                f"{way.cpu_seconds:.2f}",
-                f"{way.peak_mib:,.1f}",
-            )
-    return drawn
+FIGURES: dict[str, Callable[[Measured], str]] = {
+    "tokens": lambda way: f"{way.tokens:,}",
+    "seconds": lambda way: f"{way.seconds:.2f}",
+    "tokens/s": lambda way: f"{way.tokens_per_second:,.0f}",
+    "CPU s": lambda way: f"{way.cpu_seconds:.2f}",
+    "peak MiB": lambda way: f"{way.peak_mib:,.1f}",
+}
 
 
 def summary(way: Measured) -> dict[str, float]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import resource
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from precompute import pipeline, refilter
 from precompute.config import FiltersConfig, PrecomputeConfig
@@ -23,14 +21,7 @@ from store.trace_store import TraceStore
 LAB = Path(__file__).parents[1] / "lab"
 SHORT = {"max_tokens": 45, "format": True}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A model this small only waits for its other threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(store: Path, **filters: Any) -> PrecomputeConfig:

@@ -40,16 +40,7 @@ TEACHER = TeacherConfig(name="totals", model=MODEL, system_prompt="", max_tokens
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=120)
 PROBLEMS = 128
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A model this small only waits for its other threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
