@@ -25,7 +25,7 @@ from precompute.import_report import ImportCounts, ImportReport
 from precompute.importing import import_traces
 from precompute.refilter import refilter
 from precompute.verify import Verifier
-from store.errors import ConfigError, ProblemsError, RecipeChangedError
+from store.errors import ConfigError, EngineError, ProblemsError, RecipeChangedError
 from store.exporting import ExportOptions, export
 from store.records import Problem, Trace
 from store.trace_store import TraceStore
@@ -241,6 +241,12 @@ def test_a_tokenizer_gives_ids_and_counts(tmp_path: Path, model_dir: Path) -> No
     # One token a character, "so:\boxed{4}" has 12 of them, and the EOS, which is 1.
     assert (counted.n_tokens, counted.token_ids[-1], counted.logprobs) == (13, 1, ())
     assert len(counted.token_ids) == 13
+
+
+def test_a_tokenizer_that_is_none_is_named_by_its_option(tmp_path: Path) -> None:
+    file, gone = jsonl(tmp_path / "plain.jsonl", PLAIN | {"text": "so:\\boxed{4}"}), str(tmp_path / "gone")
+    with pytest.raises(EngineError, match=f"^--tokenizer '{gone}': there is no directory"):
+        bring(file, tmp_path / "traces", tokenizer=gone)
 
 
 def many(path: Path, rows: int) -> Path:
