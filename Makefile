@@ -13,7 +13,7 @@ TEST_PROCESSES ?= 2
 .PHONY: help install demo real test test-slow soak check lab clean
 
 help: ## what the targets do
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@echo "setting up $(VENV): torch, transformers and what else ampo runs on (a minute or two)"
@@ -38,7 +38,7 @@ install: $(VENV)/.base ## set up .venv to use ampo
 
 DEMO := --config configs/lab.toml --set store.path=runs/demo/traces --set run.dir=runs/demo
 
-demo: $(VENV)/.base ## the main job on the bundled lab: teachers, store, training, evaluation, what was asked
+demo: $(VENV)/.base ## the main job on the bundled lab, from teachers to curves
 	@rm -rf runs/demo
 	$(BIN)/ampo precompute teachers $(DEMO)
 	$(BIN)/ampo train $(DEMO) --set run.name=ampo
@@ -47,7 +47,7 @@ demo: $(VENV)/.base ## the main job on the bundled lab: teachers, store, trainin
 	$(BIN)/ampo inspect store queries runs/demo/ampo --limit 6
 	$(BIN)/ampo inspect run runs/demo/ampo runs/demo/grpo --png runs/demo/curves.png
 
-real: $(VENV)/.real ## a few steps on a real pretrained model and real math problems: see the README
+real: $(VENV)/.real ## a few steps of a real pretrained model on real math problems
 	$(BIN)/ampo lab real
 	@rm -rf runs/real
 	$(BIN)/ampo store import lab/real/traces.jsonl --config configs/real.toml
@@ -63,7 +63,7 @@ test: $(VENV)/.dev ## ruff, mypy and every test but the slow ones
 test-slow: $(VENV)/.dev ## what takes longer than CI may
 	$(BIN)/pytest -m slow
 
-soak: $(VENV)/.dev ## kill writers of a store 200 times at random: nothing lost, nothing doubled (about 7 minutes)
+soak: $(VENV)/.dev ## kill a store's writers 200 times at random (about 7 minutes)
 	PYTHONPATH=. $(BIN)/python tests/store_soak.py
 
 check: $(VENV)/.dev ## ruff, ruff format, mypy --strict
@@ -71,13 +71,13 @@ check: $(VENV)/.dev ## ruff, ruff format, mypy --strict
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
-lab: $(VENV)/.base ## make the lab's models and problems again from scratch (about 20 minutes)
+lab: $(VENV)/.base ## make the lab's models and problems anew (about 20 minutes)
 	$(BIN)/ampo lab build lab
 
-bench-learning: $(VENV)/.base ## AMPO against GRPO and random selection on the lab, three seeds (about 8 minutes)
+bench-learning: $(VENV)/.base ## AMPO, GRPO, random selection on the lab (about 8 minutes)
 	$(BIN)/python -m bench.learning
 
-bench-trainer: $(VENV)/.base ## scores, rollouts and a full step, side by side with others (about 15 minutes)
+bench-trainer: $(VENV)/.base ## scores, rollouts, a step beside others' (about 15 minutes)
 	@$(PIP) --editable ".[plot,bench]"
 	$(BIN)/python -m bench.comprehension
 	$(BIN)/python -m bench.rollouts

@@ -64,21 +64,24 @@ def coverage_table(coverage: Mapping[int, int]) -> Table:
 def _totals(report: StoreReport) -> str:
     damaged = f"; {len(report.damaged)} damaged parts left out" if report.damaged else ""
     filtered = f", {report.filtered:,} of them filtered" if report.filtered else ""
+    unknown = not report.tokens and any(teacher.uncounted for teacher in report.teachers)
+    tokens = "unknown" if unknown else f"{report.tokens:,}"
     return (
         f"{report.problems:,} problems, {report.traces:,} traces ({report.verified:,} verified{filtered}), "
-        f"{report.tokens:,} tokens, {report.parts} parts, {report.bytes / 2**20:.1f} MiB{damaged}; "
+        f"{tokens} tokens, {report.parts} parts, {report.bytes / 2**20:.1f} MiB{damaged}; "
         f"judged by {report.manifest.verifier} {report.manifest.verifier_version}"
     )
 
 
 def _uncounted(report: StoreReport) -> list[str]:
     """Whose tokens are unknown, and how to have them counted."""
+    names = [teacher.teacher for teacher in report.teachers if teacher.uncounted]
+    if not names:
+        return []
     return [
-        f"{teacher.teacher}: the tokens of {teacher.uncounted:,} traces are unknown, for they were imported "
-        f"without a tokenizer; `ampo store forget {report.path} --teacher {teacher.teacher}`, then "
-        "`ampo store import` with --tokenizer MODEL, counts them"
-        for teacher in report.teachers
-        if teacher.uncounted
+        f"tokens of {', '.join(names)}: unknown where imported without a tokenizer; to count them,\n"
+        f"  ampo store forget {report.path} --teacher NAME     (each of these)\n"
+        f"  ampo store import FILE {report.path} --tokenizer MODEL"
     ]
 
 
