@@ -101,7 +101,7 @@ def read_traces(config: Config, model: str) -> list[Reading]:
         form = demanded_form(config.student, problems)
         judge = Judge(verifier, answer_form=form, format_weight=config.train.format_weight)
         guide = make_guide(config, store, policy, judge)
-        prompts = fitting_prompts(config, problems, policy, SilentReporter())
+        prompts = fitting_prompts(config, problems, policy.tokenizer, SilentReporter())
         pairs = pairs_of(prompts, guide, store)
         answers = guide.score(pairs)
         own = trace_logprobs(policy, pairs, config.train.max_tokens_per_microbatch)
