@@ -1,6 +1,6 @@
 """Optimizer steps that any number of processes can take; run by torchrun, it writes what the first one saw.
 
-torchrun --standalone --nproc-per-node 2 tests/process_steps.py MODEL OUT
+torchrun --standalone --nproc-per-node 2 tests/process_steps.py MODEL GEMMA OUT
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file
 from test_trainer_step import sequences
 
-from trainer.batch import TrainSequence
+from trainer.batch import TrainSequence, train_batch
 from trainer.config import GuidanceConfig, StudentConfig, TrainConfig
 from trainer.distributed import World, joined
 from trainer.handover import Handover
 from trainer.objective import LOSS_TYPES
 from trainer.optimizer import make_optimizer
 from trainer.policy import Policy, WithoutAdapters, load_policy
-from trainer.sharding import shard, whole_tensor, whole_weights
+from trainer.sharding import place_at_first, shard, whole_tensor, whole_weights
 from trainer.step import Updater
 
 
@@ -68,7 +68,7 @@ def take(case: Case, model: str, world: World) -> dict[str, Any]:
     torch.manual_seed(0)
     student = StudentConfig(model=model, device="cpu", **case.student)
     train = TrainConfig(learning_rate=1e-2, max_grad_norm=1e9, **case.train)
-    policy = load_policy(student, temperature=1.0)
+    policy = load_policy(student, temperature=1.0, place=place_at_first(world))
     shard(policy, world)
     updater = Updater(
         policy,
@@ -103,7 +103,8 @@ def reference(student: StudentConfig, train: TrainConfig, policy: Policy, world:
         return None
     if student.use_peft:
         return WithoutAdapters(policy)
-    other = load_policy(student, temperature=0.7)  # so that there is a KL from the beginning
+    place = place_at_first(world)
+    other = load_policy(student, temperature=0.7, place=place)  # so that there is a KL from the beginning
     other.model.requires_grad_(False)
     shard(other, world)
     return other
@@ -118,7 +119,8 @@ STUDENTS: dict[str, dict[str, Any]] = {
 
 def unusable(model: str, world: World) -> str:
     """What is said of a loss that is no number, whichever process has it."""
-    policy = load_policy(StudentConfig(model=model, device="cpu"), temperature=1.0)
+    student = StudentConfig(model=model, device="cpu")
+    policy = load_policy(student, temperature=1.0, place=place_at_first(world))
     shard(policy, world)
     train = TrainConfig(max_tokens_per_microbatch=1)
     optimizer = make_optimizer(policy.model, train)
@@ -136,7 +138,7 @@ def unusable(model: str, world: World) -> str:
 def brought(student: StudentConfig, place: Path, world: World) -> dict[str, torch.Tensor]:
     """What a sampler finds in the folder of a student that is dealt out, by name."""
     torch.manual_seed(0)
-    policy = load_policy(student, temperature=1.0)
+    policy = load_policy(student, temperature=1.0, place=place_at_first(world))
     shard(policy, world)
     handover = Handover(policy, student, place, world)
     write = handover.write_adapter if student.use_peft else handover.write_weights
@@ -147,10 +149,27 @@ def brought(student: StudentConfig, place: Path, world: World) -> dict[str, torc
     return found
 
 
-def main(model: str, out: str) -> None:
+def read(model: str, world: World, **student: Any) -> dict[str, Any]:
+    """What a student that was just loaded says of a few tokens, by weights that are dealt out and by whole
+    ones, and all its buffers."""
+    torch.manual_seed(0)
+    config = StudentConfig(model=model, device="cpu", **student)
+    policy = load_policy(config, temperature=1.0, place=place_at_first(world))
+    shard(policy, world)
+    batch = train_batch(sequences(3), pad_id=policy.pad_id, device=policy.device)
+    with torch.no_grad():
+        dealt = policy.logprobs(batch)
+        with whole_weights(policy):
+            whole = policy.logprobs(batch)
+    return {"dealt": dealt, "whole": whole, **dict(policy.causal.named_buffers())}
+
+
+def main(model: str, gemma: str, out: str) -> None:
     with joined("cpu") as world:
         found: dict[str, Any] = {name: take(case, model, world) for name, case in cases().items()}
         found["unusable"] = world.gather(unusable(model, world))
+        found["gemma"] = world.gather(read(gemma, world))
+        found["gemma lora"] = world.gather(read(gemma, world, use_peft=True, lora_r=4))
         for name, student in STUDENTS.items():
             place, config = Path(out).parent, StudentConfig(model=model, device="cpu", **student)
             found[f"brought {name}"] = world.gather(brought(config, place, world))

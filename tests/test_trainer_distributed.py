@@ -21,8 +21,10 @@ from safetensors.torch import load_file
 from test_trainer_loop import metrics_of, rows_of
 
 from trainer.assemble import SilentReporter
+from trainer.checkpoint import check_whole, checkpoints
 from trainer.distributed import ALONE, World
 from trainer.loop import train
+from trainer.run_files import Position
 
 LORA = {
     "student__use_peft": True,
@@ -31,6 +33,8 @@ LORA = {
     "warmup__sft_steps": 2,
     "warmup__traces_per_step": 3,
 }
+
+EIGHT_BITS = {"train__optim": "adamw_8bit"}
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +70,20 @@ def alone(world: Path, model: Path, name: str, **more: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(world: Path, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs by one process: `one`, `one-lora`. By two: `two`, `two-lora`, and `two-two`, `one-two`, the second
-    halves of what two and one began. By one: `two-one`."""
+    """Runs by one process: `one`, `one-lora`, `one-8bit`. By two: the same, and `two-two`, `one-two`, the
+    second halves of what two and one began; `two-two` keeps its optimizer's state on the host. By one:
+    `two-one`, `two-8bit-one`."""
     folder = world / "runs"
     alone(world, model_dir, "one")
     alone(world, model_dir, "one-lora", **LORA)
+    alone(world, model_dir, "one-8bit", **EIGHT_BITS)
     described = [
         {"settings": settings(world, model_dir, **changes(world, name, **more)), "copy": copy}
         for name, more, copy in [
             ("two", {}, None),
             ("two-lora", LORA, None),
-            ("two-two", {}, [str(folder / "two"), str(folder / "two-two")]),
+            ("two-8bit", EIGHT_BITS, None),
+            ("two-two", {"train__offload_optimizer": True}, [str(folder / "two"), str(folder / "two-two")]),
             ("one-two", {}, [str(folder / "one"), str(folder / "one-two")]),
         ]
     ]
@@ -86,6 +93,8 @@ def runs(world: Path, model_dir: Path, tmp_path_factory: pytest.TempPathFactory)
     assert done.returncode == 0, done.stderr
     cut_back(folder / "two", folder / "two-one")
     alone(world, model_dir, "two-one")
+    cut_back(folder / "two-8bit", folder / "two-8bit-one")
+    alone(world, model_dir, "two-8bit-one", **EIGHT_BITS)
     return folder
 
 
@@ -106,7 +115,15 @@ def assert_close(one: Any, two: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"), [("one", "two"), ("one-lora", "two-lora"), ("one", "one-two"), ("one", "two-one")]
+    ("ours", "theirs"),
+    [
+        ("one", "two"),
+        ("one-lora", "two-lora"),
+        ("one-8bit", "two-8bit"),
+        ("one", "one-two"),
+        ("one", "two-one"),
+        ("one-8bit", "two-8bit-one"),
+    ],
 )
 def test_a_run_by_two_processes_is_the_run_of_one(ours: str, theirs: str, runs: Path) -> None:
     one, two = runs / ours, runs / theirs
@@ -127,7 +144,7 @@ def test_going_on_by_as_many_processes_is_never_having_stopped(runs: Path) -> No
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("kind", ["", "-lora"])
+@pytest.mark.parametrize("kind", ["", "-lora", "-8bit"])
 def test_a_checkpoint_is_what_one_process_would_have_written(kind: str, runs: Path) -> None:
     one, two = (runs / f"{name}{kind}" / "checkpoints" / "step-000004" for name in ("one", "two"))
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
@@ -173,9 +190,10 @@ def command(world: Path, model: Path, name: str, **more: Any) -> list[str]:
 
 
 def test_a_mistake_is_said_once_and_ends_all_processes(world: Path, model_dir: Path) -> None:
-    done = run_processes(2, *command(world, model_dir, "mistaken", train__optim="adamw_8bit"))
+    four_bits = {"student__use_peft": True, "student__load_in_4bit": True}
+    done = run_processes(2, *command(world, model_dir, "mistaken", **four_bits))
     assert done.returncode != 0
-    assert done.stderr.count("error: train.optim") == 1
+    assert done.stderr.count("error: student.load_in_4bit") == 1
     assert "exitcode  : 2" in done.stderr
     assert not (world / "runs" / "mistaken").exists()
 
@@ -207,8 +225,8 @@ def running(world: Path, model_dir: Path) -> Any:
     """A run of two processes that has done its first step, and its directory."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(name: str) -> tuple[subprocess.Popen[str], Path]:
-        arguments = command(world, model_dir, name, train__max_steps=100_000, run__save_every=100_000)
+    def start(name: str, save_every: int = 100_000) -> tuple[subprocess.Popen[str], Path]:
+        arguments = command(world, model_dir, name, train__max_steps=100_000, run__save_every=save_every)
         process = subprocess.Popen(
             torchrun(2, *arguments),
             cwd=ROOT,
@@ -253,15 +271,27 @@ def test_a_signal_ends_the_step_saves_once_and_all_leave(
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_takes_the_others_with_it(running: Any) -> None:
-    process, path = running("killed")
+@pytest.mark.parametrize("killed", ["0", "1"])
+def test_a_process_that_is_killed_takes_the_others_with_it_and_the_last_checkpoint_is_whole(
+    killed: str, running: Any, world: Path, model_dir: Path
+) -> None:
+    name = f"killed-{killed}"
+    process, path = running(name, save_every=1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     ranks = {rank_of(int(child)): int(child) for child in children}
-    os.kill(ranks["1"], signal.SIGKILL)
+    time.sleep(0.5)  # into the next steps, and into whatever they save
+    os.kill(ranks[killed], signal.SIGKILL)
     process.communicate(timeout=100)
     assert process.returncode != 0
-    assert not Path(f"/proc/{ranks['0']}").exists()
-    assert not list((path / "checkpoints").iterdir())
+    assert not any(Path(f"/proc/{each}").exists() for each in ranks.values())
+    found = checkpoints(path / "checkpoints")
+    for each in found:
+        check_whole(each)
+    done = Position.of(found[-1]).step if found else 0
+    last = {"train__max_steps": done + 1, "run__save_every": 1}
+    report = train(config_of(world, model_dir, run__name=name, **last), reporter=SilentReporter())
+    assert report.step == done + 1
+    assert [row["step"] for row in metrics_of(path)] == list(range(1, done + 2))
 
 
 def rank_of(process: int) -> str | None:

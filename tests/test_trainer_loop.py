@@ -474,8 +474,8 @@ def test_adapters_over_a_run_of_full_weights_are_refused_before_anything_is_load
 
 
 def test_a_dry_run_refuses_what_several_processes_cannot_do(world: Path, model_dir: Path) -> None:
-    settings = config_of(world, model_dir, run__name="dry", train__optim="adamw_8bit")
-    with pytest.raises(ConfigError, match=r"train\.optim"):
+    settings = config_of(world, model_dir, run__name="dry", train__compile=True)
+    with pytest.raises(ConfigError, match=r"train\.compile = true"):
         dry_run_of(settings, gpu="H100-80GB", processes=4)
 
 

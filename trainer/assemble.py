@@ -31,7 +31,7 @@ from trainer.rollout import Prompt, demanded_form, student_prompts
 from trainer.run_files import Position, RunFiles
 from trainer.sampler import Sampler, check_sampler, make_sampler
 from trainer.schedule import problems_of_step
-from trainer.sharding import check_shardable, shard
+from trainer.sharding import check_shardable, place_at_first, shard
 from trainer.step import Updater
 from trainer.traces import TraceTokens, check_tokenizers
 from trainer.trackers import Trackers
@@ -127,7 +127,7 @@ def assemble(
         check_model(config.student)
     store = open_store(config, stack)
     torch.manual_seed(config.train.seed)  # new adapters begin at random
-    policy = load_policy(config.student, temperature=config.rollout.temperature, weights=weights)
+    policy = load_student(config, world, weights)
     if config.train.compile:
         policy.compile()
     train_prompts = fitting_prompts(config, problems, policy.tokenizer, reporter)
@@ -164,6 +164,16 @@ def assemble(
         problems_fingerprint=content_hash([problem.problem_id for problem in problems]),
         reporter=reporter,
         world=world,
+    )
+
+
+def load_student(config: Config, world: World, weights: Path | None = None) -> Policy:
+    """The student, for `shard` to deal out; `weights`: a checkpoint to go on from."""
+    return load_policy(
+        config.student,
+        temperature=config.rollout.temperature,
+        weights=weights,
+        place=place_at_first(world),
     )
 
 
@@ -359,7 +369,7 @@ def _reference(config: Config, policy: Policy, world: World) -> Reference | None
         return None
     if config.student.use_peft:
         return WithoutAdapters(policy)
-    reference = load_policy(config.student, temperature=config.rollout.temperature)
+    reference = load_student(config, world)
     reference.model.requires_grad_(False)
     reference.model.eval()
     shard(reference, world)

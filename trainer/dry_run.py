@@ -32,7 +32,7 @@ from trainer.assemble import (
 from trainer.checkpoint import check_config, read_state
 from trainer.config import Config
 from trainer.distributed import World
-from trainer.estimate import Estimate, ModelShape, estimate, load_model_config, shape_of
+from trainer.estimate import Estimate, ModelShape, estimate, load_model_config, loaded_bytes, shape_of
 from trainer.fitting import Proposal, proposal
 from trainer.hardware import Device, at_hand, card
 from trainer.known_shapes import known_config
@@ -216,6 +216,9 @@ def estimate_of(
     table.add_row("peak (sampling, scoring and update do not overlap)", _mib(found.peak))
     table.add_row("that tensors can have", "-" if device.memory is None else _mib(device.memory))
     lines = [_time_line(config, found), f"most of the peak: {found.dominant}"]
+    if processes > 1:
+        whole = _mib(loaded_bytes(config.student, shape, width))
+        lines.append(f"host memory to load: {whole} MiB in the first process, a share in the others")
     if device.memory is not None:
         better = proposal(config, shape, device, bytes_per_value=width, processes=processes)
         lines.append(_fit_line(better, device, processes))

@@ -149,6 +149,14 @@ def _frozen_bytes(student: StudentConfig, shape: ModelShape, bytes_per_value: in
     return round(linear * shape.linear) + bytes_per_value * (shape.parameters - shape.linear)
 
 
+def loaded_bytes(student: StudentConfig, shape: ModelShape, bytes_per_value: int) -> int:
+    """What the first of several processes holds in host memory while it reads the weights and deals them out;
+    no other ever holds more than its share and a layer."""
+    if not student.use_peft:
+        return 4 * shape.parameters
+    return _frozen_bytes(student, shape, bytes_per_value) + 4 * _trained(student, shape)
+
+
 def _standing_memory(config: Config, shape: ModelShape, bytes_per_value: int, n: int) -> dict[str, int]:
     """What is there in all phases."""
     student, train = config.student, config.train

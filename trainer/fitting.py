@@ -74,8 +74,7 @@ def _fewest(config: Config, changes: Changes, fit: Callable[[Changes], bool]) ->
 
 def _can_be_dealt_out(config: Config) -> bool:
     """Whether many processes can share the run (sharding.py)."""
-    plain = config.train.optim == "adamw" and not config.train.offload_optimizer
-    return plain and not config.student.load_in_4bit
+    return not config.student.load_in_4bit and not config.train.compile
 
 
 def _ladder(config: Config, *, alone: bool) -> Iterator[Changes]:
@@ -93,7 +92,7 @@ def _rungs(config: Config, alone: bool) -> Iterator[Changes]:
     yield from _halved("train.max_tokens_per_microbatch", train.max_tokens_per_microbatch, longest)
     yield {"student.gradient_checkpointing": True}
     yield from _halved("rollout.batch_size", rollout.batch_size, SMALLEST_BATCH)
-    if alone and train.optim == "adamw":
+    if train.optim == "adamw":
         yield {"train.optim": "adamw_8bit"}
         yield {"train.optim": "paged_adamw_8bit"}
         yield {"train.optim": "adamw", "train.offload_optimizer": True}

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from trainer.sharding import own_rows
+
 VALUES_AT_ONCE = 2**26
 """Weights whose state is on the device at once: two moments of 256 MiB."""
 
@@ -20,7 +22,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class OffloadedAdamW(torch.optim.AdamW):
-    """torch's AdamW with its state in host memory."""
+    """torch's AdamW with its state in host memory, each process's of its own part of the weights."""
+
+    deals_out = True
+    """Takes its part of a whole state itself."""
+    _host: Any = None
+    """The processes as they speak to each other from host memory; made at need."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -37,9 +44,10 @@ class OffloadedAdamW(torch.optim.AdamW):
         state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
-            state.update({name: _on_host(torch.zeros_like(parameter, device="cpu")) for name in MOMENTS})
-        weights, gradient = parameter.view(-1), parameter.grad.reshape(-1)  # type: ignore[union-attr]
-        moments = [state[name].view(-1) for name in MOMENTS]
+            zeros = torch.zeros_like(_own(parameter), device="cpu")
+            state.update({name: self._on_host(zeros.clone(), parameter) for name in MOMENTS})
+        weights, gradient = _own(parameter).view(-1), _own(parameter.grad).reshape(-1)
+        moments = [_own(state[name]).view(-1) for name in MOMENTS]
         for at in range(0, len(weights), VALUES_AT_ONCE):
             piece = slice(at, at + VALUES_AT_ONCE)
             step = state["step"].to(parameter.device, copy=True)  # counted up by the kernel, once a piece
@@ -51,8 +59,29 @@ class OffloadedAdamW(torch.optim.AdamW):
         super().load_state_dict({**state_dict, "state": {}})
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, saved in state_dict["state"].items():
-            moments = {name: _on_host(saved[name].to("cpu", copy=True)) for name in MOMENTS}
-            self.state[parameters[index]] = {"step": saved["step"].to("cpu", copy=True), **moments}
+            parameter = parameters[index]
+            rows = own_rows(parameter) if hasattr(parameter, "to_local") else slice(None)
+            moments = {
+                name: self._on_host(saved[name][rows].to("cpu", copy=True), parameter) for name in MOMENTS
+            }
+            self.state[parameter] = {"step": saved["step"].to("cpu", copy=True), **moments}
+
+    def _on_host(self, own: Tensor, parameter: Any) -> Tensor:
+        """This process's values in memory that the device can copy from and to by itself; where the parameter
+        is dealt out, as a part of a whole that comes together on the host."""
+        own = own.pin_memory() if torch.cuda.is_available() else own
+        if not hasattr(parameter, "to_local"):
+            return own
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import DTensor
+
+        mesh = parameter.device_mesh
+        if mesh.device_type != "cpu":
+            self._host = self._host or init_device_mesh("cpu", (mesh.size(),))
+            mesh = self._host
+        return DTensor.from_local(
+            own, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        )
 
 
 def _adamw_piece(
@@ -81,6 +110,7 @@ def _adamw_piece(
             moment.copy_(updated, non_blocking=True)
 
 
-def _on_host(values: Tensor) -> Tensor:
-    """The values in memory that the device can copy from and to by itself."""
-    return values.pin_memory() if torch.cuda.is_available() else values
+def _own(tensor: Any) -> Tensor:
+    """This process's part, which is all of it where nothing is dealt out."""
+    own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return own

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 
 from store.errors import EngineError
 from trainer.config import TrainConfig
+from trainer.eight_bits import EightBitShares
 from trainer.offload import OffloadedAdamW
 
 
@@ -22,15 +24,15 @@ def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    kind = _kind(config)
     # Unfused, AdamW makes temporaries as large as all the weights.
     options = {"fused": True} if config.optim == "adamw" and trained[0].is_cuda else {}
-    optimizer: torch.optim.Optimizer = kind(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        **options,
+    make = partial(
+        _kind(config), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), **options
     )
+    groups = [group for group in groups if group["params"]]
+    if config.optim != "adamw" and hasattr(trained[0], "full_tensor"):
+        return EightBitShares(groups, make)
+    optimizer: torch.optim.Optimizer = make(groups)
     return optimizer
 
 

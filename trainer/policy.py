@@ -58,7 +58,16 @@ class Reference(Protocol):
 class Policy:
     """A causal language model whose tokens' log-probabilities can be asked for."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, dtype: torch.dtype, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        dtype: torch.dtype,
+        temperature: float = 1.0,
+        device: torch.device | None = None,
+    ) -> None:
+        """`device`: where it will compute; None: where its weights are."""
         self.model = model
         self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         """The transformers model itself, adapters in place."""
@@ -67,7 +76,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.dtype = dtype
         self.temperature = temperature
-        self.device: torch.device = next(model.parameters()).device
+        self.device: torch.device = device or next(model.parameters()).device
         self.eos_ids = eos_ids(self.causal.generation_config, tokenizer)
         self.eos_id: int = turn_end(tokenizer, self.eos_ids)
         """Ends a trace in the student's tokens; `eos_ids` are all that end a response."""
@@ -178,8 +187,19 @@ def _placed(values: Tensor, asked: Tensor) -> Tensor:
     return torch.zeros(asked.shape, dtype=values.dtype, device=values.device).masked_scatter(asked, values)
 
 
-def load_policy(config: StudentConfig, *, temperature: float, weights: Path | None = None) -> Policy:
-    """The student on its device, weights that train in float32; `weights` is a checkpoint to go on from.
+def load_policy(
+    config: StudentConfig,
+    *,
+    temperature: float,
+    weights: Path | None = None,
+    place: torch.device | None = None,
+) -> Policy:
+    """The student on its device, weights that train in float32.
+
+    Args:
+        weights: a checkpoint to go on from.
+        place: where the weights are to be at first; None: on the student's device. On `meta` there are none,
+            and nothing of them can be checked.
 
     Raises EngineError when the model cannot be loaded, or its logits are not what its head makes of its
     hidden states (a head of another make would train on wrong numbers in silence).
@@ -187,7 +207,7 @@ def load_policy(config: StudentConfig, *, temperature: float, weights: Path | No
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config, weights)
-    model = _load_model(config, device, weights)
+    model = _load_model(config, device, weights, place or device)
     # Sampling options that a model ships are not ours, and invalid ones would stop the first checkpoint.
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         eos_token_id=model.generation_config.eos_token_id,
@@ -195,17 +215,22 @@ def load_policy(config: StudentConfig, *, temperature: float, weights: Path | No
         bos_token_id=model.generation_config.bos_token_id,
     )
     if config.use_peft:
-        model = with_adapters(model, config, weights)
+        model = with_adapters(model, config, None if place and place.type == "meta" else weights)
     _switch_dropout_off(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    _check_head(Policy(model, tokenizer, dtype=torch.float32, temperature=temperature))
-    let_heads_use_tensor_cores(device, compute_dtype(config, device))
-    return Policy(model, tokenizer, dtype=compute_dtype(config, device), temperature=temperature)
+    if place is None or place.type != "meta":
+        _check_head(Policy(model, tokenizer, dtype=torch.float32, temperature=temperature))
+    dtype = compute_dtype(config, device)
+    let_heads_use_tensor_cores(device, dtype)
+    return Policy(model, tokenizer, dtype=dtype, temperature=temperature, device=device)
 
 
-def _load_model(config: StudentConfig, device: torch.device, weights: Path | None) -> Any:
-    """The model on its device; under `use_peft` always `student.model`: checkpoints hold adapters alone."""
+def _load_model(
+    config: StudentConfig, device: torch.device, weights: Path | None, place: torch.device
+) -> Any:
+    """The model at `place`, to compute on `device`. Under `use_peft` always `student.model`: checkpoints
+    hold adapters alone."""
     dtype = compute_dtype(config, device)
     own = weights is None or config.use_peft
     source, revision = (config.model, config.revision) if own else (str(weights), None)
@@ -215,9 +240,10 @@ def _load_model(config: StudentConfig, device: torch.device, weights: Path | Non
             revision=revision,
             dtype=dtype if config.use_peft else torch.float32,
             **(nf4_on(device, dtype) if config.load_in_4bit else {}),
+            **({"device_map": {"": "meta"}} if place.type == "meta" else {}),
         )
         if not config.load_in_4bit:
-            return model.to(device)
+            return model.to(place)
     except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
         raise EngineError(
             f"student.model = {source!r} cannot be loaded: {load_failure(source, error)}"

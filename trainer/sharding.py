@@ -1,5 +1,8 @@
 """A policy's weights, gradients and optimizer state dealt out over the processes: PyTorch's FSDP2.
 
+The first process reads the weights into host memory, and they are dealt out a layer at a time; no other
+process ever holds all of them to begin with.
+
 Each process keeps 1/size of every weight in float32. A layer's weights come together for the time that it
 computes, in the type that it computes in, and go apart again; gradients are summed in float32.
 
@@ -8,15 +11,15 @@ A world of one is left as it is, without the seconds that importing FSDP2 takes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from store.errors import ConfigError
+from store.errors import ConfigError, EngineError
 from trainer.batch import TokenBatch
 from trainer.config import Config
 from trainer.distributed import World
@@ -28,16 +31,19 @@ def check_shardable(config: Config, world: World) -> None:
     if world.size == 1:
         return
     refused = {
-        "student.load_in_4bit": (config.student.load_in_4bit, False),
-        "train.optim": (config.train.optim, "adamw"),
-        "train.offload_optimizer": (config.train.offload_optimizer, False),
-        "train.compile": (config.train.compile, False),
+        "student.load_in_4bit": (
+            config.student.load_in_4bit,
+            "weights are cut by rows, and bitsandbytes packs 4-bit ones in blocks without rows",
+        ),
+        "train.compile": (
+            config.train.compile,
+            "weights are gathered around every layer, and each time the compiled body would have to be left",
+        ),
     }
-    for key, (value, possible) in refused.items():
-        if value != possible:
+    for key, (value, reason) in refused.items():
+        if value:
             raise ConfigError(
-                f"{key} = {json.dumps(value)} works in one process, not in {world.size}: "
-                f"set it to {json.dumps(possible)}"
+                f"{key} = true works in one process, not in {world.size}: {reason}; set it to false"
             )
 
 
@@ -48,6 +54,7 @@ def shard(policy: Policy, world: World) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    _check_same_shapes(policy, world)
     mesh = init_device_mesh(policy.device.type, (world.size,))
     # Layers come together in the narrow type, half as much to send and to hold; what stands outside of them
     # (embedding, last norm, head) in float32, for the residual stream and the logits are computed in it.
@@ -57,8 +64,11 @@ def shard(policy: Policy, world: World) -> None:
         cast_forward_inputs=False,
     )
     layers = _layers(policy.causal)
+    _bring_buffers(policy)
     for layer in layers:
+        _bring_weights(layer, policy.device)
         fully_shard(layer, mesh=mesh, mp_policy=narrow)
+    _bring_weights(policy.causal, policy.device)
     fully_shard(policy.causal, mesh=mesh)
     policy.shards = [*layers, policy.causal]
     for module in policy.shards:
@@ -70,6 +80,52 @@ def shard(policy: Policy, world: World) -> None:
     register_fsdp_forward_method(policy.causal, "asked_tokens")
     policy.asked_tokens = policy.causal.asked_tokens
     _first_pass(policy)
+
+
+def place_at_first(world: World) -> torch.device | None:
+    """Where `load_policy` is to put a model that `shard` then deals out; None: on the student's device."""
+    if world.size == 1:
+        return None
+    return torch.device("cpu" if world.is_first else "meta")
+
+
+def _check_same_shapes(policy: Policy, world: World) -> None:
+    named = [*policy.causal.named_parameters(), *policy.causal.named_buffers()]
+    mine = [(name, tensor.shape, tensor.dtype) for name, tensor in named]
+    assert world.from_first(lambda: mine) == mine, "all processes load the same model"
+
+
+def _bring_buffers(policy: Policy) -> None:
+    """From the first process to all: some, as rotary frequencies, stand in no file."""
+    for module in policy.causal.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, _brought(buffer, policy.device))
+        lost = [name for name, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta]
+        if lost:
+            raise EngineError(
+                f"{type(policy.causal).__name__} is not supported in several processes: {lost[0]} of its "
+                f"{type(module).__name__} is neither a weight nor a buffer"
+            )
+
+
+def _bring_weights(module: nn.Module, device: torch.device) -> None:
+    """From the first process to all, those of the module that are not dealt out yet; tied ones stay one."""
+    came: dict[nn.Parameter, nn.Parameter] = {}
+    for part in module.modules():
+        for name, weight in list(part.named_parameters(recurse=False)):
+            if hasattr(weight, "full_tensor"):
+                continue
+            if weight not in came:
+                came[weight] = nn.Parameter(_brought(weight, device), weight.requires_grad)
+            part.register_parameter(name, came[weight])
+
+
+@torch.no_grad()
+def _brought(tensor: Tensor, device: torch.device) -> Tensor:
+    """The first process's values, in every process."""
+    here = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
+    dist.broadcast(here, src=0)
+    return here
 
 
 @torch.no_grad()
@@ -121,6 +177,18 @@ def whole_state(state: Mapping[str, Any], world: World) -> dict[str, Any]:
     return found
 
 
+def rows_each(weight: Any) -> int:
+    """Rows of a weight that a process has, of those that have the most: FSDP cuts as torch.chunk does."""
+    return -(-int(weight.shape[0]) // int(weight.device_mesh.size()))
+
+
+def own_rows(weight: Any) -> slice:
+    """Which rows of a weight this process has."""
+    each, rows = rows_each(weight), int(weight.shape[0])
+    begin = each * weight.device_mesh.get_local_rank()
+    return slice(min(begin, rows), min(begin + each, rows))
+
+
 def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
     """Whether each process has but a part of what the optimizer trains."""
     return hasattr(optimizer.param_groups[0]["params"][0], "full_tensor")
@@ -128,6 +196,8 @@ def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
 
 def shard_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimizer's state as one process has it, dealt out as the optimizer's weights are."""
+    if getattr(optimizer, "deals_out", False):
+        return dict(state)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     return {
         **state,
