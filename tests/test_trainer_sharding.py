@@ -53,13 +53,12 @@ def test_two_processes_take_the_optimizer_step_of_one(
     for ours, theirs in zip(one["reports"], two["reports"], strict=True):
         assert theirs.loss == pytest.approx(ours.loss, rel=1e-4, abs=1e-6)
         assert theirs.grad_norm == pytest.approx(ours.grad_norm, rel=1e-4)
-        assert theirs.entropy == pytest.approx(ours.entropy, rel=1e-5)
-        assert theirs.kl == pytest.approx(ours.kl, rel=1e-4, abs=1e-6)
-        assert (theirs.tokens, theirs.clip_low, theirs.clip_high) == (
-            ours.tokens,
-            pytest.approx(ours.clip_low),
-            pytest.approx(ours.clip_high),
-        )
+        assert theirs.tokens == ours.tokens
+        # Unknown (None) to both where no token is the student's own.
+        for figure in ("entropy", "kl", "clip_low", "clip_high"):
+            one_says, two_say = getattr(ours, figure), getattr(theirs, figure)
+            assert (one_says is None) == (two_say is None)
+            assert one_says is None or two_say == pytest.approx(one_says, rel=1e-4, abs=1e-6)
 
 
 def test_a_loss_that_is_no_number_in_one_process_is_said_by_all(
