@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -60,6 +61,8 @@ class Reading:
 
 def main() -> None:
     options = parse()
+    # At import it tells of a faster kernel that no package of ours wants.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     config = load_config(Config, options.config, options.set)
     run = open_run(Path(config.run.dir) / config.run.name)
     last = checkpoints(run.checkpoints)[-1]
@@ -69,11 +72,13 @@ def main() -> None:
         "trained": compared(before, after, [reading.problem_id in held for reading in before]),
         "other": compared(before, after, [reading.problem_id not in held for reading in before]),
     }
-    for teacher in sorted({reading.teacher for reading in before}):
-        figures[teacher] = compared(before, after, [reading.teacher == teacher for reading in before])
-    Console().print(table(figures))
+    by_teacher = {
+        teacher: compared(before, after, [reading.teacher == teacher for reading in before])
+        for teacher in sorted({reading.teacher for reading in before})
+    }
+    Console().print(table({**figures, **{f"by {name}": row for name, row in by_teacher.items()}}))
     told = {"steps": step_of(last), **of_run(run), "verified": verified_shares(config.store.path)}
-    print(json.dumps({"bench": "real_model", **figures, **told}))
+    print(json.dumps({"bench": "real_model", **figures, "teachers": by_teacher, **told}))
 
 
 def parse() -> argparse.Namespace:
