@@ -6,8 +6,8 @@ The same model, prompts, group size, maximal lengths, reward function, optimizer
 no teachers, each way in a process of its own; two steps warm up. TRL runs as it is, with
 micro-batches of a quarter of the step, and on CUDA with transformers' continuous batching, which TRL cannot
 give the pages that it needs on a CPU (and which is the slowest way there: bench.rollouts); gradient
-checkpointing is off for all. Seconds are from the end of the warm-up to the end of the last step, memory is the peak of
-resident memory (on CUDA: allocated) beyond what is there between steps, in a process of its own.
+checkpointing is off for all. Seconds are from the end of the warm-up to the end of the last step, memory is
+the peak of resident memory (on CUDA: allocated) beyond what is there between steps, in a process of its own.
 
     coin    every second sample earns 1, so every group trains: nothing is saved by skipping dead groups
     match   1 for the right answer, as in real life: the lab's student answers most problems all right or all
