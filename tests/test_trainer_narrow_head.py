@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
 from memory_watch import MemoryWatch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer import narrow_head
 from trainer import policy as policy_module
 from trainer.batch import TokenBatch
 from trainer.config import StudentConfig
-from trainer.narrow_head import head_logits, let_heads_use_tensor_cores
+from trainer.narrow_head import head_logits
 from trainer.policy import Policy, load_policy
 
 VOCABULARY = 150_000
@@ -97,20 +100,48 @@ def test_scores_of_a_bfloat16_student_come_from_float32_logits(tmp_path: object)
     torch.testing.assert_close(policy.logprobs(batch)[:, 1:].double(), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("device", "dtype", "precision"),
-    [
-        ("cuda", torch.bfloat16, "high"),
-        ("cuda", torch.float32, "highest"),
-        ("cpu", torch.bfloat16, "highest"),
-    ],
-)
-def test_only_a_student_in_bfloat16_on_cuda_reads_fewer_bits_in_its_head(
-    device: str, dtype: torch.dtype, precision: str
+class ProductPrecisions(TorchDispatchMode):
+    """What float32 products may read, each time that one is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "mm" in func.__name__:
+            self.seen.append(torch.get_float32_matmul_precision())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tensor_cores", [True, False])
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_heads_products_alone_read_fewer_bits_forward_and_backward(
+    trained: bool, tensor_cores: bool
 ) -> None:
-    assert torch.get_float32_matmul_precision() == "highest"
-    try:
-        let_heads_use_tensor_cores(torch.device(device), dtype)
-        assert torch.get_float32_matmul_precision() == precision
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 32, requires_grad=True)
+    weight = torch.randn(50, 32, dtype=torch.float32 if trained else torch.bfloat16, requires_grad=trained)
+    shift, upstream = torch.randn(50), torch.randn(7, 50)
+    wanted = [hidden, weight] if trained else [hidden]
+    with ProductPrecisions() as made:
+        found = head_logits(hidden, weight, shift, tensor_cores=tensor_cores)
+        between = torch.get_float32_matmul_precision()
+        gradients = torch.autograd.grad(found, wanted, upstream)
+    # A product forward and one for each gradient.
+    assert made.seen == ["high" if tensor_cores else "highest"] * (1 + len(wanted))
+    assert between == torch.get_float32_matmul_precision() == "highest"
+    expected = torch.nn.functional.linear(hidden, weight.float(), shift)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    exact = torch.autograd.grad(expected, wanted, upstream)
+    torch.testing.assert_close(gradients, exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "has"),
+    [("cuda", torch.bfloat16, True), ("cuda", torch.float32, False), ("cpu", torch.bfloat16, False)],
+)
+def test_only_a_student_in_bfloat16_on_cuda_has_tensor_cores_for_its_head(
+    device: str, dtype: torch.dtype, has: bool
+) -> None:
+    policy = Policy(tiny_model(), tiny_tokenizer(), dtype=dtype, device=torch.device(device))
+    assert policy.has_tensor_cores == has

@@ -26,7 +26,7 @@ from store.errors import EngineError, RunError
 from trainer.adapters import with_adapters
 from trainer.batch import TokenBatch
 from trainer.config import StudentConfig
-from trainer.narrow_head import head_logits, let_heads_use_tensor_cores
+from trainer.narrow_head import head_logits
 from trainer.objective import log_softmax_and_entropy, selective_log_softmax
 
 TEMPLATE_KEY = "student.chat_template"
@@ -77,6 +77,8 @@ class Policy:
         self.dtype = dtype
         self.temperature = temperature
         self.device: torch.device = device or next(model.parameters()).device
+        self.has_tensor_cores = self.device.type == "cuda" and dtype == torch.bfloat16
+        """For its head, whose hidden states have 7 bits then."""
         self.eos_ids = eos_ids(self.causal.generation_config, tokenizer)
         self.eos_id: int = turn_end(tokenizer, self.eos_ids)
         """Ends a trace in the student's tokens; `eos_ids` are all that end a response."""
@@ -156,7 +158,7 @@ class Policy:
     ) -> tuple[Tensor, ...]:
         # In float32 whatever the body computes in: bfloat16 logits are 0.125 apart, near scores would tie.
         with torch.autocast(self.device.type, enabled=False):
-            logits = head_logits(hidden, weight, bias)
+            logits = head_logits(hidden, weight, bias, tensor_cores=self.has_tensor_cores)
         softcap = getattr(self.causal.config, "final_logit_softcapping", None)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
@@ -222,7 +224,6 @@ def load_policy(
     if place is None or place.type != "meta":
         _check_head(Policy(model, tokenizer, dtype=torch.float32, temperature=temperature))
     dtype = compute_dtype(config, device)
-    let_heads_use_tensor_cores(device, dtype)
     return Policy(model, tokenizer, dtype=dtype, temperature=temperature, device=device)
 
 
