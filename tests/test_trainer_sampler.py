@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ from run_examples import config_of
 from safetensors.torch import load_file
 
 from store.errors import ConfigError, EngineError
-from trainer import handover
+from trainer import handover, sampler
 from trainer.handover import Handover, place_for
 from trainer.policy import Policy
-from trainer.sampler import check_sampler, max_lora_rank, vllm_environment, vllm_options
+from trainer.sampler import check_sampler, make_sampler, max_lora_rank, vllm_environment, vllm_options
 from trainer.sync_check import SyncCheck
 
 VLLM: dict[str, Any] = {"rollout__engine": "vllm"}
@@ -201,6 +203,50 @@ def test_the_probe_is_at_temperature_1_and_leaves_the_policys_own(policy: Policy
         check.compare(check.own_logprobs(), {"vllm": [[value + 0.006 for value in right]]})
     with pytest.raises(EngineError, match="did not reach vllm"):
         check.compare(check.own_logprobs(), {"vllm": [[float("nan"), *right[1:]]]})
+
+
+class Sleeper:
+    """Stands for vllm on a GPU, for on no other device does it sleep; notes what it is told, in order."""
+
+    version = "0"
+
+    def __init__(self, told: list[str], policy: Policy) -> None:
+        self.told, self.policy = told, policy
+
+    def load_weights(self, folder: Path) -> None:
+        self.told.append("load")
+
+    def logprobs(self, rows: Sequence[Sequence[int]]) -> dict[str, list[list[float]]]:
+        self.told.append("probe")
+        ids = torch.tensor(rows)
+        with torch.no_grad():
+            found = self.policy.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        return {"vllm": found.gather(2, ids[:, 1:, None])[..., 0].tolist()}
+
+    def sleep(self, level: int) -> None:
+        self.told.append("sleep")
+
+    def wake(self, what: str) -> None:
+        self.told.append(f"wake {what}")
+
+    def close(self) -> None:
+        pass
+
+
+def test_vllm_sleeps_whenever_the_student_computes_from_the_first_time_on(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(sampler, "load_vllm", lambda *_, **__: Sleeper(told, policy))
+    monkeypatch.setattr(sampler, "_sleeps", lambda _: True)
+    own = policy.logprobs
+    monkeypatch.setattr(policy, "logprobs", lambda batch: (told.append("student"), own(batch))[1])
+    with ExitStack() as stack:
+        made = make_sampler(config_of(tmp_path, tmp_path, **VLLM), policy, [(2, 5, 7)], tmp_path, stack)
+        made.sync(0)
+        made.sleep()
+        made.sync(1)
+    assert told == ["sleep", "student", "wake weights", "load", "wake kv_cache", "probe"] * 2
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.005), (torch.bfloat16, 0.1)])

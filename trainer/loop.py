@@ -105,8 +105,6 @@ def warm_up(
 ) -> tuple[Position, Path | None]:
     """The supervised steps that are still to be taken before the first sampling step, if any."""
     config, last = parts.config, parts.config.warmup.sft_steps
-    if done.step == 0 and done.sft_step < last:
-        parts.sampler.sleep()
     stopped = stop.agreed(parts.world)
     while done.step == 0 and done.sft_step < last and not stopped:
         step = Position(sft_step=done.sft_step + 1)

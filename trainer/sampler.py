@@ -1,6 +1,6 @@
 """Who draws the student's samples, and how the student's new weights reach it.
 
-sync -> generate (samples of a step) -> sleep -> guide, update -> sync -> generate (evaluation) -> ...
+sleep -> sync -> generate (a step's samples) -> sleep -> guide, update -> sync -> generate (evaluation) -> ...
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def make_sampler(
     stack: ExitStack,
     world: World = ALONE,
 ) -> Sampler:
-    """The sampler that `rollout.engine` names; `stack` closes it.
+    """The sampler that `rollout.engine` names, asleep until its first `sync`; `stack` closes it.
 
     Of several processes each has one: a vllm of its own on its GPU, or the servers, which all draw from and
     the first one tells of new weights.
@@ -222,6 +222,7 @@ def make_sampler(
         world=world,
     )
     stack.callback(sampler.close)
+    sampler.sleep()
     return sampler
 
 
