@@ -182,6 +182,22 @@ def test_without_report_to_nothing_is_written_for_trackers(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+def test_the_evaluation_that_a_stopped_warm_up_still_owes_is_told(tmp_path: Path) -> None:
+    config = {"warmup": {"sft_steps": 2}}
+    lessons = [{"step": 0, "sft/step": number, "sft/loss": 2.0 / number} for number in (1, 2)]
+    with Trackers(("tensorboard",)) as trackers:
+        trackers.begin(tmp_path, config, after=Position(), rows=[])
+        for row in lessons:
+            trackers.log(row)
+    with Trackers(("tensorboard",)) as trackers:
+        trackers.begin(tmp_path, config, after=Position(sft_step=2), rows=lessons)
+        trackers.log({"step": 0, "eval/pass@1": 0.5})
+        trackers.log({"step": 1, "loss": 0.25})
+    # Step 1 of RL is the third of all.
+    first, second = ({"sft/step": number, "sft/loss": 2.0 / number} for number in (1, 2))
+    assert of_tensorboard(tmp_path) == {1: first, 2: {**second, "eval/pass@1": 0.5}, 3: {"loss": 0.25}}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_tracker_is_imported_where_none_is_asked_for(name: str) -> None:
     script = f"import sys, trainer.loop; sys.exit({name!r} in sys.modules)"

@@ -70,8 +70,10 @@ class Trackers:
             key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"
         }
         step = row.get("sft/step") or row["step"] + self._warmup_steps
+        # What comes between warm-up and sampling has the count of the last supervised step.
+        shared = "sft/step" not in row and row["step"] == 0 < step
         for tracker in self._trackers:
-            if step > tracker.known:
+            if step > tracker.known or (shared and step == tracker.known):
                 tracker.log(step, numbers)
 
     def __enter__(self) -> Self:
