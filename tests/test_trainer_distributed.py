@@ -70,9 +70,9 @@ def alone(world: Path, model: Path, name: str, **more: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(world: Path, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs by one process: `one`, `one-lora`, `one-8bit`. By two: the same, and `two-two`, `one-two`, the
-    second halves of what two and one began; `two-two` keeps its optimizer's state on the host. By one:
-    `two-one`, `two-8bit-one`."""
+    """Runs by one process: `one`, `one-lora`, `one-8bit`. By two: the same, and `two-two`, `two-lora-two`,
+    `one-two`, the second halves of what two and one began; `two-two` keeps its optimizer's state on the host.
+    By one: `two-one`, `two-8bit-one`."""
     folder = world / "runs"
     alone(world, model_dir, "one")
     alone(world, model_dir, "one-lora", **LORA)
@@ -84,6 +84,7 @@ def runs(world: Path, model_dir: Path, tmp_path_factory: pytest.TempPathFactory)
             ("two-lora", LORA, None),
             ("two-8bit", EIGHT_BITS, None),
             ("two-two", {"train__offload_optimizer": True}, [str(folder / "two"), str(folder / "two-two")]),
+            ("two-lora-two", LORA, [str(folder / "two-lora"), str(folder / "two-lora-two")]),
             ("one-two", {}, [str(folder / "one"), str(folder / "one-two")]),
         ]
     ]
@@ -133,14 +134,15 @@ def test_a_run_by_two_processes_is_the_run_of_one(ours: str, theirs: str, runs: 
         assert_close(rows_of(one, folder), rows_of(two, folder))
 
 
-def test_going_on_by_as_many_processes_is_never_having_stopped(runs: Path) -> None:
-    assert metrics_of(runs / "two") == metrics_of(runs / "two-two")
+@pytest.mark.parametrize(
+    ("name", "file"), [("two", "model.safetensors"), ("two-lora", "adapter_model.safetensors")]
+)
+def test_going_on_by_as_many_processes_is_never_having_stopped(name: str, file: str, runs: Path) -> None:
+    whole, resumed = runs / name, runs / f"{name}-two"
+    assert metrics_of(whole) == metrics_of(resumed)
     for folder in ("rollouts", "queries", "evals"):
-        assert rows_of(runs / "two", folder) == rows_of(runs / "two-two", folder)
-    ours, theirs = (
-        load_file(runs / name / "checkpoints" / "step-000004" / "model.safetensors")
-        for name in ("two", "two-two")
-    )
+        assert rows_of(whole, folder) == rows_of(resumed, folder)
+    ours, theirs = (load_file(run / "checkpoints" / "step-000004" / file) for run in (whole, resumed))
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
 

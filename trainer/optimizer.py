@@ -12,6 +12,7 @@ from store.errors import EngineError
 from trainer.config import TrainConfig
 from trainer.eight_bits import EightBitShares
 from trainer.offload import OffloadedAdamW
+from trainer.sharding import is_dealt_out
 
 
 def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
@@ -30,7 +31,7 @@ def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
         _kind(config), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), **options
     )
     groups = [group for group in groups if group["params"]]
-    if config.optim != "adamw" and hasattr(trained[0], "full_tensor"):
+    if config.optim != "adamw" and is_dealt_out(trained[0]):
         return EightBitShares(groups, make)
     optimizer: torch.optim.Optimizer = make(groups)
     return optimizer

@@ -113,7 +113,7 @@ def _bring_weights(module: nn.Module, device: torch.device) -> None:
     came: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
         for name, weight in list(part.named_parameters(recurse=False)):
-            if hasattr(weight, "full_tensor"):
+            if is_dealt_out(weight):
                 continue
             if weight not in came:
                 came[weight] = nn.Parameter(_brought(weight, device), weight.requires_grad)
@@ -156,9 +156,14 @@ def whole_weights(policy: Policy) -> Iterator[None]:
     policy.causal.reset_iter_state()
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
+def is_dealt_out(value: Any) -> bool:
+    """Whether this process has but a part of it."""
+    return hasattr(value, "full_tensor")
+
+
+def whole_tensor(tensor: Any) -> Tensor:
     """All of a tensor of which each process has a part; all processes take part."""
-    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    whole: Tensor = tensor.full_tensor() if is_dealt_out(tensor) else tensor
     return whole
 
 
@@ -168,7 +173,7 @@ def whole_state(state: Mapping[str, Any], world: World) -> dict[str, Any]:
     def whole(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: whole(below) for key, below in value.items()}
-        if not hasattr(value, "full_tensor"):
+        if not is_dealt_out(value):
             return value
         full = whole_tensor(value)
         return full.cpu() if world.is_first else None
@@ -191,7 +196,7 @@ def own_rows(weight: Any) -> slice:
 
 def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
     """Whether each process has but a part of what the optimizer trains."""
-    return hasattr(optimizer.param_groups[0]["params"][0], "full_tensor")
+    return is_dealt_out(optimizer.param_groups[0]["params"][0])
 
 
 def shard_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -7,8 +7,7 @@ as steps of 1e-6 in bfloat16 are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -74,16 +73,5 @@ class SyncCheck:
         policy = self._policy
         asked = [len(row) - 1 for row in self.rows]
         batch = pad(self.rows, asked, pad_id=policy.pad_id, device=policy.device)
-        with whole_weights(policy), at_temperature(policy, 1.0):
+        with whole_weights(policy), policy.at_temperature(1.0):
             return policy.logprobs(batch)[batch.asked].cpu()
-
-
-@contextmanager
-def at_temperature(policy: Policy, temperature: float) -> Iterator[None]:
-    """The policy's log-probabilities are of another temperature for the block."""
-    own = policy.temperature
-    policy.temperature = temperature
-    try:
-        yield
-    finally:
-        policy.temperature = own
