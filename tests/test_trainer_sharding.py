@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from conftest import tiny_gemma, tiny_model, tiny_tokenizer
 from process_optimizers import KINDS
 from process_steps import STUDENTS, brought, cases, read, take, unusable
-from processes import run_processes
+from processes import ROOT, run_processes
 
 from precompute.config import load_config
-from store.errors import ConfigError
+from store.errors import ConfigError, EngineError
 from trainer.config import Config, StudentConfig
 from trainer.distributed import ALONE, World
+from trainer.policy import load_policy
 from trainer.sharding import check_shardable
 
 
@@ -79,6 +81,16 @@ def test_a_student_that_one_process_has_read_is_the_same_in_all(
     for theirs in by_two[name]:
         assert theirs.keys() == one.keys()
         assert all(theirs[key].equal(one[key]) for key in one)
+
+
+def test_what_makes_a_student_without_weights_comes_with_every_install(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.integrations.accelerate.is_accelerate_available", lambda: False)
+    with pytest.raises(EngineError, match="requires `accelerate`"):
+        load_policy(StudentConfig(model=str(model_dir)), temperature=1.0, place=torch.device("meta"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert any(each.startswith("accelerate") for each in project["dependencies"])
 
 
 def test_no_process_but_the_first_ever_holds_a_whole_student_to_begin_with(
