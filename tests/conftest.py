@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ TEMPLATE = (
     "{% for message in messages %}{{ '<user>' if message['role'] != 'assistant' else '<assistant>' }}"
     "{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+# A shell without job control starts what it puts into the background deaf to Ctrl-C, which tests send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def tiny_tokenizer() -> Any:
