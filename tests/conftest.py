@@ -69,6 +69,19 @@ def tiny_model(seed: int = 0, **changes: Any) -> Any:
     return Qwen2ForCausalLM(config).eval()
 
 
+def save_student(path: Path, **changes: Any) -> Path:
+    """A tiny Qwen2 and its tokenizer as an ordinary transformers directory; returns `path`."""
+    tiny_model(**changes).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def save_tied_student(path: Path) -> Path:
+    """One whose head is its embedding, in widths that vllm takes."""
+    wide = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+    return save_student(path, tie_word_embeddings=True, **wide)
+
+
 def tiny_gemma(seed: int = 0, **changes: Any) -> Any:
     """A random Gemma 3: layers with a sliding window, tied and scaled embeddings, capped logits, two EOS."""
     torch.manual_seed(seed)
@@ -116,7 +129,4 @@ def policy() -> Policy:
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny student saved as an ordinary transformers directory."""
-    path = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
+    return save_student(tmp_path_factory.mktemp("model"))

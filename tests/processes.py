@@ -21,6 +21,18 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+def start_processes(count: int, *arguments: str) -> subprocess.Popen[str]:
+    """Starts `torchrun ... arguments`; what it says on stdout and stderr comes as one."""
+    return subprocess.Popen(
+        torchrun(count, *arguments),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 def run_processes(
     count: int, *arguments: str, cwd: Path = ROOT, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:

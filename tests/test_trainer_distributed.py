@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from process_runs import cut_back
-from processes import ROOT, environment, run_processes, torchrun
+from processes import run_processes, start_processes
 from run_examples import PROBLEMS, config_of, settings, write_problems, write_store
 from safetensors.torch import load_file
 from test_trainer_loop import metrics_of, rows_of
@@ -229,14 +229,7 @@ def running(world: Path, model_dir: Path) -> Any:
 
     def start(name: str, save_every: int = 100_000) -> tuple[subprocess.Popen[str], Path]:
         arguments = command(world, model_dir, name, train__max_steps=100_000, run__save_every=save_every)
-        process = subprocess.Popen(
-            torchrun(2, *arguments),
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        process = start_processes(2, *arguments)
         started.append(process)
         path = world / "runs" / name
         until = time.monotonic() + 200

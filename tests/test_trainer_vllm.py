@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
+from conftest import save_tied_student
 from run_examples import config_of, make_world
 from safetensors.torch import load_file, save_file
 from vllm_examples import change, forward_logprobs, prompts_of
@@ -45,11 +45,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its head is its embedding, as in most small models: vllm gets no weights for it."""
-    path = tmp_path_factory.mktemp("tied")
-    wide = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
-    tiny_model(tie_word_embeddings=True, **wide).save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
+    return save_tied_student(tmp_path_factory.mktemp("tied"))
 
 
 @pytest.fixture(scope="module")

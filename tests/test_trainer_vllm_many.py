@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_model, tiny_tokenizer
+from conftest import save_tied_student
 from openai_examples import free_port, vllm_server
-from processes import ROOT, environment, run_processes, torchrun
+from processes import run_processes, start_processes
 from run_examples import config_of, make_world, metrics_of, rows_of, settings
 from test_trainer_distributed import command, rank_of
 
@@ -35,11 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its head is its embedding: one weight, dealt out once."""
-    path = tmp_path_factory.mktemp("tied")
-    wide = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
-    tiny_model(tie_word_embeddings=True, **wide).save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
+    return save_tied_student(tmp_path_factory.mktemp("tied"))
 
 
 def run_two(plan: Path, world: Path, model: Path, name: str, **changes: Any) -> Path:
@@ -123,14 +118,7 @@ def test_all_processes_draw_from_servers_that_one_tells_of_new_weights(
 def test_the_vllm_of_one_process_ends_all_in_one_line(world: Path, model: Path) -> None:
     more = {"rollout__engine": "vllm", "train__max_steps": 100_000, "run__save_every": 1}
     arguments = command(world, model, "killed-vllm", **more)
-    process = subprocess.Popen(
-        torchrun(2, *arguments),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = start_processes(2, *arguments)
     try:
         metrics, until = world / "runs" / "killed-vllm" / "metrics.jsonl", time.monotonic() + 400
         while not (metrics.exists() and metrics.read_text()) and time.monotonic() < until:
