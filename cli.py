@@ -1,4 +1,4 @@
-"""The `ampo` command; its sub-commands are in `commands/`, one file a group.
+"""The `ampo` command; mounts the commands of precompute/, store/, trainer/ and lab/.
 
 ampo precompute teachers     teachers solve, the verifier judges, the store keeps
 ampo train                   the student samples, asks where all failed, learns
@@ -15,14 +15,12 @@ from typing import Annotated
 
 import typer
 
-from commands import inspect_store, lab, model, precompute, store
-from commands.inspect_run import inspect_run
-from commands.refilter import store_refilter
-from commands.shared import say_error
-from commands.store_exchange import store_export, store_import
-from commands.train import evaluate, train
-from commands.verify import verify
+from lab import cli as lab
+from precompute import cli as precompute
+from store import cli as store
 from store.errors import UserError
+from store.terminal.shared import say_error
+from trainer import cli as trainer
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,17 +31,17 @@ app = typer.Typer(
 )
 inspect_app = typer.Typer(no_args_is_help=True, help="Look into stores and runs.")
 app.add_typer(precompute.app, name="precompute")
-app.command()(train)
-app.command("eval")(evaluate)
-app.command()(verify)
-app.add_typer(model.app, name="model")
+app.command()(trainer.train)
+app.command("eval")(trainer.evaluate)
+app.command()(precompute.verify)
+app.add_typer(trainer.model_app, name="model")
 app.add_typer(inspect_app, name="inspect")
-inspect_app.add_typer(inspect_store.app, name="store")
-inspect_app.command("run")(inspect_run)
+inspect_app.add_typer(store.inspect_app, name="store")
+store.inspect_app.command("queries")(trainer.inspect_queries)
+inspect_app.command("run")(trainer.inspect_run)
 app.add_typer(store.app, name="store")
-store.app.command("refilter")(store_refilter)
-store.app.command("import")(store_import)
-store.app.command("export")(store_export)
+store.app.command("refilter")(precompute.store_refilter)
+store.app.command("import")(precompute.store_import)
 app.add_typer(lab.app, name="lab")
 
 

@@ -4,7 +4,7 @@
 
 The reference (the published code): one problem at a time, its candidates padded to the longest prompt and
 the longest response that the run allows, full logits [C, P + R, V], log-softmax and the entropy of every
-position, of which the answer's are read. The trainer: `trainer.guidance.reading_scores`. Both in float32.
+position, of which the answer's are read. The trainer: `guidance.reading_scores`. Both in float32.
 
     lab     the lab's student (310,080 parameters, vocabulary 262); chains of 2 to 6 operations, each
             solved in the lab's four styles; P + R = 64 + 448, all positions that the student has
@@ -37,11 +37,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from bench.measure import RETURNED_AT_ONCE, alone, peak_growth
 from lab.problems import draw_chain
 from lab.solutions import STYLES
-from store.tables import plain_table
-from trainer.comprehension import ReadingSequence, comprehension_scores, reading_sequence
+from store.reports.tables import plain_table
 from trainer.config import StudentConfig
-from trainer.guidance import reading_scores
-from trainer.policy import Policy, load_policy, load_tokenizer, pick_device
+from trainer.method.comprehension import ReadingSequence, comprehension_scores, reading_sequence
+from trainer.method.guidance import reading_scores
+from trainer.student.policy import Policy, load_policy, load_tokenizer, pick_device
 
 STUDENT = "lab/models/student"
 

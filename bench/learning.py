@@ -19,15 +19,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from precompute import pipeline
 from precompute.config import load_config
-from store.tables import plain_table
-from trainer.assemble import SilentReporter
+from precompute.run import pipeline
+from store.reports.tables import plain_table
 from trainer.config import Config
-from trainer.inspection import curve
-from trainer.loop import train
-from trainer.plot import plot_runs
-from trainer.run_files import open_run
+from trainer.reports.inspection import curve
+from trainer.reports.plots import plot_runs
+from trainer.run.run_dir import open_run
+from trainer.run.setup import SilentReporter
+from trainer.train import train
 
 METHODS = {
     "ampo": [],

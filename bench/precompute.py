@@ -31,21 +31,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from precompute import pipeline
 from precompute.config import load_config
-from precompute.draws import sample_seed
 from precompute.engines import Engine
 from precompute.engines.checks import stop_ids_of
-from precompute.engines.select import load_engine, load_tokenizer
+from precompute.engines.registry import load_engine, load_tokenizer
 from precompute.engines.vllm_engine import DEFAULT_ENVIRONMENT, llm_options, vllm_version
-from precompute.problems import load_problems
-from precompute.progress import SilentReporter
-from precompute.prompts import tokenizer_fingerprint
-from precompute.solving import Job, TeacherWork, fill_prompts, longest_prompt
-from precompute.verify import VERIFIER_NAME, VERIFIER_VERSION, Verifier
+from precompute.problems.problem_files import load_problems
+from precompute.problems.prompts import tokenizer_fingerprint
+from precompute.run import pipeline
+from precompute.run.draws import sample_seed
+from precompute.run.progress import SilentReporter
+from precompute.run.solve import Job, TeacherWork, fill_prompts, longest_prompt
+from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION, Verifier
+from store.reader import TraceStore
 from store.records import Problem, TeacherRecord
-from store.tables import plain_table
-from store.trace_store import TraceStore
+from store.reports.tables import plain_table
 from store.writer import StoreWriter
 from trainer.config import Config
 

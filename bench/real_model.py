@@ -27,22 +27,22 @@ from rich.console import Console
 from rich.table import Table
 
 from precompute.config import load_config
-from precompute.verify import Verifier
-from store.report import store_report
-from store.tables import plain_table
-from store.trace_store import TraceStore
-from trainer.assemble import SilentReporter, fitting_prompts, make_guide, usable_problems
-from trainer.batch import fill, pad
-from trainer.checkpoint import checkpoints
+from precompute.verify.verifier import Verifier
+from store.reader import TraceStore
+from store.reports.report import store_report
+from store.reports.tables import plain_table
 from trainer.config import Config
-from trainer.groups import Group
-from trainer.guidance import Guide
-from trainer.inspection import evaluation_rows, query_rows, questions_of, summary_of
-from trainer.policy import Policy, load_policy
-from trainer.rewards import Judge
-from trainer.rollout import Prompt, demanded_form
-from trainer.run_files import RunFiles, open_run, step_of
-from trainer.traces import StudentTrace
+from trainer.method.groups import Group
+from trainer.method.guidance import Guide
+from trainer.method.rewards import Judge
+from trainer.method.rollouts import Prompt, demanded_form
+from trainer.method.teacher_traces import StudentTrace
+from trainer.reports.inspection import evaluation_rows, query_rows, questions_of, summary_of
+from trainer.run.checkpoint import checkpoints
+from trainer.run.run_dir import RunFiles, open_run, step_of
+from trainer.run.setup import SilentReporter, fitting_prompts, make_guide, usable_problems
+from trainer.student.batches import fill, pad
+from trainer.student.policy import Policy, load_policy
 
 Pair = tuple[Group, StudentTrace]
 

@@ -31,11 +31,11 @@ from transformers.utils import logging as transformers_logging
 
 from bench.measure import alone, ways_table
 from precompute.engines import Request, Sampling
+from precompute.engines.batch import left_padded
 from precompute.engines.checks import eos_ids
-from precompute.engines.rows import left_padded
 from precompute.engines.transformers_engine import TransformersEngine
-from precompute.problems import load_problems
-from precompute.prompts import render_prompt
+from precompute.problems.problem_files import load_problems
+from precompute.problems.prompts import render_prompt
 
 PROBLEMS = "lab/problems/train.jsonl"
 SAMPLES = 8

@@ -118,7 +118,7 @@ def _problem_id(number: int) -> str:
 def write_source(path: Path, traces: int, length: int) -> None:
     """Traces of about `length` characters, four teachers to a problem, in the store's own columns; in order
     of teacher, then of problem as a file of problems has them."""
-    from store.schema import TRACE_SCHEMA
+    from store.format.schema import TRACE_SCHEMA
 
     generator = np.random.default_rng(0)
     paragraphs = _paragraphs(generator)
@@ -147,8 +147,8 @@ def _paragraphs(generator: np.random.Generator) -> list[str]:
 def _rows(
     numbers: Sequence[int], teacher: str, paragraphs: list[str], length: int, generator: np.random.Generator
 ) -> pa.Table:
+    from store.format.schema import TRACE_SCHEMA
     from store.records import content_hash
-    from store.schema import TRACE_SCHEMA
 
     counts = generator.gamma(8, length / 300 / 8, len(numbers)).astype(int) + 1
     own = np.split(generator.integers(0, len(paragraphs), counts.sum()), np.cumsum(counts)[:-1])
@@ -186,9 +186,9 @@ def _rows(
 
 def _build_parts(source: Path, target: Path) -> None:
     """As the offline stage leaves it."""
-    from store.index import reindex
-    from store.manifest import change_parts, create_manifest
-    from store.parts import write_part
+    from store.format.index import reindex
+    from store.format.manifest import change_parts, create_manifest
+    from store.format.parts import write_part
 
     target.mkdir()
     create_manifest(target, verifier="bench", verifier_version="1")
@@ -205,17 +205,17 @@ def _build_parts(source: Path, target: Path) -> None:
 
 
 def _build_store(source: Path, target: Path) -> None:
-    from store.compaction import compact
+    from store.upkeep.compaction import compact
 
     _build_parts(source, target)
     compact(target)
 
 
 def _build_sorted(source: Path, target: Path) -> None:
-    from store.compaction import PART_TRACES
-    from store.index import reindex
-    from store.manifest import change_parts, create_manifest
-    from store.parts import write_part
+    from store.format.index import reindex
+    from store.format.manifest import change_parts, create_manifest
+    from store.format.parts import write_part
+    from store.upkeep.compaction import PART_TRACES
 
     target.mkdir()
     create_manifest(target, verifier="bench", verifier_version="1")
@@ -247,7 +247,7 @@ Ask = Callable[[Sequence[int]], int]
 
 
 def _ask_store(source: Path, target: Path) -> Ask:
-    from store.trace_store import TraceStore
+    from store.reader import TraceStore
 
     store = TraceStore(target)
     return lambda numbers: sum(map(len, store.candidates([_problem_id(n) for n in numbers]).values()))

@@ -41,11 +41,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from bench.measure import RETURNED_AT_ONCE, Peak, alone, peak_growth, ways_table
 from precompute.config import load_config
-from trainer.assemble import SilentReporter, assemble
 from trainer.config import Config
-from trainer.groups import Sample
-from trainer.loop import train_step
-from trainer.run_files import Position, RunFiles
+from trainer.method.groups import Sample
+from trainer.run.run_dir import Position, RunFiles
+from trainer.run.setup import SilentReporter, assemble
+from trainer.train import train_step
 
 STUDENT = "lab/models/student"
 PROBLEMS = "lab/problems/train.jsonl"
@@ -211,7 +211,7 @@ class Clock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlainPending:
-    """What trainer.rewards.PendingSample is, where nothing has to be waited for."""
+    """What trainer.method.rewards.PendingSample is, where nothing has to be waited for."""
 
     gold: str
     sample: dict[str, Any]

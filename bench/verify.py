@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.measure import alone
-from precompute.data_files import data_rows
-from precompute.solution import find_answer
-from precompute.verify import Verifier
-from store.tables import plain_table
+from precompute.problems.data_rows import data_rows
+from precompute.verify.final_answer import find_answer
+from precompute.verify.verifier import Verifier
+from store.reports.tables import plain_table
 
 GOLDS = Path("../shared/data/math/valid.parquet")
 SLIPS = 8
@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
 def plain_loop(pairs: Sequence[PairOfTexts]) -> Measured:
     from math_verify import parse, verify
 
-    from precompute.verify_math import TYPICAL
+    from precompute.verify.math import TYPICAL
 
     logging.disable(logging.CRITICAL)
     for text in TYPICAL:

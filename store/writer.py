@@ -14,7 +14,7 @@ from typing import Any, Self
 import pyarrow.parquet as pq
 
 from store.errors import RecipeChangedError, StoreBusyError, StoreError
-from store.files import (
+from store.format.files import (
     MANIFEST_LOCK,
     WRITE_LOCK,
     FileLock,
@@ -24,8 +24,8 @@ from store.files import (
     shard_lock,
     whole_file,
 )
-from store.index import open_index, refresh_index
-from store.manifest import (
+from store.format.index import open_index, refresh_index
+from store.format.manifest import (
     PARTS,
     PROBLEMS,
     TEACHERS,
@@ -36,7 +36,7 @@ from store.manifest import (
     is_fresh,
     read_manifest,
 )
-from store.parts import (
+from store.format.parts import (
     ALL,
     READ_ERRORS,
     DamagedPart,
@@ -45,9 +45,9 @@ from store.parts import (
     list_parts,
     write_traces,
 )
-from store.reading import read_problems, read_teachers
+from store.format.reading import read_problems, read_teachers
+from store.format.schema import PARQUET_OPTIONS, problems_table, teacher_json
 from store.records import Problem, TeacherRecord, Trace
-from store.schema import PARQUET_OPTIONS, problems_table, teacher_json
 
 
 class StoreWriter:

@@ -18,7 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from trainer.policy import Policy
+from trainer.student.policy import Policy
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789+-=*/.,;:?!'\"()[]{}\\<>_ \nABCDEFGHIJKLMNOPQRSTUVWXYZ$^"
 SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>", "<unk>"]

@@ -16,9 +16,9 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from trainer.config import StudentConfig
-from trainer.distributed import joined
-from trainer.policy import load_policy
-from trainer.sharding import place_at_first, shard
+from trainer.parallel.fsdp import place_at_first, shard
+from trainer.parallel.world import joined
+from trainer.student.policy import load_policy
 
 
 def peak() -> int:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import TrainConfig
-from trainer.distributed import World, joined
-from trainer.optimizer import make_optimizer
-from trainer.sharding import shard_state, whole_state, whole_tensor
+from trainer.parallel.fsdp import shard_state, whole_state, whole_tensor
+from trainer.parallel.world import World, joined
+from trainer.student.optimizer import make_optimizer
 
 KINDS: dict[str, dict[str, Any]] = {
     "adamw": {},

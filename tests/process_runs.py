@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from precompute.config import load_config
-from trainer.assemble import SilentReporter
 from trainer.config import Config
-from trainer.distributed import World, joined
-from trainer.loop import train
+from trainer.parallel.world import World, joined
+from trainer.run.setup import SilentReporter
+from trainer.train import train
 
 
 def one_run(described: dict[str, Any], world: World) -> None:

@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load_file
 from test_trainer_step import sequences
 
-from trainer.batch import TrainSequence, train_batch
 from trainer.config import GuidanceConfig, StudentConfig, TrainConfig
-from trainer.distributed import World, joined
-from trainer.handover import Handover
-from trainer.objective import LOSS_TYPES
-from trainer.optimizer import make_optimizer
-from trainer.policy import Policy, WithoutAdapters, load_policy
-from trainer.sharding import place_at_first, shard, whole_tensor, whole_weights
-from trainer.step import Updater
+from trainer.method.objective import LOSS_TYPES
+from trainer.method.update import Updater
+from trainer.parallel.fsdp import place_at_first, shard, whole_tensor, whole_weights
+from trainer.parallel.world import World, joined
+from trainer.sampling.weight_sync import Handover
+from trainer.student.batches import TrainSequence, train_batch
+from trainer.student.optimizer import make_optimizer
+from trainer.student.policy import Policy, WithoutAdapters, load_policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

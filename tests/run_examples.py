@@ -13,11 +13,11 @@ from conftest import tiny_tokenizer
 from safetensors.torch import load_file
 
 from precompute.config import load_config
-from precompute.verify import VERIFIER_NAME, VERIFIER_VERSION
+from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION
 from store.records import Problem, TeacherRecord, Trace
 from store.writer import StoreWriter
 from trainer.config import Config
-from trainer.metrics import MEASURED
+from trainer.telemetry.metrics import MEASURED
 
 PROBLEMS = [Problem(question=f"{n}+{n}", answer=str(2 * n)) for n in range(12)]
 

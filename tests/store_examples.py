@@ -8,8 +8,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from store.reader import TraceStore
 from store.records import Problem, TeacherRecord, Trace
-from store.trace_store import TraceStore
 from store.writer import StoreWriter
 
 JUDGE = {"verifier": "math-verify", "verifier_version": "0.9.0"}

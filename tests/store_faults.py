@@ -19,15 +19,15 @@ from typing import Any
 
 from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
 
-from store.checking import check
-from store.compaction import compact, forget
 from store.errors import StoreError
-from store.files import TMP_MARK
-from store.manifest import MANIFEST, PARTS, read_manifest
-from store.migration import migrate
-from store.parts import list_parts
+from store.format.files import TMP_MARK
+from store.format.manifest import MANIFEST, PARTS, read_manifest
+from store.format.parts import list_parts
+from store.reader import TraceStore
 from store.records import Trace
-from store.trace_store import TraceStore
+from store.upkeep.checking import check
+from store.upkeep.compaction import compact, forget
+from store.upkeep.migration import migrate
 from store.writer import StoreWriter
 
 KILL = 0

@@ -25,10 +25,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from store_examples import JUDGE, problem, teacher, trace, wrong
 
-from store.checking import check
-from store.compaction import compact
+from store.reader import TraceStore
 from store.records import Trace
-from store.trace_store import TraceStore
+from store.upkeep.checking import check
+from store.upkeep.compaction import compact
 from store.writer import StoreWriter
 
 ROUNDS_OF_A_STORE = 10

@@ -10,8 +10,8 @@ import pytest
 from run_examples import config_of, make_world, settings
 
 from bench.real_model import main
-from trainer.assemble import SilentReporter
-from trainer.loop import train
+from trainer.run.setup import SilentReporter
+from trainer.train import train
 
 
 def test_the_traces_of_a_run_are_read_before_and_after_it(

@@ -15,19 +15,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lab.real_model import END_OF_TURN, TEMPLATE, build_real_model
 from precompute.config import StoreConfig, load_config
-from precompute.import_form import ImportColumns, ImportForm, TeacherNames
-from precompute.importing import import_traces
-from precompute.prompts import render_prompt, turn_end
-from precompute.verify import Verifier
+from precompute.imports.foreign_rows import ImportColumns, ImportForm, TeacherNames
+from precompute.imports.import_traces import import_traces
+from precompute.problems.prompts import render_prompt, turn_end
+from precompute.verify.verifier import Verifier
 from store.errors import UserError
+from store.reader import TraceStore
 from store.records import Problem
-from store.report import store_report
-from store.trace_store import TraceStore
-from trainer.assemble import SilentReporter
+from store.reports.report import store_report
 from trainer.config import Config
-from trainer.inspection import query_rows
-from trainer.loop import train
-from trainer.run_files import open_run
+from trainer.reports.inspection import query_rows
+from trainer.run.run_dir import open_run
+from trainer.run.setup import SilentReporter
+from trainer.train import train
 
 ROOT = Path(__file__).parent.parent
 TRACES = ROOT / "lab" / "real" / "traces.jsonl"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from precompute.config import TeacherConfig
-from precompute.draws import Done, Draw, DrawFeed, next_samples, samples_left
+from precompute.run.draws import Done, Draw, DrawFeed, next_samples, samples_left
 
 RIGHT = st.lists(st.sampled_from(list(itertools.product([False, True], repeat=6))), min_size=1, max_size=4)
 SPEEDS = st.integers(0, 10**6).map(random.Random)

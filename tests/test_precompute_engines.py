@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from precompute.config import TeacherConfig
 from precompute.engines import Completion, Request, Sampling
 from precompute.engines.checks import eos_ids
-from precompute.engines.drawing import BLOCK, FEW_BLOCKS, inverse_cdf, keep_top_k, keep_top_p, uniforms
 from precompute.engines.options import check_options
-from precompute.engines.select import check_fits, prepare_engine
+from precompute.engines.registry import check_fits, prepare_engine
+from precompute.engines.seeded_sampler import BLOCK, FEW_BLOCKS, inverse_cdf, keep_top_k, keep_top_p, uniforms
 from precompute.engines.transformers_engine import TransformersEngine
 from precompute.engines.vllm_engine import llm_options
 from store.errors import EngineError

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from precompute.config import FiltersConfig
-from precompute.filters import other_letters, repetition, script_of, why_filtered
+from precompute.run.filters import other_letters, repetition, script_of, why_filtered
 
 
 def why(text: str, *, n_tokens: int = 10, opens_think: bool = False, **filters: Any) -> str | None:

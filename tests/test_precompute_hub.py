@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from precompute.config import TeacherConfig
 from precompute.engines.hub import check_there, why_not_there
-from precompute.engines.select import load_tokenizer
+from precompute.engines.registry import load_tokenizer
 from store.errors import EngineError
 
 

@@ -20,17 +20,17 @@ import pytest
 from run_examples import PROBLEMS, config_of, metrics_of, write_problems, write_store
 
 from precompute.config import FiltersConfig, StoreConfig
-from precompute.import_form import ImportColumns, ImportForm, TeacherNames, files_at
-from precompute.import_report import ImportCounts, ImportReport
-from precompute.importing import import_traces
-from precompute.refilter import refilter
-from precompute.verify import Verifier
+from precompute.imports.foreign_rows import ImportColumns, ImportForm, TeacherNames, files_at
+from precompute.imports.import_report import ImportCounts, ImportReport
+from precompute.imports.import_traces import import_traces
+from precompute.run.refilter import refilter
+from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, EngineError, ProblemsError, RecipeChangedError
-from store.exporting import ExportOptions, export
+from store.export.exporting import ExportOptions, export
+from store.reader import TraceStore
 from store.records import Problem, Trace
-from store.trace_store import TraceStore
-from trainer.assemble import SilentReporter
-from trainer.loop import train
+from trainer.run.setup import SilentReporter
+from trainer.train import train
 
 SUM = {"prompt": [{"role": "user", "content": "2+2"}], "reward_model": {"ground_truth": "4"}}
 PLAIN = {"question": "2+2", "answer": "4", "teacher": "r1"}

@@ -17,18 +17,18 @@ import torch
 from openai_examples import KEY, MODEL, SERVED, Proxy, free_port, vllm_server
 from transformers import AutoModelForCausalLM
 
-from precompute import pipeline
 from precompute.config import PrecomputeConfig, TeacherConfig, load_config, toml_of
 from precompute.engines import Completion, Engine, Request, Sampling
-from precompute.engines.select import load_engine, load_tokenizer, prepare_engine
-from precompute.problems import load_problems
-from precompute.progress import SilentReporter
-from precompute.prompts import render_prompt
+from precompute.engines.registry import load_engine, load_tokenizer, prepare_engine
+from precompute.problems.problem_files import load_problems
+from precompute.problems.prompts import render_prompt
+from precompute.run import pipeline
+from precompute.run.progress import SilentReporter
 from store.errors import ConfigError, EngineError
-from store.trace_store import TraceStore
-from trainer.assemble import SilentReporter as SilentTrainReporter
+from store.reader import TraceStore
 from trainer.config import Config
 from trainer.eval_model import evaluate_model
+from trainer.run.setup import SilentReporter as SilentTrainReporter
 
 if find_spec("vllm") is None or find_spec("openai") is None:
     pytest.skip("vllm or openai is not installed", allow_module_level=True)

@@ -16,15 +16,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from precompute import pipeline
 from precompute.config import PrecomputeConfig
-from precompute.draws import sample_seed
-from precompute.outcome import PrecomputeReport
-from precompute.progress import ConsoleReporter, SilentReporter, TeacherProgress
-from precompute.verify import verify_answer
+from precompute.run import pipeline
+from precompute.run.draws import sample_seed
+from precompute.run.plan import PrecomputeReport
+from precompute.run.progress import ConsoleReporter, SilentReporter, TeacherProgress
+from precompute.verify.verifier import verify_answer
 from store.errors import ConfigError, EngineError, ProblemsError, RecipeChangedError
+from store.reader import TraceStore
 from store.records import Trace
-from store.trace_store import TraceStore
 
 LAB = Path(__file__).parents[1] / "lab"
 GOOD = {"name": "totals", "model": str(LAB / "models" / "teacher-totals")}
@@ -261,7 +261,7 @@ class Interrupting(SilentReporter):
 def start(*arguments: Any) -> Any:
     """A child of a server that has the heavy imports behind it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["precompute.engines.transformers_engine", "precompute.pipeline"])
+    context.set_forkserver_preload(["precompute.engines.transformers_engine", "precompute.run.pipeline"])
     process = context.Process(target=run_and_die, args=arguments)
     process.start()
     return process

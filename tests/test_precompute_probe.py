@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from precompute import pipeline
 from precompute.config import PrecomputeConfig, TeacherConfig
-from precompute.probe import Probe, expect, expected_tries, split_tries
-from precompute.tables import plan_tables, short_bytes, short_count, short_time
-from store.trace_store import TraceStore
+from precompute.run import pipeline
+from precompute.run.probe import Probe, expect, expected_tries, split_tries
+from precompute.run.tables import plan_tables, short_bytes, short_count, short_time
+from store.reader import TraceStore
 
 LAB = Path(__file__).parents[1] / "lab"
 

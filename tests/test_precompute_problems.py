@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from precompute.problems import ProblemSet, load_problems, split_by_gold
-from precompute.prompts import answer_form_of
-from precompute.verify import Verifier
+from precompute.problems.problem_files import ProblemSet, load_problems, split_by_gold
+from precompute.problems.prompts import answer_form_of
+from precompute.verify.verifier import Verifier
 from store.errors import ProblemsError
 from store.records import Problem
 

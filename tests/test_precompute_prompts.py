@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from precompute.prompts import (
+from precompute.problems.prompts import (
     answer_form_of,
     build_messages,
     prompt_warning,
@@ -228,6 +228,6 @@ def test_a_fingerprint_tells_merges_apart() -> None:
 
 
 def test_this_module_needs_no_torch() -> None:
-    program = "import precompute.prompts, sys; print({'torch', 'transformers'} & set(sys.modules))"
+    program = "import precompute.problems.prompts, sys; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr

@@ -15,17 +15,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from precompute import pipeline
-from precompute.block_progress import Tally, Watch
-from precompute.block_work import BlockTask, BlockWorker, block_shard, waited
 from precompute.config import PrecomputeConfig, load_config
-from precompute.places import Here
-from precompute.progress import SilentReporter, TeacherProgress
-from precompute.sharding import Shard
-from precompute.verify import Verifier
+from precompute.run import pipeline
+from precompute.run.block_progress import Tally, Watch
+from precompute.run.block_work import BlockTask, BlockWorker, block_shard, waited
+from precompute.run.places import Here
+from precompute.run.progress import SilentReporter, TeacherProgress
+from precompute.run.shard import Shard
+from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, EngineError, StoreBusyError
-from store.files import shard_lock
-from store.trace_store import TraceStore
+from store.format.files import shard_lock
+from store.reader import TraceStore
 from store.writer import StoreWriter
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
@@ -272,7 +272,7 @@ def test_what_goes_with_no_cluster_is_refused_before_one_is_looked_for(
 
 
 def test_room_in_numbers_worked_out_by_hand() -> None:
-    from precompute.ray_run import Needs, blocks_of, room
+    from precompute.run.ray_cluster import Needs, blocks_of, room
 
     machines = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0, "GPU": 1.0}, {"memory": 1.0}]
     # By CPU: 8 + 4 fit, 12 - 1 CPUs are to be had: 11.
@@ -293,7 +293,7 @@ def test_room_in_numbers_worked_out_by_hand() -> None:
 
 
 def test_an_engine_for_workers_is_chosen_by_what_they_have(config_file: Path, tmp_path: Path) -> None:
-    from precompute.ray_run import RayPlace
+    from precompute.run.ray_cluster import RayPlace
 
     config = settings(config_file, tmp_path / "traces", "teachers.totals.tensor_parallel_size=2")
     (teacher,) = config.teachers

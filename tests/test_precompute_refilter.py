@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from precompute import pipeline, refilter
 from precompute.config import FiltersConfig, PrecomputeConfig
-from precompute.refilter import filter_settings
-from store import compaction
-from store.compaction import compact
+from precompute.run import pipeline, refilter
+from precompute.run.refilter import filter_settings
 from store.errors import RecipeChangedError, StoreError
+from store.reader import TraceStore
 from store.records import Trace
-from store.trace_store import TraceStore
+from store.upkeep import compaction
+from store.upkeep.compaction import compact
 
 LAB = Path(__file__).parents[1] / "lab"
 SHORT = {"max_tokens": 45, "format": True}

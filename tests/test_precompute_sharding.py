@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from precompute import pipeline
 from precompute.config import PrecomputeConfig
-from precompute.outcome import PrecomputeReport
-from precompute.sharding import Shard
-from precompute.tables import problems_line
+from precompute.run import pipeline
+from precompute.run.plan import PrecomputeReport
+from precompute.run.shard import Shard
+from precompute.run.tables import problems_line
 from store.errors import ConfigError, ProblemsError, StoreBusyError
+from store.reader import TraceStore
 from store.records import Problem
-from store.trace_store import TraceStore
 from store.writer import StoreWriter
 
 LAB = Path(__file__).parents[1] / "lab"
@@ -50,7 +50,7 @@ def run_shard(store: str, shard: str | None) -> PrecomputeReport:
 def start(store: Path, shard: str | None) -> Any:
     """A process of its own, child of a server that has the heavy imports behind it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["precompute.engines.transformers_engine", "precompute.pipeline"])
+    context.set_forkserver_preload(["precompute.engines.transformers_engine", "precompute.run.pipeline"])
     process = context.Process(target=run_shard, args=(str(store), shard))
     process.start()
     return process
@@ -160,7 +160,7 @@ def test_who_may_write_beside_whom(tmp_path: Path) -> None:
     settings = config(store)
 
     def writer(shard: str | None) -> StoreWriter:
-        from precompute.verify import VERIFIER_NAME, VERIFIER_VERSION
+        from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION
 
         return StoreWriter.open(store, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION, shard=shard)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from precompute.config import AnswerForm
-from precompute.solution import closing, find_answer, has_format, opening, reasoning, to_form
+from precompute.verify.final_answer import closing, find_answer, has_format, opening, reasoning, to_form
 
 FORMS: tuple[AnswerForm, ...] = ("boxed", "answer_tags")
 PIECES = [

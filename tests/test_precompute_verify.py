@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from verify_processes import memory_kb, needs_proc, wait_until, workers_of
 
-from precompute.verify import MAX_ANSWER_CHARS, VERIFIER_VERSION, Verifier, verify_answer
+from precompute.verify.verifier import MAX_ANSWER_CHARS, VERIFIER_VERSION, Verifier, verify_answer
 from store.errors import EngineError
 from store.records import VERDICTS
 
@@ -219,7 +219,7 @@ def test_workers_end_with_a_parent_that_is_killed_while_they_compute(tmp_path: P
     script = tmp_path / "parent.py"
     script.write_text(
         "import time\n"
-        "from precompute.verify import Verifier\n"
+        "from precompute.verify.verifier import Verifier\n"
         "judge = Verifier(workers=1, timeout=600.0)\n"
         "judge.submit('\\\\boxed{5}', '5').result()\n"
         "judge.submit('\\\\boxed{9^{9^{9^{9}}}}', '5')\n"
@@ -310,7 +310,7 @@ def test_whatever_ends_a_thread_nobody_waits_for_ever(
 ) -> None:
     stranger = tmp_path / "stranger.py"
     stranger.write_text("print('no JSON', flush=True)\ninput()\n")
-    monkeypatch.setattr("precompute.verify_process._WORKER_FILE", stranger)
+    monkeypatch.setattr("precompute.verify.process._WORKER_FILE", stranger)
     with Verifier(workers=2) as judge:
         for answer in ("5", "6"):
             with pytest.raises(EngineError, match="a verification thread ended: JSONDecodeError"):
@@ -363,7 +363,7 @@ def test_verify_answer_needs_nothing_but_strings() -> None:
 
 def test_this_process_never_imports_the_mathematics() -> None:
     program = (
-        "import sys; from precompute.verify import verify_answer;"
+        "import sys; from precompute.verify.verifier import verify_answer;"
         "print(verify_answer(response='\\\\boxed{5}', gold='5').is_correct,"
         "{'math_verify', 'sympy', 'torch'} & set(sys.modules))"
     )

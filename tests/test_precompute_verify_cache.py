@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from precompute.verify_cache import ENTRY_CHARS, OutcomeCache
-from precompute.verify_process import Outcome
-from precompute.verify_queue import Job, JobQueue
+from precompute.verify.cache import ENTRY_CHARS, OutcomeCache
+from precompute.verify.process import Outcome
+from precompute.verify.queue import Job, JobQueue
 
 MATCH = Outcome("match", "")
 

@@ -13,8 +13,8 @@ from antlr4.PredictionContext import PredictionContextCache
 from latex2sympy2_extended.antlr_parser import PSParser
 from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
 
-from precompute.verify_grammar import Grammar
-from precompute.verify_math import TYPICAL, normalized, plain_latex
+from precompute.verify.grammar import Grammar
+from precompute.verify.math import TYPICAL, normalized, plain_latex
 
 EXAMPLES = Path(__file__).parent / "data" / "math_verify_examples.jsonl"
 TEXTS = [json.loads(line)["answer"] for line in EXAMPLES.read_text("utf-8").splitlines()]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from precompute.verify import Verifier
+from precompute.verify.verifier import Verifier
 
 EXAMPLES = [
     json.loads(line)

@@ -19,9 +19,16 @@ import pytest
 from rich.console import Console
 from verify_processes import needs_proc, wait_until, workers_of
 
-from precompute.verify import Verifier
-from precompute.verify_file import BATCH_ROWS, FileReport, PairFile, gold_text, response_text, verify_file
-from precompute.verify_tables import verify_tables
+from precompute.verify.tables import verify_tables
+from precompute.verify.verifier import Verifier
+from precompute.verify.verify_file import (
+    BATCH_ROWS,
+    FileReport,
+    PairFile,
+    gold_text,
+    response_text,
+    verify_file,
+)
 from store.errors import ProblemsError, UserError
 
 ROOT = Path(__file__).parent.parent

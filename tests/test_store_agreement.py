@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 from store_examples import make_store, trace
 
-from store.agreement import agreement_rows, agreement_tables, agreements
+from store.reader import TraceStore
 from store.records import Trace
-from store.trace_store import TraceStore
+from store.reports.agreement import agreement_rows, agreement_tables, agreements
 
 
 def wrong(number: int, name: str, answer: str | None, sample_index: int = 0) -> Trace:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from store_examples import JUDGE, make_store, problem, trace, wrong
 
-from store.checking import check
 from store.errors import StoreNewerError, StoreOlderError
-from store.manifest import read_manifest
-from store.migration import migrate
-from store.trace_store import TraceStore
+from store.format.manifest import read_manifest
+from store.reader import TraceStore
+from store.upkeep.checking import check
+from store.upkeep.migration import migrate
 from store.writer import StoreWriter
 
 OLD_STORE = Path(__file__).parent / "data" / "store_v1"

@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
 
-from store.checking import check
-from store.compaction import compact, forget
 from store.errors import StoreBusyError, StoreError
-from store.index import open_index
-from store.manifest import read_manifest
-from store.trace_store import TraceStore
+from store.format.index import open_index
+from store.format.manifest import read_manifest
+from store.reader import TraceStore
+from store.upkeep.checking import check
+from store.upkeep.compaction import compact, forget
 from store.writer import StoreWriter
 
 

@@ -15,12 +15,12 @@ import pytest
 from store_examples import JUDGE, make_store, problem, teacher, trace
 from store_faults import contents, keyed
 
-from store import index, parts
-from store.checking import check
-from store.compaction import compact
 from store.errors import StoreBusyError
-from store.parts import PartStamp, check_digest, list_parts
-from store.trace_store import TraceStore
+from store.format import index, parts
+from store.format.parts import PartStamp, check_digest, list_parts
+from store.reader import TraceStore
+from store.upkeep.checking import check
+from store.upkeep.compaction import compact
 from store.writer import StoreWriter
 
 fork = multiprocessing.get_context("fork")

@@ -30,9 +30,9 @@ from store_faults import (
     run,
 )
 
-from store.compaction import forget
 from store.errors import StoreOlderError
-from store.files import TMP_MARK
+from store.format.files import TMP_MARK
+from store.upkeep.compaction import forget
 
 OPERATIONS = st.sampled_from(sorted(BEGINNINGS))
 FEW = settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))

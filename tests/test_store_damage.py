@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
 from store_faults import contents, keyed
 
-from store.checking import check
-from store.compaction import compact
 from store.errors import StoreDamagedError
-from store.pages import lists_of_page, texts_of_page
-from store.parts import READ_ERRORS, file_digest, part_rows
-from store.trace_store import TraceStore
+from store.format.pages import lists_of_page, texts_of_page
+from store.format.parts import READ_ERRORS, file_digest, part_rows
+from store.reader import TraceStore
+from store.upkeep.checking import check
+from store.upkeep.compaction import compact
 from store.writer import StoreWriter
 
 ADA = [
@@ -181,5 +181,5 @@ def test_a_part_that_goes_while_it_is_checked_is_no_finding(
             shutil.copytree(compacted, root)
         return file_digest(path)
 
-    monkeypatch.setattr("store.checking.file_digest", digest)
+    monkeypatch.setattr("store.upkeep.checking.file_digest", digest)
     assert check(root).findings == ()

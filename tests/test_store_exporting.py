@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
 
-from precompute.import_form import ImportColumns, ImportForm, TeacherNames
-from store import exporting
+from precompute.imports.foreign_rows import ImportColumns, ImportForm, TeacherNames
 from store.errors import StoreError, UserError
-from store.export_forms import FORMS, Solved
-from store.exporting import WRITERS, ExportOptions, ExportReport, export, in_turns
+from store.export import exporting
+from store.export.export_forms import FORMS, Solved
+from store.export.exporting import WRITERS, ExportOptions, ExportReport, export, in_turns
+from store.reader import TraceStore
 from store.records import Problem
-from store.trace_store import TraceStore
 from store.writer import StoreWriter
 
 HELD_BACK = "repetition: 0.9"

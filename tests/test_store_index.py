@@ -27,8 +27,8 @@ from store_examples import (
 )
 
 from store.errors import StoreDamagedError, StoreError, StoreMissingError
-from store.index import reindex
-from store.trace_store import TraceStore
+from store.format.index import reindex
+from store.reader import TraceStore
 from store.writer import StoreWriter
 
 spawn = multiprocessing.get_context("spawn")

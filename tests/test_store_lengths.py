@@ -12,8 +12,8 @@ from rich.console import Console
 from store_examples import make_store, trace, wrong
 
 from store.errors import StoreError, UserError
-from store.lengths import bin_edges, length_rows, lengths, lengths_table, plot_lengths
-from store.trace_store import TraceStore
+from store.reader import TraceStore
+from store.reports.lengths import bin_edges, length_rows, lengths, lengths_table, plot_lengths
 
 
 @pytest.fixture

@@ -24,11 +24,11 @@ from hypothesis.stateful import (
 from store_examples import JUDGE, make_store, problem, teacher
 from store_faults import KILL, Contents, contents, keyed, run
 
-from store.checking import check
-from store.compaction import compact, forget
-from store.parts import part_rows
+from store.format.parts import part_rows
+from store.reader import TraceStore
 from store.records import VERDICTS, Trace
-from store.trace_store import TraceStore
+from store.upkeep.checking import check
+from store.upkeep.compaction import compact, forget
 from store.writer import StoreWriter
 
 IDS = [problem(number).problem_id for number in range(4)]

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from store.pages import lists_of_page, page_header, pages_of_chunk, texts_of_page
-from store.schema import PART_OPTIONS, TRACE_SCHEMA
+from store.format.pages import lists_of_page, page_header, pages_of_chunk, texts_of_page
+from store.format.schema import PART_OPTIONS, TRACE_SCHEMA
 
 FIELDS = [TRACE_SCHEMA.field(name) for name in ("text", "token_ids", "logprobs")]
 

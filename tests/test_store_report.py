@@ -10,9 +10,9 @@ from rich.console import Console
 from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
 
 from store.errors import UserError
-from store.report import problem_id_of, problem_rows, store_report, trace_rows
-from store.tables import summary_tables
-from store.trace_store import TraceStore
+from store.reader import TraceStore
+from store.reports.report import problem_id_of, problem_rows, store_report, trace_rows
+from store.reports.tables import summary_tables
 from store.writer import StoreWriter
 
 

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
-from precompute.outcome import PrecomputeReport, ProblemsSummary, TeacherOutcome
-from precompute.tables import report_tables
-from store.table_forms import fitting
-from store.tables import answer_table, plain_table
-from trainer.tables import comparison_table, evaluations_table
+from precompute.run.plan import PrecomputeReport, ProblemsSummary, TeacherOutcome
+from precompute.run.tables import report_tables
+from store.reports.tables import answer_table, plain_table
+from store.terminal.table_forms import fitting
+from trainer.reports.tables import comparison_table, evaluations_table
 
 
 def drawn(shown: RenderableType, width: int) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 from store_examples import make_store, problem, teacher, trace, wrong
 
 from store.errors import StoreDamagedError, StoreForeignError, StoreMissingError, StoreNewerError
-from store.trace_store import TraceStore
+from store.reader import TraceStore
 
 IDS = [problem(number).problem_id for number in range(4)]
 
@@ -68,7 +68,9 @@ def test_candidates_are_one_query(root: Path, monkeypatch: pytest.MonkeyPatch) -
         asked: list[str] = []
         rows = type(store.index).rows
         monkeypatch.setattr(
-            type(store.index), "rows", lambda self, sql, *rest: asked.append(sql) or rows(self, sql, *rest)
+            type(store.index),
+            "rows",
+            lambda self, sql, *rest: asked.append(sql) or rows(self, sql, *rest),
         )
         store.candidates(IDS)
         assert len(asked) == 1
@@ -84,7 +86,7 @@ def test_tokens_come_on_request_only(root: Path) -> None:
 
 
 def test_more_parts_than_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("store.part_reader.OPEN_PARTS", 2)
+    monkeypatch.setattr("store.format.part_reader.OPEN_PARTS", 2)
     root = make_store(tmp_path / "traces", *[[trace(number, "ada")] for number in range(4)])
     with TraceStore(root) as store:
         for _ in range(2):

@@ -12,9 +12,9 @@ import pytest
 from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
 
 from store.errors import StoreError, UserError
-from store.manifest import PARTS
-from store.trace_store import TraceStore
-from store.views import VIEWS, Answer, Views
+from store.format.manifest import PARTS
+from store.reader import TraceStore
+from store.reports.views import VIEWS, Answer, Views
 from store.writer import StoreWriter
 
 

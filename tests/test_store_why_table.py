@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from run_examples import PROBLEMS, teacher, trace
 
-from precompute.verify import VERIFIER_NAME, VERIFIER_VERSION
-from store.report import trace_rows
-from store.trace_store import TraceStore
-from store.why_table import why_table, with_golds
+from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION
+from store.reader import TraceStore
+from store.reports.report import trace_rows
+from store.reports.why_table import why_table, with_golds
 from store.writer import StoreWriter
 
 

@@ -31,11 +31,11 @@ from store_examples import (
 )
 
 from store.errors import RecipeChangedError, StoreBusyError, StoreError, StoreForeignError, UserError
-from store.files import TMP_MARK
-from store.parts import part_rows
+from store.format.files import TMP_MARK
+from store.format.parts import part_rows
+from store.format.schema import TRACE_SCHEMA, teacher_json
+from store.reader import TraceStore
 from store.records import FINISH_REASONS, VERDICTS, Problem, Trace
-from store.schema import TRACE_SCHEMA, teacher_json
-from store.trace_store import TraceStore
 from store.writer import StoreWriter, recipe_changes
 
 spawn = multiprocessing.get_context("spawn")

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 
 from precompute.config import load_config
 from store.errors import ConfigError, EngineError
-from trainer.assemble import SilentReporter
-from trainer.batch import TrainSequence, pad
 from trainer.config import Config, GuidanceConfig, StudentConfig, TrainConfig
-from trainer.loop import train
-from trainer.optimizer import make_optimizer
-from trainer.policy import Policy, load_policy
-from trainer.step import Updater
+from trainer.method.update import Updater
+from trainer.run.setup import SilentReporter
+from trainer.student.batches import TrainSequence, pad
+from trainer.student.optimizer import make_optimizer
+from trainer.student.policy import Policy, load_policy
+from trainer.train import train
 
 BATCH = pad([(2, 10, 11, 12, 1), (2, 20, 1)], [3, 1], pad_id=0, device=torch.device("cpu"))
 ROW = TrainSequence(prompt_ids=(2, 40), response_ids=(9, 1), advantage=0.5, is_teacher=False)

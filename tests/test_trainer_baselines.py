@@ -10,9 +10,9 @@ import pytest
 from run_examples import make_world, metrics_of, rows_of, settings
 
 from precompute.config import load_config
-from trainer.assemble import SilentReporter
 from trainer.config import Config
-from trainer.loop import train
+from trainer.run.setup import SilentReporter
+from trainer.train import train
 
 BASELINES = Path(__file__).parent.parent / "configs" / "baselines"
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.batch import TrainSequence, deal, fill, pad, place_values, train_batch
+from trainer.student.batches import TrainSequence, deal, fill, pad, place_values, train_batch
 
 CPU = torch.device("cpu")
 

@@ -18,10 +18,10 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 
 from store.errors import RunError
-from trainer import checkpoint
-from trainer.checkpoint import TrainState, check_whole, checkpoints
-from trainer.policy import Policy
-from trainer.run_files import Position
+from trainer.run import checkpoint
+from trainer.run.checkpoint import TrainState, check_whole, checkpoints
+from trainer.run.run_dir import Position
+from trainer.student.policy import Policy
 
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 """Audit events of calls that change a disk; `open` where it is for writing."""

@@ -11,13 +11,13 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from run_examples import PROBLEMS, config_of, write_problems, write_store
 
-from trainer.assemble import SilentReporter, assemble
-from trainer.batch import TrainSequence
 from trainer.config import GuidanceConfig, TrainConfig
-from trainer.optimizer import make_optimizer
-from trainer.policy import Policy
-from trainer.run_files import RunFiles
-from trainer.step import Updater
+from trainer.method.update import Updater
+from trainer.run.run_dir import RunFiles
+from trainer.run.setup import SilentReporter, assemble
+from trainer.student.batches import TrainSequence
+from trainer.student.optimizer import make_optimizer
+from trainer.student.policy import Policy
 
 
 def rows(length: int) -> list[TrainSequence]:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from trainer.comprehension import (
+from trainer.method.comprehension import (
     bare_answer,
     comprehension_scores,
     mean_probability_scores,

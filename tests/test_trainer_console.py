@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from trainer.config import RunConfig
-from trainer.console import STEP_HEADS, WIDE, ConsoleReporter
+from trainer.telemetry.console import STEP_HEADS, WIDE, ConsoleReporter
 
 ROW: dict[str, Any] = {
     "step": 7,

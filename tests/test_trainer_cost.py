@@ -10,7 +10,9 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 
 from store.records import Problem
-from trainer.cost import (
+from trainer.method.groups import Group, Sample
+from trainer.student.policy import Policy
+from trainer.telemetry.performance import (
     Arithmetic,
     CostMeter,
     arithmetic_of,
@@ -19,8 +21,6 @@ from trainer.cost import (
     sampled_lengths,
     trained_lengths,
 )
-from trainer.groups import Group, Sample
-from trainer.policy import Policy
 from trainer.timing import PHASES, StepTimer
 
 

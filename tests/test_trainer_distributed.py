@@ -20,11 +20,11 @@ from run_examples import PROBLEMS, config_of, settings, write_problems, write_st
 from safetensors.torch import load_file
 from test_trainer_loop import metrics_of, rows_of
 
-from trainer.assemble import SilentReporter
-from trainer.checkpoint import check_whole, checkpoints
-from trainer.distributed import ALONE, World
-from trainer.loop import train
-from trainer.run_files import Position
+from trainer.parallel.world import ALONE, World
+from trainer.run.checkpoint import check_whole, checkpoints
+from trainer.run.run_dir import Position
+from trainer.run.setup import SilentReporter
+from trainer.train import train
 
 LORA = {
     "student__use_peft": True,
@@ -208,7 +208,7 @@ def test_what_one_process_alone_finds_out_ends_the_others_at_once(tmp_path: Path
         "import time\n"
         "from pathlib import Path\n"
         "from store.errors import StoreError\n"
-        "from trainer.distributed import joined\n"
+        "from trainer.parallel.world import joined\n"
         "with joined('cpu') as world:\n"
         f"    world.scratch.append(Path({str(tmp_path)!r}) / 'scratch')\n"
         "    world.wait()\n"

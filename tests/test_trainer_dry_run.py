@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 from cli import app
 from store.errors import StoreError, UserError
 from trainer.config import Config
-from trainer.dry_run import dry_run_of
-from trainer.estimate import estimate, shape_of
-from trainer.fitting import changed
-from trainer.hardware import card
-from trainer.known_shapes import known_config
+from trainer.planning.dry_run import dry_run_of
+from trainer.planning.estimate import estimate, shape_of
+from trainer.planning.fitting import changed
+from trainer.planning.hardware import card
+from trainer.planning.known_shapes import known_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

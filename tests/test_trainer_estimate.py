@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from memory_watch import MemoryWatch
 
 from store.errors import EngineError
-from trainer.batch import TrainSequence
 from trainer.config import Config, GuidanceConfig, StudentConfig, TrainConfig
-from trainer.estimate import Estimate, ModelShape, estimate, layer_bytes, load_model_config, shape_of
-from trainer.hardware import Device, at_hand
-from trainer.optimizer import make_optimizer
-from trainer.policy import load_policy
-from trainer.step import Updater
+from trainer.method.update import Updater
+from trainer.planning.estimate import Estimate, ModelShape, estimate, layer_bytes, load_model_config, shape_of
+from trainer.planning.hardware import Device, at_hand
+from trainer.student.batches import TrainSequence
+from trainer.student.optimizer import make_optimizer
+from trainer.student.policy import load_policy
 
 
 def shape_at(path: Path) -> ModelShape:

@@ -16,13 +16,13 @@ import pytest
 from run_examples import PROBLEMS, config_of, settings, write_problems, write_store
 
 from precompute.config import load_config
-from precompute.problems import load_problems
+from precompute.problems.problem_files import load_problems
 from store.errors import ConfigError, EngineError, RunError
-from trainer.assemble import SilentReporter
 from trainer.config import Config
 from trainer.eval_files import EVAL_SCHEMA, EvalFiles
 from trainer.eval_model import EvalReport, evaluate_model
-from trainer.loop import train
+from trainer.run.setup import SilentReporter
+from trainer.train import train
 
 ROOT = Path(__file__).parent.parent
 HELD_OUT = PROBLEMS[:4]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from precompute.engines import Completion, Request, Sampling
 from precompute.engines.transformers_engine import TransformersEngine
-from precompute.verify import Verifier
+from precompute.verify.verifier import Verifier
 from store.records import Problem
 from trainer.config import EvalConfig, RolloutConfig, StudentConfig
 from trainer.evaluation import (
@@ -26,8 +26,8 @@ from trainer.evaluation import (
     mean_with_interval,
     pass_at_k,
 )
-from trainer.rewards import Judge
-from trainer.rollout import Prompt, student_prompts
+from trainer.method.rewards import Judge
+from trainer.method.rollouts import Prompt, student_prompts
 
 PROBLEMS = [Problem(question=f"{n}+{n}", answer=str(2 * n)) for n in range(3)]
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=24)

@@ -17,9 +17,9 @@ from cli import app
 from precompute.config import load_config
 from store.errors import ConfigError
 from trainer.config import Config, StudentConfig
-from trainer.estimate import ModelShape, estimate, load_model_config, shape_of
-from trainer.fitting import changed, proposal
-from trainer.hardware import CARDS, card
+from trainer.planning.estimate import ModelShape, estimate, load_model_config, shape_of
+from trainer.planning.fitting import changed, proposal
+from trainer.planning.hardware import CARDS, card
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

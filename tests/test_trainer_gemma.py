@@ -11,14 +11,14 @@ from conftest import tiny_gemma, tiny_tokenizer
 from run_examples import PROBLEMS, config_of, write_problems, write_store
 from safetensors.torch import load_file
 
-from trainer import policy as policy_module
-from trainer.assemble import SilentReporter
-from trainer.batch import pad
 from trainer.config import StudentConfig
-from trainer.loop import train
-from trainer.objective import token_logprobs
-from trainer.policy import Policy, load_policy
-from trainer.run_files import open_run
+from trainer.method.objective import token_logprobs
+from trainer.run.run_dir import open_run
+from trainer.run.setup import SilentReporter
+from trainer.student import policy as policy_module
+from trainer.student.batches import pad
+from trainer.student.policy import Policy, load_policy
+from trainer.train import train
 
 # Longer than the window of 8, and padded.
 ROWS = [(2, *range(10, 30), 1), (2, 20, 21, 22, 1)]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from store.records import Problem
-from trainer.groups import TRIGGERS, Group, Sample, guidance_size, outcome_shares, place_guidance
+from trainer.method.groups import TRIGGERS, Group, Sample, guidance_size, outcome_shares, place_guidance
 
 PROBLEM = Problem(question="2+2", answer="4")
 

@@ -14,18 +14,18 @@ import run_examples
 import torch
 from conftest import tiny_model, tiny_tokenizer
 
-from precompute.verify import VERIFIER_NAME, VERIFIER_VERSION, Verifier
+from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION, Verifier
 from store.errors import StoreError
+from store.reader import TraceStore
 from store.records import Problem, TeacherRecord, Trace
-from store.trace_store import TraceStore
 from store.writer import StoreWriter
 from trainer.config import GuidanceConfig
-from trainer.groups import Group, Sample
-from trainer.guidance import Guide
-from trainer.objective import token_logprobs
-from trainer.policy import Policy
-from trainer.rewards import Judge
-from trainer.traces import Recent, check_tokenizers
+from trainer.method.groups import Group, Sample
+from trainer.method.guidance import Guide
+from trainer.method.objective import token_logprobs
+from trainer.method.rewards import Judge
+from trainer.method.teacher_traces import Recent, check_tokenizers
+from trainer.student.policy import Policy
 
 PROBLEMS = [Problem(question=f"{n}+1", answer=str(n + 1)) for n in range(3)]
 TEXTS = {

@@ -9,8 +9,8 @@ from types import FrameType
 
 import pytest
 
-from trainer.distributed import ALONE
-from trainer.interrupt import StopRequest, stop_on_signals
+from trainer.parallel.signals import StopRequest, stop_on_signals
+from trainer.parallel.world import ALONE
 
 BOTH = (signal.SIGINT, signal.SIGTERM)
 

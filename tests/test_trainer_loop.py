@@ -25,12 +25,13 @@ from run_examples import (
 
 from store.errors import ConfigError, ProblemsError, RunError, StoreError, TrainingError
 from store.records import Problem
-from trainer import checkpoint, loop
-from trainer.assemble import SilentReporter
-from trainer.dry_run import dry_run_of
-from trainer.loop import TrainReport, train
-from trainer.run_files import RunFiles
+from trainer import train as loop
+from trainer.planning.dry_run import dry_run_of
+from trainer.run import checkpoint
+from trainer.run.run_dir import RunFiles
+from trainer.run.setup import SilentReporter
 from trainer.timing import PHASES
+from trainer.train import TrainReport, train
 
 
 @pytest.fixture(scope="session")
@@ -498,10 +499,13 @@ def test_the_teacher_ratio_checks_every_trace_before_the_first_step(world: Path,
 @pytest.mark.parametrize(
     ("place", "doing"),
     [
-        ("trainer.assemble.shard", "putting the run together"),
-        ("trainer.checkpoint.save", r"saving step 1 \(older checkpoints in .*/out/checkpoints are whole\)"),
-        ("trainer.checkpoint._write", r"saving step 1 \(older checkpoints"),
-        ("trainer.checkpoint.restore_optimizer", "taking up the optimizer of .*step-000001"),
+        ("trainer.run.setup.shard", "putting the run together"),
+        (
+            "trainer.run.checkpoint.save",
+            r"saving step 1 \(older checkpoints in .*/out/checkpoints are whole\)",
+        ),
+        ("trainer.run.checkpoint._write", r"saving step 1 \(older checkpoints"),
+        ("trainer.run.checkpoint.restore_optimizer", "taking up the optimizer of .*step-000001"),
     ],
 )
 def test_memory_that_runs_out_between_steps_is_told_in_one_line(

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.config import GuidanceConfig, TrainConfig
-from trainer.loss import LossInputs, Partial, micro_loss
-from trainer.objective import count, dual_clip, sampler_weights, sequence_log_ratio
+from trainer.method.loss import LossInputs, Partial, micro_loss
+from trainer.method.objective import count, dual_clip, sampler_weights, sequence_log_ratio
 
 
 def logs(*rows: list[float]) -> torch.Tensor:

@@ -16,14 +16,14 @@ from precompute.config import TeacherConfig
 from precompute.engines import Request, Sampling
 from precompute.engines.vllm_engine import VllmEngine
 from store.errors import EngineError, RunError
-from trainer.assemble import SilentReporter
-from trainer.batch import pad
 from trainer.config import StudentConfig
 from trainer.eval_model import evaluate_model
-from trainer.loop import train
-from trainer.merging import merge
-from trainer.model_files import as_saved
-from trainer.policy import Policy, load_policy
+from trainer.merge import merge
+from trainer.run.setup import SilentReporter
+from trainer.student.batches import pad
+from trainer.student.model_files import as_saved
+from trainer.student.policy import Policy, load_policy
+from trainer.train import train
 
 IDS = [(2, 10, 11, 12, 13, 20, 21, 3, 1), (2, 20, 33, 5, 1)]
 LAB = Path(__file__).parents[1] / "lab" / "models" / "student"

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from store.records import Problem
-from trainer.groups import Group, Sample
-from trainer.guidance import QueryRow
-from trainer.metrics import step_metrics
-from trainer.step import UpdateReport
+from trainer.method.groups import Group, Sample
+from trainer.method.guidance import QueryRow
+from trainer.method.update import UpdateReport
+from trainer.telemetry.metrics import step_metrics
 
 HARD, MIXED, LONELY = (Problem(question=f"{n}+{n}", answer=str(2 * n)) for n in range(3))
 UPDATE = UpdateReport(

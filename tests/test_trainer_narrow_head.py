@@ -10,12 +10,12 @@ from conftest import tiny_model, tiny_tokenizer
 from memory_watch import MemoryWatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer import narrow_head
-from trainer import policy as policy_module
-from trainer.batch import TokenBatch
 from trainer.config import StudentConfig
-from trainer.narrow_head import head_logits
-from trainer.policy import Policy, load_policy
+from trainer.student import head as narrow_head
+from trainer.student import policy as policy_module
+from trainer.student.batches import TokenBatch
+from trainer.student.head import head_logits
+from trainer.student.policy import Policy, load_policy
 
 VOCABULARY = 150_000
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.objective import (
+from trainer.method.objective import (
     LOSS_TYPES,
     StepCounts,
     clipped_surrogate,

@@ -11,9 +11,9 @@ from memory_watch import storage_of
 
 from precompute.config import load_config
 from store.errors import ConfigError
-from trainer import offload
 from trainer.config import Config, TrainConfig
-from trainer.optimizer import make_optimizer
+from trainer.student import offload
+from trainer.student.optimizer import make_optimizer
 
 SETTINGS = {"learning_rate": 1e-2, "weight_decay": 0.3, "adam_beta1": 0.8, "adam_beta2": 0.95}
 

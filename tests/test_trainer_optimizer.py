@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.config import TrainConfig
-from trainer.optimizer import learning_rate_at, make_optimizer, set_learning_rate
+from trainer.student.optimizer import learning_rate_at, make_optimizer, set_learning_rate
 
 
 def rates(steps: range, **changes: Any) -> list[float]:

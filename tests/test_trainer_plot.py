@@ -11,12 +11,12 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from store.records import Problem
-from trainer.console import completions_table
 from trainer.evaluation import EvalSample, evaluation_of
-from trainer.groups import Group, Sample
-from trainer.plot import COLOURS, PANELS, figure_of, plot_runs, running_mean
-from trainer.rollout import Prompt
-from trainer.tables import comparison_table, evaluation_table, mean_of_last_tenth, time_line
+from trainer.method.groups import Group, Sample
+from trainer.method.rollouts import Prompt
+from trainer.reports.plots import COLOURS, PANELS, figure_of, plot_runs, running_mean
+from trainer.reports.tables import comparison_table, evaluation_table, mean_of_last_tenth, time_line
+from trainer.telemetry.console import completions_table
 
 
 def rows(length: int, offset: float = 0.0) -> list[dict[str, Any]]:

@@ -10,11 +10,11 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 
 from store.errors import EngineError, RunError
-from trainer import policy as policy_module
-from trainer.batch import pad
 from trainer.config import StudentConfig
-from trainer.objective import token_logprobs
-from trainer.policy import Policy, load_policy
+from trainer.method.objective import token_logprobs
+from trainer.student import policy as policy_module
+from trainer.student.batches import pad
+from trainer.student.policy import Policy, load_policy
 
 ROWS = [(2, 10, 11, 12, 13, 1), (2, 20, 21, 1)]
 CPU = torch.device("cpu")

@@ -20,16 +20,16 @@ from run_examples import (
     trace,
 )
 
-from precompute.verify import VERIFIER_NAME, VERIFIER_VERSION
-from store.compaction import compact
+from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION
 from store.errors import RunError, UserError
-from store.trace_store import TraceStore, Usable
+from store.reader import TraceStore, Usable
+from store.upkeep.compaction import compact
 from store.writer import StoreWriter
-from trainer.assemble import SilentReporter
-from trainer.checkpoint import store_differences
 from trainer.eval_model import evaluate_model
-from trainer.loop import TrainReport, train
-from trainer.merging import merge
+from trainer.merge import merge
+from trainer.run.checkpoint import store_differences
+from trainer.run.setup import SilentReporter
+from trainer.train import TrainReport, train
 
 # 12 problems: 4 a step end an epoch with step 3, 2 a step with step 6.
 EDGE = {"train__problems_per_step": 4, "train__mini_batch_problems": 2}

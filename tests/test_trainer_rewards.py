@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from precompute.config import AnswerForm
-from precompute.verify import Verifier
-from trainer.groups import Sample
-from trainer.rewards import Judge, reward_of
+from precompute.verify.verifier import Verifier
+from trainer.method.groups import Sample
+from trainer.method.rewards import Judge, reward_of
 
 
 @pytest.fixture(scope="module")

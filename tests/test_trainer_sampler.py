@@ -17,11 +17,18 @@ from run_examples import config_of
 from safetensors.torch import load_file
 
 from store.errors import ConfigError, EngineError
-from trainer import handover, sampler
-from trainer.handover import Handover, place_for
-from trainer.policy import Policy
-from trainer.sampler import check_sampler, make_sampler, max_lora_rank, vllm_environment, vllm_options
-from trainer.sync_check import SyncCheck
+from trainer.sampling import samplers as sampler
+from trainer.sampling import weight_sync as handover
+from trainer.sampling.samplers import (
+    check_sampler,
+    make_sampler,
+    max_lora_rank,
+    vllm_environment,
+    vllm_options,
+)
+from trainer.sampling.sync_check import SyncCheck
+from trainer.sampling.weight_sync import Handover, place_for
+from trainer.student.policy import Policy
 
 VLLM: dict[str, Any] = {"rollout__engine": "vllm"}
 URLS = ["http://127.0.0.1:8000/v1"]
@@ -83,7 +90,7 @@ def test_what_vllm_cannot_do_is_refused_before_anything_is_loaded(
 def test_without_vllm_the_error_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("precompute.engines.select.find_spec", lambda _: None)
+    monkeypatch.setattr("precompute.engines.registry.find_spec", lambda _: None)
     check_sampler(config_of(tmp_path, tmp_path))
     with pytest.raises(EngineError, match=r'pip install "ampo\[vllm'):
         check_sampler(config_of(tmp_path, tmp_path, **VLLM))
@@ -151,8 +158,8 @@ import sys, time
 from pathlib import Path
 from precompute.config import load_config
 from trainer.config import Config
-from trainer.handover import Handover
-from trainer.policy import load_policy
+from trainer.sampling.weight_sync import Handover
+from trainer.student.policy import load_policy
 
 student = load_config(Config, None, [f"student.model={sys.argv[1]}"]).student
 weights = Handover(load_policy(student, temperature=1.0), student, Path(sys.argv[2]))

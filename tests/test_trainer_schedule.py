@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from store.errors import ProblemsError
-from trainer.schedule import problems_of_step, refills_of_step
+from trainer.method.schedule import problems_of_step, refills_of_step
 
 SIZES = {"problems": st.integers(1, 40), "per_step": st.integers(1, 12), "seed": st.integers(0, 5)}
 

@@ -17,9 +17,9 @@ from processes import ROOT, run_processes
 from precompute.config import load_config
 from store.errors import ConfigError, EngineError
 from trainer.config import Config, StudentConfig
-from trainer.distributed import ALONE, World
-from trainer.policy import load_policy
-from trainer.sharding import check_shardable
+from trainer.parallel.fsdp import check_shardable
+from trainer.parallel.world import ALONE, World
+from trainer.student.policy import load_policy
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from store.records import Problem
-from trainer.batch import TrainSequence, train_batch
 from trainer.config import GuidanceConfig, StudentConfig, TrainConfig
-from trainer.groups import Group, Sample, place_guidance
-from trainer.objective import LOSS_TYPES
-from trainer.optimizer import make_optimizer
-from trainer.policy import Policy, WithoutAdapters, load_policy
-from trainer.step import (
+from trainer.method.groups import Group, Sample, place_guidance
+from trainer.method.objective import LOSS_TYPES
+from trainer.method.update import (
     NotFiniteError,
     Updater,
     UpdateReport,
@@ -29,6 +26,9 @@ from trainer.step import (
     member_advantages,
     sequences_of,
 )
+from trainer.student.batches import TrainSequence, train_batch
+from trainer.student.optimizer import make_optimizer
+from trainer.student.policy import Policy, WithoutAdapters, load_policy
 
 PROBLEM = Problem(question="2+2", answer="4")
 
@@ -95,7 +95,7 @@ def test_loss_and_gradient_do_not_depend_on_the_micro_batch_budget_or_on_the_sid
         )
         old = [torch.full((len(row.response_ids),), -2.0) for row in rows]
         kept = keep_gradient(made)
-        with patch("trainer.step.train_batch", partial(train_batch, side=padded)):
+        with patch("trainer.method.update.train_batch", partial(train_batch, side=padded)):
             reports.append(made.optimizer_step(rows, old))
         gradients += kept
     assert reports[1].loss == pytest.approx(reports[0].loss, rel=1e-5, abs=1e-7)

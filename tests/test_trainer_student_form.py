@@ -9,7 +9,7 @@ from run_examples import PROBLEMS, teacher, trace
 
 from store.errors import StoreError
 from store.records import Trace
-from trainer.student_form import in_students_form
+from trainer.method.student_form import in_students_form
 
 
 def trace_of(text: str, answer: str) -> Trace:

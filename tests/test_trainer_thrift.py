@@ -11,13 +11,13 @@ from conftest import tiny_model, tiny_tokenizer
 from run_examples import PROBLEMS, config_of, write_problems, write_store
 from safetensors.torch import load_file
 
-from trainer.assemble import SilentReporter
-from trainer.batch import TrainSequence, train_batch
 from trainer.config import GuidanceConfig, StudentConfig, TrainConfig
-from trainer.loop import train
-from trainer.optimizer import make_optimizer
-from trainer.policy import load_policy
-from trainer.step import Updater
+from trainer.method.update import Updater
+from trainer.run.setup import SilentReporter
+from trainer.student.batches import TrainSequence, train_batch
+from trainer.student.optimizer import make_optimizer
+from trainer.student.policy import load_policy
+from trainer.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_examples import PROBLEMS, teacher, trace
 
-from trainer.policy import Policy
-from trainer.traces import Recent, TraceTokens
+from trainer.method.teacher_traces import Recent, TraceTokens
+from trainer.student.policy import Policy
 
 TRACE = trace(PROBLEMS[1], "ada", "so \\boxed{2}", teacher("ada"))
 

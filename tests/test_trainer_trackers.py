@@ -14,11 +14,11 @@ import pytest
 from run_examples import PROBLEMS, config_of, settings, write_problems, write_store
 
 from store.errors import EngineError
-from trainer.assemble import SilentReporter
-from trainer.loop import train
-from trainer.metrics import MEASURED
-from trainer.run_files import Position
-from trainer.trackers import Trackers
+from trainer.run.run_dir import Position
+from trainer.run.setup import SilentReporter
+from trainer.telemetry.metrics import MEASURED
+from trainer.telemetry.trackers import Trackers
+from trainer.train import train
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("tensorboard", "trackio", "wandb")
@@ -37,9 +37,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 DIES_AFTER_STEP_3 = """
 import os, signal, sys, time
 from precompute.config import load_config
-from trainer.assemble import SilentReporter
+from trainer.run.setup import SilentReporter
 from trainer.config import Config
-from trainer.loop import train
+from trainer.train import train
 
 class Killed(SilentReporter):
     def stepped(self, row, groups):
@@ -200,5 +200,5 @@ def test_the_evaluation_that_a_stopped_warm_up_still_owes_is_told(tmp_path: Path
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_tracker_is_imported_where_none_is_asked_for(name: str) -> None:
-    script = f"import sys, trainer.loop; sys.exit({name!r} in sys.modules)"
+    script = f"import sys, trainer.train; sys.exit({name!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0

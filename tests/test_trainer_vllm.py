@@ -21,13 +21,13 @@ from vllm_examples import change, forward_logprobs, prompts_of
 from precompute.engines import Request, Sampling
 from precompute.engines.vllm_engine import VllmEngine
 from store.errors import EngineError, TrainingError
-from trainer.assemble import SilentReporter
-from trainer.groups import Group
-from trainer.handover import Handover
-from trainer.loop import train
-from trainer.policy import Policy, load_policy
-from trainer.sampler import VllmSampler, load_vllm
-from trainer.sync_check import SyncCheck
+from trainer.method.groups import Group
+from trainer.run.setup import SilentReporter
+from trainer.sampling.samplers import VllmSampler, load_vllm
+from trainer.sampling.sync_check import SyncCheck
+from trainer.sampling.weight_sync import Handover
+from trainer.student.policy import Policy, load_policy
+from trainer.train import train
 
 if find_spec("vllm") is None:
     pytest.skip("vllm is not installed", allow_module_level=True)

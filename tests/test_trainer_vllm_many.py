@@ -17,8 +17,8 @@ from processes import run_processes, start_processes
 from run_examples import config_of, make_world, metrics_of, rows_of, settings
 from test_trainer_distributed import command, rank_of
 
-from trainer.assemble import SilentReporter
-from trainer.loop import train
+from trainer.run.setup import SilentReporter
+from trainer.train import train
 
 if find_spec("vllm") is None:
     pytest.skip("vllm is not installed", allow_module_level=True)

@@ -17,11 +17,11 @@ from vllm_examples import change, forward_logprobs, prompts_of
 
 from precompute.engines import Request, Sampling
 from store.errors import EngineError
-from trainer.assemble import SilentReporter
 from trainer.config import Config
-from trainer.loop import train
-from trainer.policy import Policy, load_policy
-from trainer.sampler import Sampler, VllmSampler, make_sampler
+from trainer.run.setup import SilentReporter
+from trainer.sampling.samplers import Sampler, VllmSampler, make_sampler
+from trainer.student.policy import Policy, load_policy
+from trainer.train import train
 
 if find_spec("vllm") is None or find_spec("openai") is None:
     pytest.skip("vllm or openai is not installed", allow_module_level=True)

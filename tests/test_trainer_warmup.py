@@ -15,16 +15,16 @@ from conftest import tiny_model, tiny_tokenizer
 from run_examples import PROBLEMS, config_of, metrics_of, weights_of, write_problems, write_store
 
 from store.errors import RunError, StoreError
-from store.trace_store import TraceStore
-from trainer.assemble import SilentReporter
-from trainer.checkpoint import checkpoints
+from store.reader import TraceStore
 from trainer.config import Config
-from trainer.loop import TrainReport, train
-from trainer.objective import token_logprobs
-from trainer.policy import Policy
-from trainer.rollout import Prompt, student_prompts
-from trainer.traces import TraceTokens
-from trainer.warmup import Warmup, make_warmup
+from trainer.method.objective import token_logprobs
+from trainer.method.rollouts import Prompt, student_prompts
+from trainer.method.sft import Warmup, make_warmup
+from trainer.method.teacher_traces import TraceTokens
+from trainer.run.checkpoint import checkpoints
+from trainer.run.setup import SilentReporter
+from trainer.student.policy import Policy
+from trainer.train import TrainReport, train
 
 SFT = {
     "warmup__sft_steps": 4,

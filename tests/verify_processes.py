@@ -21,7 +21,7 @@ def workers_of(parent: int) -> set[int]:
             above = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if b"verify_worker" in line and above == parent:
+        if b"verify/worker" in line and above == parent:
             found.add(int(entry.name))
     return found
 

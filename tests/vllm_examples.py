@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trainer.policy import Policy
+from trainer.student.policy import Policy
 
 
 def prompts_of(policy: Policy) -> list[list[int]]:

@@ -5,6 +5,7 @@ Defaults are the paper's run (arXiv 2510.02227); `configs/lab.toml` overrides th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -17,6 +18,7 @@ from precompute.config import (
     Section,
     Share,
     checked_engine_args,
+    load_config,
 )
 
 NotNegative = Annotated[float, Field(ge=0)]
@@ -336,3 +338,8 @@ class Config(PrecomputeConfig):
                 f"rollout.temperature = 1.0, not {self.rollout.temperature}"
             )
         return self
+
+
+def read_config(path: str | None, overrides: Sequence[str] | None) -> Config:
+    """The whole config from a TOML file and `--set` overrides; UserError for what does not fit."""
+    return load_config(Config, path, list(overrides or []))

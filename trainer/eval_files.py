@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from store.errors import RunError
-from store.files import FileLock, make_directory, remove_orphans, whole_file
+from store.format.files import FileLock, make_directory, remove_orphans, whole_file
 from trainer.evaluation import EvalSample
 
 EVAL_SCHEMA = pa.schema(

@@ -13,12 +13,11 @@ from typing import Any
 
 from precompute.config import TeacherConfig
 from precompute.engines import Engine
-from precompute.engines.select import load_engine, prepare_engine, resolve_engine
+from precompute.engines.registry import load_engine, prepare_engine, resolve_engine
 from precompute.engines.transformers_engine import TransformersEngine
-from precompute.verify import VERIFIER_NAME, VERIFIER_VERSION, Verifier
+from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION, Verifier
 from store.errors import ConfigError, EngineError
 from store.records import content_hash
-from trainer.assemble import TrainReporter, fitting_prompts, usable_problems, warn_of_prompts
 from trainer.config import Config
 from trainer.eval_files import EvalFiles
 from trainer.evaluation import (
@@ -29,11 +28,12 @@ from trainer.evaluation import (
     evaluation_of,
     samples_of,
 )
-from trainer.model_check import check_base, check_model
-from trainer.model_files import ADAPTERS, as_saved, fingerprint
-from trainer.policy import load_policy, load_tokenizer
-from trainer.rewards import Judge
-from trainer.rollout import Prompt, demanded_form
+from trainer.method.rewards import Judge
+from trainer.method.rollouts import Prompt, demanded_form
+from trainer.run.setup import TrainReporter, fitting_prompts, usable_problems, warn_of_prompts
+from trainer.student.model_check import check_base, check_model
+from trainer.student.model_files import ADAPTERS, as_saved, fingerprint
+from trainer.student.policy import load_policy, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

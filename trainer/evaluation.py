@@ -17,10 +17,10 @@ import numpy as np
 from precompute.engines import Engine, Sampling
 from store.records import Problem
 from trainer.config import EvalConfig, RolloutConfig
-from trainer.distributed import ALONE, World
-from trainer.groups import Sample
-from trainer.rewards import Judge
-from trainer.rollout import Prompt, judged_samples
+from trainer.method.groups import Sample
+from trainer.method.rewards import Judge
+from trainer.method.rollouts import Prompt, judged_samples
+from trainer.parallel.world import ALONE, World
 
 RESAMPLES = 2000
 """Of the bootstrap."""

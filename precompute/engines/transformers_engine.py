@@ -31,10 +31,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.utils import logging
 
 from precompute.engines import Completion, Request, Requests, Sampling
+from precompute.engines.batch import Rows
 from precompute.engines.checks import cannot_load, eos_ids
 from precompute.engines.feed import Feed
 from precompute.engines.four_bits import check_blocks, nf4_on
-from precompute.engines.rows import Rows
 from store.errors import EngineError
 
 REFILL_SHARE = 1 / 4

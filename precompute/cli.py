@@ -1,0 +1,334 @@
+"""`ampo precompute teachers`, `ampo verify`, `ampo store import` and `ampo store refilter`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from store.errors import ConfigError, UserError
+from store.terminal.progress import Meter
+from store.terminal.shared import (
+    ConfigOption,
+    DryRun,
+    JsonFlag,
+    SetOption,
+    console_of,
+    emit_json,
+    print_config,
+    told_with_config,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from precompute.run.plan import PrecomputePlan
+    from precompute.run.progress import Reporter
+    from precompute.verify.verify_file import FileReport
+    from trainer.config import Config
+
+app = typer.Typer(no_args_is_help=True, help="The offline stage: teachers fill the store.")
+
+
+@app.command("teachers")
+def precompute_teachers(
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="Only this teacher. May be repeated; default: all.")
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, vllm, transformers or openai; default: what each teacher's table says. ray: the "
+            "teachers' own engines on the workers of a Ray cluster, the one at RAY_ADDRESS or the one that "
+            "`ray start` started on this machine; see [ray] in the config."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N problems.")] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="i/n, e.g. 3/16: only the i-th of n shards of the problems, beside processes that take the "
+            "others into the same store. All must name the same n."
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    probe: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Draw one sample of N problems of each teacher, keep nothing, and show what a run would "
+            "take: tokens, hours, disk. Implies --dry-run.",
+        ),
+    ] = 0,
+) -> None:
+    """Let teachers solve the training problems; verify every solution into the store.
+
+    Stopped at any moment, the same command goes on where it was.
+
+    Example: `ampo precompute teachers --config configs/lab.toml --limit 64`
+
+    On many machines with a common directory: `ampo precompute teachers --config F --shard 3/16`
+    """
+    from precompute.run import pipeline
+    from precompute.run.shard import Shard
+    from precompute.run.tables import report_tables
+    from trainer.config import read_config
+
+    part = Shard.parse(shard) if shard is not None else None
+    settings, console = read_config(config, set_), console_of()
+    names = list(teacher) if teacher else None
+    if dry_run or probe:
+        with _reporting(console, "nothing was kept") as reporter:
+            plan = pipeline.plan(
+                settings,
+                teachers=names,
+                engine=engine,
+                limit=limit,
+                shard=part,
+                probe=probe,
+                reporter=reporter,
+            )
+        _show_plan(console, settings, plan)
+        return
+    kept = "what the workers wrote" if engine == "ray" else "every verified trace"
+    with _reporting(console, f"{kept} is kept. Go on with the same command") as reporter:
+        report = pipeline.run(
+            settings, teachers=names, engine=engine, limit=limit, shard=part, reporter=reporter
+        )
+    console.print(report_tables(report))
+
+
+@contextmanager
+def _reporting(console: Console, when_interrupted: str) -> Iterator[Reporter]:
+    """Ctrl-C leaves with a line that says what became of the work."""
+    from precompute.run.progress import ConsoleReporter
+
+    try:
+        with ConsoleReporter(console) as reporter:
+            yield reporter
+    except KeyboardInterrupt:
+        console.print(f"\ninterrupted; {when_interrupted}.")
+        raise typer.Exit(130) from None
+
+
+def _show_plan(console: Console, config: Config, plan: PrecomputePlan) -> None:
+    from precompute.config import toml_of
+    from precompute.run.tables import plan_tables
+    from trainer.method.rollouts import demanded_form
+
+    print_config(console, toml_of(config))
+    student_form = demanded_form(config.student, [plan.first_problem])
+    console.print(plan_tables(plan, student_form=student_form))
+
+
+def verify(
+    file: Annotated[Path, typer.Argument(help="A .parquet or .jsonl file, one response a row.")],
+    response_column: Annotated[
+        str | None, typer.Option(help="Default: response, completion, text, output, ..., solution.")
+    ] = None,
+    gold_column: Annotated[
+        str | None,
+        typer.Option(help="Default: gold, answer, ground_truth, reward_model.ground_truth, gold_answer."),
+    ] = None,
+    form: Annotated[
+        Literal["any", "boxed", "answer_tags"],
+        typer.Option(help="Where the final answer stands: `\\boxed{}`, `<answer>` tags, or either."),
+    ] = "any",
+    failed: Annotated[int, typer.Option(min=0, help="Show the first N rows that are no match.")] = 20,
+    out: Annotated[
+        Path | None, typer.Option(help="Write every row's verdict to this .parquet or .jsonl file.")
+    ] = None,
+    json_: JsonFlag = False,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Judge the final answers of responses against their gold answers, as the trainer would.
+
+    Counts by verdict, and the rows that failed. `--set verify.workers=8` takes more processes,
+    `--set verify.timeout=20` gives each answer more seconds.
+
+    Example: `ampo verify samples.jsonl --gold-column answer --failed 50 --out verdicts.parquet`
+    """
+    from trainer.config import read_config
+
+    settings = read_config(config, set_)
+    try:
+        report = _judge(settings, file, response_column, gold_column, form, failed, out)
+    except KeyboardInterrupt:
+        console_of(stderr=True).print(f"\ninterrupted; {f'{out} was not' if out else 'nothing was'} written.")
+        raise typer.Exit(130) from None
+    if json_:
+        _emit(report)
+    else:
+        from precompute.verify.tables import verify_tables
+
+        console_of().print(verify_tables(report))
+
+
+def _judge(
+    settings: Config,
+    file: Path,
+    response_column: str | None,
+    gold_column: str | None,
+    form: Literal["any", "boxed", "answer_tags"],
+    failed: int,
+    out: Path | None,
+) -> FileReport:
+    from precompute.verify.verifier import Verifier
+    from precompute.verify.verify_file import PairFile, verify_file
+    from store.terminal.progress import Meter
+
+    pairs = PairFile(file, response_column, gold_column)
+    with Meter("verifying") as progress, Verifier.configured(settings.verify) as verifier:
+        return verify_file(
+            pairs,
+            verifier,
+            form=None if form == "any" else form,
+            failed=failed,
+            out=out,
+            progress=progress,
+        )
+
+
+def _emit(report: FileReport) -> None:
+    emit_json(asdict(report))
+
+
+def store_refilter(
+    store: Annotated[
+        str | None, typer.Argument(help="The store's directory; default: the config's store.path.")
+    ] = None,
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="Only this teacher. May be repeated; default: all.")
+    ] = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Judge the stored traces by the config's [filters]; nothing is drawn or verified again.
+
+    What a filter holds back stays in the store with the reason, and never reaches the student. Without
+    `--config` the filters must be named: `--set filters.max_tokens=4096`, or `=none` to lift all of them.
+
+    Example: `ampo store refilter --config configs/lab.toml --set filters.max_tokens=4096`
+    """
+    from precompute.run.refilter import refilter
+    from precompute.run.tables import refilter_table
+    from trainer.config import read_config
+
+    if config is None and not any(each.strip().startswith("filters.") for each in set_ or ()):
+        raise ConfigError(
+            "no [filters] given, which would lift all that the store has: give --config FILE, or name them "
+            "by --set, e.g. --set filters.max_tokens=4096 (--set filters.max_tokens=none lifts all)"
+        )
+    settings, console = read_config(config, set_), console_of()
+    try:
+        with told_with_config(config), Meter("judging traces") as meter:
+            path = store or settings.store.path
+            reports = refilter(path, settings.filters, teachers=teacher, progress=meter)
+    except KeyboardInterrupt:
+        console.print("\ninterrupted; nothing is lost. Go on with the same command.")
+        raise typer.Exit(130) from None
+    console.print(refilter_table(reports))
+
+
+def store_import(
+    file: Annotated[
+        Path, typer.Argument(help="Parquet or JSON lines; or a directory of such files, read as one.")
+    ],
+    store: Annotated[
+        str | None, typer.Argument(help="The store's directory; default: the config's store.path.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="The teacher of the traces that name none themselves.")
+    ] = None,
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(help="OLD=NEW: files the teacher that the file calls OLD under NEW. May be repeated."),
+    ] = None,
+    teacher_prefix: Annotated[str, typer.Option(help="Put before every teacher's name.")] = "",
+    question_column: Annotated[
+        str | None, typer.Option(help="Default: question, problem or prompt (a text, or messages).")
+    ] = None,
+    answer_column: Annotated[
+        str | None, typer.Option(help="Default: answer, gold or reward_model.ground_truth.")
+    ] = None,
+    text_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Default: target_lst, target, text, response, completion or output: a text, or a list of "
+            "{content, source}."
+        ),
+    ] = None,
+    teacher_column: Annotated[
+        str | None, typer.Option(help="Default: teacher or extra_info.teacher.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="A model whose tokenizer gives token ids and counts; default: none, they stay 0."),
+    ] = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Take traces from elsewhere into a store; each is verified anew, wrong ones are kept with their verdict,
+    and those that the config's [filters] hold back with the reason.
+
+    Reads AMPO's form (a row a problem, `target_lst` of {content, source}), LUFFY's (`target`), and plain rows
+    of question, answer, teacher and text. The same file again changes nothing; stopped at any moment, the
+    same command goes on.
+
+    Example: `ampo store import openr1_math_4longcots.parquet traces --rename deepseek-ai/DeepSeek-R1=r1`
+    """
+    from precompute.imports.foreign_rows import ImportColumns, ImportForm, TeacherNames, file_name, files_at
+    from precompute.imports.import_report import import_tables
+    from precompute.imports.import_traces import import_traces
+    from precompute.verify.verifier import Verifier
+    from trainer.config import read_config
+
+    settings = read_config(config, [*(set_ or []), *([f"store.path={json.dumps(store)}"] if store else [])])
+    if teacher_prefix and teacher_prefix != file_name(teacher_prefix):
+        raise UserError(f"--teacher-prefix {teacher_prefix}: letters, digits, '.', '_' and '-' alone")
+    names = TeacherNames(default=teacher, prefix=teacher_prefix, renames=_renames(rename or []))
+    columns = ImportColumns(
+        question=question_column, answer=answer_column, text=text_column, teacher=teacher_column
+    )
+    form = ImportForm(files_at(file), columns, names)
+    console_of(stderr=True).print(f"reading {file}", highlight=False, soft_wrap=True)
+    with Verifier.configured(settings.verify) as verifier, Meter("importing") as meter:
+        try:
+            report = import_traces(
+                form,
+                store=settings.store,
+                verifier=verifier,
+                filters=settings.filters,
+                tokenizer=tokenizer,
+                progress=lambda counts: meter(counts.done, counts.total, counts.note),
+            )
+        except KeyboardInterrupt:
+            console_of(stderr=True).print(
+                "\ninterrupted; what was judged is kept. Go on with the same command."
+            )
+            raise typer.Exit(130) from None
+    if json_:
+        emit_json(asdict(report))
+    else:
+        console_of().print(import_tables(report))
+
+
+def _renames(pairs: list[str]) -> dict[str, str]:
+    from precompute.imports.foreign_rows import file_name
+
+    renames = {}
+    for pair in pairs:
+        old, equals, new = pair.rpartition("=")
+        if not equals or not old or new != file_name(new):
+            raise UserError(f"--rename {pair}: write OLD=NEW, NEW of letters, digits, '.', '_' and '-'")
+        renames[old] = new
+    return renames

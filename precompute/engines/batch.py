@@ -1,0 +1,126 @@
+"""The rows of a running batch: left-padded ids, their key-value cache, and who joins and leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from precompute.engines import Request, Sampling
+from precompute.engines.seeded_sampler import SeededSampler
+
+
+class Rows:
+    """Requests at work together.
+
+    `ids` and `mask` are [B, L] and grow on the right; the cache holds all columns but the last, or is None
+    for a model that keeps another kind of state: such rows can leave, and nobody can join them.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        pad_id: int,
+        cache: Any,
+        device: torch.device,
+    ) -> None:
+        self.requests = list(requests)
+        self.cache = cache
+        self.sampler = SeededSampler([request.seed for request in requests], sampling, device)
+        ids, mask = left_padded([request.prompt_ids for request in requests], pad_id=pad_id)
+        self.ids, self.mask = ids.to(device), mask.to(device)
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    @property
+    def can_be_joined(self) -> bool:
+        """Every layer keeps all columns, or the last ones: rows of another length can be put beside these."""
+        return self.cache is not None and all(
+            type(layer) in {DynamicLayer, DynamicSlidingWindowLayer} for layer in self.cache.layers
+        )
+
+    def grow(self, ids: torch.Tensor) -> None:
+        """[B, L] -> [B, L + n]: tokens were drawn."""
+        self.mask = torch.nn.functional.pad(self.mask, (0, ids.shape[1] - self.mask.shape[1]), value=1)
+        self.ids = ids
+
+    def drawn(self) -> list[tuple[list[int], list[float]]]:
+        """[B], each row's tokens and their log-probabilities so far, padding behind its end included."""
+        counts = self.sampler.drawn
+        tokens = self.ids[:, self.ids.shape[1] - max(counts) :].tolist()
+        logprobs = self.sampler.logprobs[:, : max(counts)].tolist()
+        return [
+            (row[len(row) - count :], values[:count])
+            for row, values, count in zip(tokens, logprobs, counts, strict=True)
+        ]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Goes on with these rows alone, and without the columns that pad all of them."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.ids.device)
+        self.requests = [self.requests[row] for row in rows]
+        self.ids, self.mask = self.ids[index], self.mask[index]
+        self.sampler.keep(rows)
+        if self.cache is None:
+            return
+        self.cache.batch_select_indices(index)
+        if rows and self.can_be_joined:
+            self._cut_padding(int(self.mask.argmax(-1).min()))
+
+    def join(self, others: Rows) -> None:
+        """Puts `others`, of which a token each is drawn, below these."""
+        if not others.requests:
+            return
+        width = max(self.ids.shape[1], others.ids.shape[1])
+        self.ids = torch.cat([_widened(self.ids, width, 1), _widened(others.ids, width, 1)])
+        self.mask = torch.cat([_widened(self.mask, width, 1), _widened(others.mask, width, 1)])
+        self.requests += others.requests
+        self.sampler.join(others.sampler)
+        for ours, theirs in zip(self.cache.layers, others.cache.layers, strict=True):
+            kept = _kept(ours, width - 1)
+            keys = torch.cat([_widened(layer.keys, kept, 2) for layer in (ours, theirs)])
+            values = torch.cat([_widened(layer.values, kept, 2) for layer in (ours, theirs)])
+            _hold(ours, keys, values, width - 1)
+
+    def _cut_padding(self, columns: int) -> None:
+        if not columns:
+            return
+        self.ids, self.mask = self.ids[:, columns:], self.mask[:, columns:]
+        left = self.ids.shape[1] - 1
+        for layer in self.cache.layers:
+            cut = layer.keys.shape[2] - _kept(layer, left)
+            # A copy, for a view would keep what is cut in memory.
+            _hold(layer, layer.keys[:, :, cut:].clone(), layer.values[:, :, cut:].clone(), left)
+
+
+def _kept(layer: DynamicLayer, columns: int) -> int:
+    """How many of `columns` columns a layer keeps: all, or the last that its window reaches."""
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        return min(columns, int(layer.sliding_window) - 1)
+    return columns
+
+
+def _hold(layer: DynamicLayer, keys: torch.Tensor, values: torch.Tensor, columns: int) -> None:
+    """Gives a layer these keys and values, what it keeps of `columns` columns."""
+    layer.keys, layer.values = keys, values
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = columns
+
+
+def left_padded(rows: Sequence[Sequence[int]], *, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask, both [B, P]: `generate` appends on the right, so padding goes to the left."""
+    width = max(len(row) for row in rows)
+    ids = [[pad_id] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def _widened(tensor: torch.Tensor, width: int, dim: int) -> torch.Tensor:
+    """Zeros on the left of `dim`, up to `width` columns."""
+    shape = list(tensor.shape)
+    shape[dim] = width - shape[dim]
+    return torch.cat([tensor.new_zeros(shape), tensor], dim=dim)

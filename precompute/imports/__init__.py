@@ -1,0 +1,1 @@
+"""Traces from other people's files."""

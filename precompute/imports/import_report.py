@@ -1,0 +1,90 @@
+"""What an import does and did, in numbers and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rich.console import Group
+from rich.text import Text
+
+from store.records import VERDICTS
+from store.reports.tables import plain_table
+
+
+@dataclass(slots=True)
+class ImportCounts:
+    """How far an import is."""
+
+    total: int
+    """Traces in the files."""
+    done: int = 0
+    """Taken from the files so far."""
+    judged: int = 0
+    """New ones with a verdict."""
+    verified: int = 0
+
+    @property
+    def note(self) -> str:
+        """The verified share, once there is one."""
+        return f"verified {self.verified / self.judged:.0%}" if self.judged else ""
+
+
+@dataclass(slots=True)
+class TeacherImport:
+    """What became of one teacher's traces."""
+
+    teacher: str
+    source: str
+    """As the files call it."""
+    found: int = 0
+    """In the files."""
+    empty: int = 0
+    """Without a text; left out."""
+    repeated: int = 0
+    """The pair's text once more; left out."""
+    there: int = 0
+    """In the store before."""
+    new: int = 0
+    verdicts: dict[str, int] = field(default_factory=dict)
+    """Of the new ones; a verdict that does not occur is missing."""
+    filtered: int = 0
+    """Of the new verified ones: held back by a filter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportReport:
+    """What an import did."""
+
+    store: str
+    files: tuple[str, ...]
+    problems: int
+    """Different ones in the files."""
+    teachers: tuple[TeacherImport, ...]
+    seconds: float
+
+
+def import_tables(report: ImportReport) -> Group:
+    """Per teacher what became of its traces, with the verdicts on the new ones."""
+    seen = [verdict for verdict in VERDICTS if any(verdict in t.verdicts for t in report.teachers)]
+    left_out = [name for name in ("empty", "repeated") if any(getattr(t, name) for t in report.teachers)]
+    table = plain_table(f"imported into {report.store}")
+    held = ["filtered"] if any(t.filtered for t in report.teachers) else []
+    table.add_column("teacher", no_wrap=True)
+    for name in ("in the files", *left_out, "there", "new", *seen, *held):
+        table.add_column(name, justify="right")
+    for teacher in report.teachers:
+        table.add_row(
+            teacher.teacher,
+            *(f"{getattr(teacher, name):,}" for name in ("found", *left_out, "there", "new")),
+            *(f"{teacher.verdicts.get(verdict, 0):,}" for verdict in seen),
+            *(f"{getattr(teacher, name):,}" for name in held),
+        )
+    return Group(table, Text(_totals(report)))
+
+
+def _totals(report: ImportReport) -> str:
+    new = sum(teacher.new for teacher in report.teachers)
+    verified = sum(teacher.verdicts.get("match", 0) for teacher in report.teachers)
+    share = f", {verified / new:.1%} of them verified" if new else ""
+    files = report.files[0] if len(report.files) == 1 else f"{len(report.files)} files"
+    return f"{files}: {report.problems:,} problems; {new:,} new traces{share}; {report.seconds:.1f} s"

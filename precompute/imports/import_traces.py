@@ -1,0 +1,323 @@
+"""`ampo store import`: other people's traces into a store, each judged anew by our verifier.
+
+Nothing that the file says about right and wrong is believed. A trace's place is (problem, teacher, n), n
+counting the pair's different texts in order of appearance, so that the same file again changes nothing and
+an import that was stopped goes on. What made the traces is not known here: a teacher's record has the engine
+`import`, the file's name for it as the model and the files' content hash as the revision, so that another
+file under the same name is another recipe and is refused.
+
+Unknown too are seeds (-1) and log-probs (none), and the texts count as complete (`stop`). Without a tokenizer
+a trace has no token ids and `n_tokens` is 0. The trainer reads neither: it tokenises the text with the
+student's tokenizer, but under `guidance.ratio = "teacher"`, which refuses imported traces.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from precompute.config import FiltersConfig, StoreConfig, TeacherConfig
+from precompute.imports.foreign_rows import Candidate, ImportForm
+from precompute.imports.import_report import ImportCounts, ImportReport, TeacherImport
+from precompute.problems.prompts import demanded_form
+from precompute.run.filters import why_filtered
+from precompute.run.refilter import check_filters, filter_settings
+from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION, Verdict, Verifier
+from store.errors import ConfigError, EngineError, RecipeChangedError
+from store.records import Problem, TeacherRecord, Trace
+from store.writer import StoreWriter
+
+IN_FLIGHT = 256
+"""Traces at most that wait for their verdicts; their texts are in memory."""
+HELD_TRACES = 4096
+"""Judged traces at most, of all teachers together, that wait to be written."""
+UNKNOWN_SEED = -1
+
+Progress = Callable[[ImportCounts], None]
+"""Called after each row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Survey:
+    """What the files hold, texts apart."""
+
+    problems: Mapping[str, Problem]
+    sources: Mapping[str, str]
+    """The store's name of a teacher -> the files'."""
+    traces: int
+
+
+def import_traces(
+    form: ImportForm,
+    *,
+    store: StoreConfig,
+    verifier: Verifier,
+    filters: FiltersConfig = FiltersConfig(),  # noqa: B008  It is frozen.
+    tokenizer: str | None = None,
+    progress: Progress | None = None,
+) -> ImportReport:
+    """Judges the traces of the form's files into the store at `store.path`, which is made where need be.
+
+    The files are read twice, a few rows at a time; problems stay in memory, texts do not. `tokenizer`: a
+    directory or hub name, for token ids and counts, without which `min_tokens` and `max_tokens` hold nothing
+    back. Raises UserErrors before anything is written, but for a row that cannot be read; KeyboardInterrupt
+    after writing what was judged: the same call goes on.
+    """
+    began = time.monotonic()
+    survey = _survey(form)
+    tokens = _Tokens(tokenizer)
+    records = _records(form, survey, tokens.fingerprint, filters)
+    with StoreWriter.open(store.path, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION) as writer:
+        _register(writer, survey, records)
+        work = _Import(records, survey, writer, verifier, filters, tokens, store, progress)
+        work.run(form)
+        return ImportReport(
+            store=str(writer.path),
+            files=tuple(map(str, form.files)),
+            problems=len(survey.problems),
+            teachers=tuple(work.counts[name] for name in sorted(work.counts)),
+            seconds=time.monotonic() - began,
+        )
+
+
+def _survey(form: ImportForm) -> _Survey:
+    problems: dict[str, Problem] = {}
+    sources: dict[str, str] = {}
+    traces = 0
+    for problem, row in form.rows(texts=False):
+        problems.setdefault(problem.problem_id, problem)
+        for candidate in row:
+            known = sources.setdefault(candidate.teacher, candidate.source)
+            if known != candidate.source:
+                raise ConfigError(
+                    f"{known!r} and {candidate.source!r} would both be {candidate.teacher!r} in the store; "
+                    f"tell them apart with --rename {candidate.source}=NAME"
+                )
+            traces += 1
+    if not traces:
+        raise ConfigError(f"{form.files[0]} holds no trace: its column {form.text!r} is empty in every row")
+    return _Survey(problems=problems, sources=sources, traces=traces)
+
+
+def _records(
+    form: ImportForm, survey: _Survey, tokenizer_fingerprint: str, filters: FiltersConfig
+) -> dict[str, TeacherRecord]:
+    """By the store's names."""
+    content = content_of(form.files)
+    named = form.files[0].name if len(form.files) == 1 else f"{len(form.files)} files"
+    return {
+        name: TeacherRecord(
+            name=name,
+            model=source,
+            revision=content,
+            engine="import",
+            engine_version=named,
+            chat_template="",
+            system_prompt=None,
+            chat_template_kwargs={},
+            sampling={"text_column": form.text},
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            filters=filter_settings(filters),
+        )
+        for name, source in survey.sources.items()
+    }
+
+
+def content_of(files: Sequence[Path]) -> str:
+    """16 hex digits of blake2b over the files' bytes, one after the other."""
+    digest = blake2b(digest_size=8)
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _register(writer: StoreWriter, survey: _Survey, records: Mapping[str, TeacherRecord]) -> None:
+    """Every recipe is checked before anything is written."""
+    for record in records.values():
+        check_filters(writer, record)
+        try:
+            writer.check_recipe(record)
+        except RecipeChangedError as error:
+            raise RecipeChangedError(
+                f"{error}; or import with --rename {record.model}=NAME or --teacher-prefix PREFIX"
+            ) from None
+    writer.write_problems(list(survey.problems.values()))
+    for record in records.values():
+        writer.register_teacher(record)
+
+
+class _Tokens:
+    """Token ids by a tokenizer, or none without one."""
+
+    def __init__(self, model: str | None) -> None:
+        self._tokenizer: Any = None
+        self.fingerprint = ""
+        if model is not None:
+            from precompute.engines.registry import load_tokenizer
+            from precompute.problems.prompts import tokenizer_fingerprint
+
+            try:
+                self._tokenizer = load_tokenizer(TeacherConfig(name="import", model=model))
+            except EngineError as error:  # nobody wrote of such a teacher
+                reason = str(error).removeprefix("teacher 'import': model ")
+                raise EngineError(f"--tokenizer {reason}") from error
+            self.fingerprint = tokenizer_fingerprint(self._tokenizer)
+
+    def of(self, text: str) -> tuple[int, ...]:
+        """With the EOS id at the end, as if the teacher had written it."""
+        if self._tokenizer is None:
+            return ()
+        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        eos = self._tokenizer.eos_token_id
+        return (*ids, eos) if eos is not None else tuple(ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A trace that the store lacks."""
+
+    candidate: Candidate
+    sample_index: int
+
+
+class _Import:
+    """The second reading: places, verdicts, parts."""
+
+    def __init__(
+        self,
+        records: Mapping[str, TeacherRecord],
+        survey: _Survey,
+        writer: StoreWriter,
+        verifier: Verifier,
+        filters: FiltersConfig,
+        tokens: _Tokens,
+        config: StoreConfig,
+        progress: Progress | None,
+    ) -> None:
+        self.counts = {name: TeacherImport(name, source) for name, source in survey.sources.items()}
+        self._records = records
+        self._done = {name: writer.done(name) for name in records}
+        self._seen: dict[tuple[str, str], list[bytes]] = {}
+        self._writer = writer
+        self._verifier = verifier
+        self._filters = filters
+        self._tokens = tokens
+        self._config = config
+        self._progress = progress or (lambda counts: None)
+        self._all = ImportCounts(survey.traces)
+        self._waiting: deque[tuple[_Placed, Future[Verdict]]] = deque()
+        self._ready: dict[str, list[Trace]] = {}
+        self._written = time.monotonic()
+
+    def run(self, form: ImportForm) -> None:
+        """Reads, judges, writes. What is judged when the user interrupts is written."""
+        try:
+            for placed in self._lacking(form):
+                candidate = placed.candidate
+                verdict = self._verifier.submit(candidate.text, candidate.problem.answer)
+                self._waiting.append((placed, verdict))
+                while len(self._waiting) >= IN_FLIGHT or (self._waiting and self._waiting[0][1].done()):
+                    self._take()
+            while self._waiting:
+                self._take()
+        except KeyboardInterrupt:
+            self._write_all()
+            raise
+        self._write_all()
+
+    def _lacking(self, form: ImportForm) -> Iterator[_Placed]:
+        for _, row in form.rows():
+            for candidate in row:
+                placed = self._place(candidate)
+                self._all.done += 1
+                if placed is not None:
+                    yield placed
+            self._progress(self._all)
+
+    def _place(self, candidate: Candidate) -> _Placed | None:
+        """Where the trace belongs; None where there is nothing to judge."""
+        counts = self.counts[candidate.teacher]
+        counts.found += 1
+        if not candidate.text.strip():
+            counts.empty += 1
+            return None
+        problem_id = candidate.problem.problem_id
+        texts = self._seen.setdefault((problem_id, candidate.teacher), [])
+        text = blake2b(candidate.text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        if text in texts:
+            counts.repeated += 1
+            return None
+        texts.append(text)
+        if len(texts) - 1 in self._done[candidate.teacher].get(problem_id, {}):
+            counts.there += 1
+            return None
+        return _Placed(candidate, len(texts) - 1)
+
+    def _take(self) -> None:
+        """The oldest that waits becomes a trace."""
+        placed, verdict = self._waiting.popleft()
+        trace = self._trace(placed, verdict.result())
+        counts = self.counts[trace.teacher]
+        counts.new += 1
+        counts.verdicts[trace.verdict] = counts.verdicts.get(trace.verdict, 0) + 1
+        counts.filtered += trace.is_correct and not trace.is_usable
+        self._all.judged += 1
+        self._all.verified += trace.is_correct
+        ready = self._ready.setdefault(trace.teacher, [])
+        ready.append(trace)
+        if len(ready) >= self._config.part_traces:
+            self._write(trace.teacher)
+        elif sum(map(len, self._ready.values())) >= HELD_TRACES or self._is_late():
+            self._write_all()
+
+    def _trace(self, placed: _Placed, verdict: Verdict) -> Trace:
+        candidate = placed.candidate
+        token_ids = self._tokens.of(candidate.text)
+        record = self._records[candidate.teacher]
+        return Trace(
+            problem_id=candidate.problem.problem_id,
+            teacher=candidate.teacher,
+            sample_index=placed.sample_index,
+            text=candidate.text,
+            answer=verdict.answer,
+            answer_start=verdict.answer_start,
+            n_tokens=len(token_ids),
+            token_ids=token_ids,
+            logprobs=(),
+            finish_reason="stop",
+            verdict=verdict.reason,
+            is_correct=verdict.is_correct,
+            seed=UNKNOWN_SEED,
+            generation_fingerprint=record.generation_fingerprint,
+            created_at=datetime.now(UTC),
+            verdict_detail=verdict.detail,
+            parsed_answer=verdict.parsed_answer,
+            parsed_gold=verdict.parsed_gold,
+            filtered=why_filtered(
+                self._filters,
+                text=candidate.text,
+                n_tokens=len(token_ids),
+                form=demanded_form(record, candidate.problem),
+                opens_think=False,
+            ),
+        )
+
+    def _is_late(self) -> bool:
+        return time.monotonic() - self._written >= self._config.part_seconds
+
+    def _write(self, teacher: str) -> None:
+        self._writer.append(self._ready.pop(teacher, []))
+
+    def _write_all(self) -> None:
+        for teacher in list(self._ready):
+            self._write(teacher)
+        self._written = time.monotonic()

@@ -1,0 +1,387 @@
+"""`ampo store` and `ampo inspect store`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from store.errors import UserError
+from store.terminal.progress import Meter
+from store.terminal.shared import CsvFlag, JsonFlag, StorePath, console_of, emit_json, emit_rows, escaped
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from store.format.parts import DamagedPart
+    from store.upkeep.compaction import CompactionReport
+
+SQL_VIEWS = """\
+Views: **traces** (trace_id, problem_id, teacher, sample_index, text, answer, answer_start, n_tokens,
+token_ids, logprobs, finish_reason, verdict, is_correct, seed, generation_fingerprint, created_at,
+verdict_detail, parsed_answer, parsed_gold, filtered, is_usable); **problems** (problem_id, question, answer,
+source, system_prompt); **teachers** (name, model, revision, engine, engine_version, chat_template,
+system_prompt, chat_template_kwargs, sampling, tokenizer_fingerprint, generation_fingerprint); **parts**
+(part, size, mtime_ns, rows, error)."""
+"""store.reports.views.VIEWS in words: a help text must not load what reads Parquet."""
+
+inspect_app = typer.Typer(no_args_is_help=True, help="Look into a store, and what was asked of it.")
+
+
+@inspect_app.command("summary")
+def inspect_summary(store: StorePath = "traces", json_: JsonFlag = False) -> None:
+    """Show teachers, verdicts, coverage and tokens of a store.
+
+    Example: `ampo inspect store summary traces`
+    """
+    from store.reader import TraceStore
+    from store.reports.report import store_report
+    from store.reports.tables import summary_tables
+
+    with TraceStore(store) as opened:
+        report = store_report(opened)
+    if json_:
+        emit_json(asdict(report))
+    else:
+        console_of().print(summary_tables(report))
+
+
+@inspect_app.command("traces")
+def inspect_traces(
+    store: StorePath = "traces",
+    problem: Annotated[
+        str | None, typer.Option(help="Only this problem_id, or its beginning; shows whole texts.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Only this teacher.")] = None,
+    verdict: Annotated[str | None, typer.Option(help="Only this verdict, e.g. mismatch.")] = None,
+    usable: Annotated[
+        bool, typer.Option("--usable", help="Only traces that may guide a student: verified, not filtered.")
+    ] = False,
+    filtered: Annotated[
+        bool, typer.Option("--filtered", help="Only traces that a filter holds back, with the reason.")
+    ] = False,
+    why: Annotated[
+        bool,
+        typer.Option("--why", help="Show gold and answer as they stand and as the verifier read them."),
+    ] = False,
+    limit: Annotated[int, typer.Option(min=0, help="At most N traces; 0: all.")] = 20,
+    json_: JsonFlag = False,
+    csv_: CsvFlag = False,
+) -> None:
+    """Read traces side by side; with `--why`, what the verifier read in gold and answer.
+
+    Example: `ampo inspect store traces traces --problem 5f0c1d2e3a4b5c6d`
+
+    Why answers failed: `ampo inspect store traces traces --verdict mismatch --why`
+    """
+    from store.reader import TraceStore
+    from store.records import VERDICTS
+    from store.reports.report import problem_id_of, trace_rows
+    from store.reports.tables import traces_table
+    from store.reports.why_table import why_table, with_golds
+
+    if verdict is not None and verdict not in VERDICTS:
+        raise UserError(f"--verdict {verdict}: one of {', '.join(VERDICTS)}")
+    if usable and filtered:
+        raise UserError("--usable and --filtered exclude each other: give one of them")
+    with TraceStore(store) as opened:
+        rows = trace_rows(
+            opened,
+            problem_id=None if problem is None else problem_id_of(opened, problem),
+            teacher=teacher,
+            verdict=verdict,
+            usable=usable,
+            filtered=filtered,
+            limit=limit or None,
+        )
+        if why:
+            rows = with_golds(opened, rows)
+    if not emit_rows(rows, json_, csv_):
+        console_of().print(why_table(rows) if why else traces_table(rows, full=problem is not None))
+
+
+@inspect_app.command("problems")
+def inspect_problems(
+    store: StorePath = "traces",
+    uncovered: Annotated[
+        bool, typer.Option("--uncovered", help="Only those without a usable trace of any teacher.")
+    ] = False,
+    limit: Annotated[int, typer.Option(min=0, help="At most N problems; 0: all.")] = 20,
+    json_: JsonFlag = False,
+    csv_: CsvFlag = False,
+) -> None:
+    """List problems, hardest first, with the teachers that solved them.
+
+    Example: `ampo inspect store problems traces --uncovered`
+    """
+    from store.reader import TraceStore
+    from store.reports.report import problem_rows
+    from store.reports.tables import problems_table
+
+    with TraceStore(store) as opened:
+        rows = problem_rows(opened, uncovered=uncovered, limit=limit or None)
+    if not emit_rows(rows, json_, csv_):
+        console_of().print(problems_table(rows))
+
+
+@inspect_app.command("agreement")
+def inspect_agreement(store: StorePath = "traces", json_: JsonFlag = False, csv_: CsvFlag = False) -> None:
+    """Show which teachers solve the same problems, pair by pair, and whether they err alike.
+
+    Example: `ampo inspect store agreement traces`
+    """
+    from store.reader import TraceStore
+    from store.reports.agreement import agreement_rows, agreement_tables, agreements
+
+    with TraceStore(store) as opened:
+        pairs = agreements(opened)
+    if not emit_rows(agreement_rows(pairs), json_, csv_):
+        console_of().print(agreement_tables(pairs))
+
+
+@inspect_app.command("lengths")
+def inspect_lengths(
+    store: StorePath = "traces",
+    unit: Annotated[str, typer.Option(help="tokens (each teacher's own) or chars.")] = "tokens",
+    png: Annotated[Path | None, typer.Option(help="Draw a histogram a teacher into this PNG.")] = None,
+    json_: JsonFlag = False,
+    csv_: CsvFlag = False,
+) -> None:
+    """Show how long the traces are, verified ones and others apart: quantiles, and histograms as a PNG.
+
+    Example: `ampo inspect store lengths traces --png lengths.png`
+    """
+    from store.reader import TraceStore
+    from store.reports.lengths import length_rows, lengths, lengths_table, plot_lengths
+
+    with TraceStore(store) as opened:
+        found = lengths(opened, unit)
+    if png is not None:
+        plot_lengths(found, unit, png)
+    rows = length_rows(found)
+    if emit_rows(rows, json_, csv_):
+        return
+    console_of().print(lengths_table(rows, unit))
+    if png is not None:
+        console_of().print(f"drew {png}", highlight=False, soft_wrap=True)
+
+
+@inspect_app.command("sql", epilog=SQL_VIEWS)
+def inspect_sql(
+    query: Annotated[str, typer.Argument(help="One SELECT, in DuckDB's SQL.")],
+    store: StorePath = "traces",
+    limit: Annotated[int, typer.Option(min=0, help="The table shows the first N rows; 0: all.")] = 100,
+    json_: JsonFlag = False,
+    csv_: CsvFlag = False,
+) -> None:
+    """Ask the store in SQL. Nothing can be written, and no other file read; a writer is not disturbed.
+
+    `--json` and `--csv` give every row, whole cells.
+
+    Example: `ampo inspect store sql "SELECT teacher, avg(n_tokens) FROM traces GROUP BY teacher" traces`
+    """
+    from store.reader import TraceStore
+    from store.reports.tables import answer_table
+    from store.reports.views import Views
+
+    everything = json_ or csv_ or limit == 0
+    with TraceStore(store) as opened, Views(opened) as views:
+        try:
+            answer = views.query(query, limit=None if everything else limit)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        damaged = len(opened.damaged)
+    if damaged:
+        typer.echo(f"{damaged} damaged parts are left out; see `ampo store check`", err=True)
+    if emit_rows(answer.dicts(), json_, csv_):
+        return
+    console_of().print(answer_table(answer.columns, answer.rows))
+    if answer.more:
+        console_of().print(f"the first {limit:,} rows; --limit 0 shows all")
+
+
+app = typer.Typer(no_args_is_help=True, help="Care for a store.")
+
+
+@app.command("reindex")
+def store_reindex(store: StorePath = "traces") -> None:
+    """Make the store's index anew from its parts.
+
+    Example: `ampo store reindex traces`
+    """
+    from store.format.index import reindex
+
+    with Meter("indexing parts") as progress:
+        report = reindex(store, progress=progress)
+    console = console_of()
+    console.print(
+        f"indexed {report.traces:,} traces in {report.parts} parts, {report.seconds:.1f} s", highlight=False
+    )
+    _say_left_out(console, report.damaged)
+
+
+@app.command("check")
+def store_check(
+    store: StorePath = "traces",
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Set aside what is damaged or foreign, so that it can be made again."),
+    ] = False,
+    json_: JsonFlag = False,
+) -> None:
+    """Read every byte of a store; say what is damaged, what is lost, and how to make exactly that again.
+
+    Exit code 1 when something is wrong. `--repair` deletes nothing: what it takes out goes to `quarantine/`.
+
+    Example: `ampo store check traces --repair`
+    """
+    from store.reports.check_table import check_table
+    from store.upkeep.checking import check
+
+    with Meter("checking parts") as progress:
+        report = check(store, repair=repair, progress=progress)
+    if json_:
+        emit_json(asdict(report) | {"lost": report.lost, "lost_verified": report.lost_verified})
+    else:
+        console_of().print(check_table(report, repaired=repair), soft_wrap=True)
+    if report.findings and not repair:
+        raise typer.Exit(1)
+
+
+@app.command("compact")
+def store_compact(store: StorePath = "traces") -> None:
+    """Merge small parts into large ones, sorted by problem, while readers go on reading.
+
+    Example: `ampo store compact traces`
+    """
+    from store.upkeep.compaction import compact
+
+    with Meter("writing traces") as progress:
+        report = compact(store, progress=progress)
+    _say_rewritten(report, nothing="nothing to do: the store is compact")
+
+
+@app.command("forget")
+def store_forget(
+    teacher: Annotated[str, typer.Option(help="Whose traces go.")], store: StorePath = "traces"
+) -> None:
+    """Remove every trace of one teacher, and its record.
+
+    Example: `ampo store forget traces --teacher r1-distill`
+    """
+    from store.upkeep.compaction import forget
+
+    with Meter("writing traces") as progress:
+        report = forget(store, teacher, progress=progress)
+    _say_rewritten(report, nothing=f"forgot {teacher}")
+
+
+@app.command("migrate")
+def store_migrate(store: StorePath = "traces") -> None:
+    """Bring a store that an earlier version wrote to this version's form.
+
+    Example: `ampo store migrate traces`
+    """
+    from store.upkeep.migration import migrate
+
+    with Meter("rewriting parts") as progress:
+        report = migrate(store, progress=progress)
+    console = console_of()
+    if not report.parts and not report.damaged:
+        console.print(f"nothing to do: schema version {report.to_version}", highlight=False)
+        return
+    console.print(
+        f"schema version {report.from_version} -> {report.to_version}: {report.traces:,} traces in "
+        f"{report.parts} parts",
+        highlight=False,
+    )
+    _say_left_out(console, report.damaged, "; `ampo store check --repair` sets it aside")
+
+
+def _say_left_out(console: Console, damaged: Sequence[DamagedPart], way_out: str = "") -> None:
+    for part in damaged:
+        console.print(
+            f"[yellow]left out:[/] {escaped(part.part)}: {escaped(part.reason)}{way_out}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _say_rewritten(report: CompactionReport, *, nothing: str) -> None:
+    if not report.traces:
+        console_of().print(nothing, highlight=False)
+        return
+    console_of().print(
+        f"{report.traces:,} traces written anew: {report.parts_before} parts of "
+        f"{report.bytes_before / 2**20:,.1f} MiB are {report.parts_after} of "
+        f"{report.bytes_after / 2**20:,.1f} MiB",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command("export")
+def store_export(
+    to: Annotated[
+        str,
+        typer.Option(
+            help="verl: a row a problem with target_lst; luffy: a row a trace with target; chat: messages "
+            "for supervised training; hf: a directory for datasets.load_dataset, with a data card."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="A new .parquet or .jsonl file; for hf a new directory.")],
+    store: StorePath = "traces",
+    only_verified: Annotated[
+        bool,
+        typer.Option(
+            "--only-verified/--all",
+            help="Only traces that may guide a student; or wrong and filtered ones too.",
+        ),
+    ] = True,
+    teacher: Annotated[list[str] | None, typer.Option(help="Only this teacher. May be repeated.")] = None,
+    max_per_problem: Annotated[
+        int | None, typer.Option(min=1, help="At most N traces of a problem; the teachers take turns.")
+    ] = None,
+    system_prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="Replaces every system turn, '' for none; default: the problem's, in chat the teacher's."
+        ),
+    ] = None,
+    license_: Annotated[
+        str, typer.Option("--license", help="For the data card of hf, e.g. apache-2.0.")
+    ] = "unknown",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
+    json_: JsonFlag = False,
+) -> None:
+    """Write a store's traces in another program's form: verl, LUFFY, chat messages, Hugging Face datasets.
+
+    The output appears whole or not at all.
+
+    Example: `ampo store export traces --to verl --out train.parquet --max-per-problem 4`
+    """
+    from store.export.exporting import ExportOptions, check_out, export
+    from store.reader import TraceStore
+
+    check_out(out.absolute(), to, overwrite=overwrite)
+    options = ExportOptions(
+        everything=not only_verified,
+        teachers=tuple(teacher or ()),
+        max_per_problem=max_per_problem,
+        system_prompt=system_prompt,
+        license=license_,
+        overwrite=overwrite,
+    )
+    with TraceStore(store) as opened, Meter("exporting") as meter:
+        try:
+            report = export(opened, out, to, options, progress=meter)
+        except KeyboardInterrupt:
+            console_of(stderr=True).print(f"\ninterrupted; {out} was not written.", highlight=False)
+            raise typer.Exit(130) from None
+    if json_:
+        emit_json(asdict(report))
+    else:
+        console_of().print(report.line, highlight=False, soft_wrap=True)

@@ -1,0 +1,175 @@
+"""What makes a directory a store: `manifest.json`, and the places of everything else.
+
+    {"schema_version": 2, "verifier": "math-verify", "verifier_version": "0.9.0+ampo.1",
+     "created": "2026-...",
+     "parts": {"ada/part-000001-47aa77ca00112233.parquet": {"bytes": 3863, "blake2b": "47aa77ca...",
+                                                            "traces": {"ada": 3}, "verified": {"ada": 2}}}}
+
+A part carries the beginning of its own checksum in its name, so the manifest can be completed after a crash
+between the part's arrival and its entry; what the manifest alone can tell is that a part is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from store.errors import (
+    StoreDamagedError,
+    StoreError,
+    StoreForeignError,
+    StoreNewerError,
+    StoreOlderError,
+    missing_store,
+)
+from store.format.files import MANIFEST_LOCK, FileLock, is_bookkeeping, whole_file
+from store.format.schema import SCHEMA_VERSION
+
+MANIFEST = "manifest.json"
+PROBLEMS = "problems.parquet"
+TEACHERS = "teachers"
+PARTS = "parts"
+INDEX = "index.duckdb"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartEntry:
+    """What the manifest knows of a part."""
+
+    bytes: int
+    blake2b: str
+    """32 hex digits over the file's bytes."""
+    traces: Mapping[str, int]
+    """teacher -> traces in the part."""
+    verified: Mapping[str, int]
+    """teacher -> verified traces among them; teachers without one are left out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Who judged the traces, in which form they are written, and the checksum of every part."""
+
+    schema_version: int
+    verifier: str
+    """e.g. `math-verify`"""
+    verifier_version: str
+    created: str
+    """ISO 8601, UTC."""
+    parts: Mapping[str, PartEntry] = field(default_factory=dict)
+    """By the path below `parts/`."""
+
+
+def is_fresh(root: Path) -> bool:
+    """Whether a store may be made at `root`: nothing is there, or an empty directory.
+
+    Raises StoreForeignError for a file, or for a directory that holds something else, and StoreError for a
+    path with a question mark.
+    """
+    if "?" in str(root):
+        # DuckDB puts the suffix of its log before it, which is then in no directory.
+        raise StoreError(f"{root}: no '?' may stand in a store's path (store.path); name another directory")
+    if not root.exists():
+        return True
+    if not root.is_dir():
+        raise StoreForeignError(f"{root} is a file; a trace store is a directory (store.path)")
+    if (root / MANIFEST).exists():
+        return False
+    strange = sorted(entry.name for entry in root.iterdir() if not is_bookkeeping(entry.name))
+    if strange:
+        raise StoreForeignError(
+            f"{root} is no trace store: it holds {strange[0]} but no {MANIFEST}; "
+            "set store.path to a store, or to a new directory"
+        )
+    return True
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of the store at `root`.
+
+    Raises StoreMissingError, StoreForeignError, StoreNewerError, StoreOlderError or StoreDamagedError.
+    """
+    content = read_content(root)
+    check_version(root, content["schema_version"])
+    return manifest_of(root, content)
+
+
+def read_content(root: Path) -> dict[str, Any]:
+    """What the manifest's file says, of whatever schema version.
+
+    Raises StoreMissingError, StoreForeignError or StoreDamagedError.
+    """
+    if is_fresh(root):
+        raise missing_store(root)
+    path = root / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise StoreDamagedError(
+            f"{path} cannot be read: {error}; restore it, or move {root} aside and "
+            "run `ampo precompute teachers` or `ampo store import`"
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("schema_version"), int):
+        raise StoreForeignError(f"{path} is not a trace store's: it names no schema_version")
+    return content
+
+
+def check_version(root: Path, version: int) -> None:
+    """Raises StoreNewerError or StoreOlderError for a schema that is not this version's."""
+    if version > SCHEMA_VERSION:
+        raise StoreNewerError(
+            f"{root} has schema version {version}, this ampo reads up to {SCHEMA_VERSION}; "
+            "install a later ampo"
+        )
+    if version < SCHEMA_VERSION:
+        raise StoreOlderError(
+            f"{root} has schema version {version}, this ampo reads {SCHEMA_VERSION}; "
+            f"run `ampo store migrate {root}`"
+        )
+
+
+def manifest_of(root: Path, content: dict[str, Any]) -> Manifest:
+    """The record of this version's content. Raises StoreDamagedError when something is missing."""
+    path = root / MANIFEST
+    missing = [name for name in Manifest.__dataclass_fields__ if name not in content]
+    if missing:
+        raise StoreDamagedError(f"{path} has no {missing[0]!r}; restore the file from a copy")
+    try:
+        parts = {part: PartEntry(**entry) for part, entry in content["parts"].items()}
+    except (TypeError, AttributeError) as error:
+        raise StoreDamagedError(f"{path} has a broken entry in 'parts': {error}; restore the file") from error
+    known = {name: content[name] for name in Manifest.__dataclass_fields__}
+    return Manifest(**known | {"parts": parts})
+
+
+def create_manifest(root: Path, *, verifier: str, verifier_version: str) -> None:
+    """Makes `root` a store, now, unless another writer has done so meanwhile."""
+    with FileLock(root / MANIFEST_LOCK):
+        if is_fresh(root):
+            created = datetime.now(UTC).isoformat(timespec="seconds")
+            write_manifest(
+                root,
+                Manifest(
+                    schema_version=SCHEMA_VERSION,
+                    verifier=verifier,
+                    verifier_version=verifier_version,
+                    created=created,
+                ),
+            )
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """The whole file anew; the caller holds the manifest's lock."""
+    with whole_file(root / MANIFEST) as file:
+        file.write((json.dumps(asdict(manifest), indent=1) + "\n").encode())
+
+
+def change_parts(root: Path, *, add: Mapping[str, PartEntry], drop: Collection[str] = ()) -> None:
+    """Enters parts and strikes others out, at one moment; safe among several writers."""
+    with FileLock(root / MANIFEST_LOCK):
+        manifest = read_manifest(root)
+        kept = {part: entry for part, entry in manifest.parts.items() if part not in drop}
+        write_manifest(root, replace(manifest, parts=kept | dict(add)))

@@ -1,0 +1,212 @@
+"""The part files: written whole, listed by name. Reading single traces: store/format/part_reader.py."""
+
+from __future__ import annotations
+
+import mmap
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from store.errors import StoreDamagedError
+from store.format.files import disk_errors_named, whole_file
+from store.format.manifest import PARTS, PartEntry
+from store.format.pages import pages_of_chunk
+from store.format.schema import BIG_COLUMNS, PART_OPTIONS, SMALL_COLUMNS, TRACE_SCHEMA, traces_table
+from store.records import Trace
+
+ALL = "all"
+"""The directory of parts with the traces of several teachers: what compaction writes. No teacher has it as
+its name."""
+
+READ_ERRORS = (OSError, ValueError, TypeError, pa.ArrowException)
+"""What a cut or altered Parquet file raises, by the place where it was hit."""
+
+_DIGEST = re.compile(r"[0-9a-f]{16}")
+
+_LEAVES = {"text": "text", "token_ids": "token_ids.list.element", "logprobs": "logprobs.list.element"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartStamp:
+    """What tells a part from an altered one without reading it."""
+
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DamagedPart:
+    """A part that cannot be read; the store does without it."""
+
+    part: str
+    """Its path below `parts/`."""
+    reason: str
+
+
+def write_part(root: Path, table: pa.Table) -> tuple[str, PartEntry]:
+    """One part with the rows of TRACE_SCHEMA, sorted by problem, teacher and sample; it appears whole or not
+    at all. Returns its path below `parts/` and its entry for the manifest."""
+    table = table.sort_by([(name, "ascending") for name in ("problem_id", "teacher", "sample_index")])
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **PART_OPTIONS)
+    content = sink.getvalue()
+    digest = blake2b(content, digest_size=16).hexdigest()
+    teachers = counts(table["teacher"])
+    directory = next(iter(teachers)) if len(teachers) == 1 else ALL
+    part = f"{directory}/part-{_next_number(root / PARTS / directory):06d}-{digest[:16]}.parquet"
+    with whole_file(root / PARTS / part) as file:
+        file.write(content)
+    return part, PartEntry(bytes=content.size, blake2b=digest, traces=teachers, verified=verified_of(table))
+
+
+def write_traces(root: Path, traces: Sequence[Trace]) -> tuple[str, PartEntry]:
+    """`write_part` for records."""
+    return write_part(root, traces_table(traces))
+
+
+def entry_of(path: Path) -> PartEntry:
+    """The manifest's entry for a file, from its content. Raises one of READ_ERRORS."""
+    digest = file_digest(path)
+    with open_part(path) as file:
+        table = file.read(columns=["teacher", "is_correct"], use_threads=False)
+    size = path.stat().st_size
+    return PartEntry(bytes=size, blake2b=digest, traces=counts(table["teacher"]), verified=verified_of(table))
+
+
+def file_digest(path: Path) -> str:
+    """32 hex digits of blake2b over a file's bytes."""
+    digest = blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_digest(path: Path) -> None:
+    """Raises ValueError when a part's bytes do not fit the checksum in its name; a name without one, somebody
+    else's, is let pass. The footer and the headers of pages have no other checksum."""
+    expected = digest_in_name(path.name)
+    if _DIGEST.fullmatch(expected) and not file_digest(path).startswith(expected):
+        raise ValueError("its checksum is not the one that its name carries")
+
+
+def digest_in_name(part: str) -> str:
+    """The beginning of the checksum that a part's name carries."""
+    return part.removesuffix(".parquet").rpartition("-")[2]
+
+
+def verified_of(table: pa.Table) -> dict[str, int]:
+    """teacher -> verified rows."""
+    return counts(table.filter(table["is_correct"])["teacher"])
+
+
+def counts(column: pa.ChunkedArray) -> dict[str, int]:
+    """value -> occurrences, by value."""
+    found = {row["values"]: row["counts"] for row in column.value_counts().to_pylist()}
+    return dict(sorted(found.items()))
+
+
+def _next_number(directory: Path) -> int:
+    numbers = [name.stem.split("-")[1] for name in directory.glob("part-*.parquet")]
+    return max((int(number) for number in numbers if number.isdecimal()), default=0) + 1
+
+
+def remove_parts(root: Path, parts: Iterable[str]) -> None:
+    """Removes part files; those that are gone already are no matter. Raises StoreError."""
+    for part in parts:
+        with disk_errors_named(root / PARTS / part):
+            (root / PARTS / part).unlink(missing_ok=True)
+
+
+def list_parts(root: Path) -> dict[str, PartStamp]:
+    """Every whole part, by its path below `parts/`, in order of the path."""
+    # A listing reads one directory after the other. Did a compaction come in between, it may have seen
+    # neither the new part in the first nor the old one in the second.
+    before, now = _listed(root), _listed(root)
+    while before.keys() - now.keys():
+        before, now = now, _listed(root)
+    return now
+
+
+def _listed(root: Path) -> dict[str, PartStamp]:
+    stamps: dict[str, PartStamp] = {}
+    for path in sorted((root / PARTS).glob("*/part-*.parquet")):
+        with suppress(FileNotFoundError):  # removed since it was listed
+            stat = path.stat()
+            stamp = PartStamp(size=stat.st_size, mtime_ns=stat.st_mtime_ns)
+            stamps[f"{path.parent.name}/{path.name}"] = stamp
+    return stamps
+
+
+def open_part(path: Path) -> pq.ParquetFile:
+    """The part for reading whole columns; page checksums are verified. Raises one of READ_ERRORS."""
+    return pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
+
+
+def part_rows(path: Path) -> pa.Table:
+    """The part's small columns, and where the big ones lie: `text_page`, `text_size`, `text_row` and the same
+    for `token_ids` and `logprobs`. Raises one of READ_ERRORS."""
+    with open_part(path) as file:
+        if not set(TRACE_SCHEMA.names) <= set(file.schema_arrow.names):
+            raise ValueError("its columns are not those of a trace")
+        table = file.read(columns=SMALL_COLUMNS, use_threads=False)
+        with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            for column in BIG_COLUMNS:
+                places = _places(file.metadata, data, _LEAVES[column], table.num_rows)
+                for name, values in zip(("page", "size", "row"), places, strict=True):
+                    table = table.append_column(f"{column}_{name}", pa.array(values))
+    return table
+
+
+def _places(
+    metadata: pq.FileMetaData, data: mmap.mmap, leaf: str, rows: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """(offset of the page, its size, row in it), each [rows]"""
+    pages: list[tuple[int, int, int]] = []
+    with memoryview(data) as view:
+        for group in range(metadata.num_row_groups):
+            chunk = _chunk(metadata.row_group(group), leaf)
+            pages += pages_of_chunk(view, chunk.data_page_offset, chunk.total_compressed_size)
+    counts_of_pages = np.array([page[2] for page in pages], np.int64)
+    if counts_of_pages.sum() != rows:
+        raise ValueError(f"its pages hold {counts_of_pages.sum()} rows of {leaf}, not {rows}")
+    starts = np.repeat(np.cumsum(counts_of_pages) - counts_of_pages, counts_of_pages)
+    offsets = np.repeat(np.array([page[0] for page in pages], np.int64), counts_of_pages)
+    sizes = np.repeat(np.array([page[1] for page in pages], np.int32), counts_of_pages)
+    return offsets, sizes, (np.arange(rows) - starts).astype(np.int32)
+
+
+def _chunk(group: Any, leaf: str) -> Any:
+    for number in range(group.num_columns):
+        column = group.column(number)
+        if column.path_in_schema == leaf:
+            return column
+    raise ValueError(f"no column {leaf} as this version writes it")
+
+
+CHECK = "`ampo store check --repair` sets it aside and says how to make its traces again"
+
+
+@contextmanager
+def damage_named(path: Path, way_out: str = CHECK) -> Iterator[None]:
+    """Turns what a broken Parquet file raises into a StoreDamagedError that names it and the way out; a file
+    that is gone is no damage."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except READ_ERRORS as error:
+        raise StoreDamagedError(f"{path} cannot be read: {one_line(error)}; {way_out}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an exception says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,35 @@
+"""The small files of a store: problems and teachers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from store.errors import StoreDamagedError
+from store.format.manifest import PROBLEMS, TEACHERS
+from store.format.parts import damage_named, one_line, open_part
+from store.format.schema import problem_of, teacher_of
+from store.records import Problem, TeacherRecord
+
+MAKE_AGAIN = "remove it and run `ampo precompute teachers` (or `ampo store import`) again"
+
+
+def read_problems(root: Path) -> list[Problem]:
+    """Every problem, in order of arrival; [] before the first was written. Raises StoreDamagedError."""
+    path = root / PROBLEMS
+    if not path.exists():
+        return []
+    with damage_named(path, MAKE_AGAIN), open_part(path) as file:
+        return [problem_of(row) for row in file.read(use_threads=False).to_pylist()]
+
+
+def read_teachers(root: Path) -> dict[str, TeacherRecord]:
+    """Every registered teacher by name, in order of the name. Raises StoreDamagedError."""
+    records = {}
+    for path in sorted((root / TEACHERS).glob("*.json")):
+        try:
+            record = teacher_of(json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise StoreDamagedError(f"{path} cannot be read: {one_line(error)}; {MAKE_AGAIN}") from error
+        records[record.name] = record
+    return records

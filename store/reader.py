@@ -1,0 +1,198 @@
+"""The reading side: what the trainer asks, and what `ampo inspect store` shows.
+
+with TraceStore("traces") as store:
+    store.candidates(["5f0c...", "91ab..."])      {"5f0c...": [Trace, Trace], "91ab...": []}
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from store.errors import StoreDamagedError
+from store.format.index import ROW_COLUMNS, Index, open_index
+from store.format.manifest import Manifest, read_manifest
+from store.format.part_reader import PartReader
+from store.format.parts import DamagedPart
+from store.format.reading import read_problems, read_teachers
+from store.format.schema import TOKEN_COLUMNS
+from store.records import Problem, TeacherRecord, Trace
+
+_ROWS = f"SELECT {', '.join(ROW_COLUMNS)} FROM idx.rows"
+_TEXT_ROWS = (
+    f"SELECT {', '.join(name for name in ROW_COLUMNS if not name.startswith(TOKEN_COLUMNS))} FROM idx.rows"
+)
+
+# The ids stand in the text, not in a parameter: only then does DuckDB skip row groups by them.
+_OF_PROBLEMS = """
+    WHERE problem IN ({problems})
+      AND ($teachers::VARCHAR[] IS NULL OR list_contains($teachers::VARCHAR[], teacher))
+"""
+_USABLE = " AND is_correct AND filtered IS NULL"
+
+_TRACES = """
+    WHERE ($problem::UBIGINT IS NULL OR problem = $problem)
+      AND ($teacher::VARCHAR IS NULL OR teacher = $teacher)
+      AND ($verdict::VARCHAR IS NULL OR verdict = $verdict)
+      AND (NOT $usable OR (is_correct AND filtered IS NULL)) AND (NOT $filtered OR filtered IS NOT NULL)
+    ORDER BY problem, teacher, sample_index, trace LIMIT $limit
+"""
+
+_REFRESHES = 5
+"""Attempts at reading parts that are being replaced."""
+
+_ID = re.compile(r"[0-9a-f]{16}")
+
+
+_CONTENTS = """
+    SELECT teacher, count(*) AS traces, bit_xor(trace) AS mark FROM idx.rows
+    WHERE problem IN (SELECT unnest($problems::UBIGINT[])) AND is_correct AND filtered IS NULL
+      AND ($teachers::VARCHAR[] IS NULL OR list_contains($teachers::VARCHAR[], teacher))
+    GROUP BY teacher ORDER BY teacher
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usable:
+    """Which of a teacher's traces may guide a student, in two numbers: equal ones mean the same traces."""
+
+    traces: int
+    fingerprint: str
+    """All trace_ids, exclusive or: in any order, over any parts."""
+
+
+class TraceStore:
+    """A store opened for reading; any number of processes may, while one writes.
+
+    It sees the parts that were there when it was opened or last refreshed. One thread at a time.
+    Raises StoreMissingError, StoreForeignError, StoreNewerError or StoreDamagedError. A damaged part is
+    left out and listed in `damaged`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        self.manifest: Manifest = read_manifest(self.path)
+        self.index: Index = open_index(self.path)
+        self._reader = PartReader(self.path)
+
+    @property
+    def damaged(self) -> tuple[DamagedPart, ...]:
+        """The parts that could not be read."""
+        return self.index.damaged()
+
+    def candidates(
+        self, problem_ids: Sequence[str], *, teachers: Sequence[str] | None = None, tokens: bool = False
+    ) -> dict[str, list[Trace]]:
+        """The verified traces of each problem that no filter holds back; every asked id is a key, [] where
+        there is none.
+
+        In order of teacher, sample_index, trace_id. `teachers`: None for all. Without `tokens` the
+        traces come with empty `token_ids` and `logprobs`, and cost a third of the reading.
+        Raises StoreDamagedError when a part broke since it was indexed.
+        """
+        return self._of_problems(_USABLE, problem_ids, teachers, tokens=tokens)
+
+    def of_problems(
+        self, problem_ids: Sequence[str], *, teachers: Sequence[str] | None = None, tokens: bool = False
+    ) -> dict[str, list[Trace]]:
+        """As `candidates`, but wrong and filtered traces too."""
+        return self._of_problems("", problem_ids, teachers, tokens=tokens)
+
+    def usable(
+        self, problem_ids: Sequence[str], *, teachers: Sequence[str] | None = None
+    ) -> dict[str, Usable]:
+        """teacher -> which traces `candidates` would find; teachers without one are left out."""
+        asked = {
+            "problems": [int(problem_id, 16) for problem_id in problem_ids],
+            "teachers": None if teachers is None else list(teachers),
+        }
+        return {
+            row["teacher"]: Usable(traces=row["traces"], fingerprint=f"{row['mark']:016x}")
+            for row in self.index.rows(_CONTENTS, asked)
+        }
+
+    def traces(
+        self,
+        *,
+        problem_id: str | None = None,
+        teacher: str | None = None,
+        verdict: str | None = None,
+        usable: bool = False,
+        filtered: bool = False,
+        limit: int | None = None,
+        tokens: bool = False,
+    ) -> list[Trace]:
+        """Traces of any verdict, in order of problem_id, teacher, sample_index; None: all of them.
+
+        `usable`: only those that may guide a student; `filtered`: only those that a filter holds back.
+        """
+        if problem_id is not None and not _ID.fullmatch(problem_id):
+            return []
+        asked = {
+            "problem": None if problem_id is None else int(problem_id, 16),
+            "teacher": teacher,
+            "verdict": verdict,
+            "usable": usable,
+            "filtered": filtered,
+            "limit": limit,
+        }
+        return self._read(_TRACES, asked, tokens=tokens)
+
+    def _of_problems(
+        self, condition: str, problem_ids: Sequence[str], teachers: Sequence[str] | None, *, tokens: bool
+    ) -> dict[str, list[Trace]]:
+        found: dict[str, list[Trace]] = {problem_id: [] for problem_id in problem_ids}
+        numbers = [str(int(problem_id, 16)) for problem_id in found if _ID.fullmatch(problem_id)]
+        if not numbers:
+            return found
+        asked = {"teachers": None if teachers is None else list(teachers)}
+        where = _OF_PROBLEMS.format(problems=", ".join(numbers)) + condition
+        # DuckDB would take a millisecond for the order of a few hundred rows.
+        for trace in sorted(
+            self._read(where, asked, tokens=tokens), key=attrgetter("teacher", "sample_index", "trace_id")
+        ):
+            found[trace.problem_id].append(trace)
+        return found
+
+    def _read(self, where: str, parameters: Mapping[str, object], *, tokens: bool) -> list[Trace]:
+        sql = (_ROWS if tokens else _TEXT_ROWS) + where
+        for _ in range(_REFRESHES):
+            try:
+                return self._reader.traces(self.index.rows(sql, parameters), tokens=tokens)
+            except FileNotFoundError:
+                # A compaction put other parts in the place of those that this index knows.
+                self.refresh()
+        raise StoreDamagedError(f"the parts of {self.path} change faster than they can be read; try again")
+
+    def teachers(self) -> dict[str, TeacherRecord]:
+        """Every registered teacher, by name."""
+        return read_teachers(self.path)
+
+    def problems(self) -> list[Problem]:
+        """Every problem, in order of arrival."""
+        return read_problems(self.path)
+
+    def refresh(self) -> None:
+        """Takes up the parts that came, or went, since the store was opened."""
+        index = open_index(self.path)
+        self.close()
+        self.index = index
+
+    def close(self) -> None:
+        """Closes every file."""
+        self.index.close()
+        self._reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

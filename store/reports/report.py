@@ -1,0 +1,199 @@
+"""What a store holds, in numbers: plain records for `ampo inspect store` to print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from store.errors import UserError
+from store.format.manifest import Manifest
+from store.format.parts import DamagedPart
+from store.format.schema import TOKEN_COLUMNS, problems_table
+from store.reader import TraceStore
+from store.records import Trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherReport:
+    """One teacher's traces."""
+
+    teacher: str
+    model: str | None
+    """None when the teacher's record is missing."""
+    problems: int
+    """Problems with at least one trace of it."""
+    covered: int
+    """Problems with at least one usable trace of it: verified, and not held back by a filter."""
+    traces: int
+    verified: int
+    filtered: int
+    """Of the verified: held back by a filter."""
+    verdicts: Mapping[str, int]
+    """verdict -> traces; verdicts that do not occur are left out. A cut response may be a `match` that
+    is not verified."""
+    tokens: int
+    """In the teacher's own tokens, all traces together but those that were not counted."""
+    verified_tokens: int
+    uncounted: int
+    """Traces whose tokens nobody counted: imports without a tokenizer."""
+
+    @property
+    def verified_share(self) -> float:
+        """Verified traces among all, in [0, 1]."""
+        return self.verified / self.traces if self.traces else 0.0
+
+    @property
+    def mean_tokens(self) -> float | None:
+        """Tokens of a trace; None where none were counted."""
+        counted = self.traces - self.uncounted
+        return self.tokens / counted if counted else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreReport:
+    """The whole store."""
+
+    path: str
+    manifest: Manifest
+    problems: int
+    traces: int
+    verified: int
+    filtered: int
+    """Of the verified: held back by a filter."""
+    tokens: int
+    parts: int
+    bytes: int
+    """Of the whole parts."""
+    teachers: tuple[TeacherReport, ...]
+    """Registered ones without a trace included; by name."""
+    coverage: Mapping[int, int]
+    """Number of teachers with a usable trace, 0 to T -> problems; sums to `problems`."""
+    damaged: tuple[DamagedPart, ...]
+
+
+_TEACHERS = """
+    SELECT teacher, count(DISTINCT problem_id) AS problems,
+           count(DISTINCT problem_id) FILTER (is_usable) AS covered,
+           count(*) AS traces, count(*) FILTER (is_correct) AS verified,
+           count(*) FILTER (is_correct AND NOT is_usable) AS filtered,
+           sum(n_tokens)::BIGINT AS tokens,
+           coalesce(sum(n_tokens) FILTER (is_correct), 0)::BIGINT AS verified_tokens,
+           count(*) FILTER (n_tokens = 0) AS uncounted
+    FROM idx.traces GROUP BY teacher ORDER BY teacher
+"""
+
+_VERDICTS = "SELECT teacher, verdict, count(*) AS traces FROM idx.traces GROUP BY ALL ORDER BY ALL"
+
+_PARTS = """
+    SELECT count(*) AS parts, coalesce(sum(size), 0)::BIGINT AS bytes FROM idx.parts WHERE error IS NULL
+"""
+
+_PROBLEMS = """
+    SELECT p.problem_id, p.question, p.answer, p.source, count(t.trace_id) AS traces,
+           count(*) FILTER (t.is_correct) AS verified,
+           count(*) FILTER (t.is_correct AND NOT t.is_usable) AS filtered,
+           coalesce(list(DISTINCT t.teacher ORDER BY t.teacher) FILTER (t.is_usable), []) AS teachers
+    FROM stored_problems AS p LEFT JOIN idx.traces AS t USING (problem_id)
+    GROUP BY ALL
+    HAVING NOT $uncovered OR count(*) FILTER (t.is_usable) = 0
+    ORDER BY count(*) FILTER (t.is_usable), p.problem_id LIMIT $limit
+"""
+
+
+def store_report(store: TraceStore) -> StoreReport:
+    """Counts per teacher and verdict, tokens, coverage."""
+    teachers = _teacher_reports(store)
+    covering = [len(row["teachers"]) for row in problem_rows(store)]
+    parts = store.index.rows(_PARTS)[0]
+    return StoreReport(
+        path=str(store.path),
+        manifest=store.manifest,
+        problems=len(covering),
+        traces=sum(teacher.traces for teacher in teachers),
+        verified=sum(teacher.verified for teacher in teachers),
+        filtered=sum(teacher.filtered for teacher in teachers),
+        tokens=sum(teacher.tokens for teacher in teachers),
+        parts=parts["parts"],
+        bytes=parts["bytes"],
+        teachers=teachers,
+        coverage={count: covering.count(count) for count in range(len(teachers) + 1)},
+        damaged=store.damaged,
+    )
+
+
+def _teacher_reports(store: TraceStore) -> tuple[TeacherReport, ...]:
+    records = store.teachers()
+    counts = {row["teacher"]: row for row in store.index.rows(_TEACHERS)}
+    verdicts: dict[str, dict[str, int]] = {}
+    for row in store.index.rows(_VERDICTS):
+        verdicts.setdefault(row["teacher"], {})[row["verdict"]] = row["traces"]
+    counted = (
+        "problems",
+        "covered",
+        "traces",
+        "verified",
+        "filtered",
+        "tokens",
+        "verified_tokens",
+        "uncounted",
+    )
+    none = dict.fromkeys(counted, 0)
+    return tuple(
+        TeacherReport(
+            **{**none, **counts.get(name, {}), "teacher": name},
+            model=records[name].model if name in records else None,
+            verdicts=verdicts.get(name, {}),
+        )
+        for name in sorted(records.keys() | counts.keys())
+    )
+
+
+def problem_rows(
+    store: TraceStore, *, uncovered: bool = False, limit: int | None = None
+) -> list[dict[str, Any]]:
+    """A row a problem: problem_id, question, answer, source, traces, verified, filtered (of the verified),
+    teachers (names with a usable trace). Hardest first; `uncovered`: only those without a usable trace."""
+    store.index.add_table("stored_problems", problems_table(store.problems()))
+    return store.index.rows(_PROBLEMS, {"uncovered": uncovered, "limit": limit})
+
+
+def trace_rows(
+    store: TraceStore,
+    *,
+    problem_id: str | None = None,
+    teacher: str | None = None,
+    verdict: str | None = None,
+    usable: bool = False,
+    filtered: bool = False,
+    limit: int | None = None,
+) -> list[dict[str, Any]]:
+    """A row a trace, for tables and JSON: every column but the token ones, `created_at` in ISO 8601.
+
+    `usable`: only those that may guide a student; `filtered`: only those that a filter holds back.
+    """
+    traces = store.traces(
+        problem_id=problem_id,
+        teacher=teacher,
+        verdict=verdict,
+        usable=usable,
+        filtered=filtered,
+        limit=limit,
+    )
+    return [_trace_row(trace) for trace in traces]
+
+
+def _trace_row(trace: Trace) -> dict[str, Any]:
+    row = {name: value for name, value in asdict(trace).items() if name not in TOKEN_COLUMNS}
+    return row | {"created_at": trace.created_at.isoformat()}
+
+
+def problem_id_of(store: TraceStore, beginning: str) -> str:
+    """The one problem_id of the store that begins so. UserError when there is none, or more than one."""
+    ids = sorted({p.problem_id for p in store.problems() if p.problem_id.startswith(beginning)})
+    if len(ids) == 1:
+        return ids[0]
+    if not ids:
+        raise UserError(f"--problem {beginning}: no problem in {store.path} has an id that begins so")
+    shown = ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
+    raise UserError(f"--problem {beginning}: {len(ids)} ids begin so ({shown}); give more of it")

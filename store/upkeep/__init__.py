@@ -1,0 +1,1 @@
+"""Checks and rewrites of a store."""

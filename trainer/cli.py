@@ -1,0 +1,334 @@
+"""`ampo train`, `ampo eval`, `ampo inspect run`, `ampo inspect store queries` and `ampo model`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from store.errors import UserError
+from store.terminal.shared import (
+    ConfigOption,
+    CsvFlag,
+    DryRun,
+    JsonFlag,
+    SetOption,
+    console_of,
+    emit_json,
+    emit_rows,
+    print_config,
+    say_error,
+    told_with_config,
+    with_config,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trainer.config import Config
+
+model_app = typer.Typer(no_args_is_help=True, help="Checkpoints as models for others.")
+
+
+def train(
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            help="auto: go on from the run's last checkpoint; never: refuse an existing run; or a path."
+        ),
+    ] = "auto",
+    changed_store: Annotated[
+        bool,
+        typer.Option(
+            "--resume-with-changed-store", help="Go on though the store holds other traces than before."
+        ),
+    ] = False,
+    dry_run: DryRun = False,
+    gpu: Annotated[
+        str, typer.Option(help="With --dry-run: the card to plan for, e.g. H100-80GB, RTX4090-24GB.")
+    ] = "",
+    processes: Annotated[int, typer.Option(min=1, help="With --dry-run: how many GPUs share the run.")] = 1,
+) -> None:
+    """Train the student; ask the store only for problems whose samples all failed.
+
+    Ctrl-C finishes the step, saves, and says how to go on.
+
+    `--dry-run` tells the plan even where problems, store or student are still missing; each of them is an
+    error then, as a run would end with, and the exit code is 2.
+
+    Example: `ampo train --config configs/lab.toml --set run.name=first --set train.max_steps=20`
+
+    On several devices: `torchrun --standalone --nproc-per-node 4 --no-python ampo train --config my.toml`
+    """
+    from trainer.config import read_config
+
+    settings, console = read_config(config, set_), console_of()
+    if dry_run:
+        _show_dry_run(settings, config, gpu, processes)
+        return
+    if gpu or processes > 1:
+        raise UserError("--gpu and --processes plan a run: they go with --dry-run alone")
+    from trainer.parallel.world import joined
+    from trainer.telemetry.console import reporter_of
+    from trainer.train import train as run_training
+
+    try:
+        with (
+            joined(settings.student.device) as world,
+            reporter_of(world, console, settings.run) as reporter,
+            told_with_config(config),
+        ):
+            outcome = run_training(
+                settings, resume=resume, changed_store=changed_store, reporter=reporter, world=world
+            )
+    except KeyboardInterrupt:
+        console.print("stopped at once; what was saved before is whole. Go on with the same command.")
+        raise typer.Exit(130) from None
+    if not world.is_first:
+        raise typer.Exit(130 if outcome.interrupted_by else 0)
+    if outcome.interrupted_by:
+        saved = f"saved {outcome.checkpoint}" if outcome.checkpoint else "there was nothing to save yet"
+        console.print(
+            f"stopped by {outcome.interrupted_by} after {outcome.done}; {saved}. "
+            f"Go on with the same command (--resume auto is the default).",
+            soft_wrap=True,
+        )
+        raise typer.Exit(130)
+    _say_done(console, outcome.run, str(outcome.done))
+
+
+def _show_dry_run(settings: Config, file: str | None, gpu: str, processes: int) -> None:
+    from precompute.config import toml_of
+    from trainer.planning.dry_run import dry_run_of
+
+    found = dry_run_of(settings, gpu=gpu, processes=processes)
+    console = console_of()
+    print_config(console, toml_of(settings))
+    console.print(found.report)
+    for error in found.missing:
+        say_error(with_config(error, file))
+    if found.missing:
+        raise typer.Exit(2)
+
+
+def _say_done(console: Console, run: Path, last: str) -> None:
+    shown = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
+    console.print(
+        f"done: {last}. Look:\n  ampo inspect run {shown}\n  ampo inspect store queries {shown}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model directory (a checkpoint, say) or a hub name.")],
+    problems: Annotated[
+        str, typer.Option(help="Parquet or JSONL; default: the config's problems.eval.")
+    ] = "",
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Samples of each problem, at least as many as its file states it; default: the config's "
+            "eval.samples, or the largest k.",
+        ),
+    ] = None,
+    k: Annotated[str, typer.Option(help="The k of pass@k, e.g. 1,8,32; default: the config's eval.k.")] = "",
+    engine: Annotated[
+        str | None,
+        typer.Option(help="auto, transformers, vllm or openai; default: the config's eval.engine."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the samples go; default: a directory in runs/evals for just this evaluation."
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Measure avg@n and the unbiased pass@k of a model on a problem file, with confidence intervals.
+
+    Every sample is kept as Parquet as it comes; stopped at any moment, the same command goes on.
+
+    Example: `ampo eval lab/models/student --config configs/lab.toml --k 1,8,32`
+
+    By servers: `ampo eval MODEL --engine openai --set eval.engine_args.base_urls='["http://gpu1:8000/v1"]'`
+    """
+    from trainer.config import read_config
+    from trainer.eval_model import evaluate_model
+    from trainer.reports.tables import evaluation_table
+    from trainer.telemetry.console import ConsoleReporter
+
+    own = _eval_overrides(model, problems, samples, k, engine)
+    asked_for = _whole_numbers(k) if k else []
+    if samples is not None and not k:
+        # pass@k beyond n samples does not exist.
+        own.append(f"eval.k={[each for each in read_config(config, set_).eval.k if each <= samples] or [1]}")
+    if samples is None and asked_for:
+        # As many as the largest k needs, where the config asks for fewer.
+        asked = read_config(config, set_).eval.samples
+        own.append(f"eval.samples={max(asked, *asked_for)}")
+    settings = read_config(config, [*(set_ or []), *own])
+    console = console_of(stderr=True)
+
+    def started(folder: Path, there: int, wanted: int) -> None:
+        goes_on = f"{there:,} of {wanted:,} samples are there" if there else f"{wanted:,} samples to draw"
+        console.print(f"{folder}: {goes_on}", highlight=False, soft_wrap=True, markup=False)
+
+    try:
+        with ConsoleReporter(console, settings.run) as reporter:
+            report = evaluate_model(settings, reporter, out=out, on_start=started)
+    except KeyboardInterrupt:
+        console.print("\ninterrupted; what was judged is kept. Go on with the same command.")
+        raise typer.Exit(130) from None
+    if json_:
+        emit_json({**report.results, "out": str(report.out)})
+    else:
+        console_of().print(evaluation_table(model, report.evaluation))
+
+
+def _whole_numbers(k: str) -> list[int]:
+    found = [int(each) if each.strip().isdecimal() else 0 for each in k.split(",")]
+    if min(found) < 1:
+        raise UserError(f"--k {k}: write whole numbers of 1 or more with commas between, e.g. 1,8,32")
+    return found
+
+
+def _eval_overrides(model: str, problems: str, samples: int | None, k: str, engine: str | None) -> list[str]:
+    overrides = [f"student.model={json.dumps(model)}"]
+    if problems:
+        overrides.append(f"problems.eval={json.dumps(problems)}")
+    if engine is not None:
+        overrides.append(f"eval.engine={json.dumps(engine)}")
+    if k:
+        overrides.append(f"eval.k=[{k}]")
+    if samples is not None:
+        overrides.append(f"eval.samples={samples}")
+    return overrides
+
+
+def inspect_queries(
+    run: Annotated[
+        str | None, typer.Argument(help="A run's directory; default: the last below runs/.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="Only this step.")] = None,
+    problem: Annotated[str | None, typer.Option(help="Only this problem_id, or its beginning.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Only questions to which this teacher had a trace.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Show the last N questions; 0: all.")] = 20,
+    json_: JsonFlag = False,
+    csv_: CsvFlag = False,
+) -> None:
+    """Show what the trainer asked the store, what came back, and what was used.
+
+    `--json` and `--csv` give every row that the filters leave.
+
+    Example: `ampo inspect store queries runs/lab-ampo --step 3`
+    """
+    from trainer.reports.inspection import query_rows, questions_of, summary_of
+    from trainer.reports.tables import queries_table, summary_line
+    from trainer.run.run_dir import latest_run, open_run, run_config
+
+    files = open_run(run if run is not None else latest_run("runs"))
+    rows = query_rows(files, step=step, problem=problem, teacher=teacher)
+    if emit_rows(rows, json_, csv_):
+        return
+    questions, console = questions_of(rows), console_of()
+    shown = questions[-limit:] if limit else questions
+    console.print(queries_table(shown, _problem_texts(run_config(files))))
+    if len(shown) < len(questions):
+        console.print(f"the last {len(shown)} of {len(questions)} questions; --limit 0 shows all")
+    filtered = (step, problem, teacher) != (None, None, None)
+    line = summary_line(summary_of(questions), filtered=filtered)
+    console.print(f"{files.root.name}: {line}", highlight=False)
+
+
+def _problem_texts(config: Config) -> dict[str, str]:
+    """Question texts for the table, where the store is still there to tell them."""
+    from store.reader import TraceStore
+
+    try:
+        with TraceStore(config.store.path) as store:
+            return {problem.problem_id: problem.question for problem in store.problems()}
+    except UserError:
+        return {}
+
+
+def inspect_run(
+    runs: Annotated[list[str] | None, typer.Argument(help="Run directories; default: the last one.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the curves of all runs into this PNG.")] = None,
+    json_: JsonFlag = False,
+    csv_: CsvFlag = False,
+) -> None:
+    """Show a run's curves as text, or several runs side by side and in one PNG.
+
+    Example: `ampo inspect run runs/lab-ampo runs/lab-grpo --png curves.png`
+    """
+    from trainer.reports.plots import plot_runs
+    from trainer.reports.tables import comparison_table, curves_table, evaluations_table, time_line
+    from trainer.run.run_dir import latest_run, open_run
+
+    paths = runs or [str(latest_run("runs"))]
+    opened = [open_run(path) for path in paths]
+    names = [run.root.name for run in opened]
+    # Two runs may have one name in two folders.
+    shown = names if len(set(names)) == len(names) else paths
+    found = {name: run.metrics() for name, run in zip(shown, opened, strict=True)}
+    if png is not None:
+        plot_runs(found, png)
+    if emit_rows([{"run": name, **row} for name, rows in found.items() for row in rows], json_, csv_):
+        return
+    console = console_of()
+    if len(found) > 1:
+        console.print(comparison_table(found))
+    for name, rows in found.items():
+        if len(found) == 1:
+            console.print(curves_table(name, rows))
+        console.print(f"{name}: {time_line(rows)}", highlight=False, markup=False)
+    console.print(evaluations_table(found))
+    if png is not None:
+        console.print(f"drew {png}", highlight=False)
+
+
+@model_app.command("merge")
+def model_merge(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint, or any directory of a model or of LoRA adapters.")
+    ],
+    out: Annotated[Path, typer.Argument(help="A new directory.")],
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="What weights are stored in; auto: as the model that training began from."),
+    ] = "auto",
+    json_: JsonFlag = False,
+) -> None:
+    """Write a checkpoint as an ordinary transformers directory, adapters merged, for anybody to serve.
+
+    Adapters of a 4-bit student are added to the weights that it saw: its 4-bit ones, written out in full.
+
+    Example: `ampo model merge runs/ampo/checkpoints/step-000510 my-model`, then `vllm serve my-model`
+    """
+    from trainer.merge import merge
+
+    console_of(stderr=True).print(f"reading {checkpoint}", highlight=False, soft_wrap=True, markup=False)
+    report = merge(checkpoint.absolute(), out.absolute(), dtype=dtype)
+    if json_:
+        emit_json(asdict(report))
+        return
+    kind = "with its adapters merged" if report.adapters else "whole"
+    four = ", on the numbers that its 4-bit weights stand for" if report.four_bits else ""
+    console_of().print(
+        f"{report.out}: {report.parameters:,} weights in {report.dtype}, {kind}{four}; "
+        f"{report.bytes / 2**20:,.1f} MiB",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )

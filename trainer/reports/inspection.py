@@ -1,0 +1,116 @@
+"""Reads a run back: what was asked, what came back, what was used, and the curves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import duckdb
+
+from trainer.run.run_dir import RunFiles
+
+_QUERIES = """
+    SELECT * FROM read_parquet($files)
+    WHERE ($step::INT IS NULL OR step = $step)
+      AND ($problem::VARCHAR IS NULL OR starts_with(problem_id, $problem))
+      AND ($teacher::VARCHAR IS NULL OR (step, problem_id) IN (
+            SELECT (step, problem_id) FROM read_parquet($files) WHERE teacher = $teacher))
+    ORDER BY step, problem_id, rank
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One problem that a step asked the store about, with all that came back."""
+
+    step: int
+    problem_id: str
+    latency_ms: float
+    candidates: tuple[dict[str, Any], ...]
+    """Rows of the queries file, best first; empty when the store had no trace."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuerySummary:
+    """All questions in one line."""
+
+    questions: int
+    problems: int
+    answered: int
+    used: int
+    """Traces that entered a group."""
+    share: dict[str, float]
+    """teacher -> its share of the traces used."""
+    median_latency_ms: float | None
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of questions that found a candidate; None without a question."""
+        return self.answered / self.questions if self.questions else None
+
+
+def query_rows(
+    run: RunFiles, *, step: int | None = None, problem: str | None = None, teacher: str | None = None
+) -> list[dict[str, Any]]:
+    """Rows of the run's queries files, in order of step, problem and rank.
+
+    Args:
+        problem: a problem_id or its beginning.
+        teacher: only questions to which this teacher had a candidate.
+    """
+    files = sorted(str(path) for path in (run.root / "queries").glob("step-*.parquet"))
+    if not files:
+        return []
+    with duckdb.connect() as connection:
+        asked = {"files": files, "step": step, "problem": problem, "teacher": teacher}
+        cursor = connection.execute(_QUERIES, asked)
+        names = [column[0] for column in cursor.description or ()]
+        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+
+def questions_of(rows: Sequence[dict[str, Any]]) -> list[Question]:
+    """Rows gathered by (step, problem)."""
+    gathered: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        gathered.setdefault((row["step"], row["problem_id"]), []).append(row)
+    return [
+        Question(
+            step=step,
+            problem_id=problem_id,
+            latency_ms=candidates[0]["latency_ms"],
+            candidates=tuple(row for row in candidates if row["trace_id"] is not None),
+        )
+        for (step, problem_id), candidates in gathered.items()
+    ]
+
+
+def summary_of(questions: Sequence[Question]) -> QuerySummary:
+    """Hit rate, and each teacher's share of what was used."""
+    used = Counter(row["teacher"] for question in questions for row in question.candidates if row["selected"])
+    latency_by_step = {question.step: question.latency_ms for question in questions}
+    return QuerySummary(
+        questions=len(questions),
+        problems=len({question.problem_id for question in questions}),
+        answered=sum(bool(question.candidates) for question in questions),
+        used=used.total(),
+        share={name: count / used.total() for name, count in sorted(used.items())},
+        median_latency_ms=median(latency_by_step.values()) if latency_by_step else None,
+    )
+
+
+def curve(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric, where it exists."""
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def evaluation_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The steps at which the student was evaluated: step and every eval/ metric."""
+    return [
+        {key: value for key, value in row.items() if key == "step" or key.startswith("eval/")}
+        for row in rows
+        if any(key.startswith("eval/") for key in row)
+    ]

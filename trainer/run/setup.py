@@ -1,0 +1,376 @@
+"""Puts a run together: loads and checks everything a step needs, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from precompute.problems.problem_files import load_problems, of_key, split_by_gold
+from precompute.problems.prompts import prompt_warning, tokenizer_fingerprint
+from precompute.verify.verifier import Verifier
+from store.errors import ConfigError, ProblemsError, StoreError
+from store.reader import TraceStore, Usable
+from store.records import Problem, content_hash
+from store.reports.report import problem_rows
+from trainer.config import Config
+from trainer.evaluation import Evaluation
+from trainer.method.groups import Group
+from trainer.method.guidance import Guide
+from trainer.method.rewards import Judge
+from trainer.method.rollouts import Prompt, demanded_form, student_prompts
+from trainer.method.schedule import problems_of_step
+from trainer.method.sft import Warmup, make_warmup
+from trainer.method.teacher_traces import TraceTokens, check_tokenizers
+from trainer.method.update import Updater
+from trainer.parallel.fsdp import check_shardable, place_at_first, shard
+from trainer.parallel.world import ALONE, World
+from trainer.run.run_dir import Position, RunFiles
+from trainer.sampling.samplers import Sampler, check_sampler, make_sampler
+from trainer.student.model_check import check_model
+from trainer.student.optimizer import make_optimizer
+from trainer.student.policy import TEMPLATE_KEY, Policy, Reference, WithoutAdapters, load_policy
+from trainer.telemetry.performance import CostMeter
+from trainer.telemetry.trackers import Trackers
+
+
+class TrainReporter(Protocol):
+    """What a person sees while training."""
+
+    def started(self, *, run: Path, after: Position, max_steps: int) -> None: ...
+
+    def warmed_up(self, row: dict[str, Any], steps: int) -> None: ...
+
+    def stepped(self, row: dict[str, Any], groups: list[Group]) -> None: ...
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None: ...
+
+    def sampling(self, label: str, done: int, total: int) -> None: ...
+
+    def saved(self, path: Path) -> None: ...
+
+    def warned(self, text: str) -> None: ...
+
+
+class SilentReporter:
+    """Keeps warnings and shows nothing."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def started(self, *, run: Path, after: Position, max_steps: int) -> None:
+        pass
+
+    def warmed_up(self, row: dict[str, Any], steps: int) -> None:
+        pass
+
+    def stepped(self, row: dict[str, Any], groups: list[Group]) -> None:
+        pass
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        pass
+
+    def sampling(self, label: str, done: int, total: int) -> None:
+        pass
+
+    def saved(self, path: Path) -> None:
+        pass
+
+    def warned(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Everything a step needs, put together once."""
+
+    config: Config
+    run: RunFiles
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    sampler: Sampler
+    judge: Judge
+    warmup: Warmup
+    guide: Guide
+    updater: Updater
+    meter: CostMeter
+    trackers: Trackers
+    train_prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    problems_fingerprint: str
+    usable: dict[str, Usable]
+    """teacher -> which traces of the training problems may be asked for; empty where nothing is asked."""
+    reporter: TrainReporter
+    world: World
+
+
+def assemble(
+    config: Config,
+    run: RunFiles,
+    weights: Path | None,
+    reporter: TrainReporter,
+    stack: ExitStack,
+    world: World = ALONE,
+) -> Parts:
+    """Loads and checks everything; what must be closed is closed by `stack`."""
+    check_sampler(config)
+    check_shardable(config, world)
+    trackers = stack.enter_context(Trackers(config.run.report_to if world.is_first else ()))
+    verifier = stack.enter_context(Verifier.configured(config.verify))
+    problems = usable_problems(config, "train", verifier, reporter)
+    held_out = usable_problems(config, "eval", verifier, reporter) if config.eval.every else []
+    if weights is None or config.student.use_peft:
+        check_model(config.student)
+    store = open_store(config, stack)
+    torch.manual_seed(config.train.seed)  # new adapters begin at random
+    policy = load_student(config, world, weights)
+    if config.train.compile:
+        policy.compile()
+    train_prompts = fitting_prompts(config, problems, policy.tokenizer, reporter)
+    eval_prompts = fitting_prompts(config, held_out, policy.tokenizer, reporter) if held_out else []
+    warn_of_prompts(config, policy.tokenizer, train_prompts, reporter)
+    check_plan(config, train_prompts, eval_prompts, policy.model.config, reporter)
+    judge = Judge(
+        verifier,
+        answer_form=demanded_form(config.student, problems),
+        format_weight=config.train.format_weight,
+    )
+    guide = make_guide(config, store, policy, judge)
+    if store is not None:
+        check_store(config, store, guide, train_prompts, reporter)
+    shard(policy, world)
+    prompts = [prompt.ids for prompt in (*train_prompts, *eval_prompts)]
+    sampler = make_sampler(config, policy, prompts, run.root, stack, world)
+    optimizer = make_optimizer(policy.model, config.train)
+    return Parts(
+        config=config,
+        run=run,
+        policy=policy,
+        optimizer=optimizer,
+        sampler=sampler,
+        judge=judge,
+        warmup=find_warmup(config, policy, store, judge, train_prompts, reporter, world),
+        guide=guide,
+        updater=make_updater(config, policy, optimizer, world),
+        meter=CostMeter(policy, devices=world.size),
+        trackers=trackers,
+        train_prompts=train_prompts,
+        eval_prompts=eval_prompts,
+        usable=usable_traces(config, store, problems),
+        problems_fingerprint=content_hash([problem.problem_id for problem in problems]),
+        reporter=reporter,
+        world=world,
+    )
+
+
+def load_student(config: Config, world: World, weights: Path | None = None) -> Policy:
+    """The student, for `shard` to deal out; `weights`: a checkpoint to go on from."""
+    return load_policy(
+        config.student,
+        temperature=config.rollout.temperature,
+        weights=weights,
+        place=place_at_first(world),
+    )
+
+
+def make_updater(config: Config, policy: Policy, optimizer: torch.optim.Optimizer, world: World) -> Updater:
+    """What takes the optimizer steps of RL."""
+    return Updater(
+        policy,
+        optimizer,
+        config.train,
+        config.guidance,
+        max_completion_length=config.rollout.max_completion_length,
+        reference=_reference(config, policy, world),
+        world=world,
+    )
+
+
+def warn_of_prompts(
+    config: Config, tokenizer: Any, prompts: Sequence[Prompt], reporter: TrainReporter
+) -> None:
+    """Warns of prompts that are made otherwise than a person may think."""
+    warning = prompt_warning(
+        tokenizer, prompts[0].text, key=TEMPLATE_KEY, template=config.student.chat_template
+    )
+    if warning:
+        reporter.warned(warning)
+
+
+def check_plan(
+    config: Config,
+    train_prompts: Sequence[Prompt],
+    eval_prompts: Sequence[Prompt],
+    model_config: Any,
+    reporter: TrainReporter,
+) -> None:
+    """What would otherwise end a run in the middle: too few problems, or prompts and responses too long."""
+    per_step, rollout = config.train.problems_per_step, config.rollout
+    problems_of_step(train_prompts, step=1, per_step=per_step, seed=config.train.seed)
+    longest = max(len(prompt.ids) for prompt in (*train_prompts, *eval_prompts))
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest + rollout.max_completion_length > positions:
+        room = max(positions - longest, 0)
+        raise ConfigError(
+            f"rollout.max_completion_length = {rollout.max_completion_length} and a {longest}-token prompt "
+            f"exceed the student's {positions} positions; set it to {room} at most"
+        )
+    if rollout.top_p < 1 or rollout.top_k > 0:
+        reporter.warned(
+            "rollout.top_p below 1 or top_k above 0: sampler and trainer differ, the ratio is biased"
+        )
+    for key, why in rollout.idle.items():
+        reporter.warned(f"rollout.{key} = {getattr(rollout, key)!r} is not read: {why}")
+    if config.guidance.trigger != "never" and config.guidance.k >= rollout.num_generations:
+        reporter.warned(
+            f"guidance.k = {config.guidance.k}: one sample of the student stays in every group, so at most "
+            f"rollout.num_generations - 1 = {rollout.num_generations - 1} traces take places"
+        )
+
+
+def check_store(
+    config: Config, store: TraceStore, guide: Guide, prompts: Sequence[Prompt], reporter: TrainReporter
+) -> None:
+    """Warns when the store knows none of the problems; refuses traces that `ratio = "teacher"` cannot use."""
+    if config.guidance.ratio == "teacher":
+        fingerprint = tokenizer_fingerprint(guide.policy.tokenizer)
+        check_tokenizers(store.teachers(), fingerprint, config.guidance.teachers)
+        guide.traces.check_teacher_ratio(store, prompts, config.guidance.teachers)
+    known = covered(store, [prompt.problem for prompt in prompts], config)
+    if not known:
+        reporter.warned(f"{store.path} has no verified trace of any training problem: is it the right store?")
+    elif known < len(prompts) / 2:
+        reporter.warned(
+            f"{store.path} has verified traces of {known} of {len(prompts)} training problems; where all "
+            "samples of another one fail, nothing is learnt"
+        )
+    for part in store.damaged:
+        reporter.warned(f"{part.part} cannot be read ({part.reason}); its traces are left out")
+
+
+def usable_traces(config: Config, store: TraceStore | None, problems: Sequence[Problem]) -> dict[str, Usable]:
+    """teacher -> which traces of the problems may be asked for; empty where nothing is asked."""
+    if store is None:
+        return {}
+    ids = [problem.problem_id for problem in problems]
+    return store.usable(ids, teachers=config.guidance.teachers or None)
+
+
+def covered(store: TraceStore, problems: Sequence[Problem], config: Config) -> int:
+    """How many of the problems have a verified trace of a teacher that may be asked."""
+    wanted = set(config.guidance.teachers) or None
+    solved = {
+        row["problem_id"]
+        for row in problem_rows(store)
+        if set(row["teachers"]) & (wanted or set(row["teachers"]))
+    }
+    return sum(problem.problem_id in solved for problem in problems)
+
+
+def make_guide(config: Config, store: TraceStore | None, policy: Policy, judge: Judge) -> Guide:
+    """The guide with the config's rule."""
+    return Guide(
+        config.guidance,
+        store,
+        policy,
+        judge,
+        max_completion_length=config.rollout.max_completion_length,
+        max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
+        seed=config.train.seed,
+    )
+
+
+def find_warmup(
+    config: Config,
+    policy: Policy,
+    store: TraceStore | None,
+    judge: Judge,
+    prompts: Sequence[Prompt],
+    reporter: TrainReporter,
+    world: World,
+) -> Warmup:
+    """The warm-up, its traces in the student's own tokens whatever `guidance.ratio` says."""
+    return make_warmup(
+        config,
+        policy,
+        store,
+        TraceTokens(policy, judge.answer_form, own_ids=False),
+        prompts,
+        lambda done, total: reporter.sampling("traces for the warm-up", done, total),
+        world,
+    )
+
+
+def asks_store(config: Config) -> bool:
+    """Whether a run reads traces at all."""
+    return config.guidance.trigger != "never" or config.warmup.sft_steps > 0
+
+
+def open_store(config: Config, stack: ExitStack) -> TraceStore | None:
+    """The store, unless nothing will be asked; StoreError when a wanted teacher is not in it."""
+    if not asks_store(config):
+        return None
+    store = stack.enter_context(TraceStore(config.store.path))
+    missing = sorted(set(config.guidance.teachers) - set(store.teachers()))
+    if missing:
+        known = ", ".join(sorted(store.teachers())) or "none"
+        raise StoreError(f"guidance.teachers names {missing[0]!r}; {store.path} has: {known}")
+    return store
+
+
+def usable_problems(config: Config, which: str, verifier: Verifier, reporter: TrainReporter) -> list[Problem]:
+    """The problems of `problems.train` or `problems.eval` whose gold answers can be parsed."""
+    path = getattr(config.problems, which)
+    if not path:
+        if which == "eval":
+            return []
+        raise ConfigError("problems.train is not set: give a Parquet or JSONL file of problems")
+    with of_key(f"problems.{which}"):
+        loaded = load_problems(
+            path,
+            question_column=config.problems.question_column,
+            answer_column=config.problems.answer_column,
+        )
+    usable, unparseable = split_by_gold(loaded.problems, verifier)
+    for problem in unparseable:
+        reporter.warned(
+            f"{path}: gold answer {problem.answer!r} of {problem.problem_id} cannot be parsed; left out"
+        )
+    if not usable:
+        raise ProblemsError(f"problems.{which}: {path}: no gold answer of its problems can be parsed")
+    return list(usable)
+
+
+def fitting_prompts(
+    config: Config, problems: list[Problem], tokenizer: Any, reporter: TrainReporter
+) -> list[Prompt]:
+    """The problems as the student sees them; those whose prompts are too long are reported and left out."""
+    prompts, too_long = student_prompts(
+        problems,
+        tokenizer,
+        config.student,
+        max_prompt_length=config.rollout.max_prompt_length,
+    )
+    if too_long:
+        limit = config.rollout.max_prompt_length
+        reporter.warned(
+            f"{too_long} problems have prompts over rollout.max_prompt_length = {limit}; left out"
+        )
+    return prompts
+
+
+def _reference(config: Config, policy: Policy, world: World) -> Reference | None:
+    """The student as it was before training, for the KL; only where beta asks for it."""
+    if config.train.beta == 0:
+        return None
+    if config.student.use_peft:
+        return WithoutAdapters(policy)
+    reference = load_student(config, world)
+    reference.model.requires_grad_(False)
+    reference.model.eval()
+    shard(reference, world)
+    return reference

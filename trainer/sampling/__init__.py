@@ -1,0 +1,1 @@
+"""The samplers of the student's responses, and the sync of its weights."""

@@ -1,0 +1,1 @@
+"""The model that learns: loading, log-probabilities, batches, optimizer."""

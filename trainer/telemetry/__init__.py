@@ -1,0 +1,1 @@
+"""Output while a run trains: metrics, performance, console, trackers."""

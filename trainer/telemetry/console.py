@@ -1,0 +1,203 @@
+"""What a person sees of a training run: a live line a step, sample completions, evaluations."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import TaskID
+from rich.table import Table
+
+from store.reports.tables import plain_table
+from store.terminal.bars import progress_bars
+from trainer.config import RunConfig
+from trainer.evaluation import Evaluation
+from trainer.method.groups import Group, Sample
+from trainer.parallel.world import World
+from trainer.reports.tables import estimate_text
+from trainer.run.run_dir import Position, logger
+from trainer.run.setup import SilentReporter, TrainReporter
+
+LARGE_CUT_SHARE = 0.25
+"""A warning is due when a larger share of the samples is cut."""
+
+WIDE = 120
+"""Columns of a terminal from which on a step is a line with the names in it; below, names stand above."""
+
+LONGEST_CELL = 220
+"""Characters of a response that a table shows; the run's rollouts hold all of it."""
+
+
+class ConsoleReporter:
+    """Prints to a rich console; a progress bar where there is a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console, config: RunConfig) -> None:
+        self.console = console
+        self.config = config
+        self.max_steps = 0
+        self._progress = progress_bars(console)
+        self._sampling: TaskID | None = None
+        self._warmup: TaskID | None = None
+        self._under_heads = False
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def started(self, *, run: Path, after: Position, max_steps: int) -> None:
+        """Says where the run is and from which step it goes on."""
+        self.max_steps = max_steps
+        self._task = self._progress.add_task("training", total=max_steps, completed=after.step, note="")
+        begins = "from the start" if after == Position() else f"going on after {after}"
+        self._say(f"run {run}: {begins}, to step {max_steps}")
+
+    def warmed_up(self, row: dict[str, Any], steps: int) -> None:
+        """The live line of a step of the warm-up."""
+        if self._warmup is None:
+            self._warmup = self._progress.add_task("warm-up", total=steps, note="")
+        self._progress.update(
+            self._warmup, completed=row["sft/step"], visible=row["sft/step"] < steps, note=""
+        )
+        self._say(
+            f"warm-up {row['sft/step']:>{len(str(steps))}}/{steps}  loss {row['sft/loss']:6.3f}  "
+            f"{row['sft/traces']} traces, {row['sft/tokens']} tokens  {row['seconds/warmup']:.1f} s"
+        )
+
+    def stepped(self, row: dict[str, Any], groups: list[Group]) -> None:
+        """The live line, and every n steps a table of sample completions."""
+        self._progress.update(self._task, completed=row["step"], note=f"solved {row['accuracy']:.0%}")
+        self._say_step(row)
+        cut = row["completions/clipped_ratio"]
+        if cut > LARGE_CUT_SHARE:
+            self.warned(
+                f"{cut:.0%} of the samples reached rollout.max_completion_length; none of them can be right"
+            )
+        every = self.config.log_completions_every
+        if every and row["step"] % every == 0:
+            self._under_heads = False
+            self.console.print(completions_table(row["step"], groups, self.config.num_completions_to_print))
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """avg@n and pass@k in one line."""
+        score = evaluation.overall
+        passes = "  ".join(f"pass@{k} {estimate_text(found)}" for k, found in score.pass_at.items())
+        self._say(
+            f"eval step {step}: {passes}  length {score.mean_length:.0f} "
+            f"({score.problems} problems x {evaluation.n} samples)",
+            soft_wrap=False,
+        )
+
+    def sampling(self, label: str, done: int, total: int) -> None:
+        """A bar below the run's while samples are drawn; nothing where there is no terminal."""
+        if self._sampling is None:
+            self._sampling = self._progress.add_task(label, total=total, note="")
+        self._progress.update(
+            self._sampling,
+            description=label,
+            completed=done,
+            total=total,
+            note="samples",
+            visible=done < total,
+        )
+
+    def saved(self, path: Path) -> None:
+        """Says where the checkpoint is."""
+        self._say(f"saved {path}")
+
+    def warned(self, text: str) -> None:
+        logger.warning(text)
+        self._under_heads = False
+        self.console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+    def _say(self, text: str, *, soft_wrap: bool = True) -> None:
+        logger.info(text)
+        self._under_heads = False
+        self.console.print(escape(text), highlight=False, soft_wrap=soft_wrap)
+
+    def _say_step(self, row: dict[str, Any]) -> None:
+        line = step_line(row, self.max_steps)
+        if self.console.width >= WIDE:
+            self._say(line)
+            return
+        logger.info(line)
+        if not self._under_heads:
+            self.console.print(STEP_HEADS, style="dim", highlight=False)
+            self._under_heads = True
+        self.console.print(step_cells(row), highlight=False)
+
+
+def reporter_of(world: World, console: Console, config: RunConfig) -> AbstractContextManager[TrainReporter]:
+    """The first process speaks; what the others would say, it says too."""
+    return ConsoleReporter(console, config) if world.is_first else nullcontext(SilentReporter())
+
+
+def step_line(row: dict[str, Any], max_steps: int) -> str:
+    """One step in one line; `-` for what does not exist in it."""
+    hit = row["store/hit_rate"]
+    asked = f"asked {row['store/queries']:.0f}" + ("" if hit is None else f" ({hit:.0%} hit)")
+    return (
+        f"step {row['step']:>{len(str(max_steps))}}/{max_steps}  reward {row['reward']:.3f}  "
+        f"solved {row['accuracy']:4.0%}  all-fail {row['groups/all_fail']:4.0%}  {asked:<18} "
+        f"loss {_number(row['loss'])}  entropy {_number(row['entropy'])}  "
+        f"len {row['completions/mean_length']:.0f}  {row['seconds/step']:.1f} s"
+    )
+
+
+STEP_HEADS = " step  reward  solved  all-fail  asked   hit    loss  entropy    len    time"
+
+
+def step_cells(row: dict[str, Any]) -> str:
+    """The same numbers, each below its name in STEP_HEADS."""
+    hit = row["store/hit_rate"]
+    return (
+        f"{row['step']:5}  {row['reward']:6.3f}  {row['accuracy']:6.0%}  {row['groups/all_fail']:8.0%}  "
+        f"{row['store/queries']:5.0f}  {'-' if hit is None else f'{hit:.0%}':>4}  {_number(row['loss'])}  "
+        f" {_number(row['entropy'])}  {row['completions/mean_length']:5.0f}  {row['seconds/step']:4.1f} s"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "     -" if value is None else f"{value:6.3f}"
+
+
+def completions_table(step: int, groups: list[Group], problems: int) -> Table:
+    """A student sample and, where there is one, a trace of each of the first `problems` problems."""
+    table = plain_table(f"sample completions, step {step}")
+    for name in ("problem", "by", "response", "correct", "reward"):
+        table.add_column(name, overflow="fold")
+    for group in groups[:problems]:
+        _add_row(table, group, group.samples[0], "student")
+        for trace in list(group.guidance.values())[:1]:
+            _add_row(table, group, trace, f"teacher {trace.teacher}")
+    return table
+
+
+def _add_row(table: Table, group: Group, sample: Sample, who: str) -> None:
+    table.add_row(
+        escape(_clip(group.problem.question)),
+        who,
+        escape(_clip_middle(sample.text)),
+        "[green]yes[/]" if sample.is_correct else "[red]no[/]",
+        f"{sample.reward:.2f}",
+    )
+
+
+def _clip_middle(text: str) -> str:
+    """A response is told by how it begins and by what it ends in."""
+    flat = " ".join(text.split())
+    half = LONGEST_CELL // 2 - 1
+    return flat if len(flat) <= LONGEST_CELL else f"{flat[:half]} … {flat[-half:]}"
+
+
+def _clip(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= LONGEST_CELL else flat[: LONGEST_CELL - 1] + "…"

@@ -1,0 +1,388 @@
+"""`ampo train`, top to bottom: warm up, sample, reward, guide, update, sync, log, evaluate, save.
+
+Departures from the paper's published code stand in docs/departures.md.
+
+    ampo train --config configs/lab.toml
+    ampo train --config configs/lab.toml --set guidance.trigger=never --set run.name=grpo
+
+Under `torchrun` every process runs this same story: it samples and guides its share of a step's problems, and
+from there on has all groups. The first one writes and speaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from store.errors import EngineError, RunError, TrainingError
+from trainer.config import Config
+from trainer.evaluation import eval_sampling, evaluate
+from trainer.method.groups import Group
+from trainer.method.guidance import QueryRow
+from trainer.method.rollouts import Prompt, sample_groups, sampling_of
+from trainer.method.schedule import problems_of_step, refills_of_step
+from trainer.method.update import NotFiniteError, member_advantages
+from trainer.parallel.fsdp import whole_weights
+from trainer.parallel.signals import StopRequest, stop_on_signals
+from trainer.parallel.world import ALONE, World
+from trainer.run import checkpoint
+from trainer.run.checkpoint import TrainState
+from trainer.run.run_dir import Position, RunFiles, UnwrittenRun, run_config
+from trainer.run.setup import Parts, TrainReporter, assemble
+from trainer.student.optimizer import learning_rate_at, set_learning_rate
+from trainer.telemetry.metrics import step_metrics
+from trainer.timing import StepTimer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainReport:
+    """How a call of `train` ended."""
+
+    run: Path
+    done: Position
+    """Steps taken in all, those before a resume included."""
+    checkpoint: Path | None
+    """The last one there is; None when there is none."""
+    interrupted_by: str | None
+    """`SIGINT` or `SIGTERM`; None when it ran to the end."""
+
+    @property
+    def step(self) -> int:
+        """Sampling steps done in all."""
+        return self.done.step
+
+
+def train(
+    config: Config,
+    *,
+    resume: str = "auto",
+    changed_store: bool = False,
+    reporter: TrainReporter,
+    world: World = ALONE,
+) -> TrainReport:
+    """Trains the student and returns how it ended; the first Ctrl-C ends the step, saves, and returns.
+
+    Args:
+        resume: `auto` goes on from the run's last checkpoint, where there is one; `never` refuses a run that
+            exists; else the path of a checkpoint.
+        changed_store: go on though the store holds other traces than before; what follows is another run
+            than the uninterrupted one.
+        world: see `distributed.joined`; each of its processes calls this.
+
+    Raises UserError for everything a user can mend, before the first step.
+    """
+    kind = RunFiles if world.is_first else UnwrittenRun
+    run = kind(Path(config.run.dir).absolute() / config.run.name)
+    start_from = world.from_first(lambda: find_whole_start(run, config, resume))
+    run.check_writable()
+    with ExitStack() as stack:
+        with _in_memory("putting the run together"):
+            parts = assemble(config, run, start_from, reporter, stack, world)
+        with _in_memory(f"taking up the optimizer of {start_from}"):
+            done = _resume_state(parts, start_from, changed_store=changed_store)
+        stack.enter_context(run.held())
+        world.from_first(lambda: check_unchanged(run, config, resume, start_from))
+        goes_on = start_from is not None and start_from.parent == run.checkpoints
+        after = done if goes_on else Position()
+        run.start(config, after=after, processes=world.size)
+        told = config.model_dump(mode="json")
+        parts.trackers.begin(run.root, told, after=after, rows=run.metrics())
+        stack.enter_context(run.log_to_file())
+        stop = stack.enter_context(stop_on_signals(speaks=world.is_first))
+        reporter.started(run=run.root, after=done, max_steps=config.train.max_steps)
+        done, saved = warm_up(parts, done, start_from, stop)
+        return run_steps(parts, done, saved, stop)
+
+
+def warm_up(
+    parts: Parts, done: Position, saved: Path | None, stop: StopRequest
+) -> tuple[Position, Path | None]:
+    """The supervised steps that are still to be taken before the first sampling step, if any."""
+    config, last = parts.config, parts.config.warmup.sft_steps
+    stopped = stop.agreed(parts.world)
+    while done.step == 0 and done.sft_step < last and not stopped:
+        step = Position(sft_step=done.sft_step + 1)
+        with _explained(parts.run, step, saved):
+            row = parts.warmup.step(step.sft_step)
+        _log(parts, row)
+        parts.reporter.warmed_up(row, last)
+        done = step
+        stopped = stop.agreed(parts.world)
+        if step.sft_step == last or stopped or step.sft_step % config.run.save_every == 0:
+            saved = save(parts, step)
+    if done.sft_step == last:
+        parts.warmup.forget()
+    return done, saved
+
+
+def run_steps(parts: Parts, done: Position, saved: Path | None, stop: StopRequest) -> TrainReport:
+    """From the sampling step after `done`, which `saved` holds, to the last, or to a stop."""
+    config, run, world = parts.config, parts.run, parts.world
+    if not stop.agreed(world):
+        with _explained(run, done, saved):
+            parts.sampler.sync(done.step)
+            if done.step == 0 and parts.eval_prompts:
+                _log(parts, {"step": 0, **_evaluate(parts, 0)})
+    stopped = stop.agreed(world)
+    while done.step < config.train.max_steps and not stopped:
+        step = done.step + 1
+        last = step == config.train.max_steps
+        with _explained(run, replace(done, step=step), saved):
+            row, groups = train_step(parts, step)
+            # Even when a stop is wanted: a resumed run would not make up for it.
+            if parts.eval_prompts and (last or step % config.eval.every == 0):
+                row |= _evaluate(parts, step)
+        _log(parts, row)
+        parts.reporter.stepped(row, groups)
+        done = replace(done, step=step)
+        stopped = stop.agreed(world)
+        if last or stopped or step % config.run.save_every == 0:
+            saved = save(parts, done)
+    # Stopped in the last supervised step of all, a run still owes its evaluation.
+    owes = done.step == 0 and stopped is not None
+    last_of_all = Position(step=config.train.max_steps, sft_step=config.warmup.sft_steps)
+    finished = done >= last_of_all and not owes
+    return TrainReport(
+        run=run.root, done=done, checkpoint=saved, interrupted_by=None if finished else stopped
+    )
+
+
+@contextmanager
+def _explained(run: RunFiles, step: Position, saved: Path | None) -> Iterator[None]:
+    """Says in one line what ended a step that cannot be computed, and where to go on."""
+    where = f"the last checkpoint is {saved}" if saved else "there is no checkpoint yet"
+    try:
+        yield
+    except NotFiniteError as error:
+        batch = run.write_failed_batch(step, error.sequences)
+        raise TrainingError(
+            f"{step}: {error}; its batch is in {batch}; {where}; a smaller train.learning_rate often helps"
+        ) from error
+    except FloatingPointError as error:
+        raise TrainingError(f"{step}: {error}; {where}; a smaller train.learning_rate often helps") from error
+    except EngineError as error:
+        raise TrainingError(f"{step}: {error}; {where}") from error
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"{step}: out of GPU memory; lower train.max_tokens_per_microbatch or rollout.batch_size "
+            f"(both leave the result as it is), or set student.gradient_checkpointing; {where}"
+        ) from error
+
+
+@contextmanager
+def _in_memory(doing: str) -> Iterator[None]:
+    """Says in one line that what comes before and after steps does not fit into the GPU's memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of GPU memory while {doing}: `ampo train --dry-run` tells what takes how much, and the "
+            "settings that fit"
+        ) from error
+
+
+def train_step(parts: Parts, step: int) -> tuple[dict[str, Any], list[Group]]:
+    """One sampling step and its optimizer steps; returns the metrics and the groups as they trained."""
+    config, timer = parts.config, parts.meter.begin()
+    groups, queries = sample_and_guide(parts, step, timer)
+    learning_rate = learning_rate_at(step, config.train)
+    with timer("update"):
+        advantages = member_advantages(groups, scale=config.train.scale_rewards)
+        set_learning_rate(parts.optimizer, learning_rate)
+        # Refills stand in for groups without a gradient, so that mini-batches are full ones.
+        trained = [
+            g for g, group in enumerate(groups) if group.has_gradient or not config.rollout.max_refills
+        ]
+        update = parts.updater.update([groups[g] for g in trained], advantages[trained])
+    with timer("sync"):
+        parts.sampler.sync(step)
+    parts.run.write_rollouts(step, groups, advantages)
+    if config.guidance.trigger != "never":
+        parts.run.write_queries(step, queries)
+    row = step_metrics(
+        step=step,
+        groups=groups,
+        queries=queries,
+        update=update,
+        learning_rate=learning_rate,
+        cost=parts.meter.row(timer, groups, advantages, update.tokens),
+    )
+    row["groups/refilled"] = len(groups) - config.train.problems_per_step
+    return row, groups
+
+
+def sample_and_guide(parts: Parts, step: int, timer: StepTimer) -> tuple[list[Group], list[QueryRow]]:
+    """The step's groups with guidance, and what was asked. Up to `rollout.max_refills` times, other problems
+    stand in for groups that would train nothing (DAPO's dynamic sampling, arXiv 2503.14476)."""
+    per_step, seed = parts.config.train.problems_per_step, parts.config.train.seed
+    prompts = problems_of_step(parts.train_prompts, step=step, per_step=per_step, seed=seed)
+    groups, queries = _groups_of(parts, prompts, step, timer)
+    others = iter(refills_of_step(parts.train_prompts, step=step, per_step=per_step, seed=seed))
+    for _ in range(parts.config.rollout.max_refills):
+        missing = per_step - sum(group.has_gradient for group in groups)
+        stand_ins = list(islice(others, missing))
+        if stand_ins:
+            with timer("sync"):
+                parts.sampler.sync(step - 1)
+            further, asked = _groups_of(parts, stand_ins, step, timer)
+            groups, queries = groups + further, queries + asked
+    return groups, queries
+
+
+def _groups_of(
+    parts: Parts, prompts: Sequence[Prompt], step: int, timer: StepTimer
+) -> tuple[list[Group], list[QueryRow]]:
+    """Each process samples and guides its share of the prompts; all get all groups, in order."""
+    with parts.sampler.drawing():
+        own, asked = _own_groups_of(parts, parts.world.share(prompts), step, timer)
+    groups = parts.world.merged(own)
+    order = {group.problem.problem_id: place for place, group in enumerate(groups)}
+    queries = [row for rows in parts.world.gather(asked) for row in rows]
+    return groups, sorted(queries, key=lambda row: order[row.problem_id])
+
+
+def _own_groups_of(
+    parts: Parts, prompts: Sequence[Prompt], step: int, timer: StepTimer
+) -> tuple[list[Group], list[QueryRow]]:
+    config = parts.config
+    with timer("sample"), parts.policy.computing():
+        sampled = sample_groups(
+            parts.sampler,
+            parts.judge,
+            prompts,
+            sampling_of(config.rollout),
+            samples=config.rollout.num_generations,
+            seed=config.train.seed,
+            key=f"step {step}",
+            on_sample=lambda drawn, total: parts.reporter.sampling(f"step {step}", drawn, total),
+            timer=timer,
+        )
+    with timer("sync"):
+        parts.sampler.sleep()
+    with whole_weights(parts.policy):
+        return parts.guide.guide(sampled, step=step, timer=timer)
+
+
+def _evaluate(parts: Parts, step: int) -> dict[str, float]:
+    config, timer = parts.config, StepTimer()
+    with parts.sampler.drawing(), parts.policy.computing():
+        evaluation = evaluate(
+            parts.sampler,
+            parts.judge,
+            parts.eval_prompts,
+            eval_sampling(config.eval, config.rollout),
+            samples=config.eval.samples,
+            k=config.eval.k,
+            seed=config.train.seed,
+            world=parts.world,
+            on_sample=lambda drawn, total: parts.reporter.sampling("evaluation", drawn, total),
+        )
+    parts.run.write_evaluation(step, evaluation.samples)
+    parts.reporter.evaluated(step, evaluation)
+    return {**evaluation.metrics, "seconds/eval": round(timer.total, 4)}
+
+
+def _log(parts: Parts, row: dict[str, Any]) -> None:
+    """Into metrics.jsonl, and to all that `run.report_to` names."""
+    parts.run.add_metrics(row)
+    parts.trackers.log(row)
+
+
+def save(parts: Parts, done: Position) -> Path:
+    """A checkpoint of the step that was just finished."""
+    state = TrainState(
+        done=done,
+        config=parts.config.model_dump(mode="json"),
+        problems_fingerprint=parts.problems_fingerprint,
+        store=parts.usable,
+    )
+    with _in_memory(f"saving {done} (older checkpoints in {parts.run.checkpoints} are whole)"):
+        path = checkpoint.save(
+            parts.run.checkpoints,
+            parts.policy,
+            optimizer_at(parts, done),
+            state,
+            keep_last=parts.config.run.keep_last,
+            world=parts.world,
+        )
+    parts.reporter.saved(path)
+    return path
+
+
+def optimizer_at(parts: Parts, done: Position) -> torch.optim.Optimizer:
+    """The one that took the last step: the warm-up has its own."""
+    return parts.warmup.optimizer if done.step == 0 and done.sft_step else parts.optimizer
+
+
+def find_whole_start(run: RunFiles, config: Config, resume: str) -> Path | None:
+    """As `find_start`; RunError when the checkpoint is damaged, or another config trained it."""
+    start_from = find_start(run, config, resume)
+    if start_from is not None:
+        checkpoint.check_whole(start_from)
+        checkpoint.check_config(checkpoint.read_state(start_from), config, start_from)
+    return start_from
+
+
+def check_unchanged(run: RunFiles, config: Config, resume: str, start_from: Path | None) -> None:
+    """RunError when another process trained the run while this one was loading."""
+    if find_start(run, config, resume) != start_from:
+        raise RunError(
+            f"{run.root} was trained by another process meanwhile; the same command goes on from there"
+        )
+
+
+def find_start(run: RunFiles, config: Config, resume: str) -> Path | None:
+    """The checkpoint to go on from; None: from the beginning. RunError when that would lose something."""
+    own = checkpoint.checkpoints(run.checkpoints)
+    if resume == "auto":
+        if not own:
+            check_same_beginning(run, config)
+        return own[-1] if own else None
+    if resume == "never":
+        if (run.root / "config.toml").exists():
+            raise RunError(
+                f"{run.root} already holds a run; give this one another run.name, or --resume auto"
+            )
+        return None
+    start = Path(resume).absolute()
+    checkpoint.read_state(start)
+    later = [path for path in own if Position.of(path) > Position.of(start) or path.parent != start.parent]
+    if later:
+        raise RunError(
+            f"{run.root} holds {later[-1].name}, which this would overwrite; choose another run.name"
+        )
+    return start
+
+
+def check_same_beginning(run: RunFiles, config: Config) -> None:
+    """A run that stopped before its first checkpoint is done again, but never by another config."""
+    if not (run.root / "config.toml").exists() or not any(
+        row["step"] > 0 or "sft/step" in row for row in run.metrics()
+    ):
+        return
+    changed = checkpoint.differences(run_config(run).model_dump(mode="json"), config)
+    if changed:
+        raise RunError(f"{run.root} holds a run with {'; '.join(changed)}; choose another run.name")
+
+
+def _resume_state(parts: Parts, start_from: Path | None, *, changed_store: bool) -> Position:
+    """Steps done; restores the optimizer."""
+    if start_from is None:
+        return Position()
+    state = checkpoint.read_state(start_from)
+    checkpoint.check_problems(state, parts.problems_fingerprint, start_from)
+    if changed := checkpoint.store_differences(state.store, parts.usable):
+        if not changed_store:
+            raise RunError(
+                f"the store holds other traces than {start_from} was trained with: {'; '.join(changed)}. "
+                "Give it the same store, start anew under another run.name, or --resume-with-changed-store"
+            )
+        parts.reporter.warned(f"the store holds other traces than before: {'; '.join(changed)}")
+    checkpoint.restore_optimizer(start_from, optimizer_at(parts, state.done), parts.policy.device)
+    return state.done
