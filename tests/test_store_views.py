@@ -38,7 +38,7 @@ def test_a_view_has_the_columns_that_the_help_lists(root: Path, view: str, tmp_p
     empty = make_store(tmp_path / "empty", problems=0)
     assert list(ask(empty, f"FROM {view}").columns) == list(VIEWS[view])
     assert ask(empty, f"FROM {view}").rows == []
-    from commands.inspect_store import SQL_VIEWS
+    from store.cli import SQL_VIEWS
 
     assert f"**{view}** ({', '.join(VIEWS[view])})" in " ".join(SQL_VIEWS.split())
 
