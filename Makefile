@@ -12,11 +12,11 @@ TEST_PROCESSES ?= 2
 
 .PHONY: help install demo real test test-slow soak check lab clean
 
-help: ## what the targets do
+help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
 
 $(VENV)/.base: pyproject.toml constraints.txt
-	@echo "setting up $(VENV): torch, transformers and what else ampo runs on (a minute or two)"
+	@echo "setting up $(VENV): torch, transformers and ampo's other dependencies (a minute or two)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) torch
 	@$(PIP) --editable ".[plot]"
@@ -56,11 +56,11 @@ real: $(VENV)/.real ## a few steps of a real pretrained model on real math probl
 	$(BIN)/ampo inspect store queries runs/real/ampo --limit 6
 	$(BIN)/python -m bench.real_model
 
-test: $(VENV)/.dev ## ruff, mypy and every test but the slow ones
+test: $(VENV)/.dev ## ruff, mypy and all tests except the slow ones
 	@$(MAKE) --no-print-directory check
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow"
 
-test-slow: $(VENV)/.dev ## what takes longer than CI may
+test-slow: $(VENV)/.dev ## the tests that take too long for CI
 	$(BIN)/pytest -m slow
 
 soak: $(VENV)/.dev ## kill a store's writers 200 times at random (about 7 minutes)
@@ -71,13 +71,13 @@ check: $(VENV)/.dev ## ruff, ruff format, mypy --strict
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
-lab: $(VENV)/.base ## make the lab's models and problems anew (about 20 minutes)
+lab: $(VENV)/.base ## make the lab's models and problems again (about 20 minutes)
 	$(BIN)/ampo lab build lab
 
-bench-learning: $(VENV)/.base ## AMPO, GRPO, random selection on the lab (about 8 minutes)
+bench-learning: $(VENV)/.base ## AMPO, random selection and GRPO on the lab (about 8 minutes)
 	$(BIN)/python -m bench.learning
 
-bench-trainer: $(VENV)/.base ## scores, rollouts, a step beside others' (about 15 minutes)
+bench-trainer: $(VENV)/.base ## scores, rollouts and a step against other implementations (about 15 minutes)
 	@$(PIP) --editable ".[plot,bench]"
 	$(BIN)/python -m bench.comprehension
 	$(BIN)/python -m bench.rollouts

@@ -1,4 +1,4 @@
-"""Makes the lab from scratch: problem files, five models, and a card with what was measured of them.
+"""Makes the lab from scratch: problem files, five models, and a card with their measured accuracy.
 
     out/problems/train.jsonl  heldout.jsonl  harder.jsonl
     out/models/student/  teacher-*/  card.json
@@ -45,8 +45,8 @@ def build(
     """Builds the lab under `out` and returns the path of its card.
 
     The same seed and recipe give the same bits on the same kind of processor. `only` names the models to
-    make anew; the others keep their weights and their place on the card. Raises UserError for a name that
-    no model of the recipe has.
+    make again; the others keep their weights and their entry on the card. Raises UserError for an unknown
+    name.
     """
     chosen = _choose(recipe, only)
     console = console or Console(stderr=True)
@@ -158,7 +158,7 @@ def _threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Its own bar for writing one small file would break ours."""
+    """Hides transformers' progress bar for the block: it would break ours."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

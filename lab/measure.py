@@ -23,18 +23,18 @@ BOXED_NUMBER = re.compile(r"\\boxed\{(-?\d+)\}$")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """How often a model is right, at temperature 1."""
+    """Accuracy of a model at temperature 1."""
 
     correct: dict[int, float]
     """Share of correct samples for each number of operations n."""
     all_fail: dict[int, float]
     """Share of groups without a correct sample, for each n."""
     correct_share: float
-    """Over all samples."""
+    """Share of correct samples over all."""
     all_fail_share: float
-    """Over all groups."""
+    """Share of groups without a correct sample over all."""
     mean_tokens: float
-    """Of a solution, the end-of-turn token left out."""
+    """Tokens of a solution without its end-of-turn token."""
 
 
 @torch.inference_mode()
@@ -45,7 +45,7 @@ def sample(
     max_new_tokens: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """One solution drawn for each row of prompt_ids [B, P], temperature 1: [B, T], END_ID from its end on."""
+    """Samples one solution per row of prompt_ids [B, P] at temperature 1: [B, T], END_ID after its end."""
     cache = DynamicCache(config=model.config)
     tokens = prompt_ids
     drawn: list[Tensor] = []
@@ -60,7 +60,7 @@ def sample(
 
 
 def is_correct(text: str, chain: Chain) -> bool:
-    """True where the solution ends with the right number in a box."""
+    """Returns True if the solution ends with the right number in a box."""
     found = BOXED_NUMBER.search(text)
     return found is not None and int(found[1]) == chain.answer
 
@@ -109,7 +109,7 @@ def _solve(
 
 
 def _summarise(verdicts: dict[int, Tensor], mean_tokens: float) -> Measurement:
-    """verdicts: [problems of n, samples] booleans for each n."""
+    """Returns shares from `verdicts`: for each n, [problems, samples] booleans."""
     together = torch.cat(list(verdicts.values()))
     return Measurement(
         correct={n: _share(marks) for n, marks in verdicts.items()},

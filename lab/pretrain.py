@@ -1,4 +1,4 @@
-"""Supervised training of one lab model from scratch: draw rows, pad to the longest, one AdamW loop."""
+"""Supervised training of one lab model from scratch: sample rows, pad to the longest, one AdamW loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IGNORED = -100
 """Label of a position that carries no loss."""
 
 CHUNKS = 4
-"""A step's rows go through the model in so many pieces; the gradient is that of the whole."""
+"""Number of pieces in which a step's rows go through the model; the gradient is that of the whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class Rows:
 
 
 def new_model(recipe: ModelRecipe, tokenizer: Qwen2Tokenizer, *, seed: int) -> Qwen2ForCausalLM:
-    """A randomly initialised Qwen2 in float32."""
+    """Returns a randomly initialised Qwen2 in float32."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=recipe.width,
@@ -60,9 +60,9 @@ def new_model(recipe: ModelRecipe, tokenizer: Qwen2Tokenizer, *, seed: int) -> Q
 def draw_rows(
     rng: Random, recipe: ModelRecipe, tokenizer: Qwen2Tokenizer, seen: AbstractSet[str]
 ) -> list[Rows]:
-    """One step's rows of the recipe's mixture, in chunks of like length: half the padding of one batch.
+    """Samples one step's rows of the recipe's mixture, in chunks of similar length (half the padding).
 
-    No question stands among `seen`.
+    No question is in `seen`.
     """
     habits = rng.choices(recipe.mixture, weights=[habit.share for habit in recipe.mixture], k=recipe.rows)
     rows = sorted((_draw_row(rng, habit, seen) for habit in habits), key=lambda row: len(row[0] + row[1]))
@@ -78,7 +78,7 @@ def _draw_row(rng: Random, habit: Habit, seen: AbstractSet[str]) -> tuple[str, s
 
 
 def collate(rows: Sequence[tuple[str, str]], tokenizer: Qwen2Tokenizer) -> Rows:
-    """(prompt, solution) pairs as one batch; the end-of-turn token is part of the solution."""
+    """Returns (prompt, solution) pairs as one batch; the end-of-turn token is part of the solution."""
     prompts = tokenizer([prompt for prompt, _ in rows])["input_ids"]
     solutions = tokenizer([solution + END for _, solution in rows])["input_ids"]
     longest = max(len(p) + len(s) for p, s in zip(prompts, solutions, strict=True)) - 1
@@ -92,9 +92,9 @@ def collate(rows: Sequence[tuple[str, str]], tokenizer: Qwen2Tokenizer) -> Rows:
 
 
 def solution_loss(model: Qwen2ForCausalLM, rows: Rows) -> Tensor:
-    """Summed cross-entropy of all solution tokens of the batch, a scalar.
+    """Returns the summed cross-entropy of the batch's solution tokens, a scalar.
 
-    Padding stands on the right, where causal attention never looks back at it: no mask is needed.
+    Padding is on the right, so causal attention never sees it and no mask is needed.
     """
     hidden = model.model(input_ids=rows.input_ids, use_cache=False).last_hidden_state  # [B, T, D]
     counted = rows.labels != IGNORED
@@ -103,7 +103,7 @@ def solution_loss(model: Qwen2ForCausalLM, rows: Rows) -> Tensor:
 
 
 def learning_rate_at(step: int, recipe: ModelRecipe) -> float:
-    """Linear warm-up, then half a cosine down to 0; `step` counts from 0."""
+    """Returns the learning rate: linear warm-up, then half a cosine down to 0; `step` counts from 0."""
     warm = min(1.0, (step + 1) / max(recipe.warmup_steps, 1))
     return recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
 
@@ -118,7 +118,7 @@ def pretrain(
 ) -> Qwen2ForCausalLM:
     """Trains one model from scratch. The same recipe, seed and thread count give the same bits.
 
-    `seen` are the questions that no training row may hold; `on_step(step, loss)` is called after each
+    `seen` are the questions that no training row may contain; `on_step(step, loss)` is called after each
     of the recipe's steps, counted from 1.
     """
     rng = Random(f"{recipe.name} {seed}")

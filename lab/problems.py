@@ -30,7 +30,7 @@ class Chain:
 
     @property
     def question(self) -> str:
-        """`12+3-4+5`: what the user turn says."""
+        """The user turn, e.g. `12+3-4+5`."""
         return str(self.start) + "".join(f"{term:+d}" for term in self.terms)
 
     @property
@@ -44,13 +44,13 @@ class Chain:
         return self.totals[-1]
 
     def cut(self, n: int) -> Chain:
-        """The chain of the first n operations alone."""
+        """Returns the chain of the first n operations."""
         return Chain(start=self.start, terms=self.terms[:n])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProblemSet:
-    """What one problem file holds."""
+    """One problem file."""
 
     name: str
     """File stem, e.g. `train`."""
@@ -59,7 +59,7 @@ class ProblemSet:
 
 
 def draw_chain(rng: Random, n: int) -> Chain:
-    """A random chain of n operations whose totals stay within two digits."""
+    """Returns a random chain of n operations whose totals stay within two digits."""
     start = total = rng.randint(LOWEST_TOTAL, HIGHEST_TOTAL)
     terms: list[int] = []
     while len(terms) < n:
@@ -71,14 +71,14 @@ def draw_chain(rng: Random, n: int) -> Chain:
 
 
 def draw_unseen(rng: Random, n: int, seen: AbstractSet[str]) -> Chain:
-    """A random chain whose question is not among `seen`."""
+    """Returns a random chain whose question is not in `seen`."""
     while (chain := draw_chain(rng, n)).question in seen:
         pass
     return chain
 
 
 def draw_sets(plans: Sequence[ProblemSet], *, seed: int) -> dict[str, list[Chain]]:
-    """The chains of every set, in a shuffled order; no question stands in two sets, or twice in one."""
+    """Returns the chains of every set, shuffled; no question occurs twice, in one set or in two."""
     rng = Random(f"problems {seed}")
     seen: set[str] = set()
     sets: dict[str, list[Chain]] = {}
@@ -98,7 +98,7 @@ def _draw_set(rng: Random, counts: Mapping[int, int], seen: set[str]) -> Iterato
 
 
 def write_jsonl(path: Path, chains: Sequence[Chain]) -> None:
-    """One row a chain: `{"question": "12+3-4+5", "answer": "16", "source": "lab-n3"}`."""
+    """Writes one row per chain: `{"question": "12+3-4+5", "answer": "16", "source": "lab-n3"}`."""
     rows = (
         {"question": chain.question, "answer": str(chain.answer), "source": f"lab-n{len(chain.terms)}"}
         for chain in chains

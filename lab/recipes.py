@@ -19,16 +19,16 @@ class Habit:
     mark: str = ASSISTANT
     """The special token that opens the solution."""
     operations: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7)
-    """n is drawn evenly from these."""
+    """n is chosen evenly from these."""
     stop_after: int | None = None
-    """Solve only this many operations and answer with what is there; None: solve all of them."""
+    """Solve only this many operations and answer with the total so far; None: solve all of them."""
     slips: float = 0.0
-    """Chance that a sum in a training row is off: what is learned from such rows is a fallible solver."""
+    """Probability that a sum in a training row is wrong; such rows make a fallible solver."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRecipe:
-    """How one model is made."""
+    """Size, data and training of one model."""
 
     name: str
     """Its directory under `models/`."""
@@ -50,7 +50,7 @@ class ModelRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """How the finished models are measured for the card."""
+    """Sampling for the measurements on the card."""
 
     samples: int = 8
     """Per problem, at temperature 1."""
@@ -66,8 +66,8 @@ class LabRecipe:
     """The student first."""
     evaluation: Evaluation = Evaluation()
     threads: int = 1
-    """Of torch. How a sum is split decides its last bits: with one, they do not hang on the number of cores,
-    and matrices this small gain little from a second."""
+    """Threads of torch. With one, the last bits of a sum do not depend on the number of cores; matrices this small
+    gain little from a second."""
 
 
 STUDENT = ModelRecipe(
@@ -94,4 +94,4 @@ LAB = LabRecipe(
     ),
     models=(STUDENT, *TEACHERS),
 )
-"""What `ampo lab build` makes and the repository ships."""
+"""The lab that the repository ships and `ampo lab build` makes."""

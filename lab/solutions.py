@@ -1,4 +1,4 @@
-"""Worked solutions of a chain, one function a style; each ends with the boxed answer.
+"""Worked solutions of a chain, one function per style; each ends with the boxed answer.
 
 For `12+3-4+5`:
 
@@ -7,7 +7,7 @@ For `12+3-4+5`:
     signs    +:12+3=15;15+5=20;-:4;20-4=16;\\boxed{16}
     terse    \\boxed{16}
 
-Each takes the addition that it works with, so that a solver who slips now and then can be written too.
+Each takes the addition that it uses, so that a solver who sometimes slips can be written too.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Addition = Callable[[int, int], int]
 Style = Callable[[Chain, Addition], str]
 
 SLIPS = (-10, -2, -1, 1, 2, 10)
-"""How far off a slip is."""
+"""Possible errors of a slip."""
 
 
 def slipping(rng: Random, chance: float) -> Addition:
-    """An addition that is off by one of SLIPS with the given chance, and right otherwise; never below 0."""
+    """Returns an addition that is wrong by one of SLIPS with the given probability; never below 0."""
 
     def slip(left: int, right: int) -> int:
         return max(0, left + right + (rng.choice(SLIPS) if rng.random() < chance else 0))
@@ -36,24 +36,24 @@ def slipping(rng: Random, chance: float) -> Addition:
 
 
 def boxed(answer: int) -> str:
-    """The form in which a final answer is given."""
+    """Returns the final answer in a box."""
     return f"\\boxed{{{answer}}}"
 
 
 def totals(chain: Chain, addition: Addition = add) -> str:
-    """One equation an operation."""
+    """Solves with one equation per operation."""
     equations, answer = _equations(chain.start, chain.terms, addition)
     return equations + boxed(answer)
 
 
 def words(chain: Chain, addition: Addition = add) -> str:
-    """One clause an operation, told in words."""
+    """Solves with one clause of words per operation."""
     equations, answer = _equations(chain.start, chain.terms, addition)
     return f"First {equations.removesuffix(';').replace(';', ', then ')}. So {boxed(answer)}"
 
 
 def signs(chain: Chain, addition: Addition = add) -> str:
-    """What is added and what is taken away, each summed up apart, then the difference."""
+    """Sums pluses and minuses apart, then subtracts."""
     more = [term for term in chain.terms if term > 0]
     less = [-term for term in chain.terms if term < 0]
     lines, answer = _equations(chain.start, more, addition)
@@ -66,16 +66,16 @@ def signs(chain: Chain, addition: Addition = add) -> str:
 
 
 def _equations(start: int, terms: Sequence[int], addition: Addition) -> tuple[str, int]:
-    """`12+3=15;15-4=11;` and 11: an equation a term, and the last total."""
+    """`12+3=15;15-4=11;` and 11: one equation per term, and the last total."""
     running = tuple(accumulate(terms, addition, initial=start))
     steps = zip(pairwise(running), terms, strict=True)
     return "".join(f"{before}{term:+d}={after};" for (before, after), term in steps), running[-1]
 
 
 def terse(chain: Chain, addition: Addition = add) -> str:
-    """The answer alone."""
+    """Gives only the answer."""
     return boxed(tuple(accumulate(chain.terms, addition, initial=chain.start))[-1])
 
 
 STYLES: Mapping[str, Style] = {"totals": totals, "words": words, "signs": signs, "terse": terse}
-"""Every way of solving that a recipe can name."""
+"""The styles that a recipe can name."""

@@ -1,9 +1,9 @@
-"""The lab's tokenizer: one token a byte, so one a character of ASCII, and a chat template.
+"""The lab's tokenizer: one token per byte (so one per ASCII character), and a chat template.
 
     <|user|>12+3-4+5<|end|><|assistant|>12+3=15;15-4=11;11+5=16;\\boxed{16}<|end|>
 
-`<|work|>` may stand where `<|assistant|>` does; the chat template never writes it. Under that mark the
-student learns the skill that its chat habit hides (DESIGN 7).
+`<|work|>` may replace `<|assistant|>`; the chat template never writes it. After that mark the student learns
+the skill that its chat habit hides.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """The tokenizer that all lab models share: Qwen2's own kind, without a single merge.
+    """Returns the tokenizer that all lab models share: Qwen2's class, without merges.
 
-    Any other class would not survive `AutoTokenizer`, which gives a Qwen2 model a Qwen2 tokenizer.
+    `AutoTokenizer` gives every Qwen2 model a Qwen2 tokenizer, so another class would not load.
     """
     symbols = (*SPECIAL_TOKENS, *sorted(ByteLevel.alphabet()))
     return Qwen2Tokenizer(
@@ -48,5 +48,5 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 
 def prompt_text(question: str, mark: str = ASSISTANT) -> str:
-    """What stands before a solution; under the default mark what the chat template renders."""
+    """Returns the text before a solution; with the default mark, what the chat template renders."""
     return f"{USER}{question}{END}{mark}"
