@@ -282,7 +282,7 @@ def load_vllm(config: Config, policy: Policy, handover: Handover, *, max_length:
 def _servers(config: Config, policy: Policy, *, max_length: int, tells: bool) -> WeightedEngine:
     """The student at `rollout.base_urls`."""
     rollout = config.rollout
-    from precompute.engines.vllm_servers import VllmServers  # and with it openai
+    from trainer.sampling.vllm_servers import VllmServers  # and with it openai
 
     servers = TeacherConfig(
         name="student",
