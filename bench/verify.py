@@ -5,7 +5,7 @@
 The answers are made as students make them: each problem has a pass rate of its own, the right answer is
 written in several ways, a wrong one is a slip in a digit, a sign or a factor, and the common slips come
 again and again. Gold answers are those of ../shared/data/math/valid.parquet where that file lies there,
-otherwise made up. Each way runs in a process of its own, after its imports and a few dozen typical formulas;
+otherwise made up. Each way runs in a process of its own, after its imports and WARMUP gold answers;
 answers on which both would wait for a timeout are not among them. The last line is JSON.
 """
 
@@ -34,6 +34,8 @@ from precompute.verify.verifier import Verifier
 from store.reports.tables import plain_table
 
 GOLDS = Path("../shared/data/math/valid.parquet")
+WARMUP = 32
+"""Gold answers that either way reads before the clock starts."""
 SLIPS = 8
 """Wrong answers that a problem tempts to; the n-th is n times as rare as the first."""
 
@@ -85,11 +87,9 @@ def parse() -> argparse.Namespace:
 def plain_loop(pairs: Sequence[PairOfTexts]) -> Measured:
     from math_verify import parse, verify
 
-    from precompute.verify.math import TYPICAL
-
     logging.disable(logging.CRITICAL)
-    for text in TYPICAL:
-        parse(f"\\boxed{{{text}}}")
+    for _, gold in pairs[:: len(pairs) // WARMUP]:
+        parse(f"\\boxed{{{gold}}}")
     started, cpu = time.perf_counter(), cpu_seconds()
     correct = tuple(verify(parse(f"\\boxed{{{gold}}}"), parse(response)) for response, gold in pairs)
     return measured(time.perf_counter() - started, cpu_seconds() - cpu, correct)
@@ -97,21 +97,20 @@ def plain_loop(pairs: Sequence[PairOfTexts]) -> Measured:
 
 def service(pairs: Sequence[PairOfTexts]) -> Measured:
     # What two workers cost until they are warm is known only when they have ended.
-    with warm_verifier():
+    with warm_verifier(pairs):
         pass
     starts, own = worker_cpu_seconds(), cpu_seconds()
-    with warm_verifier() as verifier:
+    with warm_verifier(pairs) as verifier:
         started = time.perf_counter()
         correct = tuple(verdict.is_correct for verdict in verifier.verify_all(pairs))
         seconds = time.perf_counter() - started
     return measured(seconds, cpu_seconds() - own + worker_cpu_seconds() - 2 * starts, correct)
 
 
-def warm_verifier() -> Verifier:
-    """Two workers with their imports and the typical forms behind them."""
+def warm_verifier(pairs: Sequence[PairOfTexts]) -> Verifier:
+    """Two workers that have read WARMUP gold answers."""
     verifier = Verifier(workers=2)
-    verifier.verify_all([(f"\\boxed{{{number}}}", "-1") for number in range(8)])
-    time.sleep(6)
+    verifier.check_golds(gold for _, gold in pairs[:: len(pairs) // WARMUP])
     return verifier
 
 

@@ -12,8 +12,8 @@ for to read or to compare what a model wrote may take for ever. How it departs f
 - Numbers agree in six decimals *and* six significant digits; math-verify's absolute rounding takes
   10^{-20} for 10^{-22}.
 
-And so that it is quick: what was read is kept, the grammar is helped (verify_grammar.py), and a difference
-that shows in numbers needs no `simplify` to be believed.
+And so that it is quick: readings are cached, plain numbers bypass the grammar, and a difference that shows
+in numbers needs no `simplify` to be believed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from __future__ import annotations
 import cmath
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -29,49 +28,13 @@ from typing import Any, NamedTuple
 import mpmath  # type: ignore[import-untyped]
 import sympy  # type: ignore[import-untyped]
 from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
-from math_verify.grader import should_treat_as_complex, verify
-from math_verify.parser import get_last_eq
+from math_verify.grader import verify
+from math_verify.parser import parse_latex_cached
 from sympy.core.function import AppliedUndef  # type: ignore[import-untyped]
-
-from precompute.verify.grammar import Grammar
 
 SHOWN_CHARS = 1_000
 KEPT_READINGS = 512
 """Texts of which a worker remembers what they say."""
-TYPICAL = (
-    *(
-        "\\frac{1}{2}",
-        "3\\sqrt{2}",
-        "x^{2}+2x-1",
-        "2^{n}",
-        "\\frac{\\sqrt{3}}{2}",
-        "-\\frac{3x}{4}+1",
-        "12\\pi",
-    ),
-    *("(1,2)", "(1, 2, 3)", "[0,1)", "(-\\infty, 2] \\cup (3, \\infty)", "\\{1,2,3\\}", "1, 2, 3", "x = 5"),
-    *("y = 2x+1", "f(x) = x^2", "x \\geq 2", "1 < x \\leq 3", "x \\in [1,2]", "a=1, b=2", "3 \\pm \\sqrt{5}"),
-    *("\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", "90^\\circ", "50\\%", "\\text{(A)}", "A", "x_{1}"),
-    *(
-        "\\sin x",
-        "\\cos(2t)",
-        "\\log_{2} 3",
-        "\\ln 2",
-        "e^{-2t}",
-        "\\binom{5}{2}",
-        "5!",
-        "|x|",
-        "\\lfloor x \\rfloor",
-    ),
-    *(
-        "1.5 \\times 10^{-3}",
-        "\\left(\\frac{1}{2}\\right)^{3}",
-        "\\sqrt[3]{2}",
-        "2+3i",
-        "\\frac{a}{b+c} \\cdot c",
-    ),
-)
-"""Forms that answers take: ANTLR learns the grammar as it reads, its first formulas take ten times as long as
-its hundredth."""
 CLEARLY = 1e-5
 """Relative difference from which on two values are no rounding of one another; math-verify's own limit is
 1e-6, absolute."""
@@ -177,7 +140,7 @@ def _read(latex: str) -> Any | None:
     try:
         math_object = plain_number(latex)
         if math_object is None:
-            math_object = parse(normalized(latex))
+            math_object = parse_latex_cached(normalized(latex))
         if not isinstance(math_object, sympy.Basic | sympy.MatrixBase):
             return None
         undefined = math_object.has(sympy.nan, sympy.zoo)
@@ -215,22 +178,6 @@ def plain_number(latex: str) -> Any | None:
     if fraction is None or not int(fraction["below"]):
         return None
     return sympy.Rational(int(fraction["sign"] + fraction["above"]), int(fraction["below"]))
-
-
-def parse(latex: str) -> Any:
-    """What the grammar reads, as math-verify asks it: the whole, or else what follows the last equals sign.
-
-    Raises what the grammar raises: Exception itself, among others.
-    """
-    last = get_last_eq(latex)
-    if last != latex:
-        with suppress(Exception):
-            return _grammar(latex).parse(latex)
-    return _grammar(last).parse(last)
-
-
-def _grammar(latex: str) -> Grammar:
-    return Grammar(is_real=not should_treat_as_complex(latex))
 
 
 def plain_latex(text: str) -> str:

@@ -34,8 +34,9 @@ from precompute.verify.queue import Job, JobQueue
 from store.errors import EngineError
 
 VERIFIER_NAME = "math-verify"
-VERIFIER_VERSION = f"{version('math-verify')}+ampo.2"
-"""math-verify's version and the revision of our rules around it (precompute/verify/worker.py)."""
+VERIFIER_VERSION = f"{version('math-verify')}+antlr{version('antlr4-python3-runtime')}.ampo.2"
+"""The versions of math-verify and of its parser, and the revision of our rules around them
+(precompute/verify/math.py). Verdicts depend on all three."""
 
 MAX_ANSWER_CHARS = 10_000
 """A longer answer is a mismatch unread, a longer gold unparseable: no problem of ours has one."""
