@@ -26,7 +26,7 @@ from trainer.config import Config
 from trainer.reports.inspection import curve
 from trainer.reports.plots import plot_runs
 from trainer.run.run_dir import open_run
-from trainer.run.setup import SilentReporter
+from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 
 METHODS = {
@@ -47,7 +47,7 @@ def main() -> None:
         for seed in options.seeds:
             started = time.perf_counter()
             own = [f"run.name={method}-{seed}", f"train.seed={seed}", *METHODS[method]]
-            report = train(load_config(Config, options.config, [*base, *own]), reporter=SilentReporter())
+            report = train(load_config(Config, options.config, [*base, *own]), reporter=TrainReporter())
             runs.setdefault(method, []).append(open_run(report.run).metrics())
             seconds = time.perf_counter() - started
             passed = last(runs[method][-1], "eval/pass@1")

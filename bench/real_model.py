@@ -40,9 +40,10 @@ from trainer.method.teacher_traces import StudentTrace
 from trainer.reports.inspection import evaluation_rows, query_rows, questions_of, summary_of
 from trainer.run.checkpoint import checkpoints
 from trainer.run.run_dir import RunFiles, open_run, step_of
-from trainer.run.setup import SilentReporter, fitting_prompts, make_guide, usable_problems
+from trainer.run.setup import fitting_prompts, make_guide, usable_problems
 from trainer.student.batches import fill, pad
 from trainer.student.policy import Policy, load_policy
+from trainer.telemetry.console import TrainReporter
 
 Pair = tuple[Group, StudentTrace]
 
@@ -102,11 +103,11 @@ def read_traces(config: Config, model: str) -> list[Reading]:
     with ExitStack() as stack:
         verifier = stack.enter_context(Verifier.configured(config.verify))
         store = stack.enter_context(TraceStore(config.store.path))
-        problems = usable_problems(config, "train", verifier, SilentReporter())
+        problems = usable_problems(config, "train", verifier, TrainReporter())
         form = demanded_form(config.student, problems)
         judge = Judge(verifier, answer_form=form, format_weight=config.train.format_weight)
         guide = make_guide(config, store, policy, judge)
-        prompts = fitting_prompts(config, problems, policy.tokenizer, SilentReporter())
+        prompts = fitting_prompts(config, problems, policy.tokenizer, TrainReporter())
         pairs = pairs_of(prompts, guide, store)
         answers = guide.score(pairs)
         own = trace_logprobs(policy, pairs, config.train.max_tokens_per_microbatch)

@@ -44,7 +44,8 @@ from precompute.config import load_config
 from trainer.config import Config
 from trainer.method.groups import Sample
 from trainer.run.run_dir import Position, RunFiles
-from trainer.run.setup import SilentReporter, assemble
+from trainer.run.setup import assemble
+from trainer.telemetry.console import TrainReporter
 from trainer.train import train_step
 
 STUDENT = "lab/models/student"
@@ -241,7 +242,7 @@ def ampo(task: Task) -> Measured:
     with TemporaryDirectory() as folder, ExitStack() as stack:
         config = load_config(Config, "configs/lab.toml", settings(task, folder))
         run = RunFiles(Path(folder) / "run")
-        parts = assemble(config, run, None, SilentReporter(), stack)
+        parts = assemble(config, run, None, TrainReporter(), stack)
         run.start(config, after=Position())
         judge: Any = PlainJudge(task.reward, clock)
         parts = replace(parts, judge=judge)

@@ -16,8 +16,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from trainer.config import StudentConfig
-from trainer.parallel.fsdp import place_at_first, shard
-from trainer.parallel.world import joined
+from trainer.parallel.fsdp import initial_device, shard
+from trainer.parallel.world import torchrun_world
 from trainer.student.policy import load_policy
 
 
@@ -33,18 +33,18 @@ def resident() -> int:
 
 
 def main(model: str, out: str, how: str = "") -> None:
-    with joined("cpu") as world:
+    with torchrun_world("cpu") as world:
         from torch.distributed.fsdp import fully_shard
 
         # What the first use of FSDP imports is no part of the model.
         fully_shard(torch.nn.Linear(2, 2), mesh=init_device_mesh("cpu", (world.size,)))
         before = resident()
-        place = None if how else place_at_first(world)
+        place = None if how else initial_device(world)
         student = StudentConfig(model=model, device="cpu")
         policy = load_policy(student, temperature=1.0, place=place)
         shard(policy, world)
         took = world.gather({"peak": peak() - before, "stays": resident() - before})
-        if world.is_first:
+        if world.is_main:
             Path(out).write_text(json.dumps(took))
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import TrainConfig
-from trainer.parallel.fsdp import shard_state, whole_state, whole_tensor
-from trainer.parallel.world import World, joined
+from trainer.parallel.fsdp import full_tensor, gathered_state, shard_state
+from trainer.parallel.world import World, torchrun_world
 from trainer.student.optimizer import make_optimizer
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -75,7 +75,7 @@ def differences(kind: str, world: World) -> Iterator[str]:
     ours, theirs = make_optimizer(one, train), make_optimizer(many, train)
     for number in range(1, 6):
         if number == 4:  # as if stopped and gone on with
-            state = whole_state(theirs.state_dict(), world)
+            state = gathered_state(theirs.state_dict(), world)
             yield from unequal("state", ours.state_dict(), world.gather(state)[0])
             theirs = make_optimizer(many, train)
             # A copy, as from a file: what is loaded may be kept as it is.
@@ -86,7 +86,7 @@ def differences(kind: str, world: World) -> Iterator[str]:
         step(one, ours, drawn(number))
         step(many, theirs, dealt(drawn(number), world))
     for name, mine, other in zip(SHAPES, one.weights, many.weights, strict=True):
-        if not whole_tensor(other).equal(mine.data):
+        if not full_tensor(other).equal(mine.data):
             yield f"weight: {name}"
 
 
@@ -105,9 +105,9 @@ def unequal(where: str, mine: Any, other: Any) -> Iterator[str]:
 
 
 def main(out: str) -> None:
-    with joined("cpu") as world:
+    with torchrun_world("cpu") as world:
         found = {kind: list(differences(kind, world)) for kind in KINDS}
-        if world.is_first:
+        if world.is_main:
             Path(out).write_text(json.dumps(found))
 
 

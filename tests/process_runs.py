@@ -16,16 +16,16 @@ from typing import Any
 
 from precompute.config import load_config
 from trainer.config import Config
-from trainer.parallel.world import World, joined
-from trainer.run.setup import SilentReporter
+from trainer.parallel.world import World, torchrun_world
+from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 
 
 def one_run(described: dict[str, Any], world: World) -> None:
-    if described["copy"] and world.is_first:
+    if described["copy"] and world.is_main:
         cut_back(*map(Path, described["copy"]))
     world.gather(None)  # nobody starts before the copy is there
-    train(load_config(Config, None, described["settings"]), reporter=SilentReporter(), world=world)
+    train(load_config(Config, None, described["settings"]), reporter=TrainReporter(), world=world)
 
 
 def cut_back(whole: Path, copy: Path) -> None:
@@ -36,7 +36,7 @@ def cut_back(whole: Path, copy: Path) -> None:
 
 
 def main(runs: str) -> None:
-    with joined("cpu") as world:
+    with torchrun_world("cpu") as world:
         for described in json.loads(Path(runs).read_text()):
             one_run(described, world)
 

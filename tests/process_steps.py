@@ -18,8 +18,8 @@ from test_trainer_step import sequences
 from trainer.config import GuidanceConfig, StudentConfig, TrainConfig
 from trainer.method.objective import LOSS_TYPES
 from trainer.method.update import Updater
-from trainer.parallel.fsdp import place_at_first, shard, whole_tensor, whole_weights
-from trainer.parallel.world import World, joined
+from trainer.parallel.fsdp import full_tensor, gathered_weights, initial_device, shard
+from trainer.parallel.world import World, torchrun_world
 from trainer.sampling.weight_sync import Handover
 from trainer.student.batches import TrainSequence, train_batch
 from trainer.student.optimizer import make_optimizer
@@ -68,7 +68,7 @@ def take(case: Case, model: str, world: World) -> dict[str, Any]:
     torch.manual_seed(0)
     student = StudentConfig(model=model, device="cpu", **case.student)
     train = TrainConfig(learning_rate=1e-2, max_grad_norm=1e9, **case.train)
-    policy = load_policy(student, temperature=1.0, place=place_at_first(world))
+    policy = load_policy(student, temperature=1.0, place=initial_device(world))
     shard(policy, world)
     updater = Updater(
         policy,
@@ -82,7 +82,7 @@ def take(case: Case, model: str, world: World) -> dict[str, Any]:
     gradient: list[torch.Tensor] = []
     weights = [weight for weight in policy.model.parameters() if weight.requires_grad]
     updater.optimizer.register_step_pre_hook(
-        lambda *_: gradient.append(torch.cat([whole_tensor(weight.grad).flatten() for weight in weights]))
+        lambda *_: gradient.append(torch.cat([full_tensor(weight.grad).flatten() for weight in weights]))
     )
     first = updater.optimizer_step(case.sequences)
     idle_while_the_others_compute(policy, world)
@@ -93,7 +93,7 @@ def take(case: Case, model: str, world: World) -> dict[str, Any]:
 
 def idle_while_the_others_compute(policy: Policy, world: World) -> None:
     """With whole weights, processes may take different numbers of passes."""
-    with whole_weights(policy), policy.computing(), torch.no_grad():
+    with gathered_weights(policy), policy.computing(), torch.no_grad():
         for _ in range(2 * world.rank):
             policy.model(torch.ones(1, 4, dtype=torch.long))
 
@@ -103,7 +103,7 @@ def reference(student: StudentConfig, train: TrainConfig, policy: Policy, world:
         return None
     if student.use_peft:
         return WithoutAdapters(policy)
-    place = place_at_first(world)
+    place = initial_device(world)
     other = load_policy(student, temperature=0.7, place=place)  # so that there is a KL from the beginning
     other.model.requires_grad_(False)
     shard(other, world)
@@ -120,7 +120,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
 def unusable(model: str, world: World) -> str:
     """What is said of a loss that is no number, whichever process has it."""
     student = StudentConfig(model=model, device="cpu")
-    policy = load_policy(student, temperature=1.0, place=place_at_first(world))
+    policy = load_policy(student, temperature=1.0, place=initial_device(world))
     shard(policy, world)
     train = TrainConfig(max_tokens_per_microbatch=1)
     optimizer = make_optimizer(policy.model, train)
@@ -138,13 +138,13 @@ def unusable(model: str, world: World) -> str:
 def brought(student: StudentConfig, place: Path, world: World) -> dict[str, torch.Tensor]:
     """What a sampler finds in the folder of a student that is dealt out, by name."""
     torch.manual_seed(0)
-    policy = load_policy(student, temperature=1.0, place=place_at_first(world))
+    policy = load_policy(student, temperature=1.0, place=initial_device(world))
     shard(policy, world)
     handover = Handover(policy, student, place, world)
     write = handover.write_adapter if student.use_peft else handover.write_weights
     (file,) = write(1).glob("*.safetensors")
     found = load_file(file)
-    world.wait()
+    world.barrier()
     handover.close()
     return found
 
@@ -154,18 +154,18 @@ def read(model: str, world: World, **student: Any) -> dict[str, Any]:
     ones, and all its buffers."""
     torch.manual_seed(0)
     config = StudentConfig(model=model, device="cpu", **student)
-    policy = load_policy(config, temperature=1.0, place=place_at_first(world))
+    policy = load_policy(config, temperature=1.0, place=initial_device(world))
     shard(policy, world)
     batch = train_batch(sequences(3), pad_id=policy.pad_id, device=policy.device)
     with torch.no_grad():
         dealt = policy.logprobs(batch)
-        with whole_weights(policy):
+        with gathered_weights(policy):
             whole = policy.logprobs(batch)
     return {"dealt": dealt, "whole": whole, **dict(policy.causal.named_buffers())}
 
 
 def main(model: str, gemma: str, out: str) -> None:
-    with joined("cpu") as world:
+    with torchrun_world("cpu") as world:
         found: dict[str, Any] = {name: take(case, model, world) for name, case in cases().items()}
         found["unusable"] = world.gather(unusable(model, world))
         found["gemma"] = world.gather(read(gemma, world))
@@ -173,7 +173,7 @@ def main(model: str, gemma: str, out: str) -> None:
         for name, student in STUDENTS.items():
             place, config = Path(out).parent, StudentConfig(model=model, device="cpu", **student)
             found[f"brought {name}"] = world.gather(brought(config, place, world))
-        if world.is_first:
+        if world.is_main:
             torch.save(found, Path(out))
 
 

@@ -10,7 +10,7 @@ import pytest
 from run_examples import config_of, make_world, settings
 
 from bench.real_model import main
-from trainer.run.setup import SilentReporter
+from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 
 
@@ -19,7 +19,7 @@ def test_the_traces_of_a_run_are_read_before_and_after_it(
 ) -> None:
     world = make_world(tmp_path)
     steps = {"train__max_steps": 1, "train__learning_rate": 0.05}
-    train(config_of(world, model_dir, **steps), reporter=SilentReporter())
+    train(config_of(world, model_dir, **steps), reporter=TrainReporter())
     given = [part for each in settings(world, model_dir, **steps) for part in ("--set", each)]
     (world / "empty.toml").write_text("", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["real_model", "--config", str(world / "empty.toml"), *given])

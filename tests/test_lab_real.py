@@ -26,7 +26,7 @@ from store.reports.report import store_report
 from trainer.config import Config
 from trainer.reports.inspection import query_rows
 from trainer.run.run_dir import open_run
-from trainer.run.setup import SilentReporter
+from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -139,7 +139,7 @@ def test_the_published_checkpoint_goes_through_a_step(
     settings = [f"{key}={json.dumps(str(v) if isinstance(v, Path) else v)}" for key, v in overrides.items()]
     config = load_config(Config, str(ROOT / "configs" / "real.toml"), settings)
     assert four_after_two_and_two(model) == pytest.approx(0.68, abs=0.01)
-    report = train(config, reporter=SilentReporter())
+    report = train(config, reporter=TrainReporter())
     run = open_run(report.run)
     (row,) = run.metrics()
     # The cache that sampled and the pass that trains agree; so BOS, windows and the tied head are right.

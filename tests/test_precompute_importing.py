@@ -29,7 +29,7 @@ from store.errors import ConfigError, EngineError, ProblemsError, RecipeChangedE
 from store.export.exporting import ExportOptions, export
 from store.reader import TraceStore
 from store.records import Problem, Trace
-from trainer.run.setup import SilentReporter
+from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 
 SUM = {"prompt": [{"role": "user", "content": "2+2"}], "reward_model": {"ground_truth": "4"}}
@@ -315,7 +315,7 @@ def test_the_trainer_runs_on_imported_traces_as_on_generated_ones(tmp_path: Path
     for store in ("traces", "imported"):
         run = {"store__path": str(tmp_path / store), "run__name": store}
         report = train(
-            config_of(tmp_path, model_dir, **changes, **run), resume="auto", reporter=SilentReporter()
+            config_of(tmp_path, model_dir, **changes, **run), resume="auto", reporter=TrainReporter()
         )
         metrics += metrics_of(report.run)
     assert metrics[0] == metrics[1]

@@ -28,7 +28,7 @@ from store.errors import ConfigError, EngineError
 from store.reader import TraceStore
 from trainer.config import Config
 from trainer.eval_model import evaluate_model
-from trainer.run.setup import SilentReporter as SilentTrainReporter
+from trainer.telemetry.console import TrainReporter
 
 if find_spec("vllm") is None or find_spec("openai") is None:
     pytest.skip("vllm or openai is not installed", allow_module_level=True)
@@ -467,7 +467,7 @@ def test_a_model_behind_servers_is_evaluated_like_one_that_is_here(port: int, tm
         "eval.engine_args.api_key_env=TEACHER_KEY",
     ]
     theirs, ours = (
-        evaluate_model(load_config(Config, None, settings + more), SilentTrainReporter(), out=tmp_path / out)
+        evaluate_model(load_config(Config, None, settings + more), TrainReporter(), out=tmp_path / out)
         for more, out in ((served, "served"), (["eval.engine=transformers"], "here"))
     )
     assert theirs.evaluation == ours.evaluation

@@ -14,10 +14,10 @@ from precompute.config import load_config
 from store.errors import ConfigError, EngineError
 from trainer.config import Config, GuidanceConfig, StudentConfig, TrainConfig
 from trainer.method.update import Updater
-from trainer.run.setup import SilentReporter
 from trainer.student.batches import TrainSequence, pad
 from trainer.student.optimizer import make_optimizer
 from trainer.student.policy import Policy, load_policy
+from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 
 BATCH = pad([(2, 10, 11, 12, 1), (2, 20, 1)], [3, 1], pad_id=0, device=torch.device("cpu"))
@@ -124,7 +124,7 @@ def test_resume_is_exact_with_adapters(world: Path, model_dir: Path) -> None:
 
     def run(name: str, steps: int) -> Path:
         settings = config_of(world, model_dir, run__name=name, train__max_steps=steps, **changes)
-        return train(settings, reporter=SilentReporter()).run
+        return train(settings, reporter=TrainReporter()).run
 
     straight = run("straight", 3)
     run("resumed", 1)
@@ -146,7 +146,7 @@ def test_a_checkpoint_of_adapters_can_be_evaluated_as_it_is(world: Path, model_d
         train__max_steps=1,
         student__use_peft=True,
     )
-    report = train(settings, reporter=SilentReporter())
+    report = train(settings, reporter=TrainReporter())
     assert report.checkpoint is not None
     loaded = load_policy(StudentConfig(model=str(report.checkpoint), device="cpu"), temperature=1.0)
     going_on = load_policy(settings.student, temperature=1.0, weights=report.checkpoint)

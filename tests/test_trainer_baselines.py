@@ -11,7 +11,7 @@ from run_examples import make_world, metrics_of, rows_of, settings
 
 from precompute.config import load_config
 from trainer.config import Config
-from trainer.run.setup import SilentReporter
+from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 
 BASELINES = Path(__file__).parent.parent / "configs" / "baselines"
@@ -47,7 +47,7 @@ def test_a_baseline_does_what_its_name_says(name: str, world: Path, model_dir: P
     sft, rl, asked, k = METHODS[name]
     config = shrunk(name, world, model_dir)
     assert config.guidance.trigger == asked or not rl
-    run = train(config, reporter=SilentReporter()).run
+    run = train(config, reporter=TrainReporter()).run
     rows = metrics_of(run)
     assert sum("sft/loss" in row for row in rows) == 2 * sft
     assert sum("reward" in row for row in rows) == 2 * rl

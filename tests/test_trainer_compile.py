@@ -14,10 +14,11 @@ from run_examples import PROBLEMS, config_of, write_problems, write_store
 from trainer.config import GuidanceConfig, TrainConfig
 from trainer.method.update import Updater
 from trainer.run.run_dir import RunFiles
-from trainer.run.setup import SilentReporter, assemble
+from trainer.run.setup import assemble
 from trainer.student.batches import TrainSequence
 from trainer.student.optimizer import make_optimizer
 from trainer.student.policy import Policy
+from trainer.telemetry.console import TrainReporter
 
 
 def rows(length: int) -> list[TrainSequence]:
@@ -52,6 +53,6 @@ def test_the_key_compiles_the_student_of_a_run(switch: bool, tmp_path: Path, mod
     write_store(tmp_path / "traces")
     config = config_of(tmp_path, model_dir, train__compile=switch)
     with ExitStack() as stack:
-        policy = assemble(config, RunFiles(tmp_path / "run"), None, SilentReporter(), stack).policy
+        policy = assemble(config, RunFiles(tmp_path / "run"), None, TrainReporter(), stack).policy
     assert (type(policy.body).__name__ == "OptimizedModule") is switch
     assert type(policy.causal.base_model).__name__ == "Qwen2Model"  # what samples is as it was

@@ -23,7 +23,7 @@ from test_trainer_loop import metrics_of, rows_of
 from trainer.parallel.world import ALONE, World
 from trainer.run.checkpoint import check_whole, checkpoints
 from trainer.run.run_dir import Position
-from trainer.run.setup import SilentReporter
+from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 
 LORA = {
@@ -65,7 +65,7 @@ def changes(world: Path, name: str, **more: Any) -> dict[str, Any]:
 
 def alone(world: Path, model: Path, name: str, **more: Any) -> Path:
     config = config_of(world, model, **changes(world, name, **more))
-    return train(config, reporter=SilentReporter()).run
+    return train(config, reporter=TrainReporter()).run
 
 
 @pytest.fixture(scope="module")
@@ -208,10 +208,10 @@ def test_what_one_process_alone_finds_out_ends_the_others_at_once(tmp_path: Path
         "import time\n"
         "from pathlib import Path\n"
         "from store.errors import StoreError\n"
-        "from trainer.parallel.world import joined\n"
-        "with joined('cpu') as world:\n"
+        "from trainer.parallel.world import torchrun_world\n"
+        "with torchrun_world('cpu') as world:\n"
         f"    world.scratch.append(Path({str(tmp_path)!r}) / 'scratch')\n"
-        "    world.wait()\n"
+        "    world.barrier()\n"
         "    if world.rank == 1:\n"
         "        raise StoreError('only I have seen it')\n"
         "    time.sleep(600)\n"
@@ -284,7 +284,7 @@ def test_a_process_that_is_killed_takes_the_others_with_it_and_the_last_checkpoi
         check_whole(each)
     done = Position.of(found[-1]).step if found else 0
     last = {"train__max_steps": done + 1, "run__save_every": 1}
-    report = train(config_of(world, model_dir, run__name=name, **last), reporter=SilentReporter())
+    report = train(config_of(world, model_dir, run__name=name, **last), reporter=TrainReporter())
     assert report.step == done + 1
     assert [row["step"] for row in metrics_of(path)] == list(range(1, done + 2))
 

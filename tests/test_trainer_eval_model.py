@@ -21,7 +21,7 @@ from store.errors import ConfigError, EngineError, RunError
 from trainer.config import Config
 from trainer.eval_files import EVAL_SCHEMA, EvalFiles
 from trainer.eval_model import EvalReport, evaluate_model
-from trainer.run.setup import SilentReporter
+from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +46,7 @@ def asked(world: Path, model: Path, **changes: Any) -> Config:
 
 
 def evaluated(world: Path, model: Path, out: Path | None = None, **changes: Any) -> EvalReport:
-    return evaluate_model(asked(world, model, **changes), SilentReporter(), out=out)
+    return evaluate_model(asked(world, model, **changes), TrainReporter(), out=out)
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
@@ -62,7 +62,7 @@ def test_a_checkpoint_is_evaluated_as_training_evaluated_it(
     config = asked(
         world, model_dir, run__name=name, train__max_steps=1, eval__every=1, student__use_peft=use_peft
     )
-    done = train(config, resume="never", reporter=SilentReporter())
+    done = train(config, resume="never", reporter=TrainReporter())
     assert done.checkpoint is not None
     report = evaluated(world, done.checkpoint, tmp_path / "out")
     in_training = pq.read_table(done.run / "evals" / "step-000001.parquet").drop_columns("step").to_pylist()
@@ -167,7 +167,7 @@ def test_interrupted_anywhere_the_same_call_ends_with_the_same_samples(
 ) -> None:
     whole = evaluated(world, model_dir, tmp_path / "whole")
 
-    class Impatient(SilentReporter):
+    class Impatient(TrainReporter):
         def sampling(self, label: str, done: int, total: int) -> None:
             if done == 7:
                 raise KeyboardInterrupt

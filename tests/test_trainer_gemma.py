@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from trainer.config import StudentConfig
 from trainer.method.objective import token_logprobs
 from trainer.run.run_dir import open_run
-from trainer.run.setup import SilentReporter
 from trainer.student import policy as policy_module
 from trainer.student.batches import pad
 from trainer.student.policy import Policy, load_policy
+from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 
 # Longer than the window of 8, and padded.
@@ -73,7 +73,7 @@ def test_a_run_trains_and_its_checkpoint_is_what_went_on(
     write_store(tmp_path / "traces")
     changes = {"student__use_peft": adapters, "student__lora_r": 4, "train__learning_rate": 3e-3}
     config = config_of(tmp_path, gemma_dir, train__max_steps=2, **changes)
-    report = train(config, reporter=SilentReporter())
+    report = train(config, reporter=TrainReporter())
     assert report.checkpoint is not None
     steps = open_run(report.run).metrics()
     # The sampler's cache and the trainer's plain pass agree on every token that was drawn.

@@ -29,7 +29,7 @@ from trainer import train as loop
 from trainer.planning.dry_run import dry_run_of
 from trainer.run import checkpoint
 from trainer.run.run_dir import RunFiles
-from trainer.run.setup import SilentReporter
+from trainer.telemetry.console import TrainReporter
 from trainer.timing import PHASES
 from trainer.train import TrainReport, train
 
@@ -40,7 +40,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(world: Path, model: Path, *, resume: str = "auto", **changes: Any) -> TrainReport:
-    return train(config_of(world, model, **changes), resume=resume, reporter=SilentReporter())
+    return train(config_of(world, model, **changes), resume=resume, reporter=TrainReporter())
 
 
 @pytest.fixture(scope="session")
@@ -360,7 +360,7 @@ def test_what_cannot_work_is_said_before_the_first_step_and_leaves_nothing(
 def test_a_store_that_knows_no_problem_is_warned_of(world: Path, model_dir: Path, tmp_path: Path) -> None:
     others = [Problem(question=f"{n}-0", answer=str(n)) for n in range(8)]
     write_problems(tmp_path / "others.jsonl", others)
-    reporter = SilentReporter()
+    reporter = TrainReporter()
     settings = config_of(
         world,
         model_dir,
@@ -458,7 +458,7 @@ def test_a_store_that_covers_less_than_half_is_told(world: Path, model_dir: Path
     # 8 of the 12 problems have a trace; with 8 strangers beside them 8 of 20.
     strangers = [Problem(question=f"{n}-0", answer=str(n)) for n in range(8)]
     write_problems(tmp_path / "many.jsonl", [*PROBLEMS, *strangers])
-    reporter = SilentReporter()
+    reporter = TrainReporter()
     problems = str(tmp_path / "many.jsonl")
     settings = config_of(
         world, model_dir, problems__train=problems, run__dir=str(tmp_path), train__max_steps=1

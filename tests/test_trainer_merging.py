@@ -19,10 +19,10 @@ from store.errors import EngineError, RunError
 from trainer.config import StudentConfig
 from trainer.eval_model import evaluate_model
 from trainer.merge import merge
-from trainer.run.setup import SilentReporter
 from trainer.student.batches import pad
 from trainer.student.model_files import as_saved
 from trainer.student.policy import Policy, load_policy
+from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 
 IDS = [(2, 10, 11, 12, 13, 20, 21, 3, 1), (2, 20, 33, 5, 1)]
@@ -50,7 +50,7 @@ def trained(world: Path, model: Path, name: str, **changes: Any) -> Path:
         train__learning_rate=3e-2 if changes else 1e-3,
         **changes,
     )
-    done = train(config, resume="never", reporter=SilentReporter())
+    done = train(config, resume="never", reporter=TrainReporter())
     assert done.checkpoint is not None
     return done.checkpoint
 
@@ -178,10 +178,10 @@ def test_vllm_evaluates_a_whole_checkpoint_by_the_same_command(world: Path, tmp_
         eval__engine="vllm",
         eval__temperature=0.0,
     )
-    served = evaluate_model(config, SilentReporter(), out=tmp_path / "served")
+    served = evaluate_model(config, TrainReporter(), out=tmp_path / "served")
     recipe = json.loads((tmp_path / "served" / "eval.json").read_text())
     assert recipe["engine"] == "vllm"
     same = config.model_copy(update={"eval": config.eval.model_copy(update={"engine": "transformers"})})
-    ours = evaluate_model(same, SilentReporter(), out=tmp_path / "ours")
+    ours = evaluate_model(same, TrainReporter(), out=tmp_path / "ours")
     # Greedy and in float32: both take the same tokens.
     assert [row.text for row in served.evaluation.samples] == [row.text for row in ours.evaluation.samples]

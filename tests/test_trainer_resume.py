@@ -28,7 +28,7 @@ from store.writer import StoreWriter
 from trainer.eval_model import evaluate_model
 from trainer.merge import merge
 from trainer.run.checkpoint import store_differences
-from trainer.run.setup import SilentReporter
+from trainer.telemetry.console import TrainReporter
 from trainer.train import TrainReport, train
 
 # 12 problems: 4 a step end an epoch with step 3, 2 a step with step 6.
@@ -74,7 +74,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(world: Path, model: Path, name: str, **changes: Any) -> TrainReport:
     settings = {**SMALL, "run__save_every": 50, **changes}
-    return train(config_of(world, model, run__name=name, **settings), reporter=SilentReporter())
+    return train(config_of(world, model, run__name=name, **settings), reporter=TrainReporter())
 
 
 def dtypes_of(value: Any) -> set[torch.dtype]:
@@ -128,7 +128,7 @@ def test_a_store_that_gained_a_trace_is_refused_unless_asked_for(begun: Path, mo
         w.append([trace(PROBLEMS[0], "ada", "\\boxed{0}", teacher("ada"))])
     with pytest.raises(RunError, match=r"ada had 8 traces, now 9\..*--resume-with-changed-store"):
         run(begun, model_dir, "run", train__max_steps=3)
-    reporter = SilentReporter()
+    reporter = TrainReporter()
     settings = config_of(begun, model_dir, run__name="run", **SMALL, train__max_steps=3)
     assert train(settings, changed_store=True, reporter=reporter).step == 3
     assert any("ada had 8 traces, now 9" in warning for warning in reporter.warnings)
@@ -149,10 +149,10 @@ def test_where_a_run_is_given_for_a_checkpoint_its_last_one_is_named(
     folder = begun / "runs" / "run" / given
     config = config_of(begun, folder, run__name="other", problems__eval=str(begun / "train.jsonl"))
     calls: dict[str, Callable[[], object]] = {
-        "MODEL": lambda: evaluate_model(config, SilentReporter(), out=tmp_path / "eval"),
+        "MODEL": lambda: evaluate_model(config, TrainReporter(), out=tmp_path / "eval"),
         "CHECKPOINT": lambda: merge(folder, tmp_path / "out"),
-        "student.model": lambda: train(config, reporter=SilentReporter()),
-        "no checkpoint at": lambda: train(config, resume=str(folder), reporter=SilentReporter()),
+        "student.model": lambda: train(config, reporter=TrainReporter()),
+        "no checkpoint at": lambda: train(config, resume=str(folder), reporter=TrainReporter()),
     }
     for said, call in calls.items():
         with pytest.raises(UserError, match=f"^{said} .*: it is a run") as error:
@@ -166,13 +166,13 @@ def test_a_checkpoint_that_is_not_there_is_answered_with_the_last_beside_it(
 ) -> None:
     last, config = begun / "runs" / "run" / "checkpoints" / "step-000002", config_of(begun, model_dir)
     with pytest.raises(RunError, match=f"step-000009: there is no such directory; .* is {last}$"):
-        train(config, resume=str(last.with_name("step-000009")), reporter=SilentReporter())
+        train(config, resume=str(last.with_name("step-000009")), reporter=TrainReporter())
 
 
 def test_a_checkpoint_past_the_last_step_says_what_to_raise(begun: Path, model_dir: Path) -> None:
     config = config_of(begun, model_dir, **SMALL, train__max_steps=1)
     with pytest.raises(RunError, match=r"past train.max_steps = 1: to go on, set train.max_steps above 2;"):
-        train(config, reporter=SilentReporter())
+        train(config, reporter=TrainReporter())
 
 
 def test_what_a_store_lets_be_asked_is_told_by_teacher(world: Path) -> None:

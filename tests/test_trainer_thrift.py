@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from trainer.config import GuidanceConfig, StudentConfig, TrainConfig
 from trainer.method.update import Updater
-from trainer.run.setup import SilentReporter
 from trainer.student.batches import TrainSequence, train_batch
 from trainer.student.optimizer import make_optimizer
 from trainer.student.policy import load_policy
+from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -97,7 +97,7 @@ def final_weights(world: Path, model: Path, name: str, stops: list[int], **chang
     """The last weights of a run that stopped and went on at `stops`."""
     for steps in stops:
         settings = config_of(world, model, run__name=name, train__max_steps=steps, **changes)
-        report = train(settings, reporter=SilentReporter())
+        report = train(settings, reporter=TrainReporter())
     (path,) = (report.run / "checkpoints" / f"step-{stops[-1]:06d}").glob("*model.safetensors")
     return load_file(path)
 

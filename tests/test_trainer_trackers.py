@@ -15,7 +15,7 @@ from run_examples import PROBLEMS, config_of, settings, write_problems, write_st
 
 from store.errors import EngineError
 from trainer.run.run_dir import Position
-from trainer.run.setup import SilentReporter
+from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.metrics import MEASURED
 from trainer.telemetry.trackers import Trackers
 from trainer.train import train
@@ -37,11 +37,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 DIES_AFTER_STEP_3 = """
 import os, signal, sys, time
 from precompute.config import load_config
-from trainer.run.setup import SilentReporter
+from trainer.telemetry.console import TrainReporter
 from trainer.config import Config
 from trainer.train import train
 
-class Killed(SilentReporter):
+class Killed(TrainReporter):
     def stepped(self, row, groups):
         if row["step"] == 3:
             time.sleep(1.5)  # trackio keeps what it was told with some delay
@@ -171,7 +171,7 @@ def test_a_program_that_is_not_installed_is_told_with_its_extra_before_anything_
     monkeypatch.setitem(sys.modules, "trackio", None)  # how Python itself marks what cannot be imported
     config = config_of(world, world / "no-model", run__name="never", run__report_to=("trackio",))
     with pytest.raises(EngineError, match=r'trackio.*pip install "ampo\[trackio\]"'):
-        train(config, resume="auto", reporter=SilentReporter())
+        train(config, resume="auto", reporter=TrainReporter())
     assert not (world / "runs" / "never").exists()
 
 

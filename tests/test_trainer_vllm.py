@@ -22,11 +22,11 @@ from precompute.engines import Request, Sampling
 from precompute.engines.vllm_engine import VllmEngine
 from store.errors import EngineError, TrainingError
 from trainer.method.groups import Group
-from trainer.run.setup import SilentReporter
 from trainer.sampling.samplers import VllmSampler, load_vllm
 from trainer.sampling.sync_check import SyncCheck
 from trainer.sampling.weight_sync import Handover
 from trainer.student.policy import Policy, load_policy
+from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 
 if find_spec("vllm") is None:
@@ -233,7 +233,7 @@ def test_weights_that_arrive_broken_are_noticed(
     sampler.sync(0)
 
 
-class Killer(SilentReporter):
+class Killer(TrainReporter):
     """Kills vLLM's process behind step 2, and keeps what was warned of."""
 
     def stepped(self, row: dict[str, Any], groups: list[Group]) -> None:
@@ -280,7 +280,7 @@ def test_a_run_trains_on_vllms_samples_and_a_killed_vllm_ends_it_in_one_line(
     assert vllm_processes() <= reporter.others
     rows = metrics_of(world / "runs" / "vllm")
     assert [row["step"] for row in rows] == [1, 2]
-    other = train(config_of(world, model, run__name="plain", **changes), reporter=SilentReporter())
+    other = train(config_of(world, model, run__name="plain", **changes), reporter=TrainReporter())
     for row, theirs in zip(rows, metrics_of(other.run), strict=False):
         assert row.keys() == theirs.keys()
         assert row["seconds/sync"] > 0
@@ -302,8 +302,8 @@ def test_a_run_with_an_adapter_goes_on_from_its_checkpoint(world: Path, model: P
         "run__name": f"lora-{bits}",
         "run__save_every": 1,
     }
-    train(config_of(world, model, train__max_steps=1, **changes), reporter=SilentReporter())
-    report = train(config_of(world, model, train__max_steps=3, **changes), reporter=SilentReporter())
+    train(config_of(world, model, train__max_steps=1, **changes), reporter=TrainReporter())
+    report = train(config_of(world, model, train__max_steps=3, **changes), reporter=TrainReporter())
     rows = metrics_of(report.run)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["sampling/logp_difference"] < 1e-4 for row in rows)

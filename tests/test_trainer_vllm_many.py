@@ -17,7 +17,7 @@ from processes import run_processes, start_processes
 from run_examples import config_of, make_world, metrics_of, rows_of, settings
 from test_trainer_distributed import command, rank_of
 
-from trainer.run.setup import SilentReporter
+from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 
 if find_spec("vllm") is None:
@@ -79,7 +79,7 @@ def test_two_processes_with_vllm_train_as_one_does(
     run = run_two(tmp_path / "plan.json", world, model, name, **changes)
     assert_trained_on_vllms_samples(run)
     values = {"train__max_steps": 2, "rollout__engine": "vllm", "run__name": f"{name}-one", **changes}
-    alone = train(config_of(world, model, **values), reporter=SilentReporter()).run
+    alone = train(config_of(world, model, **values), reporter=TrainReporter()).run
     ours, theirs = metrics_of(alone), metrics_of(run)
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
     assert {path.name for path in alone.iterdir()} == {path.name for path in run.iterdir()}

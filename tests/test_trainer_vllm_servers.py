@@ -18,9 +18,9 @@ from vllm_examples import change, forward_logprobs, prompts_of
 from precompute.engines import Request, Sampling
 from store.errors import EngineError
 from trainer.config import Config
-from trainer.run.setup import SilentReporter
 from trainer.sampling.samplers import Sampler, VllmSampler, make_sampler
 from trainer.student.policy import Policy, load_policy
+from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 
 if find_spec("vllm") is None or find_spec("openai") is None:
@@ -139,7 +139,7 @@ def test_weights_that_a_server_cannot_read_are_an_error_of_one_line(
 def test_a_run_trains_on_a_servers_samples(url: str, world: Path, model_dir: Path) -> None:
     torch.set_num_threads(1)
     report = train(
-        config_at(url, world, model_dir, run__name="servers", train__max_steps=2), reporter=SilentReporter()
+        config_at(url, world, model_dir, run__name="servers", train__max_steps=2), reporter=TrainReporter()
     )
     rows = [json.loads(line) for line in (report.run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]

@@ -22,8 +22,8 @@ from trainer.method.rollouts import Prompt, student_prompts
 from trainer.method.sft import Warmup, make_warmup
 from trainer.method.teacher_traces import TraceTokens
 from trainer.run.checkpoint import checkpoints
-from trainer.run.setup import SilentReporter
 from trainer.student.policy import Policy
+from trainer.telemetry.console import TrainReporter
 from trainer.train import TrainReport, train
 
 SFT = {
@@ -60,7 +60,7 @@ def warmup_of(world: Path, store: TraceStore, *, temperature: float = 1.0, **cha
 
 
 def run(world: Path, model: Path, **changes: Any) -> TrainReport:
-    return train(config_of(world, model, **changes), reporter=SilentReporter())
+    return train(config_of(world, model, **changes), reporter=TrainReporter())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

@@ -73,13 +73,13 @@ def train(
         return
     if gpu or processes > 1:
         raise UserError("--gpu and --processes plan a run: they go with --dry-run alone")
-    from trainer.parallel.world import joined
+    from trainer.parallel.world import torchrun_world
     from trainer.telemetry.console import reporter_of
     from trainer.train import train as run_training
 
     try:
         with (
-            joined(settings.student.device) as world,
+            torchrun_world(settings.student.device) as world,
             reporter_of(world, console, settings.run) as reporter,
             told_with_config(config),
         ):
@@ -89,7 +89,7 @@ def train(
     except KeyboardInterrupt:
         console.print("stopped at once; what was saved before is whole. Go on with the same command.")
         raise typer.Exit(130) from None
-    if not world.is_first:
+    if not world.is_main:
         raise typer.Exit(130 if outcome.interrupted_by else 0)
     if outcome.interrupted_by:
         saved = f"saved {outcome.checkpoint}" if outcome.checkpoint else "there was nothing to save yet"

@@ -28,14 +28,15 @@ from trainer.method.guidance import QueryRow
 from trainer.method.rollouts import Prompt, sample_groups, sampling_of
 from trainer.method.schedule import problems_of_step, refills_of_step
 from trainer.method.update import NotFiniteError, member_advantages
-from trainer.parallel.fsdp import whole_weights
+from trainer.parallel.fsdp import gathered_weights
 from trainer.parallel.signals import StopRequest, stop_on_signals
 from trainer.parallel.world import ALONE, World
 from trainer.run import checkpoint
 from trainer.run.checkpoint import TrainState
 from trainer.run.run_dir import Position, RunFiles, UnwrittenRun, run_config
-from trainer.run.setup import Parts, TrainReporter, assemble
+from trainer.run.setup import Parts, assemble
 from trainer.student.optimizer import learning_rate_at, set_learning_rate
+from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.metrics import step_metrics
 from trainer.timing import StepTimer
 
@@ -77,9 +78,9 @@ def train(
 
     Raises UserError for everything a user can mend, before the first step.
     """
-    kind = RunFiles if world.is_first else UnwrittenRun
+    kind = RunFiles if world.is_main else UnwrittenRun
     run = kind(Path(config.run.dir).absolute() / config.run.name)
-    start_from = world.from_first(lambda: find_whole_start(run, config, resume))
+    start_from = world.from_main(lambda: find_whole_start(run, config, resume))
     run.check_writable()
     with ExitStack() as stack:
         with _in_memory("putting the run together"):
@@ -87,15 +88,16 @@ def train(
         with _in_memory(f"taking up the optimizer of {start_from}"):
             done = _resume_state(parts, start_from, changed_store=changed_store)
         stack.enter_context(run.held())
-        world.from_first(lambda: check_unchanged(run, config, resume, start_from))
+        world.from_main(lambda: check_unchanged(run, config, resume, start_from))
         goes_on = start_from is not None and start_from.parent == run.checkpoints
         after = done if goes_on else Position()
         run.start(config, after=after, processes=world.size)
         told = config.model_dump(mode="json")
         parts.trackers.begin(run.root, told, after=after, rows=run.metrics())
         stack.enter_context(run.log_to_file())
-        stop = stack.enter_context(stop_on_signals(speaks=world.is_first))
-        reporter.started(run=run.root, after=done, max_steps=config.train.max_steps)
+        stop = stack.enter_context(stop_on_signals(prints=world.is_main))
+        begins = "from the start" if done == Position() else f"going on after {done}"
+        reporter.started(run=run.root, begins=begins, after_step=done.step, max_steps=config.train.max_steps)
         done, saved = warm_up(parts, done, start_from, stop)
         return run_steps(parts, done, saved, stop)
 
@@ -265,7 +267,7 @@ def _own_groups_of(
         )
     with timer("sync"):
         parts.sampler.sleep()
-    with whole_weights(parts.policy):
+    with gathered_weights(parts.policy):
         return parts.guide.guide(sampled, step=step, timer=timer)
 
 

@@ -16,7 +16,7 @@ from trainer.config import GuidanceConfig, TrainConfig
 from trainer.method.groups import Group
 from trainer.method.loss import LossInputs, MicroLoss, Partial, micro_loss
 from trainer.method.objective import StepCounts, count, group_advantages
-from trainer.parallel.fsdp import whole_tensor, whole_weights
+from trainer.parallel.fsdp import full_tensor, gathered_weights
 from trainer.parallel.world import ALONE, World
 from trainer.student.batches import TokenBatch, TrainSequence, deal, fill, place_values, train_batch
 from trainer.student.policy import Policy, Reference
@@ -161,7 +161,7 @@ class Updater:
     def _clip(self) -> Tensor:
         """Scales the gradient down to max_grad_norm; returns the norm that it had, over all processes."""
         parameters = [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad]
-        norm = whole_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         torch.nn.utils.clip_grads_with_norm_(parameters, self.train.max_grad_norm, norm)
         return norm
 
@@ -243,7 +243,7 @@ class Updater:
         """[R] for each sequence under the policy as it is now."""
         found: dict[int, Tensor] = {}
         lengths = [sequence.length for sequence in sequences]
-        with whole_weights(self.policy):
+        with gathered_weights(self.policy):
             for indices in fill(lengths, self.train.max_tokens_per_microbatch):
                 batch = train_batch(
                     [sequences[i] for i in indices], pad_id=self.policy.pad_id, device=self.policy.device

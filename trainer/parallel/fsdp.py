@@ -82,17 +82,17 @@ def shard(policy: Policy, world: World) -> None:
     _first_pass(policy)
 
 
-def place_at_first(world: World) -> torch.device | None:
+def initial_device(world: World) -> torch.device | None:
     """Where `load_policy` is to put a model that `shard` then deals out; None: on the student's device."""
     if world.size == 1:
         return None
-    return torch.device("cpu" if world.is_first else "meta")
+    return torch.device("cpu" if world.is_main else "meta")
 
 
 def _check_same_shapes(policy: Policy, world: World) -> None:
     named = [*policy.causal.named_parameters(), *policy.causal.named_buffers()]
     mine = [(name, tensor.shape, tensor.dtype) for name, tensor in named]
-    assert world.from_first(lambda: mine) == mine, "all processes load the same model"
+    assert world.from_main(lambda: mine) == mine, "all processes load the same model"
 
 
 def _bring_buffers(policy: Policy) -> None:
@@ -113,7 +113,7 @@ def _bring_weights(module: nn.Module, device: torch.device) -> None:
     came: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
         for name, weight in list(part.named_parameters(recurse=False)):
-            if is_dealt_out(weight):
+            if is_sharded(weight):
                 continue
             if weight not in came:
                 came[weight] = nn.Parameter(_brought(weight, device), weight.requires_grad)
@@ -130,7 +130,7 @@ def _brought(tensor: Tensor, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def _first_pass(policy: Policy) -> None:
-    """FSDP learns from its first pass which module is the root; `whole_weights` has to know it before."""
+    """FSDP learns from its first pass which module is the root; `gathered_weights` has to know it before."""
     ids = torch.full((1, 2), policy.pad_id, device=policy.device)
     asked = torch.tensor([[False, True]], device=policy.device)
     policy.logprobs(TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids), asked=asked))
@@ -138,45 +138,45 @@ def _first_pass(policy: Policy) -> None:
 
 
 @contextmanager
-def whole_weights(policy: Policy) -> Iterator[None]:
+def gathered_weights(policy: Policy) -> Iterator[None]:
     """Every process has all weights for the block, and computes without the others, at its own pace. A block
     in such a block changes nothing."""
-    if policy.is_whole or not policy.shards:
+    if policy.is_gathered or not policy.shards:
         yield
         return
     for module in policy.shards:
         module.unshard()
         module.set_reshard_after_forward(False, recurse=False)
-    policy.is_whole = True
+    policy.is_gathered = True
     yield
-    policy.is_whole = False
+    policy.is_gathered = False
     for module in policy.shards:
         module.set_reshard_after_forward(module is not policy.causal, recurse=False)
     # Apart again, and the passes forgotten: the next backward pass would gather in their order.
     policy.causal.reset_iter_state()
 
 
-def is_dealt_out(value: Any) -> bool:
+def is_sharded(value: Any) -> bool:
     """Whether this process has but a part of it."""
     return hasattr(value, "full_tensor")
 
 
-def whole_tensor(tensor: Any) -> Tensor:
+def full_tensor(tensor: Any) -> Tensor:
     """All of a tensor of which each process has a part; all processes take part."""
-    whole: Tensor = tensor.full_tensor() if is_dealt_out(tensor) else tensor
+    whole: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return whole
 
 
-def whole_state(state: Mapping[str, Any], world: World) -> dict[str, Any]:
+def gathered_state(state: Mapping[str, Any], world: World) -> dict[str, Any]:
     """A `state_dict` as one process would have it, on the CPU of the first process; the others take part."""
 
     def whole(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: whole(below) for key, below in value.items()}
-        if not is_dealt_out(value):
+        if not is_sharded(value):
             return value
-        full = whole_tensor(value)
-        return full.cpu() if world.is_first else None
+        full = full_tensor(value)
+        return full.cpu() if world.is_main else None
 
     found: dict[str, Any] = whole(state)
     return found
@@ -194,9 +194,9 @@ def own_rows(weight: Any) -> slice:
     return slice(min(begin, rows), min(begin + each, rows))
 
 
-def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
+def shards_optimizer(optimizer: torch.optim.Optimizer) -> bool:
     """Whether each process has but a part of what the optimizer trains."""
-    return is_dealt_out(optimizer.param_groups[0]["params"][0])
+    return is_sharded(optimizer.param_groups[0]["params"][0])
 
 
 def shard_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

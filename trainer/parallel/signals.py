@@ -16,9 +16,9 @@ from trainer.parallel.world import World
 class StopRequest:
     """Set by the first signal; the second one interrupts at once."""
 
-    def __init__(self, *, speaks: bool = True) -> None:
+    def __init__(self, *, prints: bool = True) -> None:
         self.signal: str | None = None
-        self._speaks = speaks
+        self._prints = prints
 
     def agreed(self, world: World) -> str | None:
         """The signal that any process has got; every process must ask, and all hear the same."""
@@ -28,15 +28,15 @@ class StopRequest:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
-        if self._speaks:
+        if self._prints:
             # A step may take minutes. os.write, for a handler may run in the middle of another print.
             os.write(2, b"\nfinishing this step, then saving; press again to stop at once\n")
 
 
 @contextmanager
-def stop_on_signals(*, speaks: bool = True) -> Iterator[StopRequest]:
+def stop_on_signals(*, prints: bool = True) -> Iterator[StopRequest]:
     """Routes SIGINT and SIGTERM to a StopRequest for the block; off the main thread it never fires."""
-    request = StopRequest(speaks=speaks)
+    request = StopRequest(prints=prints)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

@@ -49,12 +49,12 @@ class World:
     """Folders that go when the processes leave, by whichever of them is left to remove them."""
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         """The process that writes files and speaks to people."""
         return self.rank == 0
 
     @property
-    def is_first_of_machine(self) -> bool:
+    def is_local_main(self) -> bool:
         """The process that does what one has to do on every machine."""
         return self.local_rank == 0
 
@@ -76,19 +76,19 @@ class World:
         total = sum(len(share) for share in shares)
         return [shares[place % self.size][place // self.size] for place in range(total)]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Returns when every process is here."""
         self.gather(None)
 
-    def of_machine(self, mine: T) -> T:
+    def from_local_main(self, mine: T) -> T:
         """The value of the first process on this one's machine."""
         return self.gather(mine)[self.rank - self.local_rank]
 
-    def from_first(self, make: Callable[[], T]) -> T:
+    def from_main(self, make: Callable[[], T]) -> T:
         """What the first process makes, in every process; the others do not call `make`."""
         if self.size == 1:
             return make()
-        found: list[Any] = [make() if self.is_first else None]
+        found: list[Any] = [make() if self.is_main else None]
         dist.broadcast_object_list(found, src=0)
         value: T = found[0]
         return value
@@ -98,7 +98,7 @@ ALONE = World()
 
 
 @contextmanager
-def joined(device: str) -> Iterator[World]:
+def torchrun_world(device: str) -> Iterator[World]:
     """The world that `torchrun` made for the block; ALONE where it did not start this process.
 
     Where a process fails, all end: one says why, the others leave with exit code 1 and without a word.
@@ -146,7 +146,7 @@ def _failing_together(world: World) -> Iterator[None]:
     except BaseException:
         # torchrun sends it as soon as another leaves: this one is leaving, and may have to say why.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if not world.is_first:
+        if not world.is_main:
             time.sleep(FIRST_SPEAKS)  # and most often never returns from it
         if board.compare_set(failed, "", str(world.rank)) != str(world.rank).encode():
             raise SystemExit(1) from None

@@ -39,7 +39,6 @@ from trainer.planning.known_shapes import known_config
 from trainer.run.checkpoint import check_config, read_state
 from trainer.run.run_dir import Position, RunFiles
 from trainer.run.setup import (
-    SilentReporter,
     asks_store,
     check_plan,
     covered,
@@ -51,6 +50,7 @@ from trainer.run.setup import (
 from trainer.sampling.samplers import check_sampler
 from trainer.student.model_check import check_model
 from trainer.student.policy import compute_dtype, load_tokenizer, pick_device
+from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.trackers import Trackers
 from trainer.train import find_start
 
@@ -82,7 +82,7 @@ def dry_run_of(config: Config, *, gpu: str = "", processes: int = 1) -> DryRun:
     start_from = find_start(run, config, "auto")
     if start_from is not None:
         check_config(read_state(start_from), config, start_from)
-    reporter = SilentReporter()
+    reporter = TrainReporter()
     with ExitStack() as stack:
         stack.enter_context(Trackers(config.run.report_to))
         there = _look(config, reporter, stack)
@@ -133,7 +133,7 @@ class _There:
         return lines
 
 
-def _look(config: Config, reporter: SilentReporter, stack: ExitStack) -> _There:
+def _look(config: Config, reporter: TrainReporter, stack: ExitStack) -> _There:
     there, student = _There(), config.student
     verifier = stack.enter_context(Verifier.configured(config.verify))
     there.problems = there.tried(lambda: usable_problems(config, "train", verifier, reporter))
@@ -155,7 +155,7 @@ def _tokenizer(config: Config) -> Any:
     return load_tokenizer(config.student)
 
 
-def _check_prompts(config: Config, there: _There, reporter: SilentReporter) -> list[Text]:
+def _check_prompts(config: Config, there: _There, reporter: TrainReporter) -> list[Text]:
     """Checks what belongs together, where it is there; the first prompt as the student sees it."""
     if there.problems is None or there.tokenizer is None:
         return []

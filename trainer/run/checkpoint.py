@@ -28,7 +28,7 @@ from store.errors import RunError
 from store.format.files import sync
 from store.reader import Usable
 from trainer.config import Config
-from trainer.parallel.fsdp import is_sharded, shard_state, whole_state
+from trainer.parallel.fsdp import gathered_state, shard_state, shards_optimizer
 from trainer.parallel.world import ALONE, World
 from trainer.run.run_dir import Position
 from trainer.student.policy import Policy
@@ -89,9 +89,9 @@ def save(
     """
     target = folder / state.done.name
     aside = folder / f".tmp-{target.name}"
-    weights = whole_state(saved_weights(policy), world) if policy.shards else None
-    optimizer_state = whole_state(optimizer.state_dict(), world)
-    if not world.is_first:
+    weights = gathered_state(saved_weights(policy), world) if policy.shards else None
+    optimizer_state = gathered_state(optimizer.state_dict(), world)
+    if not world.is_main:
         return target
     try:
         clear_leftovers(folder)
@@ -257,7 +257,7 @@ def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, device
     """Loads the optimizer's state and torch's generators; where weights are dealt out, a process takes its
     own part of the state from the file."""
     # On the host: each optimizer takes its state to where it belongs.
-    file, sharded = checkpoint / "optimizer.pt", is_sharded(optimizer)
+    file, sharded = checkpoint / "optimizer.pt", shards_optimizer(optimizer)
     saved = torch.load(file, map_location="cpu", weights_only=True, mmap=sharded)
     optimizer.load_state_dict(shard_state(saved["optimizer"], optimizer) if sharded else saved["optimizer"])
     generators = saved["generators"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -18,8 +18,6 @@ from store.reader import TraceStore, Usable
 from store.records import Problem, content_hash
 from store.reports.report import problem_rows
 from trainer.config import Config
-from trainer.evaluation import Evaluation
-from trainer.method.groups import Group
 from trainer.method.guidance import Guide
 from trainer.method.rewards import Judge
 from trainer.method.rollouts import Prompt, demanded_form, student_prompts
@@ -27,61 +25,16 @@ from trainer.method.schedule import problems_of_step
 from trainer.method.sft import Warmup, make_warmup
 from trainer.method.teacher_traces import TraceTokens, check_tokenizers
 from trainer.method.update import Updater
-from trainer.parallel.fsdp import check_shardable, place_at_first, shard
+from trainer.parallel.fsdp import check_shardable, initial_device, shard
 from trainer.parallel.world import ALONE, World
-from trainer.run.run_dir import Position, RunFiles
+from trainer.run.run_dir import RunFiles
 from trainer.sampling.samplers import Sampler, check_sampler, make_sampler
 from trainer.student.model_check import check_model
 from trainer.student.optimizer import make_optimizer
 from trainer.student.policy import TEMPLATE_KEY, Policy, Reference, WithoutAdapters, load_policy
+from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.performance import CostMeter
 from trainer.telemetry.trackers import Trackers
-
-
-class TrainReporter(Protocol):
-    """What a person sees while training."""
-
-    def started(self, *, run: Path, after: Position, max_steps: int) -> None: ...
-
-    def warmed_up(self, row: dict[str, Any], steps: int) -> None: ...
-
-    def stepped(self, row: dict[str, Any], groups: list[Group]) -> None: ...
-
-    def evaluated(self, step: int, evaluation: Evaluation) -> None: ...
-
-    def sampling(self, label: str, done: int, total: int) -> None: ...
-
-    def saved(self, path: Path) -> None: ...
-
-    def warned(self, text: str) -> None: ...
-
-
-class SilentReporter:
-    """Keeps warnings and shows nothing."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def started(self, *, run: Path, after: Position, max_steps: int) -> None:
-        pass
-
-    def warmed_up(self, row: dict[str, Any], steps: int) -> None:
-        pass
-
-    def stepped(self, row: dict[str, Any], groups: list[Group]) -> None:
-        pass
-
-    def evaluated(self, step: int, evaluation: Evaluation) -> None:
-        pass
-
-    def sampling(self, label: str, done: int, total: int) -> None:
-        pass
-
-    def saved(self, path: Path) -> None:
-        pass
-
-    def warned(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +72,7 @@ def assemble(
     """Loads and checks everything; what must be closed is closed by `stack`."""
     check_sampler(config)
     check_shardable(config, world)
-    trackers = stack.enter_context(Trackers(config.run.report_to if world.is_first else ()))
+    trackers = stack.enter_context(Trackers(config.run.report_to if world.is_main else ()))
     verifier = stack.enter_context(Verifier.configured(config.verify))
     problems = usable_problems(config, "train", verifier, reporter)
     held_out = usable_problems(config, "eval", verifier, reporter) if config.eval.every else []
@@ -173,7 +126,7 @@ def load_student(config: Config, world: World, weights: Path | None = None) -> P
         config.student,
         temperature=config.rollout.temperature,
         weights=weights,
-        place=place_at_first(world),
+        place=initial_device(world),
     )
 
 

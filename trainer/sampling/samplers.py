@@ -21,7 +21,7 @@ from precompute.engines.transformers_engine import TransformersEngine
 from precompute.engines.vllm_engine import VllmEngine, VllmProcess, llm_options
 from store.errors import ConfigError, EngineError
 from trainer.config import Config, StudentConfig
-from trainer.parallel.fsdp import whole_weights
+from trainer.parallel.fsdp import gathered_weights
 from trainer.parallel.world import ALONE, World
 from trainer.sampling.sync_check import SyncCheck
 from trainer.sampling.weight_sync import Handover, place_for
@@ -68,7 +68,7 @@ class SharedSampler(TransformersEngine):
 
     def drawing(self) -> AbstractContextManager[None]:
         """Whole weights, where they are dealt out over processes."""
-        return whole_weights(self._policy)
+        return gathered_weights(self._policy)
 
     def sync(self, step: int) -> None:
         """Nothing is to be brought."""
@@ -142,7 +142,7 @@ class VllmSampler:
         self._wake("kv_cache")
         self._asleep = False
         self._check.compare(ours, self._named(self._engine.logprobs(self._check.rows)))
-        self._world.wait()
+        self._world.barrier()
         self._forget(folder)
 
     def sleep(self) -> None:
@@ -209,7 +209,7 @@ def make_sampler(
     stack.callback(handover.close)
     max_length = max(len(ids) for ids in prompts) + rollout.max_completion_length
     engine: WeightedEngine = (
-        _servers(config, policy, max_length=max_length, tells=world.is_first)
+        _servers(config, policy, max_length=max_length, tells=world.is_main)
         if at_servers
         else load_vllm(config, policy, handover, max_length=max_length)
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from store.errors import EngineError
-from trainer.parallel.fsdp import whole_weights
+from trainer.parallel.fsdp import gathered_weights
 from trainer.student.batches import pad
 from trainer.student.policy import Policy
 
@@ -73,5 +73,5 @@ class SyncCheck:
         policy = self._policy
         asked = [len(row) - 1 for row in self.rows]
         batch = pad(self.rows, asked, pad_id=policy.pad_id, device=policy.device)
-        with whole_weights(policy), policy.at_temperature(1.0):
+        with gathered_weights(policy), policy.at_temperature(1.0):
             return policy.logprobs(batch)[batch.asked].cpu()

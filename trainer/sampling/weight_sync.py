@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from store.errors import EngineError
 from store.format.files import FileLock
 from trainer.config import StudentConfig
-from trainer.parallel.fsdp import whole_tensor
+from trainer.parallel.fsdp import full_tensor
 from trainer.parallel.world import ALONE, World
 from trainer.student.policy import Policy
 
@@ -53,9 +53,9 @@ class Handover:
         self._policy = policy
         self._student = student
         self._world = world
-        self._writes = world.is_first if one_for_all else world.is_first_of_machine
+        self._writes = world.is_main if one_for_all else world.is_local_main
         mine = place / f"{FOLDER}{secrets.token_hex(4)}"
-        self.folder = world.gather(mine)[0] if one_for_all else world.of_machine(mine)
+        self.folder = world.gather(mine)[0] if one_for_all else world.from_local_main(mine)
         self._lock: FileLock | None = None
         if world.size > 1:
             world.scratch.append(self.folder)
@@ -76,7 +76,7 @@ class Handover:
         """The LoRA adapter alone."""
         model = self._policy.model
         adapter = {
-            name: whole_tensor(tensor) for name, tensor in model.state_dict().items() if ".lora_" in name
+            name: full_tensor(tensor) for name, tensor in model.state_dict().items() if ".lora_" in name
         }
         return self._write(
             number,
@@ -112,7 +112,7 @@ class Handover:
                 save(path)
             except (OSError, RuntimeError, SafetensorError) as error:
                 raise self._refused(error) from error
-        self._world.wait()
+        self._world.barrier()
         return path
 
     def _refused(self, error: Exception) -> EngineError:
@@ -164,7 +164,7 @@ def narrowed(policy: Policy, *, kept: bool = True) -> dict[str, Tensor]:
     for name, tensor in policy.causal.state_dict().items():
         own = id(weights[name]) if name in weights else name
         if own not in seen:
-            whole = whole_tensor(tensor)
+            whole = full_tensor(tensor)
             dtype = policy.dtype if whole.is_floating_point() else whole.dtype
             seen[own] = whole.to("cpu" if kept else "meta", dtype)
         found[name] = seen[own]

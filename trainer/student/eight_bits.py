@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.parallel.fsdp import own_rows, rows_each, whole_tensor
+from trainer.parallel.fsdp import full_tensor, own_rows, rows_each
 
 BLOCK = 256
 """Values that share a scale."""
@@ -36,7 +36,7 @@ def is_cut_well(weight: Any) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scales:
-    """A process's part of a weight's scales, which come together as `whole_state` wants it."""
+    """A process's part of a weight's scales, which come together as `gathered_state` wants it."""
 
     own: Tensor
     each: int
@@ -90,15 +90,15 @@ class EightBitShares(torch.optim.Optimizer):
         own, well = weight.to_local(), is_cut_well(weight)
         if well and not own.numel():
             return
-        piece.data = own if well else whole_tensor(weight)
-        piece.grad = weight.grad.to_local() if well else whole_tensor(weight.grad)
+        piece.data = own if well else full_tensor(weight)
+        piece.grad = weight.grad.to_local() if well else full_tensor(weight.grad)
         self.inner.step()
         if not well:
             own.copy_(piece[own_rows(weight)])
         piece.data, piece.grad = piece.new_empty(0), None
 
     def state_dict(self) -> dict[str, Any]:
-        """One process's, but for parts of tensors that have still to come together (`whole_state`)."""
+        """One process's, but for parts of tensors that have still to come together (`gathered_state`)."""
         own: dict[str, Any] = self.inner.state_dict()
         # In one order, whichever of them a process has: parts come together in turn.
         states = {place: self._parts(place, own["state"].get(place)) for place in sorted(self._begun)}

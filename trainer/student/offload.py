@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from trainer.parallel.fsdp import is_dealt_out, own_rows
+from trainer.parallel.fsdp import is_sharded, own_rows
 
 VALUES_AT_ONCE = 2**26
 """Weights whose state is on the device at once: two moments of 256 MiB."""
@@ -60,7 +60,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, saved in state_dict["state"].items():
             parameter = parameters[index]
-            rows = own_rows(parameter) if is_dealt_out(parameter) else slice(None)
+            rows = own_rows(parameter) if is_sharded(parameter) else slice(None)
             moments = {
                 name: self._on_host(saved[name][rows].to("cpu", copy=True), parameter) for name in MOMENTS
             }
@@ -70,7 +70,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         """This process's values in memory that the device can copy from and to by itself; where the parameter
         is dealt out, as a part of a whole that comes together on the host."""
         own = own.pin_memory() if torch.cuda.is_available() else own
-        if not is_dealt_out(parameter):
+        if not is_sharded(parameter):
             return own
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor import DTensor
@@ -112,5 +112,5 @@ def _adamw_piece(
 
 def _own(tensor: Any) -> Tensor:
     """This process's part, which is all of it where nothing is dealt out."""
-    own: Tensor = tensor.to_local() if is_dealt_out(tensor) else tensor
+    own: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return own

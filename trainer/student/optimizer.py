@@ -10,7 +10,7 @@ import torch
 
 from store.errors import EngineError
 from trainer.config import TrainConfig
-from trainer.parallel.fsdp import is_dealt_out
+from trainer.parallel.fsdp import is_sharded
 from trainer.student.eight_bits import EightBitShares
 from trainer.student.offload import OffloadedAdamW
 
@@ -31,7 +31,7 @@ def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
         _kind(config), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), **options
     )
     groups = [group for group in groups if group["params"]]
-    if config.optim != "adamw" and is_dealt_out(trained[0]):
+    if config.optim != "adamw" and is_sharded(trained[0]):
         return EightBitShares(groups, make)
     optimizer: torch.optim.Optimizer = make(groups)
     return optimizer

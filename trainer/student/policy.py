@@ -88,7 +88,7 @@ class Policy:
         """What OfLogits makes of the asked tokens' logits, each [N]."""
         self.shards: list[Any] = []
         """FSDP's modules, where the weights are dealt out over processes (sharding.py)."""
-        self.is_whole = False
+        self.is_gathered = False
         """Whether all of them are here nevertheless, for a while."""
 
     def compile(self) -> None:

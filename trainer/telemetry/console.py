@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +20,8 @@ from trainer.evaluation import Evaluation
 from trainer.method.groups import Group, Sample
 from trainer.parallel.world import World
 from trainer.reports.tables import estimate_text
-from trainer.run.run_dir import Position, logger
-from trainer.run.setup import SilentReporter, TrainReporter
+
+logger = logging.getLogger("ampo")
 
 LARGE_CUT_SHARE = 0.25
 """A warning is due when a larger share of the samples is cut."""
@@ -32,10 +33,40 @@ LONGEST_CELL = 220
 """Characters of a response that a table shows; the run's rollouts hold all of it."""
 
 
-class ConsoleReporter:
+class TrainReporter:
+    """Base of all reporters: prints nothing and keeps the warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def started(self, *, run: Path, begins: str, after_step: int, max_steps: int) -> None:
+        """Called once, before the first step. `begins`: from where the run goes on, in words."""
+
+    def warmed_up(self, row: dict[str, Any], steps: int) -> None:
+        """Called after each supervised step with its metrics."""
+
+    def stepped(self, row: dict[str, Any], groups: list[Group]) -> None:
+        """Called after each sampling step with its metrics and its groups."""
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """Called after each evaluation."""
+
+    def sampling(self, label: str, done: int, total: int) -> None:
+        """Called after each sample."""
+
+    def saved(self, path: Path) -> None:
+        """Called after each checkpoint."""
+
+    def warned(self, text: str) -> None:
+        """Called with everything that a person should know."""
+        self.warnings.append(text)
+
+
+class ConsoleReporter(TrainReporter):
     """Prints to a rich console; a progress bar where there is a terminal, plain lines elsewhere."""
 
     def __init__(self, console: Console, config: RunConfig) -> None:
+        super().__init__()
         self.console = console
         self.config = config
         self.max_steps = 0
@@ -53,11 +84,10 @@ class ConsoleReporter:
     ) -> None:
         self._progress.stop()
 
-    def started(self, *, run: Path, after: Position, max_steps: int) -> None:
-        """Says where the run is and from which step it goes on."""
+    def started(self, *, run: Path, begins: str, after_step: int, max_steps: int) -> None:
+        """Prints the run's directory and the step from which it goes on."""
         self.max_steps = max_steps
-        self._task = self._progress.add_task("training", total=max_steps, completed=after.step, note="")
-        begins = "from the start" if after == Position() else f"going on after {after}"
+        self._task = self._progress.add_task("training", total=max_steps, completed=after_step, note="")
         self._say(f"run {run}: {begins}, to step {max_steps}")
 
     def warmed_up(self, row: dict[str, Any], steps: int) -> None:
@@ -137,7 +167,7 @@ class ConsoleReporter:
 
 def reporter_of(world: World, console: Console, config: RunConfig) -> AbstractContextManager[TrainReporter]:
     """The first process speaks; what the others would say, it says too."""
-    return ConsoleReporter(console, config) if world.is_first else nullcontext(SilentReporter())
+    return ConsoleReporter(console, config) if world.is_main else nullcontext(TrainReporter())
 
 
 def step_line(row: dict[str, Any], max_steps: int) -> str:
