@@ -68,16 +68,12 @@ def test_an_error_names_key_value_and_what_would_be_right(override: str, said: s
             "[train] mini_batch_problems = 3 must divide problems_per_step = 128",
         ),
         ("eval.k=[16]", "[eval] k = 16 needs samples >= 16, not 8"),
-        (
-            "train.optim=adamw_8bit",
-            '[train] offload_optimizer = true needs optim = "adamw", not "adamw_8bit"',
-        ),
         ("rollout.temperature=0.5", 'guidance.ratio = "teacher" compares with stored log-probs'),
     ],
 )
 def test_keys_that_contradict_are_named_without_the_rest_of_their_section(override: str, said: str) -> None:
     with pytest.raises(ConfigError) as error:
-        load("train.offload_optimizer=true", "train.seed=77", "guidance.ratio=teacher", override)
+        load("train.seed=77", "guidance.ratio=teacher", override)
     assert str(error.value).startswith(said)
     assert "77" not in str(error.value)
 

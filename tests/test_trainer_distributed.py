@@ -34,8 +34,6 @@ LORA = {
     "warmup__traces_per_step": 3,
 }
 
-EIGHT_BITS = {"train__optim": "adamw_8bit"}
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -70,20 +68,17 @@ def alone(world: Path, model: Path, name: str, **more: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(world: Path, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs by one process: `one`, `one-lora`, `one-8bit`. By two: the same, and `two-two`, `two-lora-two`,
-    `one-two`, the second halves of what two and one began; `two-two` keeps its optimizer's state on the host.
-    By one: `two-one`, `two-8bit-one`."""
+    """Runs by one process: `one`, `one-lora`. By two: the same, and `two-two`, `two-lora-two`, `one-two`, the
+    second halves of what two and one began. By one: `two-one`."""
     folder = world / "runs"
     alone(world, model_dir, "one")
     alone(world, model_dir, "one-lora", **LORA)
-    alone(world, model_dir, "one-8bit", **EIGHT_BITS)
     described = [
         {"settings": settings(world, model_dir, **changes(world, name, **more)), "copy": copy}
         for name, more, copy in [
             ("two", {}, None),
             ("two-lora", LORA, None),
-            ("two-8bit", EIGHT_BITS, None),
-            ("two-two", {"train__offload_optimizer": True}, [str(folder / "two"), str(folder / "two-two")]),
+            ("two-two", {}, [str(folder / "two"), str(folder / "two-two")]),
             ("two-lora-two", LORA, [str(folder / "two-lora"), str(folder / "two-lora-two")]),
             ("one-two", {}, [str(folder / "one"), str(folder / "one-two")]),
         ]
@@ -94,8 +89,6 @@ def runs(world: Path, model_dir: Path, tmp_path_factory: pytest.TempPathFactory)
     assert done.returncode == 0, done.stderr
     cut_back(folder / "two", folder / "two-one")
     alone(world, model_dir, "two-one")
-    cut_back(folder / "two-8bit", folder / "two-8bit-one")
-    alone(world, model_dir, "two-8bit-one", **EIGHT_BITS)
     return folder
 
 
@@ -120,10 +113,8 @@ def assert_close(one: Any, two: Any) -> None:
     [
         ("one", "two"),
         ("one-lora", "two-lora"),
-        ("one-8bit", "two-8bit"),
         ("one", "one-two"),
         ("one", "two-one"),
-        ("one-8bit", "two-8bit-one"),
     ],
 )
 def test_a_run_by_two_processes_is_the_run_of_one(ours: str, theirs: str, runs: Path) -> None:
@@ -146,7 +137,7 @@ def test_going_on_by_as_many_processes_is_never_having_stopped(name: str, file: 
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("kind", ["", "-lora", "-8bit"])
+@pytest.mark.parametrize("kind", ["", "-lora"])
 def test_a_checkpoint_is_what_one_process_would_have_written(kind: str, runs: Path) -> None:
     one, two = (runs / f"{name}{kind}" / "checkpoints" / "step-000004" for name in ("one", "two"))
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}

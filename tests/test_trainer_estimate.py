@@ -129,7 +129,6 @@ def test_several_processes_share_a_reference_but_for_what_stays_gathered(large: 
         # 500 M weights: 8 bytes each for AdamW, 2 in 8 bits, none that has to stay where pages can go.
         ({"train__optim": "adamw_8bit"}, 3_000_000_000),
         ({"train__optim": "paged_adamw_8bit"}, 4_000_000_000),
-        ({"train__offload_optimizer": True}, 4_000_000_000),
     ],
 )
 def test_smaller_or_absent_optimizer_state_lowers_the_peak(
@@ -175,12 +174,6 @@ def test_decoding_is_bound_by_bandwidth(large: ModelShape) -> None:
     # Half the rows at once read the weights twice as often.
     halves = estimated(large, bandwidth=1e10, rollout__batch_size=3)
     assert halves.sampling_seconds == pytest.approx(2 * 90 * 1_004_055_040 / 1e10)
-
-
-def test_offloaded_state_crosses_the_bus_twice_an_optimizer_step(large: ModelShape) -> None:
-    # 2 steps * 500 M weights * 16 bytes over 25 GB/s = 0.64 s.
-    slower = estimated(large, train__offload_optimizer=True).update_seconds - estimated(large).update_seconds
-    assert slower == pytest.approx(0.64)
 
 
 def test_processes_divide_what_is_dealt_out(large: ModelShape) -> None:

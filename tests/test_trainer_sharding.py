@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_gemma, tiny_model, tiny_tokenizer
-from process_optimizers import KINDS
 from process_steps import STUDENTS, brought, cases, read, take, unusable
 from processes import ROOT, run_processes
 
@@ -112,24 +111,6 @@ def test_no_process_but_the_first_ever_holds_a_whole_student_to_begin_with(
     assert second["peak"] < 0.95 * size
 
 
-@pytest.fixture(scope="module")
-def optimizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What differs between an optimizer of two processes and of one, by kind."""
-    pytest.importorskip("bitsandbytes")
-    out = tmp_path_factory.mktemp("optimizers") / "found.json"
-    done = run_processes(2, "tests/process_optimizers.py", str(out))
-    assert done.returncode == 0, done.stderr
-    found: dict[str, list[str]] = json.loads(out.read_text())
-    return found
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_optimizer_over_shares_is_that_of_one_process_to_the_bit_and_so_is_its_saved_state(
-    kind: str, optimizers: dict[str, list[str]]
-) -> None:
-    assert optimizers[kind] == []
-
-
 @pytest.mark.parametrize("name", STUDENTS)
 def test_a_sampler_gets_from_two_processes_what_it_gets_from_one(
     name: str, by_two: dict[str, Any], model_dir: Path, tmp_path: Path
@@ -147,6 +128,7 @@ def test_a_sampler_gets_from_two_processes_what_it_gets_from_one(
     [
         (["student.use_peft=true", "student.load_in_4bit=true"], "student.load_in_4bit"),
         (["train.compile=true"], "train.compile"),
+        (["train.optim=paged_adamw_8bit"], r'train.optim = "paged_adamw_8bit" .* set it to "adamw"'),
     ],
 )
 def test_what_cannot_be_dealt_out_is_refused_by_name(changes: list[str], key: str) -> None:

@@ -204,9 +204,8 @@ class TrainConfig(Section):
     beta: NotNegative = 0.0
     """Weight of the KL to the student as it was before training; 0 keeps no reference model."""
     optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """The 8-bit ones are bitsandbytes'; the paged one's state goes to the host when the GPU is full."""
-    offload_optimizer: bool = False
-    """Keeps adamw's state in host memory, 8 bytes a weight; a step moves twice as many over the bus."""
+    """adamw_8bit and paged_adamw_8bit are bitsandbytes', for one process. The paged one moves its state to
+    host memory when the GPU is full."""
     compile: bool = False
     """torch.compile for the passes of scores and update; the result is the same up to float noise. It needs a
     C++ compiler and minutes for the first passes; on the CPU it was no faster (docs/departures.md)."""
@@ -225,15 +224,6 @@ class TrainConfig(Section):
         if 0 < bound <= 1:
             raise ValueError("give a ratio above 1, e.g. 3.0, or 0 to switch dual clipping off")
         return bound
-
-    @model_validator(mode="after")
-    def _what_is_offloaded_is_adamw(self) -> Self:
-        if self.offload_optimizer and self.optim != "adamw":
-            raise ValueError(
-                f'offload_optimizer = true needs optim = "adamw", not "{self.optim}"; leave it out: the '
-                "state of paged_adamw_8bit goes to the host by itself"
-            )
-        return self
 
     @model_validator(mode="after")
     def _mini_batches_fill_a_step(self) -> Self:

@@ -30,6 +30,11 @@ def check_shardable(config: Config, world: World) -> None:
     """ConfigError for what cannot be dealt out over processes."""
     if world.size == 1:
         return
+    if config.train.optim != "adamw":
+        raise ConfigError(
+            f'train.optim = "{config.train.optim}" works in one process, not in {world.size}: bitsandbytes '
+            'takes whole weights; set it to "adamw", whose state is divided over the processes'
+        )
     refused = {
         "student.load_in_4bit": (
             config.student.load_in_4bit,
@@ -182,18 +187,6 @@ def gathered_state(state: Mapping[str, Any], world: World) -> dict[str, Any]:
     return found
 
 
-def rows_each(weight: Any) -> int:
-    """Rows of a weight that a process has, of those that have the most: FSDP cuts as torch.chunk does."""
-    return -(-int(weight.shape[0]) // int(weight.device_mesh.size()))
-
-
-def own_rows(weight: Any) -> slice:
-    """Which rows of a weight this process has."""
-    each, rows = rows_each(weight), int(weight.shape[0])
-    begin = each * weight.device_mesh.get_local_rank()
-    return slice(min(begin, rows), min(begin + each, rows))
-
-
 def shards_optimizer(optimizer: torch.optim.Optimizer) -> bool:
     """Whether each process has but a part of what the optimizer trains."""
     return is_sharded(optimizer.param_groups[0]["params"][0])
@@ -201,8 +194,6 @@ def shards_optimizer(optimizer: torch.optim.Optimizer) -> bool:
 
 def shard_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimizer's state as one process has it, dealt out as the optimizer's weights are."""
-    if getattr(optimizer, "deals_out", False):
-        return dict(state)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     return {
         **state,

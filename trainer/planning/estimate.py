@@ -28,8 +28,6 @@ CHUNKS_ALIVE = 7
 """Tensors of the size of a chunk of logits that exist at once in its backward pass."""
 NF4_BYTES = 4.127 / 8
 """Of a weight: 4 bits, and 0.127 for its share of the scales (QLoRA, section 3)."""
-BUS = 25e9
-"""Bytes a second between host and device, PCIe 4 x16."""
 
 STAYS = ("weights", "optimizer", "reference")
 UPDATE = ("gradients", "activations", "logits", "narrow weights in the graph", "gathered layers")
@@ -162,14 +160,13 @@ def _standing_memory(config: Config, shape: ModelShape, bytes_per_value: int, n:
     student, train = config.student, config.train
     trained = _trained(student, shape)
     frozen = _frozen_bytes(student, shape, bytes_per_value) if student.use_peft else 0
-    state = 0 if train.offload_optimizer else OPTIMIZER_BYTES[train.optim]
     reference = 0
     if train.beta > 0 and not student.use_peft:
         # Dealt out but for embedding and head, which stay gathered: no backward pass lets go of them.
         reference = 4 * shape.linear // n + 4 * (shape.parameters - shape.linear)
     return {
         "weights": (frozen + 4 * trained) // n,
-        "optimizer": state * trained // n,
+        "optimizer": OPTIMIZER_BYTES[train.optim] * trained // n,
         "reference": reference,
     }
 
@@ -280,10 +277,9 @@ def _training_seconds(
 ) -> float:
     """Forward 2, gradients of activations 2 and of weights 2 operations a weight and token; a forward pass
     more where activations are computed again, and for old log-probabilities."""
-    train, student = config.train, config.student
+    student = config.student
     passes = 4 if student.use_peft else 6
     passes += 2 if student.gradient_checkpointing else 0
     tokens = sequences * _longest(config) / n
     work = tokens * shape.parameters * (passes + 2 * (optimizer_steps - 1) / optimizer_steps)
-    moved = 16 * _trained(student, shape) * optimizer_steps if train.offload_optimizer else 0
-    return work / device.flops + moved / BUS
+    return work / device.flops

@@ -92,13 +92,13 @@ def _rungs(config: Config, alone: bool) -> Iterator[Changes]:
     yield from _halved("train.max_tokens_per_microbatch", train.max_tokens_per_microbatch, longest)
     yield {"student.gradient_checkpointing": True}
     yield from _halved("rollout.batch_size", rollout.batch_size, SMALLEST_BATCH)
+    if not alone:
+        return
     if train.optim == "adamw":
         yield {"train.optim": "adamw_8bit"}
         yield {"train.optim": "paged_adamw_8bit"}
-        yield {"train.optim": "adamw", "train.offload_optimizer": True}
-    if alone:
-        yield {"train.optim": train.optim, "train.offload_optimizer": False, "student.use_peft": True}
-        yield {"student.load_in_4bit": True}
+    yield {"train.optim": train.optim, "student.use_peft": True}
+    yield {"student.load_in_4bit": True}
 
 
 def _halved(key: str, value: int, least: int) -> Iterator[Changes]:

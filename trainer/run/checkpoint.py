@@ -40,7 +40,7 @@ MAY_CHANGE = {
     "teachers": None,
     "store": None,
     "problems": None,
-    "train": {"max_steps", "max_tokens_per_microbatch", "offload_optimizer"},
+    "train": {"max_steps", "max_tokens_per_microbatch"},
     "rollout": {
         "batch_size",
         "base_urls",

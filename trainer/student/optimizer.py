@@ -3,47 +3,37 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
 
 from store.errors import EngineError
 from trainer.config import TrainConfig
-from trainer.parallel.fsdp import is_sharded
-from trainer.student.eight_bits import EightBitShares
-from trainer.student.offload import OffloadedAdamW
 
 
 def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW over the weights that train; matrices decay, biases and norms do not.
 
-    The 8-bit kinds are bitsandbytes', which runs on CUDA and on the CPU.
+    Raises EngineError when an 8-bit kind is configured and bitsandbytes is not installed.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    # Unfused, AdamW makes temporaries as large as all the weights.
-    options = {"fused": True} if config.optim == "adamw" and trained[0].is_cuda else {}
-    make = partial(
-        _kind(config), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), **options
-    )
     groups = [group for group in groups if group["params"]]
-    if config.optim != "adamw" and is_sharded(trained[0]):
-        return EightBitShares(groups, make)
-    optimizer: torch.optim.Optimizer = make(groups)
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+    }
+    if config.optim == "adamw":
+        # Unfused, AdamW makes temporaries as large as all the weights.
+        return torch.optim.AdamW(groups, **options, fused=trained[0].is_cuda or None)
+    optimizer: torch.optim.Optimizer = _bitsandbytes_class(config.optim)(groups, **options)
     return optimizer
 
 
-def _kind(config: TrainConfig) -> Any:
-    if config.optim != "adamw":
-        return _bitsandbytes_kind(config.optim)
-    return OffloadedAdamW if config.offload_optimizer else torch.optim.AdamW
-
-
-def _bitsandbytes_kind(optim: str) -> Any:
+def _bitsandbytes_class(optim: str) -> Any:
     try:
         import bitsandbytes
     except ImportError:
@@ -55,7 +45,7 @@ def _bitsandbytes_kind(optim: str) -> Any:
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """The learning rate of 1-based sampling step `step`: linear warm-up, then the schedule down to 0.
+    """The learning rate of 1-based sampling step `step`: linear warmup, then the schedule down to 0.
 
     A pure function of the step, so a resumed run needs no scheduler state.
     """
@@ -71,6 +61,6 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Sets it in every parameter group."""
+    """Sets the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
