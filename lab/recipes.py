@@ -66,8 +66,8 @@ class LabRecipe:
     """The student first."""
     evaluation: Evaluation = Evaluation()
     threads: int = 1
-    """Threads of torch. With one, the last bits of a sum do not depend on the number of cores; matrices this small
-    gain little from a second."""
+    """Threads of torch. With one, the last bits of a sum do not depend on the number of cores; matrices this
+    small gain little from a second."""
 
 
 STUDENT = ModelRecipe(
