@@ -26,7 +26,7 @@ from run_examples import (
 from store.errors import ConfigError, ProblemsError, RunError, StoreError, TrainingError
 from store.records import Problem
 from trainer import train as loop
-from trainer.planning.dry_run import dry_run_of
+from trainer.planning import dry_run
 from trainer.run import checkpoint
 from trainer.run.run_dir import RunFiles
 from trainer.telemetry.console import TrainReporter
@@ -477,12 +477,12 @@ def test_adapters_over_a_run_of_full_weights_are_refused_before_anything_is_load
 def test_a_dry_run_refuses_what_several_processes_cannot_do(world: Path, model_dir: Path) -> None:
     settings = config_of(world, model_dir, run__name="dry", train__compile=True)
     with pytest.raises(ConfigError, match=r"train\.compile = true"):
-        dry_run_of(settings, gpu="H100-80GB", processes=4)
+        dry_run(settings, gpu="H100-80GB", processes=4)
 
 
 def test_a_dry_run_refuses_to_go_on_as_another_run(straight: Path, world: Path, model_dir: Path) -> None:
     with pytest.raises(RunError, match=r"train\.seed"):
-        dry_run_of(config_of(world, model_dir, run__name="straight", train__seed=7))
+        dry_run(config_of(world, model_dir, run__name="straight", train__seed=7))
 
 
 def test_teachers_probabilities_are_compared_at_their_own_temperature(world: Path, model_dir: Path) -> None:

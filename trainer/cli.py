@@ -50,16 +50,18 @@ def train(
     ] = False,
     dry_run: DryRun = False,
     gpu: Annotated[
-        str, typer.Option(help="With --dry-run: the card to plan for, e.g. H100-80GB, RTX4090-24GB.")
+        str, typer.Option(help="With --dry-run: the card to plan for, e.g. H100 or A100-40GB.")
     ] = "",
-    processes: Annotated[int, typer.Option(min=1, help="With --dry-run: how many GPUs share the run.")] = 1,
+    processes: Annotated[
+        int, typer.Option(min=1, help="With --dry-run: number of GPUs that share the run.")
+    ] = 1,
 ) -> None:
     """Train the student; ask the store only for problems whose samples all failed.
 
     Ctrl-C finishes the step, saves, and says how to go on.
 
-    `--dry-run` tells the plan even where problems, store or student are still missing; each of them is an
-    error then, as a run would end with, and the exit code is 2.
+    `--dry-run` prints the plan even where problems, store or student are missing; each is then reported as
+    an error, and the exit code is 2.
 
     Example: `ampo train --config configs/lab.toml --set run.name=first --set train.max_steps=20`
 
@@ -104,15 +106,15 @@ def train(
 
 def _show_dry_run(settings: Config, file: str | None, gpu: str, processes: int) -> None:
     from precompute.config import toml_of
-    from trainer.planning.dry_run import dry_run_of
+    from trainer.planning import dry_run
 
-    found = dry_run_of(settings, gpu=gpu, processes=processes)
+    report, missing = dry_run(settings, gpu=gpu, processes=processes)
     console = console_of()
     print_config(console, toml_of(settings))
-    console.print(found.report)
-    for error in found.missing:
+    console.print(report)
+    for error in missing:
         say_error(with_config(error, file))
-    if found.missing:
+    if missing:
         raise typer.Exit(2)
 
 

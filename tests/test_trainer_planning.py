@@ -1,0 +1,387 @@
+"""A dry run: every missing thing is named, and the memory plan is what a step allocates."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_model, tiny_tokenizer
+from memory_watch import MemoryWatch
+from rich.console import Console
+from run_examples import config_of, make_world, write_problems, write_store
+from transformers import Qwen2Config
+from typer.testing import CliRunner
+
+from cli import app
+from precompute.config import load_config
+from store.errors import ConfigError, EngineError, StoreError, UserError
+from store.records import Problem
+from trainer.config import Config, GuidanceConfig, StudentConfig, TrainConfig
+from trainer.method.update import Updater
+from trainer.planning import (
+    MemoryPlan,
+    ModelShape,
+    card_memory,
+    dry_run,
+    load_model_config,
+    parts_at_peak,
+    plan_memory,
+    shape_of,
+)
+from trainer.student.batches import TrainSequence
+from trainer.student.optimizer import make_optimizer
+from trainer.student.policy import load_policy
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+QWEN = {"1.5b": (1536, 8960, 12, 2), "7b": (3584, 18944, 28, 4)}
+"""Hidden and intermediate width, heads, key-value heads."""
+HALF_A_BILLION = ModelShape(
+    parameters=500_000_000,
+    linear=400_000_000,
+    linear_widths=1_000_000,
+    layers=24,
+    hidden=1024,
+    kv_width=128,
+    intermediate=4096,
+    vocabulary=100_000,
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories with Qwen2.5's real shapes, a small tokenizer, and no weights."""
+    found = {}
+    for size, (hidden, intermediate, heads, kv_heads) in QWEN.items():
+        config = Qwen2Config(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            num_hidden_layers=28,
+            vocab_size=151936 if size == "1.5b" else 152064,
+            tie_word_embeddings=size == "1.5b",
+            max_position_embeddings=32768,
+            architectures=["Qwen2ForCausalLM"],
+        )
+        found[size] = tmp_path_factory.mktemp(size)
+        config.save_pretrained(found[size])
+        tiny_tokenizer().save_pretrained(found[size])
+    return found
+
+
+def shape_at(path: Path) -> ModelShape:
+    return shape_of(load_model_config(StudentConfig(model=str(path))))
+
+
+def printed(config: Config, gpu: str = "L4") -> tuple[str, list[str]]:
+    """The report as text, and the errors."""
+    report, missing = dry_run(config, gpu=gpu)
+    console = Console(width=150)
+    with console.capture() as capture:
+        console.print(report)
+    return capture.get(), [str(error) for error in missing]
+
+
+def planned(
+    shape: ModelShape, *, width: int = 2, processes: int = 1, card_bytes: int | None = None, **changes: Any
+) -> MemoryPlan:
+    """`section__key=value` over 2 problems of 3 samples, prompts of 10 tokens and responses of 90."""
+    sections: dict[str, dict[str, Any]] = {
+        "rollout": {"num_generations": 3, "max_prompt_length": 10, "max_completion_length": 90},
+        "train": {"problems_per_step": 2, "mini_batch_problems": 1, "max_tokens_per_microbatch": 1000},
+    }
+    for name, value in changes.items():
+        section, key = name.split("__")
+        sections.setdefault(section, {})[key] = value
+    config = Config.model_validate(sections)
+    return plan_memory(config, shape, width=width, processes=processes, card_bytes=card_bytes)
+
+
+def peak(plan: MemoryPlan) -> int:
+    return sum(parts_at_peak(plan).values())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_counted_exactly(tmp_path: Path, tied: bool) -> None:
+    model = tiny_model(
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=3,
+        tie_word_embeddings=tied,
+    )
+    model.save_pretrained(tmp_path)
+    found = shape_at(tmp_path)
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (found.layers, found.hidden, found.kv_width) == (3, 64, 32)  # 2 heads of 64 / 4 = 16
+
+
+def test_a_missing_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=str(tmp_path / "none")):
+        shape_at(tmp_path / "none")
+
+
+def test_memory_that_depends_on_the_parameters_alone() -> None:
+    plan = planned(HALF_A_BILLION)
+    # float32 weights and gradients: 4 bytes each. AdamW: two float32 values per weight.
+    assert plan["always"] == {"weights": 2_000_000_000, "optimizer": 4_000_000_000}
+    assert plan["update"]["gradients"] == 2_000_000_000
+    assert planned(HALF_A_BILLION, train__beta=0.1)["always"]["reference"] == 2_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("optim", "saved"),
+    # 500 M weights: 8 bytes each for AdamW, 2 in 8 bits, none that has to stay where pages can move.
+    [("adamw_8bit", 3_000_000_000), ("paged_adamw_8bit", 4_000_000_000)],
+)
+def test_smaller_optimizer_state_lowers_the_peak(optim: str, saved: int) -> None:
+    assert peak(planned(HALF_A_BILLION)) - peak(planned(HALF_A_BILLION, train__optim=optim)) == saved
+
+
+def test_adapters_and_four_bits() -> None:
+    # Rank 16 of 1,000,000 inputs and outputs: 16 M parameters in float32; 500 M frozen weights of 2 bytes.
+    lora = planned(HALF_A_BILLION, student__use_peft=True)
+    assert lora["always"] == {"weights": 1_000_000_000 + 64_000_000, "optimizer": 128_000_000}
+    # 400 M of them in 4.127 bits: 206,350,000 bytes.
+    four = planned(HALF_A_BILLION, student__use_peft=True, student__load_in_4bit=True)
+    assert four["always"]["weights"] == 206_350_000 + 200_000_000 + 64_000_000
+
+
+def test_the_kv_cache_by_hand() -> None:
+    shape = dataclasses.replace(HALF_A_BILLION, layers=2, kv_width=32)
+    # 2 problems x 3 samples = 6 rows of 10 + 90 tokens; keys and values, 2 layers of 32 values of 4 bytes:
+    # 6 * 100 * 2 * 2 * 32 * 4 = 307,200. At most batch_size rows at once: 4 of the 6.
+    assert planned(shape)["sampling"]["KV cache"] == 307_200
+    assert planned(shape, rollout__batch_size=4)["sampling"]["KV cache"] == 204_800
+
+
+def test_activations_by_hand() -> None:
+    # A layer keeps 34 bytes per hidden unit and, in 16 bits, four of the MLP's width, a key and a value:
+    # 34 * 1024 + 2 * (4 * 4096 + 2 * 128) = 68,096 per token; 1,000 tokens, 24 layers.
+    assert planned(HALF_A_BILLION)["update"]["activations"] == 1000 * 24 * 68_096
+    # Checkpointed: the float32 input of each layer; a whole layer, 68 MB, is less than the logits were.
+    checkpointed = planned(HALF_A_BILLION, student__gradient_checkpointing=True)["update"]
+    assert checkpointed["activations"] == 1000 * 24 * 4 * 1024
+    # A prompt of 10 and a response of 90 tokens are never cut: a budget of 1 is one of 100.
+    least = planned(HALF_A_BILLION, train__max_tokens_per_microbatch=1)["update"]
+    assert least["activations"] == 100 * 24 * 68_096
+
+
+def test_update_and_sampling_share_their_memory() -> None:
+    few = planned(HALF_A_BILLION)
+    many = planned(HALF_A_BILLION, train__problems_per_step=10_000, rollout__batch_size=10_000)
+    assert peak(few) == sum((few["always"] | few["update"]).values())
+    assert peak(many) == sum((many["always"] | many["sampling"]).values()) > peak(few)
+    assert next(iter(parts_at_peak(many))) == "KV cache"
+
+
+def test_ranks_share_weights_gradients_optimizer_state_and_samples() -> None:
+    one, four = planned(HALF_A_BILLION), planned(HALF_A_BILLION, processes=4)
+    assert one["always"] == {part: 4 * size for part, size in four["always"].items()}
+    assert one["update"]["gradients"] == 4 * four["update"]["gradients"]
+    # 6 samples over 4 ranks are 2 rows at most.
+    assert one["sampling"]["KV cache"] == 3 * four["sampling"]["KV cache"]
+    # While it samples each rank has all weights: 400 M of layers in bf16, the rest in float32.
+    assert four["sampling"]["gathered weights"] == 2 * 400_000_000 + 4 * 100_000_000
+
+
+def test_vllm_takes_its_share_of_the_card_and_servers_nothing() -> None:
+    vllm: dict[str, Any] = {"rollout__engine": "vllm", "rollout__vllm_gpu_memory_utilization": 0.5}
+    own = planned(HALF_A_BILLION, card_bytes=10**10, **vllm)
+    assert own["sampling"] == {"vLLM": 5 * 10**9}
+    served = planned(HALF_A_BILLION, card_bytes=10**10, **vllm, rollout__base_urls=["http://h/v1"])
+    assert "vLLM" not in served["sampling"]
+
+
+@pytest.mark.parametrize(
+    "student",
+    [{}, {"gradient_checkpointing": True, "dtype": "bfloat16"}, {"use_peft": True, "dtype": "bfloat16"}],
+    ids=lambda student: "+".join(student) or "plain",
+)
+def test_the_plan_is_what_a_step_allocates(student: dict[str, Any], tmp_path: Path) -> None:
+    tiny_model(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=4000,
+        max_position_embeddings=1024,
+        initializer_range=0.02,
+    ).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    settings = StudentConfig(model=str(tmp_path), device="cpu", **student)
+    policy = load_policy(settings, temperature=1.0)
+    train = TrainConfig(max_tokens_per_microbatch=512)
+    updater = Updater(
+        policy, make_optimizer(policy.model, train), train, GuidanceConfig(), max_completion_length=500
+    )
+    ids = tuple(5 + i % 90 for i in range(500))
+    rows = [
+        TrainSequence(prompt_ids=ids[:12], response_ids=ids, advantage=1.0, is_teacher=False)
+        for _ in range(2)  # two micro-batches of 512 tokens
+    ]
+    updater.optimizer_step(rows)  # makes the optimizer's state
+    with MemoryWatch() as watch:
+        updater.optimizer_step(rows)
+    plan = planned(
+        shape_at(tmp_path),
+        width=2 if "dtype" in student else 4,
+        rollout__max_prompt_length=12,
+        rollout__max_completion_length=500,
+        train__max_tokens_per_microbatch=512,
+        **{f"student__{key}": value for key, value in student.items() if key != "dtype"},
+    )
+    assert (peak(plan) - sum(plan["always"].values())) / watch.peak == pytest.approx(1.0, abs=0.15)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data")
+    write_problems(
+        path / "train.jsonl", [Problem(question=f"{n}+{n}", answer=str(2 * n)) for n in range(130)]
+    )
+    write_store(path / "traces")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "gpu", "processes"),
+    [
+        ("qwen2.5-1.5b-full-80gb", "1.5b", "A100-80GB", 1),
+        ("qwen2.5-7b-qlora-24gb", "7b", "RTX4090", 1),
+        ("qwen2.5-7b-lora-80gb", "7b", "A100-80GB", 1),
+        ("qwen2.5-7b-full-node", "7b", "H100", 4),
+    ],
+)
+def test_a_shipped_config_fits_the_card_it_is_for(
+    name: str, size: str, gpu: str, processes: int, models: dict[str, Path], data: Path
+) -> None:
+    overrides = {
+        "student.model": models[size],
+        "problems.train": data / "train.jsonl",
+        "problems.eval": data / "train.jsonl",
+        "store.path": data / "traces",
+    }
+    arguments = ["train", "--dry-run", "--config", str(CONFIGS / f"{name}.toml")]
+    arguments += ["--gpu", gpu, "--processes", str(processes)]
+    for key, value in overrides.items():
+        arguments += ["--set", f'{key}="{value}"']
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert f"\nfits {gpu}" in done.output
+    # As the model cards give them: 1.54 B and 7.61 B parameters.
+    assert {"1.5b": "1,543,714,304", "7b": "7,615,616,512"}[size] in done.output
+    needed, room = (
+        float(re.search(rf"{row} +│ +│ +([\d,.]+)", done.output).group(1).replace(",", ""))  # type: ignore[union-attr]
+        for row in ("peak", "usable")
+    )
+    # It fits, and the card is not left half empty by a config that could go faster.
+    assert 0.4 * room < needed <= room
+
+
+def test_the_node_config_is_the_papers_run_but_for_what_changes_no_result() -> None:
+    paper, node = Config().model_dump(), load_config(Config, str(CONFIGS / "qwen2.5-7b-full-node.toml"), [])
+    differing = {
+        f"{section}.{key}"
+        for section in ("student", "rollout", "guidance", "train", "warmup", "eval")
+        for key, value in getattr(node, section).model_dump().items()
+        if value != paper[section][key]
+    }
+    assert differing == {
+        "student.model",
+        "student.gradient_checkpointing",
+        "rollout.batch_size",
+        "train.max_tokens_per_microbatch",
+    }
+    assert len(node.teachers) == 4
+
+
+def test_a_run_that_does_not_fit_is_told_which_keys_to_change(world: Path, models: dict[str, Path]) -> None:
+    report, _ = printed(config_of(world, models["7b"]), gpu="RTX4090")
+    assert "does not fit RTX4090; change student.gradient_checkpointing=true, train.max_tokens_per" in report
+
+
+def test_a_card_is_known_by_name_or_by_its_size() -> None:
+    assert (card_memory("H100"), card_memory("A100-40GB"), card_memory("MI300-192GB")) == (
+        80 * 10**9, 40 * 10**9, 192 * 10**9,
+    )  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=r"--gpu 'H1000' is not known: give B200, .*, or a name with its size"
+    ):
+        card_memory("H1000")
+
+
+def test_planning_options_need_a_dry_run() -> None:
+    done = CliRunner().invoke(app, ["train", "--gpu", "H100"], catch_exceptions=True)
+    assert "--dry-run alone" in str(done.exception)
+
+
+def test_everything_that_is_missing_is_named_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    file = CONFIGS / "qwen2.5-7b-qlora-24gb.toml"
+    done = CliRunner().invoke(app, ["train", "--config", str(file), "--dry-run", "--gpu", "RTX4090"])
+    assert done.exit_code == 2
+    assert "no memory plan" in done.stdout
+    data, store = tmp_path / "data", tmp_path / "traces"
+    beginnings = [
+        f"error: problems.train: no problem file at {data / 'train.parquet'}",
+        f"error: problems.eval: no problem file at {data / 'valid.parquet'}",
+        f"error: no trace store at {store}; make one with `ampo precompute teachers --config {file}`",
+        "error: student.model = 'Qwen/Qwen2.5-7B-Instruct': there is no such directory",
+    ]
+    for line, beginning in zip(done.stderr.splitlines(), beginnings, strict=True):
+        assert line.startswith(beginning)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_names_the_config_that_makes_its_store(world: Path, model_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "my.toml"
+    file.write_text(f'[problems]\ntrain = "{world}/train.jsonl"\n[student]\nmodel = "{model_dir}"\n')
+    gone = ["--set", f"store.path={tmp_path}/gone", "--set", f"run.dir={tmp_path}/runs"]
+    done = CliRunner().invoke(app, ["train", "--config", str(file), *gone])
+    assert isinstance(done.exception, UserError)
+    assert f"`ampo precompute teachers --config {file}`" in str(done.exception)
+
+
+def test_too_few_traces_for_an_sft_step_are_found_by_a_dry_run(world: Path, model_dir: Path) -> None:
+    # 8 problems with a trace of each of two teachers.
+    config = config_of(world, model_dir, warmup__sft_steps=1, warmup__traces_per_step=17)
+    report, missing = printed(config)
+    assert len(missing) == 1
+    assert missing[0].startswith("warmup.traces_per_step = 17, but the store has 16 traces")
+    assert "peak" in report
+    assert isinstance(dry_run(config)[1][0], StoreError)
+    enough = config_of(world, model_dir, warmup__sft_steps=1, warmup__traces_per_step=16)
+    assert printed(enough)[1] == []
+
+
+def test_a_prompt_with_brackets_is_shown_as_it_is(tmp_path: Path, model_dir: Path) -> None:
+    world = make_world(tmp_path)
+    (world / "train.jsonl").write_text('{"question": "[b]1[/b]+1", "answer": "2"}\n' * 4)
+    report, _ = printed(config_of(world, model_dir, train__problems_per_step=1, train__mini_batch_problems=1))
+    assert "<user>[b]1[/b]+1<assistant>" in report
+
+
+def test_warnings_of_unread_keys_and_of_a_large_k(world: Path, model_dir: Path) -> None:
+    changes = {"rollout__vllm_gpu_memory_utilization": 0.3, "guidance__k": 4, "rollout__num_generations": 4}
+    report, _ = printed(config_of(world, model_dir, **changes))
+    assert 'rollout.vllm_gpu_memory_utilization = 0.3 is not read: rollout.engine = "transformers"' in report
+    assert "guidance.k = 4: one sample" in report
+    assert "rollout.num_generations - 1 = 3 traces" in report
+    assert "warning" not in printed(config_of(world, model_dir, guidance__k=3))[0]
+    assert "warning" not in printed(config_of(world, model_dir, guidance__k=4, guidance__trigger="never"))[0]
