@@ -93,7 +93,13 @@ def train(
         after = done if goes_on else Position()
         run.start(config, after=after, processes=world.size)
         told = config.model_dump(mode="json")
-        parts.trackers.begin(run.root, told, after=after, rows=run.metrics())
+        parts.trackers.begin(
+            run.root,
+            told,
+            after=(after.step, after.sft_step),
+            sft_steps=config.warmup.sft_steps,
+            rows=run.metrics(),
+        )
         stack.enter_context(run.log_to_file())
         stop = stack.enter_context(stop_on_signals(prints=world.is_main))
         begins = "from the start" if done == Position() else f"going on after {done}"
