@@ -41,7 +41,8 @@ from store.reports.tables import plain_table
 from trainer.config import StudentConfig
 from trainer.method.comprehension import ReadingSequence, comprehension_scores, reading_sequence
 from trainer.method.guidance import reading_scores
-from trainer.student.policy import Policy, load_policy, load_tokenizer, pick_device
+from trainer.student.load import load_policy, load_tokenizer, pick_device
+from trainer.student.policy import Policy
 
 STUDENT = "lab/models/student"
 

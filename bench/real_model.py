@@ -42,7 +42,8 @@ from trainer.run.checkpoint import checkpoints
 from trainer.run.run_dir import RunFiles, open_run, step_of
 from trainer.run.setup import fitting_prompts, make_guide, usable_problems
 from trainer.student.batches import fill, pad
-from trainer.student.policy import Policy, load_policy
+from trainer.student.load import load_policy
+from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
 
 Pair = tuple[Group, StudentTrace]

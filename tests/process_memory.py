@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from trainer.config import StudentConfig
 from trainer.parallel.fsdp import initial_device, shard
 from trainer.parallel.world import torchrun_world
-from trainer.student.policy import load_policy
+from trainer.student.load import load_policy
 
 
 def peak() -> int:

@@ -22,8 +22,9 @@ from trainer.parallel.fsdp import full_tensor, gathered_weights, initial_device,
 from trainer.parallel.world import World, torchrun_world
 from trainer.sampling.weight_sync import Handover
 from trainer.student.batches import TrainSequence, train_batch
+from trainer.student.load import load_policy
 from trainer.student.optimizer import make_optimizer
-from trainer.student.policy import Policy, WithoutAdapters, load_policy
+from trainer.student.policy import Policy, WithoutAdapters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,9 @@ from store.errors import ConfigError, EngineError
 from trainer.config import Config, GuidanceConfig, StudentConfig, TrainConfig
 from trainer.method.update import Updater
 from trainer.student.batches import TrainSequence, pad
+from trainer.student.load import load_policy
 from trainer.student.optimizer import make_optimizer
-from trainer.student.policy import Policy, load_policy
+from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 

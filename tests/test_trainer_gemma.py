@@ -16,7 +16,8 @@ from trainer.method.objective import token_logprobs
 from trainer.run.run_dir import open_run
 from trainer.student import policy as policy_module
 from trainer.student.batches import pad
-from trainer.student.policy import Policy, load_policy
+from trainer.student.load import load_policy
+from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 

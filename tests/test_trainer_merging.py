@@ -20,8 +20,9 @@ from trainer.config import StudentConfig
 from trainer.eval_model import evaluate_model
 from trainer.merge import merge
 from trainer.student.batches import pad
+from trainer.student.load import load_policy
 from trainer.student.model_files import as_saved
-from trainer.student.policy import Policy, load_policy
+from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 

@@ -15,7 +15,8 @@ from trainer.student import head as narrow_head
 from trainer.student import policy as policy_module
 from trainer.student.batches import TokenBatch
 from trainer.student.head import head_logits
-from trainer.student.policy import Policy, load_policy
+from trainer.student.load import load_policy
+from trainer.student.policy import Policy
 
 VOCABULARY = 150_000
 

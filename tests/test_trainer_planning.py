@@ -32,8 +32,8 @@ from trainer.planning import (
     shape_of,
 )
 from trainer.student.batches import TrainSequence
+from trainer.student.load import load_policy
 from trainer.student.optimizer import make_optimizer
-from trainer.student.policy import load_policy
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 QWEN = {"1.5b": (1536, 8960, 12, 2), "7b": (3584, 18944, 28, 4)}

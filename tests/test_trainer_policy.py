@@ -14,7 +14,8 @@ from trainer.config import StudentConfig
 from trainer.method.objective import token_logprobs
 from trainer.student import policy as policy_module
 from trainer.student.batches import pad
-from trainer.student.policy import Policy, load_policy
+from trainer.student.load import load_policy
+from trainer.student.policy import Policy
 
 ROWS = [(2, 10, 11, 12, 13, 1), (2, 20, 21, 1)]
 CPU = torch.device("cpu")

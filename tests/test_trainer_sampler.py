@@ -159,7 +159,7 @@ from pathlib import Path
 from precompute.config import load_config
 from trainer.config import Config
 from trainer.sampling.weight_sync import Handover
-from trainer.student.policy import load_policy
+from trainer.student.load import load_policy
 
 student = load_config(Config, None, [f"student.model={sys.argv[1]}"]).student
 weights = Handover(load_policy(student, temperature=1.0), student, Path(sys.argv[2]))

@@ -18,7 +18,7 @@ from store.errors import ConfigError, EngineError
 from trainer.config import Config, StudentConfig
 from trainer.parallel.fsdp import check_shardable
 from trainer.parallel.world import ALONE, World
-from trainer.student.policy import load_policy
+from trainer.student.load import load_policy
 
 
 @pytest.fixture(scope="module")

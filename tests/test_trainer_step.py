@@ -27,8 +27,9 @@ from trainer.method.update import (
     sequences_of,
 )
 from trainer.student.batches import TrainSequence, train_batch
+from trainer.student.load import load_policy
 from trainer.student.optimizer import make_optimizer
-from trainer.student.policy import Policy, WithoutAdapters, load_policy
+from trainer.student.policy import Policy, WithoutAdapters
 
 PROBLEM = Problem(question="2+2", answer="4")
 

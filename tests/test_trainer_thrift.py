@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from trainer.config import GuidanceConfig, StudentConfig, TrainConfig
 from trainer.method.update import Updater
 from trainer.student.batches import TrainSequence, train_batch
+from trainer.student.load import load_policy
 from trainer.student.optimizer import make_optimizer
-from trainer.student.policy import load_policy
 from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 

@@ -25,7 +25,8 @@ from trainer.method.groups import Group
 from trainer.sampling.samplers import VllmSampler, load_vllm
 from trainer.sampling.sync_check import SyncCheck
 from trainer.sampling.weight_sync import Handover
-from trainer.student.policy import Policy, load_policy
+from trainer.student.load import load_policy
+from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 

@@ -19,7 +19,8 @@ from precompute.engines import Request, Sampling
 from store.errors import EngineError
 from trainer.config import Config
 from trainer.sampling.samplers import Sampler, VllmSampler, make_sampler
-from trainer.student.policy import Policy, load_policy
+from trainer.student.load import load_policy
+from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 

@@ -31,9 +31,9 @@ from trainer.evaluation import (
 from trainer.method.rewards import Judge
 from trainer.method.rollouts import Prompt, demanded_form
 from trainer.run.setup import fitting_prompts, usable_problems, warn_of_prompts
+from trainer.student.load import load_policy, load_tokenizer
 from trainer.student.model_check import check_base, check_model
 from trainer.student.model_files import ADAPTERS, as_saved, fingerprint
-from trainer.student.policy import load_policy, load_tokenizer
 from trainer.telemetry.console import TrainReporter
 
 

@@ -20,9 +20,10 @@ from store.format.files import sync
 from trainer.config import StudentConfig
 from trainer.sampling.weight_sync import dequantized
 from trainer.student.adapters import with_adapters
+from trainer.student.load import load_policy
 from trainer.student.model_check import check_base, check_model
 from trainer.student.model_files import as_saved, trained_student
-from trainer.student.policy import Policy, load_policy
+from trainer.student.policy import Policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -35,6 +35,7 @@ from trainer.method.teacher_traces import TraceTokens, check_tokenizers
 from trainer.parallel.fsdp import check_shardable
 from trainer.parallel.world import World
 from trainer.run.checkpoint import check_config, read_state
+from trainer.run.resume import find_start
 from trainer.run.run_dir import Position, RunFiles
 from trainer.run.setup import (
     asks_store,
@@ -46,11 +47,11 @@ from trainer.run.setup import (
     warn_of_prompts,
 )
 from trainer.sampling.samplers import check_sampler
+from trainer.student.load import compute_dtype, load_tokenizer, pick_device
 from trainer.student.model_check import check_model
-from trainer.student.policy import LOGITS_PER_CHUNK, compute_dtype, load_tokenizer, pick_device
+from trainer.student.policy import LOGITS_PER_CHUNK
 from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.trackers import Trackers
-from trainer.train import find_start
 
 T = TypeVar("T")
 

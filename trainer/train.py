@@ -11,29 +11,28 @@ from there on has all groups. The first one writes and speaks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from store.errors import EngineError, RunError, TrainingError
 from trainer.config import Config
 from trainer.evaluation import eval_sampling, evaluate
 from trainer.method.groups import Group
 from trainer.method.guidance import QueryRow
 from trainer.method.rollouts import Prompt, sample_groups, sampling_of
 from trainer.method.schedule import problems_of_step, refills_of_step
-from trainer.method.update import NotFiniteError, member_advantages
+from trainer.method.update import member_advantages
 from trainer.parallel.fsdp import gathered_weights
 from trainer.parallel.signals import StopRequest, stop_on_signals
 from trainer.parallel.world import ALONE, World
 from trainer.run import checkpoint
 from trainer.run.checkpoint import TrainState
-from trainer.run.run_dir import Position, RunFiles, UnwrittenRun, run_config
+from trainer.run.errors import explain_memory, explain_step
+from trainer.run.resume import check_unchanged, find_whole_start, optimizer_at, resume_state
+from trainer.run.run_dir import Position, RunFiles, UnwrittenRun
 from trainer.run.setup import Parts, assemble
 from trainer.student.optimizer import learning_rate_at, set_learning_rate
 from trainer.telemetry.console import TrainReporter
@@ -83,10 +82,10 @@ def train(
     start_from = world.from_main(lambda: find_whole_start(run, config, resume))
     run.check_writable()
     with ExitStack() as stack:
-        with _in_memory("putting the run together"):
+        with explain_memory("putting the run together"):
             parts = assemble(config, run, start_from, reporter, stack, world)
-        with _in_memory(f"taking up the optimizer of {start_from}"):
-            done = _resume_state(parts, start_from, changed_store=changed_store)
+        with explain_memory(f"taking up the optimizer of {start_from}"):
+            done = resume_state(parts, start_from, changed_store=changed_store)
         stack.enter_context(run.held())
         world.from_main(lambda: check_unchanged(run, config, resume, start_from))
         goes_on = start_from is not None and start_from.parent == run.checkpoints
@@ -116,7 +115,7 @@ def warm_up(
     stopped = stop.agreed(parts.world)
     while done.step == 0 and done.sft_step < last and not stopped:
         step = Position(sft_step=done.sft_step + 1)
-        with _explained(parts.run, step, saved):
+        with explain_step(parts.run, step, saved):
             row = parts.warmup.step(step.sft_step)
         _log(parts, row)
         parts.reporter.warmed_up(row, last)
@@ -133,7 +132,7 @@ def run_steps(parts: Parts, done: Position, saved: Path | None, stop: StopReques
     """From the sampling step after `done`, which `saved` holds, to the last, or to a stop."""
     config, run, world = parts.config, parts.run, parts.world
     if not stop.agreed(world):
-        with _explained(run, done, saved):
+        with explain_step(run, done, saved):
             parts.sampler.sync(done.step)
             if done.step == 0 and parts.eval_prompts:
                 _log(parts, {"step": 0, **_evaluate(parts, 0)})
@@ -141,7 +140,7 @@ def run_steps(parts: Parts, done: Position, saved: Path | None, stop: StopReques
     while done.step < config.train.max_steps and not stopped:
         step = done.step + 1
         last = step == config.train.max_steps
-        with _explained(run, replace(done, step=step), saved):
+        with explain_step(run, replace(done, step=step), saved):
             row, groups = train_step(parts, step)
             # Even when a stop is wanted: a resumed run would not make up for it.
             if parts.eval_prompts and (last or step % config.eval.every == 0):
@@ -159,40 +158,6 @@ def run_steps(parts: Parts, done: Position, saved: Path | None, stop: StopReques
     return TrainReport(
         run=run.root, done=done, checkpoint=saved, interrupted_by=None if finished else stopped
     )
-
-
-@contextmanager
-def _explained(run: RunFiles, step: Position, saved: Path | None) -> Iterator[None]:
-    """Says in one line what ended a step that cannot be computed, and where to go on."""
-    where = f"the last checkpoint is {saved}" if saved else "there is no checkpoint yet"
-    try:
-        yield
-    except NotFiniteError as error:
-        batch = run.write_failed_batch(step, error.sequences)
-        raise TrainingError(
-            f"{step}: {error}; its batch is in {batch}; {where}; a smaller train.learning_rate often helps"
-        ) from error
-    except FloatingPointError as error:
-        raise TrainingError(f"{step}: {error}; {where}; a smaller train.learning_rate often helps") from error
-    except EngineError as error:
-        raise TrainingError(f"{step}: {error}; {where}") from error
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"{step}: out of GPU memory; lower train.max_tokens_per_microbatch or rollout.batch_size "
-            f"(both leave the result as it is), or set student.gradient_checkpointing; {where}"
-        ) from error
-
-
-@contextmanager
-def _in_memory(doing: str) -> Iterator[None]:
-    """Says in one line that what comes before and after steps does not fit into the GPU's memory."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"out of GPU memory while {doing}: `ampo train --dry-run` tells what takes how much, and the "
-            "settings that fit"
-        ) from error
 
 
 def train_step(parts: Parts, step: int) -> tuple[dict[str, Any], list[Group]]:
@@ -310,7 +275,7 @@ def save(parts: Parts, done: Position) -> Path:
         problems_fingerprint=parts.problems_fingerprint,
         store=parts.usable,
     )
-    with _in_memory(f"saving {done} (older checkpoints in {parts.run.checkpoints} are whole)"):
+    with explain_memory(f"saving {done} (older checkpoints in {parts.run.checkpoints} are whole)"):
         path = checkpoint.save(
             parts.run.checkpoints,
             parts.policy,
@@ -321,76 +286,3 @@ def save(parts: Parts, done: Position) -> Path:
         )
     parts.reporter.saved(path)
     return path
-
-
-def optimizer_at(parts: Parts, done: Position) -> torch.optim.Optimizer:
-    """The one that took the last step: the warm-up has its own."""
-    return parts.warmup.optimizer if done.step == 0 and done.sft_step else parts.optimizer
-
-
-def find_whole_start(run: RunFiles, config: Config, resume: str) -> Path | None:
-    """As `find_start`; RunError when the checkpoint is damaged, or another config trained it."""
-    start_from = find_start(run, config, resume)
-    if start_from is not None:
-        checkpoint.check_whole(start_from)
-        checkpoint.check_config(checkpoint.read_state(start_from), config, start_from)
-    return start_from
-
-
-def check_unchanged(run: RunFiles, config: Config, resume: str, start_from: Path | None) -> None:
-    """RunError when another process trained the run while this one was loading."""
-    if find_start(run, config, resume) != start_from:
-        raise RunError(
-            f"{run.root} was trained by another process meanwhile; the same command goes on from there"
-        )
-
-
-def find_start(run: RunFiles, config: Config, resume: str) -> Path | None:
-    """The checkpoint to go on from; None: from the beginning. RunError when that would lose something."""
-    own = checkpoint.checkpoints(run.checkpoints)
-    if resume == "auto":
-        if not own:
-            check_same_beginning(run, config)
-        return own[-1] if own else None
-    if resume == "never":
-        if (run.root / "config.toml").exists():
-            raise RunError(
-                f"{run.root} already holds a run; give this one another run.name, or --resume auto"
-            )
-        return None
-    start = Path(resume).absolute()
-    checkpoint.read_state(start)
-    later = [path for path in own if Position.of(path) > Position.of(start) or path.parent != start.parent]
-    if later:
-        raise RunError(
-            f"{run.root} holds {later[-1].name}, which this would overwrite; choose another run.name"
-        )
-    return start
-
-
-def check_same_beginning(run: RunFiles, config: Config) -> None:
-    """A run that stopped before its first checkpoint is done again, but never by another config."""
-    if not (run.root / "config.toml").exists() or not any(
-        row["step"] > 0 or "sft/step" in row for row in run.metrics()
-    ):
-        return
-    changed = checkpoint.differences(run_config(run).model_dump(mode="json"), config)
-    if changed:
-        raise RunError(f"{run.root} holds a run with {'; '.join(changed)}; choose another run.name")
-
-
-def _resume_state(parts: Parts, start_from: Path | None, *, changed_store: bool) -> Position:
-    """Steps done; restores the optimizer."""
-    if start_from is None:
-        return Position()
-    state = checkpoint.read_state(start_from)
-    checkpoint.check_problems(state, parts.problems_fingerprint, start_from)
-    if changed := checkpoint.store_differences(state.store, parts.usable):
-        if not changed_store:
-            raise RunError(
-                f"the store holds other traces than {start_from} was trained with: {'; '.join(changed)}. "
-                "Give it the same store, start anew under another run.name, or --resume-with-changed-store"
-            )
-        parts.reporter.warned(f"the store holds other traces than before: {'; '.join(changed)}")
-    checkpoint.restore_optimizer(start_from, optimizer_at(parts, state.done), parts.policy.device)
-    return state.done

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from trainer.student.policy import pick_device
+from trainer.student.load import pick_device
 
 T = TypeVar("T")
 

@@ -29,9 +29,10 @@ from trainer.parallel.fsdp import check_shardable, initial_device, shard
 from trainer.parallel.world import ALONE, World
 from trainer.run.run_dir import RunFiles
 from trainer.sampling.samplers import Sampler, check_sampler, make_sampler
+from trainer.student.load import TEMPLATE_KEY, load_policy
 from trainer.student.model_check import check_model
 from trainer.student.optimizer import make_optimizer
-from trainer.student.policy import TEMPLATE_KEY, Policy, Reference, WithoutAdapters, load_policy
+from trainer.student.policy import Policy, Reference, WithoutAdapters
 from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.performance import CostMeter
 from trainer.telemetry.trackers import Trackers

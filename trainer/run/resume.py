@@ -1,0 +1,86 @@
+"""The checkpoint that a run resumes from, and the checks that it continues the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from store.errors import RunError
+from trainer.config import Config
+from trainer.run import checkpoint
+from trainer.run.run_dir import Position, RunFiles, run_config
+from trainer.run.setup import Parts
+
+
+def optimizer_at(parts: Parts, done: Position) -> torch.optim.Optimizer:
+    """The one that took the last step: the warm-up has its own."""
+    return parts.warmup.optimizer if done.step == 0 and done.sft_step else parts.optimizer
+
+
+def find_whole_start(run: RunFiles, config: Config, resume: str) -> Path | None:
+    """As `find_start`; RunError when the checkpoint is damaged, or another config trained it."""
+    start_from = find_start(run, config, resume)
+    if start_from is not None:
+        checkpoint.check_whole(start_from)
+        checkpoint.check_config(checkpoint.read_state(start_from), config, start_from)
+    return start_from
+
+
+def check_unchanged(run: RunFiles, config: Config, resume: str, start_from: Path | None) -> None:
+    """RunError when another process trained the run while this one was loading."""
+    if find_start(run, config, resume) != start_from:
+        raise RunError(
+            f"{run.root} was trained by another process meanwhile; the same command goes on from there"
+        )
+
+
+def find_start(run: RunFiles, config: Config, resume: str) -> Path | None:
+    """The checkpoint to go on from; None: from the beginning. RunError when that would lose something."""
+    own = checkpoint.checkpoints(run.checkpoints)
+    if resume == "auto":
+        if not own:
+            check_same_beginning(run, config)
+        return own[-1] if own else None
+    if resume == "never":
+        if (run.root / "config.toml").exists():
+            raise RunError(
+                f"{run.root} already holds a run; give this one another run.name, or --resume auto"
+            )
+        return None
+    start = Path(resume).absolute()
+    checkpoint.read_state(start)
+    later = [path for path in own if Position.of(path) > Position.of(start) or path.parent != start.parent]
+    if later:
+        raise RunError(
+            f"{run.root} holds {later[-1].name}, which this would overwrite; choose another run.name"
+        )
+    return start
+
+
+def check_same_beginning(run: RunFiles, config: Config) -> None:
+    """A run that stopped before its first checkpoint is done again, but never by another config."""
+    if not (run.root / "config.toml").exists() or not any(
+        row["step"] > 0 or "sft/step" in row for row in run.metrics()
+    ):
+        return
+    changed = checkpoint.differences(run_config(run).model_dump(mode="json"), config)
+    if changed:
+        raise RunError(f"{run.root} holds a run with {'; '.join(changed)}; choose another run.name")
+
+
+def resume_state(parts: Parts, start_from: Path | None, *, changed_store: bool) -> Position:
+    """Steps done; restores the optimizer."""
+    if start_from is None:
+        return Position()
+    state = checkpoint.read_state(start_from)
+    checkpoint.check_problems(state, parts.problems_fingerprint, start_from)
+    if changed := checkpoint.store_differences(state.store, parts.usable):
+        if not changed_store:
+            raise RunError(
+                f"the store holds other traces than {start_from} was trained with: {'; '.join(changed)}. "
+                "Give it the same store, start anew under another run.name, or --resume-with-changed-store"
+            )
+        parts.reporter.warned(f"the store holds other traces than before: {'; '.join(changed)}")
+    checkpoint.restore_optimizer(start_from, optimizer_at(parts, state.done), parts.policy.device)
+    return state.done
