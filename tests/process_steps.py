@@ -20,7 +20,7 @@ from trainer.method.objective import LOSS_TYPES
 from trainer.method.update import Updater
 from trainer.parallel.fsdp import full_tensor, gathered_weights, initial_device, shard
 from trainer.parallel.world import World, torchrun_world
-from trainer.sampling.weight_sync import Handover
+from trainer.sampling.weight_sync import WeightFolder
 from trainer.student.batches import TrainSequence, train_batch
 from trainer.student.load import load_policy
 from trainer.student.optimizer import make_optimizer
@@ -141,12 +141,15 @@ def brought(student: StudentConfig, place: Path, world: World) -> dict[str, torc
     torch.manual_seed(0)
     policy = load_policy(student, temperature=1.0, place=initial_device(world))
     shard(policy, world)
-    handover = Handover(policy, student, place, world)
-    write = handover.write_adapter if student.use_peft else handover.write_weights
-    (file,) = write(1).glob("*.safetensors")
+    folder = WeightFolder(policy, place / "weights", world)
+    if student.use_peft:
+        folder.write_adapter()
+    else:
+        folder.write_weights()
+    (file,) = folder.path.glob("*.safetensors")
     found = load_file(file)
     world.barrier()
-    handover.close()
+    folder.remove()
     return found
 
 

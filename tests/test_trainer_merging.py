@@ -142,6 +142,7 @@ def drawn(engine: VllmEngine, prompts: list[tuple[int, ...]]) -> list[tuple[tupl
     return [(ids, found[str(n)]) for n, ids in enumerate(prompts)]
 
 
+@pytest.mark.slow
 def test_vllm_serves_merged_adapters_as_they_were_trained(world: Path, tmp_path: Path) -> None:
     checkpoint = trained(world, LAB, "served", student__use_peft=True)
     merge(checkpoint, tmp_path / "out")

@@ -1,10 +1,9 @@
-"""Samplers before any engine runs: what is refused, what vLLM is told, where weights go."""
+"""Samplers before any engine runs: what is refused, vLLM's arguments, weights in their folder."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Sequence
+import copy
+import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,26 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
-from processes import environment
-from run_examples import config_of
+from run_examples import config_of, make_world
 from safetensors.torch import load_file
 
-from store.errors import ConfigError, EngineError
-from trainer.sampling import samplers as sampler
-from trainer.sampling import weight_sync as handover
+from precompute.engines.transformers_engine import TransformersEngine
+from store.errors import ConfigError, EngineError, TrainingError
+from trainer.config import RolloutConfig
+from trainer.sampling import samplers
 from trainer.sampling.samplers import (
     check_sampler,
+    check_sampler_weights,
     make_sampler,
     max_lora_rank,
+    sampler_warnings,
     vllm_environment,
     vllm_options,
 )
-from trainer.sampling.sync_check import SyncCheck
-from trainer.sampling.weight_sync import Handover, place_for
+from trainer.sampling.weight_sync import WeightFolder
 from trainer.student.policy import Policy
+from trainer.telemetry.console import TrainReporter
+from trainer.train import train
 
 VLLM: dict[str, Any] = {"rollout__engine": "vllm"}
 URLS = ["http://127.0.0.1:8000/v1"]
@@ -58,16 +60,32 @@ SYNC = {"rollout__sync_dir": "here", "rollout__sync_tolerance": 0.1}
 
 
 @pytest.mark.parametrize(
-    ("changes", "idle"),
+    ("changes", "unread"),
     [
-        (PROCESS | SYNC, {"vllm_sleep", "vllm_args", "sync_dir", "sync_tolerance"}),
-        (VLLM | PROCESS | SYNC, set()),
-        (VLLM | PROCESS | SYNC | {"rollout__base_urls": URLS}, {"vllm_sleep", "vllm_args"}),
-        ({"rollout__vllm_sleep": True}, set()),  # as they stand by default
+        (PROCESS | SYNC, ["sync_dir", "sync_tolerance", "vllm_args", "vllm_sleep"]),
+        (VLLM | PROCESS | SYNC, []),
+        (VLLM | PROCESS | SYNC | {"rollout__base_urls": URLS}, ["vllm_args", "vllm_sleep"]),
+        ({"rollout__vllm_sleep": True}, []),  # as by default
     ],
 )
-def test_keys_that_nothing_reads_are_known(changes: dict[str, Any], idle: set[str], tmp_path: Path) -> None:
-    assert set(config_of(tmp_path, tmp_path, **changes).rollout.idle) == idle
+def test_keys_that_nothing_reads_are_warned_of(
+    changes: dict[str, Any], unread: list[str], tmp_path: Path
+) -> None:
+    warnings = sampler_warnings(config_of(tmp_path, tmp_path, **changes).rollout)
+    assert [warning.split(" = ")[0] for warning in warnings] == [f"rollout.{key}" for key in unread]
+    assert all("is not read" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"rollout__top_p": 0.9}, "the ratio is biased"),
+        (VLLM | {"rollout__base_urls": URLS, "rollout__temperature": 0.7}, "is_cap has no effect"),
+    ],
+)
+def test_what_biases_training_is_warned_of(changes: dict[str, Any], warning: str, tmp_path: Path) -> None:
+    (found,) = sampler_warnings(config_of(tmp_path, tmp_path, **changes).rollout)
+    assert warning in found
 
 
 @pytest.mark.parametrize(
@@ -76,7 +94,7 @@ def test_keys_that_nothing_reads_are_known(changes: dict[str, Any], idle: set[st
         (VLLM | {"student__use_peft": True, "student__lora_r": 600}, r"student.lora_r = 600 .* 512"),
         (
             VLLM | {"rollout__base_urls": URLS, "student__use_peft": True, "student__load_in_4bit": True},
-            "rollout.base_urls are servers of the model as it is",
+            "rollout.base_urls are servers of the 16-bit model",
         ),
     ],
 )
@@ -106,7 +124,7 @@ def test_the_rank_is_the_smallest_that_vllm_knows_and_the_adapter_fits(
 
 def test_vllm_is_told_what_the_config_says(tmp_path: Path) -> None:
     more = {"rollout__batch_size": 24, "rollout__vllm_args__max_num_batched_tokens": 512}
-    options = vllm_options(config_of(tmp_path, tmp_path, **VLLM, **more), torch.bfloat16, None, max_length=99)
+    options = vllm_options(config_of(tmp_path, tmp_path, **VLLM, **more), torch.bfloat16, max_length=99)
     expected = {
         "model": str(tmp_path),
         "dtype": "bfloat16",
@@ -134,130 +152,117 @@ def test_the_process_sees_the_students_gpu_alone(visible: str | None, seen: str)
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_are_written_in_the_type_that_computes_and_tied_ones_once(tmp_path: Path, tied: bool) -> None:
     model = tiny_model(tie_word_embeddings=tied)
-    narrow = Policy(model, tiny_tokenizer(), dtype=torch.bfloat16)
-    place = tmp_path / "new" / "place"
-    weights = Handover(narrow, config_of(tmp_path, tmp_path).student, place)
-    tensors = load_file(weights.write_weights(1) / "model.safetensors")
-    own = model.state_dict()
+    weights = WeightFolder(
+        Policy(model, tiny_tokenizer(), dtype=torch.bfloat16), tmp_path / "new" / "run-weights"
+    )
+    weights.path.mkdir(parents=True)
+    (weights.path / "of-a-killed-run.safetensors").write_text("")
+    weights.write_weights()
+    (file,) = weights.path.glob("*.safetensors")
+    tensors, own = load_file(file), model.state_dict()
     assert own.keys() - tensors.keys() == ({"lm_head.weight"} if tied else set())
     assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
     assert all(tensor.equal(own[name].bfloat16()) for name, tensor in tensors.items())
-    weights.close()
-    assert list(place.iterdir()) == []
+    weights.remove()
+    assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_a_place_that_cannot_be_written_is_named(policy: Policy, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_named(policy: Policy, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    config = config_of(tmp_path, tmp_path)
-    with pytest.raises(EngineError, match=r"cannot be written to .*file/ampo.*rollout.sync_dir"):
-        Handover(policy, config.student, tmp_path / "file")
+    with pytest.raises(EngineError, match=r"cannot be written to .*file/weights.*rollout.sync_dir"):
+        WeightFolder(policy, tmp_path / "file" / "weights").write_weights()
 
 
-BRINGS_WEIGHTS = """
-import sys, time
-from pathlib import Path
-from precompute.config import load_config
-from trainer.config import Config
-from trainer.sampling.weight_sync import Handover
-from trainer.student.load import load_policy
+class ModelCopy(TransformersEngine):
+    """Stands in for vLLM: samples with a copy of the student, and notes its calls in order."""
 
-student = load_config(Config, None, [f"student.model={sys.argv[1]}"]).student
-weights = Handover(load_policy(student, temperature=1.0), student, Path(sys.argv[2]))
-print(weights.write_weights(1), flush=True)
-time.sleep(600)
-"""
-
-
-def test_what_a_killed_trainer_left_is_removed_by_the_next_and_what_a_living_one_brings_stays(
-    policy: Policy, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    student = config_of(tmp_path, tmp_path).student
-    mine = Handover(policy, student, tmp_path)
-    command = [sys.executable, "-c", BRINGS_WEIGHTS, str(model_dir), str(tmp_path)]
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        brought = Path(other.stdout.readline().strip())
-        assert {path.name for path in tmp_path.iterdir()} == {mine.folder.name, brought.parent.name}
-        handover.remove_abandoned(tmp_path)
-        assert (brought / "model.safetensors").exists()
-        other.kill()
-    # Its room counts as free when the next asks for a place.
-    monkeypatch.setattr(handover, "SHARED_MEMORY", tmp_path)
-    place_for(policy, Path("run"))
-    assert [path.name for path in tmp_path.iterdir()] == [mine.folder.name]
-    mine.close()
-
-
-def test_shared_memory_is_taken_where_the_weights_fit(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(handover, "SHARED_MEMORY", tmp_path)
-    assert place_for(policy, Path("run")) == tmp_path
-    monkeypatch.setattr(handover, "SPARE", 2.0**60)
-    assert place_for(policy, Path("run")) == Path("run")
-
-
-def test_the_probe_is_at_temperature_1_and_leaves_the_policys_own(policy: Policy) -> None:
-    policy.temperature = 0.5
-    prompts = [policy.tokenizer("1+1=2")["input_ids"]]
-    check = SyncCheck(policy, prompts, None)
-    with torch.no_grad():
-        logprobs = policy.model(input_ids=torch.tensor(prompts)).logits[0, :-1].log_softmax(-1)
-    right = logprobs.gather(1, torch.tensor(prompts[0][1:])[:, None])[:, 0].tolist()
-    check.compare(check.own_logprobs(), {"vllm": [right]})
-    assert policy.temperature == 0.5
-    with pytest.raises(EngineError, match="did not reach vllm"):
-        check.compare(check.own_logprobs(), {"vllm": [[value + 0.006 for value in right]]})
-    with pytest.raises(EngineError, match="did not reach vllm"):
-        check.compare(check.own_logprobs(), {"vllm": [[float("nan"), *right[1:]]]})
-
-
-class Sleeper:
-    """Stands for vllm on a GPU, for on no other device does it sleep; notes what it is told, in order."""
-
-    version = "0"
-
-    def __init__(self, told: list[str], policy: Policy) -> None:
-        self.told, self.policy = told, policy
+    def __init__(self, policy: Policy, calls: list[str]) -> None:
+        self.copy = copy.deepcopy(policy.model)
+        super().__init__(self.copy, policy.tokenizer, batch_size=16)
+        self.calls = calls
 
     def load_weights(self, folder: Path) -> None:
-        self.told.append("load")
+        self.calls.append("load")
+        self.copy.load_state_dict(load_file(folder / "model.safetensors"))
 
-    def logprobs(self, rows: Sequence[Sequence[int]]) -> dict[str, list[list[float]]]:
-        self.told.append("probe")
-        ids = torch.tensor(rows)
-        with torch.no_grad():
-            found = self.policy.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
-        return {"vllm": found.gather(2, ids[:, 1:, None])[..., 0].tolist()}
+    def load_adapter(self, folder: Path, number: int) -> None:
+        raise NotImplementedError
 
     def sleep(self, level: int) -> None:
-        self.told.append("sleep")
+        self.calls.append(f"sleep {level}")
 
-    def wake(self, what: str) -> None:
-        self.told.append(f"wake {what}")
-
-    def close(self) -> None:
-        pass
+    def wake(self, *what: str) -> None:
+        self.calls.append(f"wake {what[0]}")
 
 
-def test_vllm_sleeps_whenever_the_student_computes_from_the_first_time_on(
+class StaleCopy(ModelCopy):
+    """Keeps the weights that it began with."""
+
+    def load_weights(self, folder: Path) -> None:
+        self.calls.append("load")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize("engine", [ModelCopy, StaleCopy])
+def test_a_sampler_with_old_weights_stops_the_run(
+    engine: type[ModelCopy], world: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(samplers, "resolve_engine", lambda name: name)
+    monkeypatch.setattr(samplers, "load_vllm", lambda config, policy, **_: engine(policy, calls))
+    more = {"run__name": engine.__name__, "train__learning_rate": 1e-2, "run__save_every": 1}
+    config = config_of(world, model_dir, **VLLM, **more)
+    run = world / "runs" / engine.__name__
+    if engine is StaleCopy:
+        message = r"^step 2: vllm did not .* by \d.* on average, .*sync_tolerance = 0.005; .*step-000001"
+        with pytest.raises(TrainingError, match=message):
+            train(config, reporter=TrainReporter())
+    else:
+        train(config, reporter=TrainReporter())
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert all(row["sampling/logp_difference"] < 1e-4 for row in rows)
+        assert calls == ["load"] * 5  # before the first step, and after each of four
+    assert not list(run.glob("*weights*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "difference", "stops"),
+    [
+        ({}, torch.float32, 0.0051, True),
+        ({}, torch.float32, 0.0049, False),
+        ({}, torch.bfloat16, 0.09, False),
+        ({}, torch.bfloat16, 0.11, True),
+        ({}, torch.bfloat16, float("nan"), True),
+        ({"sync_tolerance": 0.3}, torch.float32, 0.2, False),
+        ({"top_p": 0.9}, torch.float32, 0.1, False),
+        ({}, torch.float32, None, False),
+    ],
+)
+def test_log_probabilities_may_differ_by_the_tolerance(
+    changes: dict[str, Any], dtype: torch.dtype, difference: float | None, stops: bool
+) -> None:
+    rollout = RolloutConfig(engine="vllm", **changes)
+    with pytest.raises(EngineError) if stops else ExitStack():
+        check_sampler_weights(rollout, dtype, difference)
+
+
+def test_vllm_sleeps_from_the_beginning_and_while_weights_are_written(
     policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[str] = []
-    monkeypatch.setattr(sampler, "load_vllm", lambda *_, **__: Sleeper(told, policy))
-    monkeypatch.setattr(sampler, "_sleeps", lambda _: True)
-    own = policy.logprobs
-    monkeypatch.setattr(policy, "logprobs", lambda batch: (told.append("student"), own(batch))[1])
+    calls: list[str] = []
+    monkeypatch.setattr(samplers, "load_vllm", lambda config, policy, **_: ModelCopy(policy, calls))
+    monkeypatch.setattr(samplers, "_has_sleep_mode", lambda _: True)
+    write = WeightFolder.write_weights
+    monkeypatch.setattr(WeightFolder, "write_weights", lambda self: (calls.append("write"), write(self)))
     with ExitStack() as stack:
         made = make_sampler(config_of(tmp_path, tmp_path, **VLLM), policy, [(2, 5, 7)], tmp_path, stack)
-        made.sync(0)
+        made.sync()
+        made.sync()  # awake already
         made.sleep()
-        made.sync(1)
-    assert told == ["sleep", "student", "wake weights", "load", "wake kv_cache", "probe"] * 2
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.005), (torch.bfloat16, 0.1)])
-def test_16_bits_are_allowed_more(policy: Policy, dtype: torch.dtype, tolerance: float) -> None:
-    narrow = Policy(policy.model, policy.tokenizer, dtype=dtype)
-    assert SyncCheck(narrow, [[5, 6]], None).tolerance == tolerance
-    assert SyncCheck(narrow, [[5, 6]], 0.5).tolerance == 0.5
+        made.sync()
+    woken = ["sleep 2", "write", "wake weights", "load", "wake kv_cache"]
+    assert calls == [*woken, "write", "load", *woken]

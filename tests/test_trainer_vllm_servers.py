@@ -1,7 +1,8 @@
-"""Rollouts by a real vLLM server: whole weights and adapters reach it through a directory."""
+"""Rollouts by a real vLLM server: full weights and adapters reach it through a directory."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,12 +14,13 @@ import pytest
 import torch
 from openai_examples import free_port, vllm_server
 from run_examples import config_of, make_world
-from vllm_examples import change, forward_logprobs, prompts_of
+from vllm_examples import change, forward_logprobs
 
 from precompute.engines import Request, Sampling
 from store.errors import EngineError
 from trainer.config import Config
 from trainer.sampling.samplers import Sampler, VllmSampler, make_sampler
+from trainer.sampling.vllm_servers import VllmServers
 from trainer.student.load import load_policy
 from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
@@ -63,75 +65,43 @@ def config_at(url: str, world: Path, model: Path, **changes: Any) -> Config:
 
 def sampler_at(config: Config, world: Path, stack: ExitStack) -> tuple[Sampler, Policy]:
     policy = load_policy(config.student, temperature=config.rollout.temperature)
-    return make_sampler(config, policy, prompts_of(policy), world / "run", stack), policy
+    prompts = [policy.tokenizer("<user>7+7<assistant>")["input_ids"]]
+    return make_sampler(config, policy, prompts, world / "run", stack), policy
 
 
 @pytest.mark.parametrize("changes", [{}, {"student__use_peft": True, "student__lora_r": 3}])
-def test_a_server_draws_with_the_weights_that_the_student_has_now(
+def test_servers_sample_with_the_weights_that_the_student_has_now(
     url: str, world: Path, model_dir: Path, stack: ExitStack, changes: dict[str, Any]
 ) -> None:
-    sampler_at(config_at(url, world, model_dir), world, stack)[0].sync(0)  # the base, whatever was there
+    sampler_at(config_at(url, world, model_dir), world, stack)[0].sync()  # the base, whatever was there
     sampler, policy = sampler_at(config_at(url, world, model_dir, **changes), world, stack)
-    prompt = prompts_of(policy)[0]
-    drawing = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=16, logprobs="sampler")
+    prompt = policy.tokenizer("<user>7+7<assistant>")["input_ids"]
+    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=16, logprobs="sampler")
     for step in range(3):
-        sampler.sync(step)
+        sampler.sync()
         request = Request(request_id="r", prompt_ids=tuple(prompt), seed=step)
-        (drawn,) = sampler.generate([request], drawing)
-        expected = forward_logprobs(policy, [*prompt, *drawn.token_ids])[len(prompt) - 1 :]
-        assert list(drawn.logprobs) == pytest.approx(expected.tolist(), abs=1e-3)
+        (sampled,) = sampler.generate([request], sampling)
+        expected = forward_logprobs(policy, [*prompt, *sampled.token_ids])[len(prompt) - 1 :]
+        assert list(sampled.logprobs) == pytest.approx(expected.tolist(), abs=1e-3)
         change(policy, 0.05)
+    # At another temperature a server does not report the sampler's log-probabilities.
+    (cold,) = sampler.generate([request], dataclasses.replace(sampling, temperature=0.5))
+    assert cold.token_ids
+    assert cold.logprobs == ()
     sampler.close()
 
 
-def test_at_another_temperature_a_server_cannot_tell_the_samplers_logprobs(
-    url: str, world: Path, model_dir: Path, stack: ExitStack
-) -> None:
-    sampler, policy = sampler_at(config_at(url, world, model_dir), world, stack)
-    sampler.sync(0)
-    request = Request(request_id="r", prompt_ids=tuple(prompts_of(policy)[0]), seed=1)
-    cold = Sampling(temperature=0.5, top_p=1.0, top_k=0, max_tokens=4, logprobs="sampler")
-    (drawn,) = sampler.generate([request], cold)
-    assert drawn.token_ids
-    assert drawn.logprobs == ()
-
-
-def test_a_server_that_was_not_told_is_noticed_and_named(
-    url: str, world: Path, model_dir: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sampler, policy = sampler_at(config_at(url, world, model_dir), world, stack)
-    assert isinstance(sampler, VllmSampler)
-    sampler.sync(0)
-    change(policy, 0.05)
-    monkeypatch.setattr(sampler._engine, "load_weights", lambda folder: None)
-    with pytest.raises(EngineError, match=f"did not reach {url}"):
-        sampler.sync(1)
-
-
-def test_a_server_that_is_gone_ends_the_sync(
+def test_what_a_server_cannot_do_names_it_in_one_line(
     url: str, world: Path, model_dir: Path, stack: ExitStack
 ) -> None:
     gone = f"http://127.0.0.1:{free_port()}/v1"
     sampler, _ = sampler_at(config_at(f"{url} {gone}", world, model_dir), world, stack)
     with pytest.raises(EngineError, match=f"{gone} does not answer: .*refused"):
-        sampler.sync(0)
-
-
-def test_a_path_that_a_server_does_not_know_says_how_to_start_it(
-    url: str, world: Path, model_dir: Path, stack: ExitStack
-) -> None:
-    sampler, _ = sampler_at(config_at(url, world, model_dir), world, stack)
+        sampler.sync()
     assert isinstance(sampler, VllmSampler)
+    assert isinstance(sampler._engine, VllmServers)
     with pytest.raises(EngineError, match=r"refuses /sesame: 404 .*; open it"):
-        sampler._engine._post(url, "/sesame", {}, hint="open it")  # type: ignore[attr-defined]
-
-
-def test_weights_that_a_server_cannot_read_are_an_error_of_one_line(
-    url: str, world: Path, model_dir: Path, stack: ExitStack
-) -> None:
-    changes: dict[str, Any] = {"student__use_peft": True, "student__lora_r": 3}
-    sampler, _ = sampler_at(config_at(url, world, model_dir, **changes), world, stack)
-    assert isinstance(sampler, VllmSampler)
+        sampler._engine._post(url, "/sesame", {}, hint="open it")
     with pytest.raises(EngineError, match="refuses /v1/load_lora_adapter: 404") as caught:
         sampler._engine.load_adapter(world / "nowhere", 1)
     assert "\n" not in str(caught.value)
@@ -145,4 +115,4 @@ def test_a_run_trains_on_a_servers_samples(url: str, world: Path, model_dir: Pat
     rows = [json.loads(line) for line in (report.run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["sampling/logp_difference"] < 1e-4 for row in rows)
-    assert not list(report.run.glob("ampo-weights-*"))
+    assert not list(report.run.glob("*weights*"))

@@ -1,4 +1,4 @@
-"""Students whose weights change, and what their log-probabilities should then be."""
+"""A student's weights changed, and the log-probabilities to expect then."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ import torch
 from trainer.student.policy import Policy
 
 
-def prompts_of(policy: Policy) -> list[list[int]]:
-    return [policy.tokenizer(f"<user>{n}+{n}={2 * n}<assistant>")["input_ids"] for n in range(7, 11)]
-
-
 def change(policy: Policy, size: float) -> None:
-    """What an optimizer step does to the weights that train."""
+    """Changes the weights that train, as an optimizer step does."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in policy.model.parameters():
@@ -21,7 +17,7 @@ def change(policy: Policy, size: float) -> None:
 
 
 def forward_logprobs(policy: Policy, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
-    """[P - 1], by a forward pass of the transformers model."""
+    """Returns [P - 1], by a forward pass of the transformers model."""
     with torch.no_grad():
         logits = policy.model(input_ids=torch.tensor([ids])).logits[0, :-1] / temperature
     return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]

@@ -75,12 +75,6 @@ SETTLED_VLLM_ARGS = {
 """Argument of `vllm.LLM` -> what settles it."""
 
 
-OF_SYNC = ("sync_dir", "sync_tolerance")
-"""Keys of [rollout] that say how weights reach vllm, a process or servers."""
-OF_PROCESS = ("vllm_gpu_memory_utilization", "vllm_sleep", "vllm_args")
-"""Those of the process that vllm runs in."""
-
-
 class RolloutConfig(Section):
     """[rollout]: how the student samples."""
 
@@ -98,26 +92,24 @@ class RolloutConfig(Section):
     batch_size: Positive = 128
     """Sequences that are sampled at once."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """transformers draws from the very model that trains. vllm has a copy of it, in a process of its own or
-    behind `base_urls`, which is brought up to date after every step and compared with the student."""
+    """transformers samples with the very model that trains. vllm has a copy of it, in a process of its own or
+    behind `base_urls`, which gets the new weights after every step."""
     base_urls: BaseUrls = ()
-    """vllm alone, as all below (of those that nothing reads one is warned): servers of the student, e.g.
-    ["http://127.0.0.1:8000/v1"], which see
-    `sync_dir` under the same path; empty: a process of its own on the student's device."""
+    """For vllm alone, as all keys below: servers of the student, e.g. ["http://127.0.0.1:8000/v1"], which see
+    `sync_dir` (or the run's directory) under the same path; empty: a process on the student's device."""
     served_model_name: str | None = None
-    """The name that the servers know the student by; None: `student.model`."""
+    """Name of the student at the servers; None: `student.model`."""
     sync_dir: str | None = None
-    """Where weights lie on their way to vllm. None: in memory (/dev/shm) where they fit, else in the run's
-    directory, as always for servers."""
+    """Directory through which weights reach vllm, e.g. /dev/shm; None: the run's directory."""
     sync_tolerance: Annotated[float, Field(gt=0)] | None = None
-    """How far apart vllm's and the student's log-probabilities of a probe may be, in nats a token, after new
-    weights were brought. None: 0.005 where both compute in float32, 0.1 in bfloat16."""
+    """Nats a token by which the log-probabilities of vllm and trainer may differ, on average over a step's
+    samples. None: 0.005 where both compute in float32, 0.1 in bfloat16, no limit with top_p or top_k."""
     vllm_gpu_memory_utilization: Share = 0.4
-    """Share of the GPU that vllm takes while it draws, the student's weights beside it."""
+    """Share of the GPU's memory for vllm while it samples; the student's weights come on top."""
     vllm_sleep: bool = True
-    """Gives vllm's memory to the update between two rollouts; on a GPU alone."""
+    """Frees vllm's memory for the update, between two steps' sampling; on a GPU alone."""
     vllm_args: dict[str, Any] = Field(default_factory=dict)
-    """More arguments of `vllm.LLM`, as they stand, e.g. {enforce_eager = true}."""
+    """Further arguments of `vllm.LLM`, e.g. {enforce_eager = true}."""
 
     @field_validator("vllm_args")
     @classmethod
@@ -137,19 +129,6 @@ class RolloutConfig(Section):
                 "base_urls, or leave it out"
             )
         return self
-
-    @property
-    def idle(self) -> dict[str, str]:
-        """Key -> why nothing reads it, of those that are set for an engine that does not run; a config that
-        others extend may well hold some."""
-        keys: tuple[str, ...] = ()
-        why = "it is settled at the servers of rollout.base_urls"
-        if self.engine != "vllm":
-            keys, why = (*OF_SYNC, *OF_PROCESS), f'rollout.engine = "{self.engine}" draws the samples'
-        elif self.base_urls:
-            keys = OF_PROCESS
-        set_here = self.model_dump(exclude_defaults=True)
-        return {key: why for key in keys if key in set_here}
 
     max_refills: Count = 0
     """Rounds in which other problems stand in for groups that train nothing, all solved or all failed without

@@ -34,6 +34,7 @@ from trainer.run.errors import explain_memory, explain_step
 from trainer.run.resume import check_unchanged, find_whole_start, optimizer_at, resume_state
 from trainer.run.run_dir import Position, RunFiles, UnwrittenRun
 from trainer.run.setup import Parts, assemble
+from trainer.sampling.samplers import check_sampler_weights
 from trainer.student.optimizer import learning_rate_at, set_learning_rate
 from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.metrics import step_metrics
@@ -133,7 +134,7 @@ def run_steps(parts: Parts, done: Position, saved: Path | None, stop: StopReques
     config, run, world = parts.config, parts.run, parts.world
     if not stop.agreed(world):
         with explain_step(run, done, saved):
-            parts.sampler.sync(done.step)
+            parts.sampler.sync()
             if done.step == 0 and parts.eval_prompts:
                 _log(parts, {"step": 0, **_evaluate(parts, 0)})
     stopped = stop.agreed(world)
@@ -173,8 +174,9 @@ def train_step(parts: Parts, step: int) -> tuple[dict[str, Any], list[Group]]:
             g for g, group in enumerate(groups) if group.has_gradient or not config.rollout.max_refills
         ]
         update = parts.updater.update([groups[g] for g in trained], advantages[trained])
+    check_sampler_weights(config.rollout, parts.policy.dtype, update.sampler_difference)
     with timer("sync"):
-        parts.sampler.sync(step)
+        parts.sampler.sync()
     parts.run.write_rollouts(step, groups, advantages)
     if config.guidance.trigger != "never":
         parts.run.write_queries(step, queries)
@@ -202,7 +204,7 @@ def sample_and_guide(parts: Parts, step: int, timer: StepTimer) -> tuple[list[Gr
         stand_ins = list(islice(others, missing))
         if stand_ins:
             with timer("sync"):
-                parts.sampler.sync(step - 1)
+                parts.sampler.sync()
             further, asked = _groups_of(parts, stand_ins, step, timer)
             groups, queries = groups + further, queries + asked
     return groups, queries
@@ -212,7 +214,7 @@ def _groups_of(
     parts: Parts, prompts: Sequence[Prompt], step: int, timer: StepTimer
 ) -> tuple[list[Group], list[QueryRow]]:
     """Each process samples and guides its share of the prompts; all get all groups, in order."""
-    with parts.sampler.drawing():
+    with parts.sampler.sampling():
         own, asked = _own_groups_of(parts, parts.world.share(prompts), step, timer)
     groups = parts.world.merged(own)
     order = {group.problem.problem_id: place for place, group in enumerate(groups)}
@@ -244,7 +246,7 @@ def _own_groups_of(
 
 def _evaluate(parts: Parts, step: int) -> dict[str, float]:
     config, timer = parts.config, StepTimer()
-    with parts.sampler.drawing(), parts.policy.computing():
+    with parts.sampler.sampling(), parts.policy.computing():
         evaluation = evaluate(
             parts.sampler,
             parts.judge,

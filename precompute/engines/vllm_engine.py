@@ -87,18 +87,13 @@ class VllmEngine:
     def load_weights(self, folder: Path) -> None:
         """Puts the weights of a transformers directory of the same model in place of those that are there.
 
-        This and the next four raise EngineError, with the process ended, for what vllm cannot do.
+        This and the next three raise EngineError, with the process ended, for what vllm cannot do.
         """
         self._process.call("load_weights", str(folder))
 
     def load_adapter(self, folder: Path, number: int) -> None:
         """Draws with the LoRA adapter of a peft directory from now on; `number` is new each time."""
         self._process.call("load_adapter", str(folder), number)
-
-    def logprobs(self, rows: Sequence[Sequence[int]]) -> dict[str, list[tuple[float, ...]]]:
-        """[N] rows of ids -> for each copy of the model, here one, the log-probabilities of all but their
-        first tokens, at temperature 1."""
-        return {self.name: self._process.call("logprobs", [list(row) for row in rows])}
 
     def sleep(self, level: int) -> None:
         """Frees the GPU's memory. Level 1 keeps the weights in the host's; 2 forgets them: before anything

@@ -119,20 +119,6 @@ class Served:
         self.llm.llm_engine.add_lora(self.adapter)
         self._forget_prefixes()
 
-    def logprobs(self, rows: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
-        """[N] rows of token ids -> log-probabilities of all but their first tokens, at temperature 1."""
-        from vllm import SamplingParams
-
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": list(row)} for row in rows],
-            SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
-            lora_request=self.adapter,
-            use_tqdm=False,
-        )
-        return [
-            _logprobs(output.prompt_logprobs[1:], row[1:]) for output, row in zip(outputs, rows, strict=True)
-        ]
-
     def sleep(self, level: int) -> None:
         """Frees the device's memory; level 1 keeps the weights in the host's, level 2 forgets them."""
         self.llm.sleep(level=level)

@@ -28,7 +28,7 @@ from trainer.method.update import Updater
 from trainer.parallel.fsdp import check_shardable, initial_device, shard
 from trainer.parallel.world import ALONE, World
 from trainer.run.run_dir import RunFiles
-from trainer.sampling.samplers import Sampler, check_sampler, make_sampler
+from trainer.sampling.samplers import Sampler, check_sampler, make_sampler, sampler_warnings
 from trainer.student.load import TEMPLATE_KEY, load_policy
 from trainer.student.model_check import check_model
 from trainer.student.optimizer import make_optimizer
@@ -173,12 +173,8 @@ def check_plan(
             f"rollout.max_completion_length = {rollout.max_completion_length} and a {longest}-token prompt "
             f"exceed the student's {positions} positions; set it to {room} at most"
         )
-    if rollout.top_p < 1 or rollout.top_k > 0:
-        reporter.warned(
-            "rollout.top_p below 1 or top_k above 0: sampler and trainer differ, the ratio is biased"
-        )
-    for key, why in rollout.idle.items():
-        reporter.warned(f"rollout.{key} = {getattr(rollout, key)!r} is not read: {why}")
+    for warning in sampler_warnings(rollout):
+        reporter.warned(warning)
     if config.guidance.trigger != "never" and config.guidance.k >= rollout.num_generations:
         reporter.warned(
             f"guidance.k = {config.guidance.k}: one sample of the student stays in every group, so at most "

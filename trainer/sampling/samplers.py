@@ -1,4 +1,4 @@
-"""Who draws the student's samples, and how the student's new weights reach it.
+"""Samples from the student: with the model that trains, or with vLLM, which gets every step's new weights.
 
 sleep -> sync -> generate (a step's samples) -> sleep -> guide, update -> sync -> generate (evaluation) -> ...
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,71 +21,68 @@ from precompute.engines.registry import resolve_engine
 from precompute.engines.transformers_engine import TransformersEngine
 from precompute.engines.vllm_engine import VllmEngine, VllmProcess, llm_options
 from store.errors import ConfigError, EngineError
-from trainer.config import Config, StudentConfig
+from trainer.config import Config, RolloutConfig, StudentConfig
 from trainer.parallel.fsdp import gathered_weights
 from trainer.parallel.world import ALONE, World
-from trainer.sampling.sync_check import SyncCheck
-from trainer.sampling.weight_sync import Handover, place_for
+from trainer.sampling.weight_sync import WeightFolder
 from trainer.student.policy import Policy
 
 LOGGER = logging.getLogger(__name__)
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vllm 0.32 can be told as the largest rank of an adapter."""
+"""Largest ranks of an adapter that vllm 0.32 can be configured for."""
 LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
-"""What torchrun tells a process of itself; vllm would take it for its own."""
+"""Variables that torchrun sets for a rank; vllm would take them for its own."""
+PROCESS_KEYS = {"vllm_gpu_memory_utilization", "vllm_sleep", "vllm_args"}
+"""Keys of [rollout] that only a vllm in a process of its own reads."""
 
 
 class Sampler(Engine, Protocol):
-    """An engine that draws from the student as it is now."""
+    """An engine that samples from the student as it is now."""
 
-    def sync(self, step: int) -> None:
-        """Makes the student's weights those that are drawn from, and wakes what slept.
+    def sync(self) -> None:
+        """Gives the sampler the student's current weights, and its memory back after `sleep`.
 
-        Several processes call it together, and none returns before all samplers have the weights.
-
-        `step`: the sampling steps that these weights have behind them. Raises EngineError when they cannot be
-        brought, or did not arrive.
+        All ranks call it together, and it returns when all samplers have the weights. Raises EngineError when
+        one cannot load them.
         """
         ...
 
-    def drawing(self) -> AbstractContextManager[None]:
-        """The block in which each process draws at its own pace."""
+    def sampling(self) -> AbstractContextManager[None]:
+        """Context in which each rank may call `generate` on its own."""
         ...
 
     def sleep(self) -> None:
-        """Gives memory to the update; until the next `sync` nothing can be drawn."""
+        """Frees memory for the update; `generate` needs a `sync` first."""
         ...
 
 
 class SharedSampler(TransformersEngine):
-    """Draws from the very model that is trained: its weights are always the new ones."""
+    """Samples with the very model that is trained, so there is nothing to synchronize."""
 
     def __init__(self, policy: Policy, *, batch_size: int) -> None:
         super().__init__(policy.model, policy.tokenizer, batch_size=batch_size)
         self._policy = policy
 
-    def drawing(self) -> AbstractContextManager[None]:
-        """Whole weights, where they are dealt out over processes."""
+    def sampling(self) -> AbstractContextManager[None]:
+        """Gathers sharded weights for the block."""
         return gathered_weights(self._policy)
 
-    def sync(self, step: int) -> None:
-        """Nothing is to be brought."""
+    def sync(self) -> None:
+        """Does nothing."""
 
     def sleep(self) -> None:
-        """Nothing is held but what the update needs too."""
+        """Does nothing."""
 
 
-class WeightedEngine(Engine, Protocol):
-    """An engine whose weights can be changed; VllmEngine says how."""
+class SyncedEngine(Engine, Protocol):
+    """An engine whose weights can be replaced: VllmEngine or VllmServers."""
 
     def load_weights(self, folder: Path) -> None: ...
 
     def load_adapter(self, folder: Path, number: int) -> None: ...
-
-    def logprobs(self, rows: Sequence[Sequence[int]]) -> dict[str, list[tuple[float, ...]]]: ...
 
     def sleep(self, level: int) -> None: ...
 
@@ -92,96 +90,73 @@ class WeightedEngine(Engine, Protocol):
 
 
 class VllmSampler:
-    """Draws from a copy of the student, which gets its weights through a folder."""
+    """Samples with vLLM's copy of the student, which gets its weights through a folder."""
 
     name = "vllm"
 
     def __init__(
         self,
-        engine: WeightedEngine,
-        handover: Handover,
-        check: SyncCheck,
+        engine: SyncedEngine,
+        weights: WeightFolder,
+        student: StudentConfig,
         *,
-        adapter_only: bool,
         sleeps: bool,
-        world: World = ALONE,
     ) -> None:
-        """
-        Args:
-            adapter_only: the engine has the frozen weights already.
-            world: its processes have a sampler each, and go through `sync` together.
-        """
+        """`sleeps`: the engine has a sleep mode."""
         self.version = engine.version
         self._engine = engine
-        self._handover = handover
-        self._check = check
-        self._adapter_only = adapter_only
+        self._weights = weights
+        self._student = student
         self._sleeps = sleeps
-        self._world = world
-        self._asleep = False
-        self._brought = 0
-        self._in_use: Path | None = None
+        self._asleep: set[str] = set()
+        self._syncs = 0
 
     def generate(self, requests: Requests, sampling: Sampling) -> Iterator[Completion]:
-        """As Engine.generate."""
+        """Yields completions as Engine.generate does."""
         return self._engine.generate(requests, sampling)
 
-    def drawing(self) -> AbstractContextManager[None]:
-        """Nothing is needed: vllm has weights of its own."""
+    def sampling(self) -> AbstractContextManager[None]:
+        """Needs nothing: vLLM has weights of its own."""
         return nullcontext()
 
-    def sync(self, step: int) -> None:
-        """Brings the weights and compares what both make of a probe."""
-        # While vllm sleeps: whole weights of the trainer's and vllm's memory need not find room together.
-        ours = self._check.own_logprobs()
-        folder = self._write()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what the update has set aside is another process's to take
-        self._wake("weights")
-        self._load(folder)
+    def sync(self) -> None:
+        """Writes the weights, with LoRA the adapter alone, and has vLLM load them."""
+        self._syncs += 1
+        if not self._student.use_peft:
+            self._load_weights(self._weights.write_weights)
+        else:
+            if self._student.load_in_4bit and self._syncs == 1:
+                # vLLM began with the 16-bit original; the adapter is trained over the 4-bit weights.
+                self._load_weights(self._weights.write_base)
+            self._weights.write_adapter()
+            self._wake("weights")
+            self._engine.load_adapter(self._weights.path, self._syncs)
         self._wake("kv_cache")
-        self._asleep = False
-        self._check.compare(ours, self._named(self._engine.logprobs(self._check.rows)))
-        self._world.barrier()
-        self._forget(folder)
+        self._weights.world.barrier()
+
+    def _load_weights(self, write: Callable[[], None]) -> None:
+        # Written while vLLM sleeps: gathered weights and vLLM's memory need not fit at once.
+        write()
+        self._wake("weights")
+        self._engine.load_weights(self._weights.path)
 
     def sleep(self) -> None:
-        """Frees vllm's GPU memory; frozen weights stay in the host's, others come anew in any case."""
+        """Frees vLLM's GPU memory; with LoRA the frozen weights move to host memory."""
         if self._sleeps:
-            self._engine.sleep(1 if self._adapter_only else 2)
-            self._asleep = True
+            self._engine.sleep(1 if self._student.use_peft else 2)
+            self._asleep = {"weights", "kv_cache"}
 
     def close(self) -> None:
-        """Ends vllm's process and removes the folder."""
+        """Ends vLLM's process and removes the folder."""
         self._engine.close()
-        self._handover.close()
+        self._weights.remove()
 
     def _wake(self, what: str) -> None:
-        if self._asleep:
+        if what in self._asleep:
+            self._asleep.remove(what)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # memory that torch keeps cached is not free for vLLM's process
             self._engine.wake(what)
-
-    def _write(self) -> Path:
-        self._brought += 1
-        write = self._handover.write_adapter if self._adapter_only else self._handover.write_weights
-        return write(self._brought)
-
-    def _load(self, folder: Path) -> None:
-        if self._adapter_only:
-            self._engine.load_adapter(folder, self._brought)
-        else:
-            self._engine.load_weights(folder)
-
-    def _forget(self, folder: Path) -> None:
-        """Removes what nobody reads any more; vllm may read an adapter again, as long as it draws with it."""
-        done_with, self._in_use = (self._in_use, folder) if self._adapter_only else (folder, None)
-        if done_with is not None:
-            self._handover.remove(done_with)
-
-    def _named(self, found: dict[str, Any]) -> dict[str, Any]:
-        """By the name of each copy; of several processes each has a vllm."""
-        if self._world.size == 1 or self.name not in found:
-            return found
-        return {f"the {self.name} of process {self._world.rank}": found[self.name]}
 
 
 def make_sampler(
@@ -192,45 +167,33 @@ def make_sampler(
     stack: ExitStack,
     world: World = ALONE,
 ) -> Sampler:
-    """The sampler that `rollout.engine` names, asleep until its first `sync`; `stack` closes it.
+    """Returns the sampler of `rollout.engine`, asleep until its first `sync`; `stack` closes it.
 
-    Of several processes each has one: a vllm of its own on its GPU, or the servers, which all draw from and
-    the first one tells of new weights.
+    Every rank has one: a vLLM of its own on its GPU, or the servers, which rank 0 gives new weights.
 
     Args:
-        prompts: ids of all that may be asked; the first ones are the probe.
+        prompts: token ids of every prompt, training and evaluation.
         run: the run's directory.
     """
     rollout = config.rollout
     if rollout.engine == "transformers":
         return SharedSampler(policy, batch_size=rollout.batch_size)
-    at_servers = bool(rollout.base_urls)
-    handover = Handover(policy, config.student, _place(config, policy, run), world, one_for_all=at_servers)
-    stack.callback(handover.close)
     max_length = max(len(ids) for ids in prompts) + rollout.max_completion_length
-    engine: WeightedEngine = (
-        _servers(config, policy, max_length=max_length, tells=world.is_main)
-        if at_servers
-        else load_vllm(config, policy, handover, max_length=max_length)
+    engine: SyncedEngine = (
+        load_servers(config, policy, world, max_length=max_length)
+        if rollout.base_urls
+        else load_vllm(config, policy, max_length=max_length)
     )
+    directory = Path(rollout.sync_dir).absolute() if rollout.sync_dir else run
     sampler = VllmSampler(
         engine,
-        handover,
-        SyncCheck(policy, prompts, rollout.sync_tolerance),
-        adapter_only=config.student.use_peft,
-        sleeps=_sleeps(config),
-        world=world,
+        WeightFolder(policy, directory / f"{run.name}-weights", world, shared=bool(rollout.base_urls)),
+        config.student,
+        sleeps=_has_sleep_mode(rollout),
     )
     stack.callback(sampler.close)
     sampler.sleep()
     return sampler
-
-
-def _place(config: Config, policy: Policy, run: Path) -> Path:
-    """The directory that weights go through; servers may be on another machine."""
-    if config.rollout.sync_dir:
-        return Path(config.rollout.sync_dir).absolute()
-    return run if config.rollout.base_urls else place_for(policy, run)
 
 
 def check_sampler(config: Config) -> None:
@@ -240,35 +203,76 @@ def check_sampler(config: Config) -> None:
     resolve_engine("openai" if config.rollout.base_urls else "vllm")
     if config.rollout.base_urls and config.student.load_in_4bit:
         raise ConfigError(
-            "rollout.base_urls are servers of the model as it is, and student.load_in_4bit trains another: "
-            "leave base_urls out, and vllm gets the 4-bit weights as they compute"
+            "rollout.base_urls are servers of the 16-bit model, and student.load_in_4bit trains another: "
+            "leave base_urls out, and vllm gets the 4-bit weights dequantized"
         )
     if config.student.use_peft:
         max_lora_rank(config.student)
 
 
-def max_lora_rank(student: StudentConfig) -> int:
-    """The smallest that vllm knows and the adapters fit into."""
-    fitting = [rank for rank in LORA_RANKS if rank >= student.lora_r]
-    if not fitting:
-        raise ConfigError(
-            f"student.lora_r = {student.lora_r} is more than vllm's {LORA_RANKS[-1]}; "
-            'lower it, or set rollout.engine = "transformers"'
+def sampler_warnings(rollout: RolloutConfig) -> list[str]:
+    """Returns warnings about keys of [rollout] that have no effect, or that bias training."""
+    warnings = []
+    if rollout.top_p < 1 or rollout.top_k > 0:
+        warnings.append(
+            "rollout.top_p below 1 or top_k above 0: sampler and trainer differ, the ratio is biased"
         )
-    return fitting[0]
+    unread: set[str] = set()
+    why = ""
+    if rollout.engine != "vllm":
+        unread, why = PROCESS_KEYS | {"sync_dir", "sync_tolerance"}, f'rollout.engine = "{rollout.engine}"'
+    elif rollout.base_urls:
+        unread, why = PROCESS_KEYS, "the servers of rollout.base_urls have settings of their own"
+        if rollout.temperature != 1 and not warnings:
+            warnings.append(
+                f"rollout.temperature = {rollout.temperature}: vllm servers report log-probabilities at "
+                "temperature 1 only, so is_cap has no effect and samples of old weights are not noticed"
+            )
+    unread &= rollout.model_dump(exclude_defaults=True).keys()
+    return warnings + [
+        f"rollout.{key} = {getattr(rollout, key)!r} is not read: {why}" for key in sorted(unread)
+    ]
 
 
-def load_vllm(config: Config, policy: Policy, handover: Handover, *, max_length: int) -> VllmEngine:
-    """The student in a process of its own, on the student's device."""
-    base = handover.write_base() if config.student.load_in_4bit else None
+def check_sampler_weights(rollout: RolloutConfig, dtype: torch.dtype, difference: float | None) -> None:
+    """Raises EngineError when a step's samples cannot come from the student's weights.
+
+    Args:
+        dtype: the type that the student computes in.
+        difference: mean absolute difference between the trainer's and the sampler's log-probabilities of the
+            sampled tokens, in nats; None where the sampler reports none.
+    """
+    tolerance = rollout.sync_tolerance
+    if tolerance is None:
+        tolerance = 0.005 if dtype == torch.float32 else 0.1  # 16-bit logits near 20 are 0.125 apart
+        if rollout.top_p < 1 or rollout.top_k > 0:
+            return  # the sampler's distribution is truncated, the trainer's is not
+    if rollout.engine == "vllm" and difference is not None and not difference <= tolerance:
+        raise EngineError(
+            "vllm did not sample with the student's weights: its log-probabilities of the sampled tokens and "
+            f"the trainer's differ by {difference:.2g} on average, rollout.sync_tolerance = {tolerance:g}"
+        )
+
+
+def max_lora_rank(student: StudentConfig) -> int:
+    """Returns the smallest rank that vllm can be configured for and the adapters fit into."""
+    for rank in LORA_RANKS:
+        if rank >= student.lora_r:
+            return rank
+    raise ConfigError(
+        f"student.lora_r = {student.lora_r} is more than vllm's {LORA_RANKS[-1]}; "
+        'lower it, or set rollout.engine = "transformers"'
+    )
+
+
+def load_vllm(config: Config, policy: Policy, *, max_length: int) -> VllmEngine:
+    """Loads the student's model in a process of its own, on the student's device."""
     process = VllmProcess(vllm_environment(policy.device, os.environ))
     process.load(
-        vllm_options(config, policy.dtype, base, max_length=max_length),
+        vllm_options(config, policy.dtype, max_length=max_length),
         given=config.rollout.vllm_args,
         named="rollout.vllm_args",
     )
-    if base is not None:
-        handover.remove(base)
     return VllmEngine(
         process,
         policy.tokenizer,
@@ -279,11 +283,11 @@ def load_vllm(config: Config, policy: Policy, handover: Handover, *, max_length:
     )
 
 
-def _servers(config: Config, policy: Policy, *, max_length: int, tells: bool) -> WeightedEngine:
-    """The student at `rollout.base_urls`."""
-    rollout = config.rollout
+def load_servers(config: Config, policy: Policy, world: World, *, max_length: int) -> SyncedEngine:
+    """Connects to the servers of `rollout.base_urls`; rank 0 sends them new weights."""
     from trainer.sampling.vllm_servers import VllmServers  # and with it openai
 
+    rollout = config.rollout
     servers = TeacherConfig(
         name="student",
         model=config.student.model,
@@ -295,19 +299,24 @@ def _servers(config: Config, policy: Policy, *, max_length: int, tells: bool) ->
     )
     try:
         return VllmServers(
-            servers, policy.tokenizer, max_length=max_length, report=LOGGER.warning, tells=tells
+            servers,
+            policy.tokenizer,
+            max_length=max_length,
+            report=LOGGER.warning,
+            adapter_prefix=world.from_main(lambda: f"student-{secrets.token_hex(4)}"),
+            updates=world.is_main,
         )
     except EngineError as error:
         raise EngineError(f"rollout.base_urls: {error}") from error
 
 
-def vllm_options(config: Config, dtype: torch.dtype, base: Path | None, *, max_length: int) -> dict[str, Any]:
-    """The arguments of `vllm.LLM`; `base` is a 4-bit student's model in `dtype`."""
+def vllm_options(config: Config, dtype: torch.dtype, *, max_length: int) -> dict[str, Any]:
+    """Returns the arguments of `vllm.LLM`."""
     student, rollout = config.student, config.rollout
     model = TeacherConfig(
         name="student",
-        model=student.model if base is None else str(base),
-        revision=student.revision if base is None else None,
+        model=student.model,
+        revision=student.revision,
         dtype="float32" if dtype == torch.float32 else "bfloat16",
         batch_size=rollout.batch_size,
         gpu_memory_utilization=rollout.vllm_gpu_memory_utilization,
@@ -316,13 +325,13 @@ def vllm_options(config: Config, dtype: torch.dtype, base: Path | None, *, max_l
     if student.use_peft:
         rank = max_lora_rank(student)
         options |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
-    if _sleeps(config):
+    if _has_sleep_mode(rollout):
         options["enable_sleep_mode"] = True
     return options | rollout.vllm_args
 
 
 def vllm_environment(device: torch.device, environment: Mapping[str, str]) -> dict[str, str]:
-    """Of the process: it sees the student's GPU alone, and nothing of the launcher that started us."""
+    """Returns the variables of vLLM's process: it sees the student's GPU alone, and nothing of torchrun."""
     seen = {
         key: value
         for key, value in environment.items()
@@ -335,6 +344,6 @@ def vllm_environment(device: torch.device, environment: Mapping[str, str]) -> di
     return seen
 
 
-def _sleeps(config: Config) -> bool:
-    """vllm's sleep mode exists on GPUs alone."""
-    return config.rollout.vllm_sleep and not config.rollout.base_urls and torch.cuda.is_available()
+def _has_sleep_mode(rollout: RolloutConfig) -> bool:
+    """Returns whether vLLM can sleep: only on a GPU, and only where it is a process of this run."""
+    return rollout.vllm_sleep and not rollout.base_urls and torch.cuda.is_available()

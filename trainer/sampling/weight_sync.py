@@ -1,178 +1,95 @@
-"""The student's weights on their way to another process: a folder that both sides see.
+"""Writes the student's weights where vLLM reads them: one folder, which every sync overwrites.
 
-Where they are dealt out over processes, all of these come together to write; one folder a machine is enough.
+Where the weights are sharded, all ranks gather them together, and one rank of a machine writes.
 """
 
 from __future__ import annotations
 
-import secrets
 import shutil
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from store.errors import EngineError
-from store.format.files import FileLock
-from trainer.config import StudentConfig
 from trainer.parallel.fsdp import full_tensor
 from trainer.parallel.world import ALONE, World
 from trainer.student.policy import Policy
 
-SHARED_MEMORY = Path("/dev/shm")
-SPARE = 1.1
-"""How much more room than the weights take there has to be."""
-FOLDER = "ampo-weights-"
-IN_USE = "in-use.lock"
-"""Held by the process that brings weights, as long as it lives."""
 
+class WeightFolder:
+    """A folder with the student's newest weights; all ranks call its methods together."""
 
-class Handover:
-    """Writes weights where another process reads them; what was brought is removed."""
-
-    def __init__(
-        self,
-        policy: Policy,
-        student: StudentConfig,
-        place: Path,
-        world: World = ALONE,
-        *,
-        one_for_all: bool = False,
-    ) -> None:
-        """Raises EngineError when the folder cannot be made.
-
-        Args:
-            place: the directory in which it is made; on a machine the first process's counts.
-            world: its processes make each call here together.
-            one_for_all: one folder for all machines, not one for each.
+    def __init__(self, policy: Policy, path: Path, world: World = ALONE, *, shared: bool = False) -> None:
         """
+        Args:
+            path: beginning of the folder's path, to which the number of the writing rank is added.
+            shared: all machines see the same folder, which rank 0 writes; otherwise each machine has one.
+        """
+        writer = 0 if shared else world.rank - world.local_rank
+        self.path = path.with_name(f"{path.name}-{writer}")
         self._policy = policy
-        self._student = student
-        self._world = world
-        self._writes = world.is_main if one_for_all else world.is_local_main
-        mine = place / f"{FOLDER}{secrets.token_hex(4)}"
-        self.folder = world.gather(mine)[0] if one_for_all else world.from_local_main(mine)
-        self._lock: FileLock | None = None
-        if world.size > 1:
-            world.scratch.append(self.folder)
-        if not self._writes:
-            return
-        remove_abandoned(place)
-        try:
-            self._lock = _make_locked(self.folder)
-        except OSError as error:
-            raise self._refused(error) from error
+        self.world = world
+        self._is_writer = world.rank == writer
 
-    def write_weights(self, number: int) -> Path:
-        """All weights, in the type that the student computes in."""
-        state = narrowed(self._policy, kept=self._writes)
-        return self._write(number, lambda path: self._policy.causal.save_pretrained(path, state_dict=state))
+    def write_weights(self) -> None:
+        """Writes all weights, in the type that the student computes in."""
+        state = self._gathered_weights()
+        self._write(lambda: self._policy.causal.save_pretrained(self.path, state_dict=state))
 
-    def write_adapter(self, number: int) -> Path:
-        """The LoRA adapter alone."""
+    def write_adapter(self) -> None:
+        """Writes the LoRA adapter alone, as peft does."""
         model = self._policy.model
-        adapter = {
-            name: full_tensor(tensor) for name, tensor in model.state_dict().items() if ".lora_" in name
-        }
-        return self._write(
-            number,
-            lambda path: model.save_pretrained(path, state_dict=adapter, save_embedding_layers=False),
-        )
+        state = {name: full_tensor(value) for name, value in model.state_dict().items() if ".lora_" in name}
+        self._write(lambda: model.save_pretrained(self.path, state_dict=state, save_embedding_layers=False))
 
-    def write_base(self) -> Path:
-        """The frozen weights of a 4-bit student as they compute, without its adapter: an ordinary model."""
-        config = AutoConfig.from_pretrained(self._student.model, revision=self._student.revision)
-        with torch.device("meta"):
-            skeleton: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=self._policy.dtype
-            )
-        state = dequantized(self._policy)
-        return self._write(0, lambda path: skeleton.save_pretrained(path, state_dict=state))
+    def write_base(self) -> None:
+        """Writes the frozen weights of a 4-bit student, dequantized and without its adapter."""
+        self._write(lambda: save_file(dequantized(self._policy), self.path / "model.safetensors"))
 
-    def remove(self, path: Path) -> None:
-        """Once no process reads it; harmless when it is gone."""
-        if self._writes:
-            shutil.rmtree(path, ignore_errors=True)
+    def remove(self) -> None:
+        """Removes the folder; harmless when it does not exist."""
+        if self._is_writer:
+            shutil.rmtree(self.path, ignore_errors=True)
 
-    def close(self) -> None:
-        """Removes all that is there."""
-        self.remove(self.folder)
-        if self._lock is not None:
-            self._lock.release()
+    def _gathered_weights(self) -> dict[str, Tensor]:
+        """Returns name -> weight on the CPU; {} in ranks that do not write."""
+        state, tied_names = {}, _tied_names(self._policy)
+        for name, sharded in self._policy.causal.state_dict().items():
+            if name in tied_names:
+                continue
+            full = full_tensor(sharded)
+            if self._is_writer:
+                dtype = self._policy.dtype if full.is_floating_point() else full.dtype
+                state[name] = full.to("cpu", dtype)
+        return state
 
-    def _write(self, number: int, save: Any) -> Path:
-        """The folder, which is whole when this returns."""
-        path = self.folder / f"{number:06d}"
-        if self._writes:
+    def _write(self, save: Callable[[], None]) -> None:
+        """Overwrites the folder; every rank returns once it is complete."""
+        if self._is_writer:
+            self.remove()
             try:
-                save(path)
+                self.path.mkdir(parents=True)
+                save()
             except (OSError, RuntimeError, SafetensorError) as error:
-                raise self._refused(error) from error
-        self._world.barrier()
-        return path
-
-    def _refused(self, error: Exception) -> EngineError:
-        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
-        return EngineError(
-            f"weights for vllm cannot be written to {self.folder}: {reason}; "
-            "set rollout.sync_dir to a directory with more room"
-        )
+                reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
+                raise EngineError(
+                    f"weights for vllm cannot be written to {self.path}: {reason}; "
+                    "set rollout.sync_dir to a directory with more room"
+                ) from error
+        self.world.barrier()
 
 
-def _make_locked(folder: Path) -> FileLock:
-    """Makes the folder and holds its lock; under its name it is there only once the lock is held."""
-    made = folder.with_name(f".{folder.name}")
-    made.mkdir(parents=True)
-    lock = FileLock(made / IN_USE)
-    lock.acquire(wait=True)
-    made.rename(folder)
-    return lock
-
-
-def remove_abandoned(place: Path) -> None:
-    """Removes the folders that killed processes left in `place`; those of living ones, and of other users,
-    stay."""
-    for folder in place.glob(f"{FOLDER}*"):
-        with suppress(OSError):
-            lock = FileLock(folder / IN_USE)
-            if lock.acquire(wait=False):
-                shutil.rmtree(folder, ignore_errors=True)
-                lock.release()
-
-
-def place_for(policy: Policy, run: Path) -> Path:
-    """Shared memory where the weights fit, else the run's directory."""
-    remove_abandoned(SHARED_MEMORY)
-    needed = policy.causal.num_parameters() * policy.dtype.itemsize  # which knows of packed 4-bit weights
-    if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > SPARE * needed:
-        return SHARED_MEMORY
-    return run
-
-
-def narrowed(policy: Policy, *, kept: bool = True) -> dict[str, Tensor]:
-    """Name -> weight on the CPU, in the type that the student computes in; tied weights stay one.
-
-    Where the weights are dealt out over processes, all of them take part, and those without `kept` get none.
-    """
-    weights = dict(policy.causal.named_parameters(remove_duplicate=False))
-    found: dict[str, Tensor] = {}
-    seen: dict[int | str, Tensor] = {}
-    for name, tensor in policy.causal.state_dict().items():
-        own = id(weights[name]) if name in weights else name
-        if own not in seen:
-            whole = full_tensor(tensor)
-            dtype = policy.dtype if whole.is_floating_point() else whole.dtype
-            seen[own] = whole.to("cpu" if kept else "meta", dtype)
-        found[name] = seen[own]
-    return found if kept else {}
+def _tied_names(policy: Policy) -> set[str]:
+    """Returns the further names of weights that have several, as a head that is the embedding."""
+    every = {name for name, _ in policy.causal.named_parameters(remove_duplicate=False)}
+    return every - {name for name, _ in policy.causal.named_parameters()}
 
 
 def dequantized(policy: Policy) -> dict[str, Tensor]:
-    """Name -> weight of the model below the adapters, on the CPU, in the type that it computes in."""
+    """Returns name -> weight of the model below the adapters, on the CPU, in the type that it computes in."""
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
     return {
