@@ -279,32 +279,10 @@ def store_forget(
     _say_rewritten(report, nothing=f"forgot {teacher}")
 
 
-@app.command("migrate")
-def store_migrate(store: StorePath = "traces") -> None:
-    """Bring a store that an earlier version wrote to this version's form.
-
-    Example: `ampo store migrate traces`
-    """
-    from store.upkeep.migration import migrate
-
-    with Meter("rewriting parts") as progress:
-        report = migrate(store, progress=progress)
-    console = console_of()
-    if not report.parts and not report.damaged:
-        console.print(f"nothing to do: schema version {report.to_version}", highlight=False)
-        return
-    console.print(
-        f"schema version {report.from_version} -> {report.to_version}: {report.traces:,} traces in "
-        f"{report.parts} parts",
-        highlight=False,
-    )
-    _say_left_out(console, report.damaged, "; `ampo store check --repair` sets it aside")
-
-
-def _say_left_out(console: Console, damaged: Sequence[DamagedPart], way_out: str = "") -> None:
+def _say_left_out(console: Console, damaged: Sequence[DamagedPart]) -> None:
     for part in damaged:
         console.print(
-            f"[yellow]left out:[/] {escaped(part.part)}: {escaped(part.reason)}{way_out}",
+            f"[yellow]left out:[/] {escaped(part.part)}: {escaped(part.reason)}",
             highlight=False,
             soft_wrap=True,
         )

@@ -7,8 +7,7 @@ UserError                    anything a user can mend: one line, exit code 2
   StoreError                 the trace store
     StoreMissingError        no store at that path
     StoreForeignError        a directory that is no trace store
-    StoreNewerError          written by a later version of ampo
-    StoreOlderError          written by an earlier version of ampo; `ampo store migrate` rewrites it
+    StoreVersionError        written by a version of ampo with another schema
     StoreDamagedError        a file of the store cannot be read
     StoreBusyError           another process is writing
     RecipeChangedError       one teacher name, two generation recipes
@@ -64,12 +63,8 @@ class StoreForeignError(StoreError):
     """The directory holds something that is no trace store."""
 
 
-class StoreNewerError(StoreError):
-    """The store was written by a later version with a schema this one does not know."""
-
-
-class StoreOlderError(StoreError):
-    """The store was written by an earlier version; `ampo store migrate` rewrites it."""
+class StoreVersionError(StoreError):
+    """The store was written by a version of ampo with another schema."""
 
 
 class StoreDamagedError(StoreError):

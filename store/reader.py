@@ -71,7 +71,7 @@ class TraceStore:
     """A store opened for reading; any number of processes may, while one writes.
 
     It sees the parts that were there when it was opened or last refreshed. One thread at a time.
-    Raises StoreMissingError, StoreForeignError, StoreNewerError or StoreDamagedError. A damaged part is
+    Raises StoreMissingError, StoreForeignError, StoreVersionError or StoreDamagedError. A damaged part is
     left out and listed in `damaged`.
     """
 

@@ -74,7 +74,7 @@ class StoreWriter:
 
         What a killed writer left half-written is removed; a part that it wrote and did not come to enter in
         the manifest is entered.
-        Raises StoreForeignError, StoreNewerError, StoreOlderError, StoreDamagedError, StoreBusyError, and
+        Raises StoreForeignError, StoreVersionError, StoreDamagedError, StoreBusyError, and
         StoreError when the directory cannot be written or another verifier judged the traces there.
         """
         root = Path(path).absolute()

@@ -10,7 +10,6 @@ import errno
 import fcntl
 import io
 import os
-import shutil
 import signal
 import traceback
 from collections.abc import Callable, Iterable
@@ -27,7 +26,6 @@ from store.reader import TraceStore
 from store.records import Trace
 from store.upkeep.checking import check
 from store.upkeep.compaction import compact, forget
-from store.upkeep.migration import migrate
 from store.writer import StoreWriter
 
 KILL = 0
@@ -36,8 +34,6 @@ KILL = 0
 CALLS = ("mkdir", "unlink", "truncate", "pwrite")
 """Functions of `os` through which the store changes a disk; beside them open, fsync, replace and flock, and
 what files write."""
-
-OLD_STORE = Path(__file__).parent / "data" / "store_v1"
 
 Key = tuple[str, str, int]
 Contents = dict[Key, Trace]
@@ -258,10 +254,6 @@ def leave_out(root: Path, _: Callable[[object], None]) -> None:
             raise
 
 
-def modernise(root: Path, _: Callable[[object], None]) -> None:
-    migrate(root)
-
-
 def mend(root: Path, _: Callable[[object], None]) -> None:
     check(root, repair=True)
 
@@ -281,10 +273,6 @@ def compacted_and_one(root: Path) -> None:
     make_store(root, ADA[1])
 
 
-def old(root: Path) -> None:
-    shutil.copytree(OLD_STORE, root)
-
-
 def harmed(root: Path) -> None:
     """One part cut, one gone, one foreign file, and a last part that is whole."""
     make_store(root, [trace(7, "ada")], [trace(8, "ada")], *ADA, BOB)
@@ -299,7 +287,6 @@ BEGINNINGS: dict[str, tuple[Callable[[Path], None], Work]] = {
     "compact": (three_parts, merge),
     "compact again": (compacted_and_one, merge),
     "forget": (compacted_and_one, leave_out),
-    "migrate": (old, modernise),
     "repair": (harmed, mend),
 }
 """How the store is before, and what is then done to it."""

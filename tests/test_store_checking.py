@@ -9,14 +9,10 @@ from pathlib import Path
 import pytest
 from store_examples import JUDGE, make_store, problem, trace, wrong
 
-from store.errors import StoreNewerError, StoreOlderError
 from store.format.manifest import read_manifest
 from store.reader import TraceStore
 from store.upkeep.checking import check
-from store.upkeep.migration import migrate
 from store.writer import StoreWriter
-
-OLD_STORE = Path(__file__).parent / "data" / "store_v1"
 
 
 @pytest.fixture
@@ -103,57 +99,3 @@ def test_a_part_whose_writer_died_before_the_entry_is_entered(root: Path, tmp_pa
     assert read_manifest(root).parts[f"ada/{arrived.name}"].traces == {"ada": 1}
     with TraceStore(root) as store:
         assert len(store.traces(problem_id=problem(3).problem_id)) == 1
-
-
-def test_an_older_store_is_refused_and_migrated(tmp_path: Path) -> None:
-    root = tmp_path / "old"
-    shutil.copytree(OLD_STORE, root)
-    with pytest.raises(StoreOlderError, match=f"schema version 1, .*`ampo store migrate {root}`"):
-        TraceStore(root)
-    report = migrate(root)
-    assert (report.from_version, report.to_version, report.parts, report.traces) == (1, 2, 3, 6)
-    with TraceStore(root) as store:
-        found = store.traces(tokens=True)
-        # ada: problems 0 and 1 right, 2 wrong, 3 right; bob: problem 0 twice.
-        expected = [trace(0, "ada"), trace(1, "ada"), wrong(2, "ada"), trace(3, "ada")]
-        expected += [trace(0, "bob"), trace(0, "bob", 1)]
-        order = sorted(expected, key=lambda each: (each.problem_id, each.teacher, each.sample_index))
-        assert found == order
-    assert check(root).findings == ()
-    assert migrate(root).parts == 0
-
-
-def test_a_migration_killed_anywhere_is_begun_again(tmp_path: Path) -> None:
-    root = tmp_path / "old"
-    shutil.copytree(OLD_STORE, root)
-    done = tmp_path / "done"
-    shutil.copytree(OLD_STORE, done)
-    migrate(done)
-    # Killed before the manifest: some new parts stand beside the old ones.
-    for part in sorted((done / "parts" / "ada").iterdir())[:1]:
-        shutil.copy(part, root / "parts" / "ada")
-    assert migrate(root).traces == 6
-    assert check(root).findings == ()
-    # Killed behind it: some old parts are still there.
-    old = sorted((OLD_STORE / "parts" / "bob").iterdir())[0]
-    shutil.copy(old, root / "parts" / "bob")
-    migrate(root)
-    assert check(root).findings == ()
-    with TraceStore(root) as store:
-        assert len(store.traces()) == 6
-
-
-def test_a_newer_store_cannot_be_migrated(root: Path) -> None:
-    text = (root / "manifest.json").read_text().replace('"schema_version": 2', '"schema_version": 3')
-    (root / "manifest.json").write_text(text)
-    with pytest.raises(StoreNewerError, match="install a later ampo"):
-        migrate(root)
-
-
-def test_a_damaged_old_part_is_left_and_named(tmp_path: Path) -> None:
-    root = tmp_path / "old"
-    shutil.copytree(OLD_STORE, root)
-    cut(first_part(root))
-    report = migrate(root)
-    assert (report.parts, report.traces, len(report.damaged)) == (2, 3, 1)
-    assert [finding.fault for finding in check(root).findings] == ["foreign"]

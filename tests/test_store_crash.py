@@ -30,7 +30,6 @@ from store_faults import (
     run,
 )
 
-from store.errors import StoreOlderError
 from store.format.files import TMP_MARK
 from store.upkeep.compaction import forget
 
@@ -71,7 +70,7 @@ class Cases:
         begin(template)
         if template.exists():
             shutil.copytree(template, whole)
-        before = seen(template)
+        before = contents(template)
         outcome = run(work, whole)
         assert outcome.finished, outcome
         return Case(template, work, before, contents(whole), outcome.calls)
@@ -92,17 +91,9 @@ def store_of(case: Case) -> Iterator[Path]:
         yield root
 
 
-def seen(root: Path) -> Contents:
-    """What a reader sees; of an older schema nothing until it is migrated."""
-    try:
-        return contents(root)
-    except StoreOlderError:
-        return {}
-
-
 def assert_nothing_hurt(case: Case, root: Path, outcome: Outcome) -> None:
     """What held before and after holds meanwhile, as does what was acknowledged; nothing else is there."""
-    there = seen(root)
+    there = contents(root)
     kept = {key for key in case.before if case.after.get(key) == case.before[key]}
     assert kept <= there.keys()
     assert set(outcome.acknowledged) <= {str(key) for key in there}
@@ -140,8 +131,6 @@ def test_the_operations_do_what_they_should(cases: Cases) -> None:
     assert cases["compact"].before == cases["compact"].after == EVERYTHING
     # ada's four of seven go; bob's three stay.
     assert sorted(key[1] for key in cases["forget"].after) == ["bob"] * 3
-    # tests/data/store_v1 holds four traces of ada and two of bob.
-    assert sorted(key[1] for key in cases["migrate"].after) == ["ada"] * 4 + ["bob"] * 2
     assert cases["repair"].after == EVERYTHING
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from store_examples import make_store, problem, teacher, trace, wrong
 
-from store.errors import StoreDamagedError, StoreForeignError, StoreMissingError, StoreNewerError
+from store.errors import StoreDamagedError, StoreForeignError, StoreMissingError, StoreVersionError
 from store.reader import TraceStore
 
 IDS = [problem(number).problem_id for number in range(4)]
@@ -149,7 +149,7 @@ def test_a_foreign_directory_is_refused(tmp_path: Path) -> None:
 def test_a_newer_store_is_refused_and_a_broken_manifest_named(root: Path) -> None:
     manifest = json.loads((root / "manifest.json").read_text())
     (root / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 99}))
-    with pytest.raises(StoreNewerError, match="schema version 99, this ampo reads up to 2"):
+    with pytest.raises(StoreVersionError, match="schema version 99, this ampo reads 2; install"):
         TraceStore(root)
     (root / "manifest.json").write_text("{")
     with pytest.raises(StoreDamagedError, match=r"manifest\.json cannot be read"):

@@ -158,7 +158,7 @@ def reindex(
     """Builds the index of the store at `path` from its parts alone, whatever index was there; with
     `reuse` the rows of unaltered parts are taken from the index that is there.
 
-    Raises StoreMissingError, StoreForeignError, StoreNewerError, and StoreError when the directory
+    Raises StoreMissingError, StoreForeignError, StoreVersionError, and StoreError when the directory
     cannot be written.
     """
     root = Path(path).absolute()

@@ -16,14 +16,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from store.errors import (
     StoreDamagedError,
     StoreError,
     StoreForeignError,
-    StoreNewerError,
-    StoreOlderError,
+    StoreVersionError,
     missing_store,
 )
 from store.format.files import MANIFEST_LOCK, FileLock, is_bookkeeping, whole_file
@@ -88,19 +86,9 @@ def is_fresh(root: Path) -> bool:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """The manifest of the store at `root`.
+    """Returns the manifest of the store at `root`.
 
-    Raises StoreMissingError, StoreForeignError, StoreNewerError, StoreOlderError or StoreDamagedError.
-    """
-    content = read_content(root)
-    check_version(root, content["schema_version"])
-    return manifest_of(root, content)
-
-
-def read_content(root: Path) -> dict[str, Any]:
-    """What the manifest's file says, of whatever schema version.
-
-    Raises StoreMissingError, StoreForeignError or StoreDamagedError.
+    Raises StoreMissingError, StoreForeignError, StoreVersionError or StoreDamagedError.
     """
     if is_fresh(root):
         raise missing_store(root)
@@ -113,27 +101,12 @@ def read_content(root: Path) -> dict[str, Any]:
             "run `ampo precompute teachers` or `ampo store import`"
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("schema_version"), int):
-        raise StoreForeignError(f"{path} is not a trace store's: it names no schema_version")
-    return content
-
-
-def check_version(root: Path, version: int) -> None:
-    """Raises StoreNewerError or StoreOlderError for a schema that is not this version's."""
-    if version > SCHEMA_VERSION:
-        raise StoreNewerError(
-            f"{root} has schema version {version}, this ampo reads up to {SCHEMA_VERSION}; "
-            "install a later ampo"
+        raise StoreForeignError(f"{path} is not a trace store's: it has no schema_version")
+    if content["schema_version"] != SCHEMA_VERSION:
+        raise StoreVersionError(
+            f"{root} has schema version {content['schema_version']}, this ampo reads {SCHEMA_VERSION}; "
+            "install the ampo that wrote it, or set store.path to a new directory"
         )
-    if version < SCHEMA_VERSION:
-        raise StoreOlderError(
-            f"{root} has schema version {version}, this ampo reads {SCHEMA_VERSION}; "
-            f"run `ampo store migrate {root}`"
-        )
-
-
-def manifest_of(root: Path, content: dict[str, Any]) -> Manifest:
-    """The record of this version's content. Raises StoreDamagedError when something is missing."""
-    path = root / MANIFEST
     missing = [name for name in Manifest.__dataclass_fields__ if name not in content]
     if missing:
         raise StoreDamagedError(f"{path} has no {missing[0]!r}; restore the file from a copy")
