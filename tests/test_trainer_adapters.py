@@ -1,4 +1,4 @@
-"""LoRA and QLoRA: the model stays frozen, adapters train, and a resumed run is the uninterrupted one."""
+"""LoRA and QLoRA: the model stays frozen, and its adapters train."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
-from run_examples import PROBLEMS, config_of, write_problems, write_store
-from safetensors.torch import load_file
 
 from precompute.config import load_config
 from store.errors import ConfigError, EngineError
@@ -18,8 +16,6 @@ from trainer.student.batches import TrainSequence, pad
 from trainer.student.load import load_policy
 from trainer.student.optimizer import make_optimizer
 from trainer.student.policy import Policy
-from trainer.telemetry.console import TrainReporter
-from trainer.train import train
 
 BATCH = pad([(2, 10, 11, 12, 1), (2, 20, 1)], [3, 1], pad_id=0, device=torch.device("cpu"))
 ROW = TrainSequence(prompt_ids=(2, 40), response_ids=(9, 1), advantage=0.5, is_teacher=False)
@@ -110,51 +106,6 @@ def test_four_bits_at_a_width_that_bitsandbytes_computes_wrongly_are_refused(tmp
         f"student.model = '{tmp_path}': on the CPU bitsandbytes needs layers whose width is a multiple "
         f"of 64; model.layers.0.mlp.down_proj has 96: set load_in_4bit = false"
     )
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("adapters")
-    write_problems(path / "train.jsonl", PROBLEMS)
-    write_store(path / "traces")
-    return path
-
-
-def test_resume_is_exact_with_adapters(world: Path, model_dir: Path) -> None:
-    changes = {"student__use_peft": True, "student__lora_r": 4, "run__save_every": 1}
-
-    def run(name: str, steps: int) -> Path:
-        settings = config_of(world, model_dir, run__name=name, train__max_steps=steps, **changes)
-        return train(settings, reporter=TrainReporter()).run
-
-    straight = run("straight", 3)
-    run("resumed", 1)
-    resumed = run("resumed", 3)
-    one, other = (
-        load_file(path / "checkpoints" / "step-000003" / "adapter_model.safetensors")
-        for path in (straight, resumed)
-    )
-    assert one.keys() == other.keys()
-    assert all(one[name].equal(other[name]) for name in one)
-    assert any(value.abs().sum() > 0 for name, value in one.items() if "lora_B" in name)
-
-
-def test_a_checkpoint_of_adapters_can_be_evaluated_as_it_is(world: Path, model_dir: Path) -> None:
-    settings = config_of(
-        world,
-        model_dir,
-        run__name="adapters",
-        train__max_steps=1,
-        student__use_peft=True,
-    )
-    report = train(settings, reporter=TrainReporter())
-    assert report.checkpoint is not None
-    loaded = load_policy(StudentConfig(model=str(report.checkpoint), device="cpu"), temperature=1.0)
-    going_on = load_policy(settings.student, temperature=1.0, weights=report.checkpoint)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            loaded.statistics(BATCH).logprobs, going_on.statistics(BATCH).logprobs, rtol=1e-5, atol=1e-5
-        )
 
 
 def test_four_bits_without_adapters_is_refused() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
-from run_examples import PROBLEMS, config_of, write_problems, write_store
+from run_examples import config_of, make_world
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from precompute.config import TeacherConfig
@@ -17,11 +16,10 @@ from precompute.engines import Request, Sampling
 from precompute.engines.vllm_engine import VllmEngine
 from store.errors import EngineError, RunError
 from trainer.config import StudentConfig
-from trainer.eval_model import evaluate_model
 from trainer.merge import merge
+from trainer.run.saved_model import as_saved
 from trainer.student.batches import pad
 from trainer.student.load import load_policy
-from trainer.student.model_files import as_saved
 from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
 from trainer.train import train
@@ -32,9 +30,7 @@ LAB = Path(__file__).parents[1] / "lab" / "models" / "student"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("merging")
-    write_problems(path / "train.jsonl", PROBLEMS)
-    write_store(path / "traces")
+    path = make_world(tmp_path_factory.mktemp("merging"))
     # bitsandbytes' CPU kernel takes no layer narrower than its blocks of 64.
     tiny_model(hidden_size=64, num_attention_heads=2, num_key_value_heads=2).save_pretrained(path / "base")
     tiny_tokenizer().save_pretrained(path / "base")
@@ -79,7 +75,7 @@ def plain(model: Path) -> Policy:
         ("qlora", {"student__use_peft": True, "student__load_in_4bit": True}),
     ],
 )
-def test_the_merged_model_says_what_the_trained_one_says(
+def test_the_merged_model_has_the_distribution_of_the_trained_one(
     world: Path, tmp_path: Path, name: str, changes: dict[str, Any]
 ) -> None:
     checkpoint = trained(world, world / "base", name, **changes)
@@ -92,28 +88,24 @@ def test_the_merged_model_says_what_the_trained_one_says(
     assert report.dtype == "float32"
 
 
-def test_what_is_written_is_an_ordinary_model_directory(world: Path, tmp_path: Path) -> None:
+def test_an_ordinary_model_directory_is_written_and_rounded_only_on_request(
+    world: Path, tmp_path: Path
+) -> None:
     checkpoint = trained(world, world / "base", "ordinary", student__use_peft=True)
     merge(checkpoint, tmp_path / "out")
+    report = merge(checkpoint, tmp_path / "rounded", dtype="bfloat16")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     assert not [name for name in names if "adapter" in name or name in {"optimizer.pt", "state.json"}]
-    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert "lora" not in " ".join(model.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == tiny_tokenizer().chat_template
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 1
-
-
-def test_weights_are_rounded_only_when_that_is_asked_for(world: Path, tmp_path: Path) -> None:
-    checkpoint = trained(world, world / "base", "rounded")
-    report = merge(checkpoint, tmp_path / "narrow", dtype="bfloat16")
-    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow", dtype="auto")
-    assert model.dtype == torch.bfloat16
-    assert report.dtype == "bfloat16"
-    whole: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
-    for name, weight in whole.state_dict().items():
-        assert model.state_dict()[name].equal(weight.to(torch.bfloat16)), name
+    rounded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "rounded", dtype="auto")
+    assert (report.dtype, rounded.dtype) == ("bfloat16", torch.bfloat16)
+    for name, weight in model.state_dict().items():
+        assert rounded.state_dict()[name].equal(weight.to(torch.bfloat16)), name
 
 
 def test_auto_takes_the_type_that_the_first_model_was_stored_in(world: Path, tmp_path: Path) -> None:
@@ -123,16 +115,13 @@ def test_auto_takes_the_type_that_the_first_model_was_stored_in(world: Path, tmp
     assert merge(checkpoint, tmp_path / "out").dtype == "bfloat16"
 
 
-def test_what_is_there_is_never_written_over(tmp_path: Path) -> None:
+def test_an_existing_directory_and_a_missing_model_are_refused(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(RunError, match="out is there already"):
+    with pytest.raises(RunError, match="out exists"):
         merge(LAB, tmp_path / "out")
-
-
-def test_what_is_no_model_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="nothing-here"):
-        merge(tmp_path / "nothing-here", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        merge(tmp_path / "nothing-here", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def drawn(engine: VllmEngine, prompts: list[tuple[int, ...]]) -> list[tuple[tuple[int, ...], Any]]:
@@ -165,25 +154,3 @@ def test_vllm_serves_merged_adapters_as_they_were_trained(world: Path, tmp_path:
         assert (ours - theirs).abs().max() < 1e-4
         moved = max(moved, float((ours - base).abs().max()))
     assert moved > 1e-2
-
-
-@pytest.mark.slow
-def test_vllm_evaluates_a_whole_checkpoint_by_the_same_command(world: Path, tmp_path: Path) -> None:
-    checkpoint = trained(world, LAB, "whole")
-    merge(checkpoint, tmp_path / "out")
-    config = config_of(
-        world,
-        tmp_path / "out",
-        problems__eval=str(world / "train.jsonl"),
-        eval__samples=2,
-        eval__k=[1, 2],
-        eval__engine="vllm",
-        eval__temperature=0.0,
-    )
-    served = evaluate_model(config, TrainReporter(), out=tmp_path / "served")
-    recipe = json.loads((tmp_path / "served" / "eval.json").read_text())
-    assert recipe["engine"] == "vllm"
-    same = config.model_copy(update={"eval": config.eval.model_copy(update={"engine": "transformers"})})
-    ours = evaluate_model(same, TrainReporter(), out=tmp_path / "ours")
-    # Greedy and in float32: both take the same tokens.
-    assert [row.text for row in served.evaluation.samples] == [row.text for row in ours.evaluation.samples]

@@ -30,10 +30,9 @@ from trainer.evaluation import (
 )
 from trainer.method.rewards import Judge
 from trainer.method.rollouts import Prompt, demanded_form
+from trainer.run.saved_model import ADAPTERS, as_saved, check_model, fingerprint
 from trainer.run.setup import fitting_prompts, usable_problems, warn_of_prompts
 from trainer.student.load import load_policy, load_tokenizer
-from trainer.student.model_check import check_base, check_model
-from trainer.student.model_files import ADAPTERS, as_saved, fingerprint
 from trainer.telemetry.console import TrainReporter
 
 
@@ -195,7 +194,6 @@ def _loaded(
     """The model in the engine. transformers has it as training does, so that both draw the same samples."""
     if engine_name == "transformers":
         student, weights = as_saved(config.student)
-        check_base(student, weights)
         with _of_the_model():
             policy = load_policy(student, temperature=1.0, weights=weights)
         with policy.computing():

@@ -1,7 +1,7 @@
-"""`ampo model merge`: a checkpoint as an ordinary transformers directory, adapters merged into their model.
+"""`ampo model merge`: writes a checkpoint as an ordinary transformers directory, with its adapters merged.
 
-Adapters were trained on the weights as they compute. So those of a 4-bit student are added to its 4-bit
-weights, taken out of their codes again, and not to the original ones, which the student never saw.
+Adapters of a 4-bit student were trained over its 4-bit weights. They are added to those, dequantized, and not
+to the original weights, which the student never saw.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from store.errors import RunError
 from store.format.files import sync
 from trainer.config import StudentConfig
+from trainer.run.saved_model import as_saved, check_model, trained_student
 from trainer.sampling.weight_sync import dequantized
 from trainer.student.adapters import with_adapters
 from trainer.student.load import load_policy
-from trainer.student.model_check import check_base, check_model
-from trainer.student.model_files import as_saved, trained_student
 from trainer.student.policy import Policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,17 +29,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeReport:
-    """What was written."""
+    """A written model."""
 
     out: Path
     dtype: str
     adapters: bool
-    """There were some, and they are merged."""
+    """The checkpoint held adapters, which are merged now."""
     four_bits: bool
-    """They were trained on 4-bit weights, which stand in the model as what they stood for."""
+    """The adapters were trained over 4-bit weights, which are dequantized now."""
     parameters: int
     bytes: int
-    """Of the whole directory."""
+    """Size of the whole directory."""
 
 
 def merge(checkpoint: Path, out: Path, *, dtype: str = "auto") -> MergeReport:
@@ -50,53 +49,47 @@ def merge(checkpoint: Path, out: Path, *, dtype: str = "auto") -> MergeReport:
         checkpoint: of a run, or any directory of a model or of adapters.
         dtype: a key of DTYPES; auto: the type in which the model that training began from is stored.
 
-    Raises EngineError when it cannot be loaded, RunError when `out` is there or cannot be written.
+    Raises EngineError when the checkpoint cannot be loaded, RunError when `out` exists or cannot be written.
     """
     if out.exists():
-        raise RunError(f"{out} is there already; give a new directory")
-    check_model(StudentConfig(model=str(checkpoint)), named="CHECKPOINT")
-    student, weights = as_saved(StudentConfig(model=str(checkpoint)))
-    check_base(student, weights)
-    if not student.load_in_4bit:
-        student = student.model_copy(update={"device": "cpu"})
-    # In float32, whatever the student computed in: the sum is rounded once, when it is written.
-    policy = load_policy(student.model_copy(update={"dtype": "float32"}), temperature=1.0, weights=weights)
-    model = merged(policy, student, weights)
-    kind = _stored_dtype(checkpoint, student) if dtype == "auto" else DTYPES[dtype]
-    _write(model.to(kind), policy, out)
+        raise RunError(f"{out} exists; give a new directory")
+    given = StudentConfig(model=str(checkpoint))
+    check_model(given, named="CHECKPOINT")
+    student, adapters = as_saved(given)
+    # Merged in float32, whatever the student computed in: the sum is rounded once, when it is written.
+    device = "auto" if student.load_in_4bit else "cpu"
+    student = student.model_copy(update={"dtype": "float32", "device": device})
+    policy = load_policy(student, temperature=1.0, weights=adapters)
+    target = _stored_dtype(checkpoint, student) if dtype == "auto" else DTYPES[dtype]
+    model = _merged(policy, student, adapters).to(target)
+    _write(model, policy, out)
     return MergeReport(
         out=out,
-        dtype=str(kind).removeprefix("torch."),
-        adapters=weights is not None,
+        dtype=str(target).removeprefix("torch."),
+        adapters=adapters is not None,
         four_bits=student.load_in_4bit,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         bytes=sum(file.stat().st_size for file in out.iterdir()),
     )
 
 
-def merged(policy: Policy, student: StudentConfig, adapters: Path | None) -> Any:
-    """A plain transformers model with the policy's distribution. Takes the policy's model apart."""
+def _merged(policy: Policy, student: StudentConfig, adapters: Path | None) -> Any:
+    """Returns a plain transformers model with the policy's distribution, made of the policy's parts."""
     if adapters is None:
         return policy.model
-    if student.load_in_4bit:
-        return with_adapters(_in_full(policy, student), student, adapters).merge_and_unload()
-    return policy.model.merge_and_unload()
-
-
-def _in_full(policy: Policy, student: StudentConfig) -> Any:
-    """The model below the adapters with its 4-bit weights as the numbers that they stand for."""
+    if not student.load_in_4bit:
+        return policy.model.merge_and_unload()
     config = AutoConfig.from_pretrained(student.model, revision=student.revision)
     plain: Any = AutoModelForCausalLM.from_config(config, dtype=policy.dtype)  # type: ignore[no-untyped-call]
     missing, unexpected = plain.load_state_dict(dequantized(policy), strict=False)
     plain.tie_weights()
-    tied = set(getattr(plain, "all_tied_weights_keys", None) or ())
     assert not unexpected, unexpected
-    assert set(missing) <= tied, missing
-    return plain
+    assert set(missing) <= set(plain.all_tied_weights_keys), missing
+    return with_adapters(plain, student, adapters).merge_and_unload()
 
 
 def _stored_dtype(checkpoint: Path, student: StudentConfig) -> torch.dtype:
-    """Of the model that training began from; float32 where that cannot be known any more."""
+    """Returns the type of the model that training began from; float32 where that model is gone."""
     origin = trained_student(checkpoint) or student
     try:
         found = AutoConfig.from_pretrained(origin.model, revision=origin.revision).dtype
@@ -106,26 +99,26 @@ def _stored_dtype(checkpoint: Path, student: StudentConfig) -> torch.dtype:
 
 
 def _write(model: Any, policy: Policy, out: Path) -> None:
-    """Aside, then renamed."""
+    """Writes to a directory beside `out`, then renames it."""
     eos = list(policy.eos_ids)
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        # All that ended a response in training ends one at a server, too.
+        # Every token that ended a response in training ends one at a server, too.
         eos_token_id=eos[0] if len(eos) == 1 else eos,
         pad_token_id=policy.pad_id,
         bos_token_id=model.generation_config.bos_token_id,
     )
-    aside = out.with_name(f".tmp-{out.name}")
+    temporary = out.with_name(f".tmp-{out.name}")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        model.save_pretrained(aside)
-        policy.tokenizer.save_pretrained(aside)
-        for file in aside.iterdir():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary)
+        policy.tokenizer.save_pretrained(temporary)
+        for file in temporary.iterdir():
             sync(file)
-        aside.rename(out)
+        temporary.rename(out)
         sync(out.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
         raise RunError(f"cannot write {out}: {reason}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

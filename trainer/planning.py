@@ -37,6 +37,7 @@ from trainer.parallel.world import World
 from trainer.run.checkpoint import check_config, read_state
 from trainer.run.resume import find_start
 from trainer.run.run_dir import Position, RunFiles
+from trainer.run.saved_model import check_model
 from trainer.run.setup import (
     asks_store,
     check_plan,
@@ -48,7 +49,6 @@ from trainer.run.setup import (
 )
 from trainer.sampling.samplers import check_sampler
 from trainer.student.load import compute_dtype, load_tokenizer, pick_device
-from trainer.student.model_check import check_model
 from trainer.student.policy import LOGITS_PER_CHUNK
 from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.trackers import Trackers

@@ -28,9 +28,9 @@ from trainer.method.update import Updater
 from trainer.parallel.fsdp import check_shardable, initial_device, shard
 from trainer.parallel.world import ALONE, World
 from trainer.run.run_dir import RunFiles
+from trainer.run.saved_model import check_model
 from trainer.sampling.samplers import Sampler, check_sampler, make_sampler, sampler_warnings
 from trainer.student.load import TEMPLATE_KEY, load_policy
-from trainer.student.model_check import check_model
 from trainer.student.optimizer import make_optimizer
 from trainer.student.policy import Policy, Reference, WithoutAdapters
 from trainer.telemetry.console import TrainReporter
