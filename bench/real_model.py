@@ -37,7 +37,7 @@ from trainer.method.guidance import Guide
 from trainer.method.rewards import Judge
 from trainer.method.rollouts import Prompt, demanded_form
 from trainer.method.teacher_traces import StudentTrace
-from trainer.reports.inspection import evaluation_rows, query_rows, questions_of, summary_of
+from trainer.reports.inspection import evaluation_rows, group_queries, query_rows, summarize_queries
 from trainer.run.checkpoint import checkpoints
 from trainer.run.run_dir import RunFiles, open_run, step_of
 from trainer.run.setup import fitting_prompts, make_guide, usable_problems
@@ -163,12 +163,12 @@ def compared(before: Sequence[Reading], after: Sequence[Reading], chosen: Sequen
 def of_run(run: RunFiles) -> dict[str, Any]:
     """What the run's own files say: groups, what was used, evaluations."""
     rows = [row for row in run.metrics() if row["step"] > 0]
-    asked = summary_of(questions_of(query_rows(run)))
+    queries = summarize_queries(group_queries(query_rows(run)))
     return {
         "all_fail": [round(row["groups/all_fail"], 2) for row in rows],
-        "asked": asked.questions,
-        "used": asked.used,
-        "share": {name: round(share, 2) for name, share in asked.share.items()},
+        "asked": queries.queries,
+        "used": queries.used,
+        "share": {name: round(share, 2) for name, share in queries.share.items()},
         "pass@1": [round(row["eval/pass@1"], 3) for row in evaluation_rows(run.metrics())],
     }
 

@@ -13,7 +13,6 @@ from precompute.run.plan import PrecomputeReport, ProblemsSummary, TeacherOutcom
 from precompute.run.tables import report_tables
 from store.reports.tables import answer_table, plain_table
 from store.terminal.table_forms import fitting
-from trainer.reports.tables import comparison_table, evaluations_table
 
 
 def drawn(shown: RenderableType, width: int) -> list[str]:
@@ -86,28 +85,14 @@ def precomputed() -> RenderableType:
     )
 
 
-def run_rows() -> list[dict[str, float]]:
-    names = (
-        "accuracy", "reward", "entropy", "completions/mean_length", "store/queries", "grad_norm",
-        "tokens_per_second/sampled", "tokens_per_second/trained", "memory/peak_mib", "seconds/step",
-        "eval/pass@1", "eval/pass@8", "eval/avg@8", "eval/mean_length", "eval/cut_share",
-    )  # fmt: skip
-    return [{"step": 510, **dict.fromkeys(names, 12_345.678)}]
-
-
-RUNS = {f"qwen2.5-7b-ampo-seed-{number}": run_rows() for number in range(6)}
-
-
 @pytest.mark.parametrize("width", [80, 100, 300])
 @pytest.mark.parametrize(
     ("shown", "words"),
     [
         (precomputed(), (*TEACHERS, "58.8%", "34567.8 s")),
-        (comparison_table(RUNS), (*RUNS, "510")),
-        (evaluations_table(RUNS), (*RUNS, "pass@1", "pass@8")),
         (answer_table([f"column_{n}" for n in range(20)], [["value"] * 20]), ("column_0", "column_19")),
     ],
-    ids=["precompute", "runs", "evaluations", "sql"],
+    ids=["precompute", "sql"],
 )
 def test_names_and_figures_are_whole_at_any_width(
     shown: RenderableType, words: tuple[str, ...], width: int
@@ -115,11 +100,3 @@ def test_names_and_figures_are_whole_at_any_width(
     text = "\n".join(drawn(shown, width))
     assert "…" not in text
     assert [word for word in words if word not in text] == []
-
-
-def test_many_runs_have_a_row_each_where_columns_are_too_wide_and_lose_nothing_where_they_are_not() -> None:
-    narrow, wide = drawn(comparison_table(RUNS), 80), drawn(comparison_table(RUNS), 300)
-    assert [line.split()[0] for line in narrow if "seed" in line] == list(RUNS)
-    (heads,) = (line for line in wide if "seed" in line)
-    assert heads.split() == list(RUNS)
-    assert any("memory/peak_mib" in line for line in wide)

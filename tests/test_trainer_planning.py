@@ -322,7 +322,7 @@ def test_a_card_is_known_by_name_or_by_its_size() -> None:
 
 def test_planning_options_need_a_dry_run() -> None:
     done = CliRunner().invoke(app, ["train", "--gpu", "H100"], catch_exceptions=True)
-    assert "--dry-run alone" in str(done.exception)
+    assert "they need --dry-run" in str(done.exception)
 
 
 def test_everything_that_is_missing_is_named_and_nothing_is_written(

@@ -8,14 +8,20 @@ from typing import Any
 
 import pytest
 from matplotlib.image import imread
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from store.records import Problem
 from trainer.evaluation import EvalSample, evaluation_of
 from trainer.method.groups import Group, Sample
 from trainer.method.rollouts import Prompt
 from trainer.reports.plots import COLOURS, PANELS, figure_of, plot_runs, running_mean
-from trainer.reports.tables import comparison_table, evaluation_table, mean_of_last_tenth, time_line
+from trainer.reports.tables import (
+    comparison_table,
+    evaluation_table,
+    evaluations_table,
+    mean_of_last_tenth,
+    time_line,
+)
 from trainer.telemetry.console import completions_table
 
 
@@ -43,7 +49,7 @@ def lines(axes: Any) -> list[tuple[list[float], list[float]]]:
 
 def test_each_panel_has_a_curve_for_each_run_with_that_runs_values() -> None:
     figure = figure_of({"one": rows(4), "two": rows(6, 0.2)})
-    assert [axes.get_title() for axes in figure.axes] == [panel.title for panel in PANELS]
+    assert [axes.get_title() for axes in figure.axes] == list(PANELS.values())
     solved, _, passed, *_ = figure.axes
     assert lines(solved) == [
         ([1, 2, 3, 4], [0.125, 0.25, 0.375, 0.5]),
@@ -58,16 +64,12 @@ def test_a_long_curve_is_smoothed_over_a_faint_one_of_all_values() -> None:
     raw, smooth = figure.axes[0].lines
     assert len(raw.get_xdata()) == len(smooth.get_xdata()) == 100
     assert raw.get_alpha() < 0.5
-    assert smooth.get_alpha() is None
-
-
-def test_a_running_mean_by_hand() -> None:
     # The ends have no neighbour on one side, so they reach less far on both.
     assert running_mean([1.0, 2.0, 6.0, 4.0, 0.0], 2) == [1.0, 3.0, 13 / 5, 10 / 3, 0.0]
 
 
 @pytest.mark.parametrize("names", [["a"], [f"a-run-with-rather-a-long-name-{n}" for n in range(8)]])
-def test_nothing_lies_over_anything_else(names: list[str]) -> None:
+def test_panels_and_legend_never_overlap(names: list[str]) -> None:
     figure = figure_of({name: rows(5) for name in names})
     figure.canvas.draw()
     (legend,) = figure.legends
@@ -80,12 +82,9 @@ def test_nothing_lies_over_anything_else(names: list[str]) -> None:
         assert not [other for other in boxes[n + 1 :] if box.overlaps(other)]
 
 
-def test_what_no_run_measured_is_said_to_be_so() -> None:
+def test_the_png_shows_every_runs_colour(tmp_path: Path) -> None:
     figure = figure_of({"old": [{"step": 1, "accuracy": 0.5}]})
     assert [axes.texts[0].get_text() for axes in figure.axes[1:]] == ["not measured"] * 5
-
-
-def test_the_png_shows_every_runs_colour(tmp_path: Path) -> None:
     plot_runs({"one": rows(4), "two": rows(6, 0.2), "three": rows(6, 0.4)}, tmp_path / "curves.png")
     pixels = imread(tmp_path / "curves.png")[..., :3]
     for colour in COLOURS[:3]:
@@ -99,15 +98,32 @@ def test_a_run_ends_with_the_mean_of_its_last_tenth() -> None:
     assert mean_of_last_tenth([]) is None
 
 
-def test_runs_stand_side_by_side() -> None:
-    console = Console(width=100)
+def rendered(table: RenderableType, width: int = 80) -> str:
+    console = Console(width=width)
     with console.capture() as capture:
-        console.print(comparison_table({"one": rows(20), "two": rows(10)}))
-    text = capture.get()
+        console.print(table)
+    return capture.get()
+
+
+def test_runs_are_compared_side_by_side() -> None:
+    text = rendered(comparison_table({"one": rows(20), "two": rows(10)}))
     # The last two of twenty: (19/40 + 20/40) / 2; the last of ten: 1/2.
     assert [line.split() for line in text.splitlines() if "accuracy" in line] == [
         ["accuracy", "0.487", "0.500"]
     ]
+
+
+def test_six_runs_with_long_names_fit_eighty_columns_with_every_number_whole() -> None:
+    names = ("accuracy", "comprehension/selected_mean", "memory/peak_mib", "seconds/step", "eval/pass@1",
+             "eval/pass@8", "eval/mean_length", "eval/cut_share")  # fmt: skip
+    runs = {
+        f"qwen2.5-7b-ampo-seed-{n}": [{"step": 510, **dict.fromkeys(names, 12_345.678)}] for n in range(6)
+    }
+    for table in (comparison_table(runs), evaluations_table(runs)):
+        text = rendered(table)
+        assert "…" not in text
+        assert text.count("12,346") == 24  # 4 metrics of 6 runs
+        assert max(map(len, text.splitlines())) <= 80
 
 
 def test_where_the_time_went_by_hand() -> None:
@@ -122,10 +138,7 @@ def test_a_long_response_shows_its_beginning_and_its_answer() -> None:
         token_ids=(1,), text=text, finish_reason="stop", is_correct=True, has_format=True, reward=1.0
     )
     group = Group(problem=Problem(question="6*7", answer="42"), prompt_ids=(2,), samples=(sample, sample))
-    console = Console(width=80)
-    with console.capture() as capture:
-        console.print(completions_table(3, [group], 1))
-    shown = capture.get()
+    shown = rendered(completions_table(3, [group], 1))
     assert "Let us see." in shown
     assert "\\boxed{42}" in "".join(shown.split())
     assert len(shown.splitlines()) < 20
@@ -153,10 +166,7 @@ def test_an_evaluation_fits_eighty_columns_with_every_interval_whole() -> None:
     ]
     prompts = [Prompt(problem=problem, text="", ids=(1,), opens_think=False) for problem in problems]
     evaluation = evaluation_of(rows, prompts, samples=32, k=(1, 8, 32))
-    console = Console(width=80)
-    with console.capture() as capture:
-        console.print(evaluation_table("runs/ampo/checkpoints/step-000510", evaluation))
-    text = capture.get()
+    text = rendered(evaluation_table("runs/ampo/checkpoints/step-000510", evaluation))
     assert max(map(len, text.splitlines())) <= 80
     # Of 32 samples 11 are right where n % 3 is 0 or 2, else 10: 107 of 320.
     assert "0.334" in text

@@ -26,11 +26,9 @@ from store.terminal.shared import (
 )
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from trainer.config import Config, EvalConfig
 
-    from trainer.config import Config
-
-model_app = typer.Typer(no_args_is_help=True, help="Checkpoints as models for others.")
+model_app = typer.Typer(no_args_is_help=True, help="Export checkpoints as models.")
 
 
 def train(
@@ -39,14 +37,12 @@ def train(
     resume: Annotated[
         str,
         typer.Option(
-            help="auto: go on from the run's last checkpoint; never: refuse an existing run; or a path."
+            help="auto: resume from the run's last checkpoint; never: refuse an existing run; or a path."
         ),
     ] = "auto",
     changed_store: Annotated[
         bool,
-        typer.Option(
-            "--resume-with-changed-store", help="Go on though the store holds other traces than before."
-        ),
+        typer.Option("--resume-with-changed-store", help="Resume although the traces in the store changed."),
     ] = False,
     dry_run: DryRun = False,
     gpu: Annotated[
@@ -56,9 +52,9 @@ def train(
         int, typer.Option(min=1, help="With --dry-run: number of GPUs that share the run.")
     ] = 1,
 ) -> None:
-    """Train the student; ask the store only for problems whose samples all failed.
+    """Train the student; query the store only for problems whose samples all failed.
 
-    Ctrl-C finishes the step, saves, and says how to go on.
+    Ctrl-C finishes the step, saves, and prints how to resume.
 
     `--dry-run` prints the plan even where problems, store or student are missing; each is then reported as
     an error, and the exit code is 2.
@@ -74,7 +70,7 @@ def train(
         _show_dry_run(settings, config, gpu, processes)
         return
     if gpu or processes > 1:
-        raise UserError("--gpu and --processes plan a run: they go with --dry-run alone")
+        raise UserError("--gpu and --processes plan a run: they need --dry-run")
     from trainer.parallel.world import torchrun_world
     from trainer.telemetry.console import reporter_of
     from trainer.train import train as run_training
@@ -89,19 +85,25 @@ def train(
                 settings, resume=resume, changed_store=changed_store, reporter=reporter, world=world
             )
     except KeyboardInterrupt:
-        console.print("stopped at once; what was saved before is whole. Go on with the same command.")
+        console.print("stopped at once; everything saved before is complete. Resume with the same command.")
         raise typer.Exit(130) from None
     if not world.is_main:
         raise typer.Exit(130 if outcome.interrupted_by else 0)
     if outcome.interrupted_by:
-        saved = f"saved {outcome.checkpoint}" if outcome.checkpoint else "there was nothing to save yet"
+        saved = f"saved {outcome.checkpoint}" if outcome.checkpoint else "nothing to save yet"
         console.print(
             f"stopped by {outcome.interrupted_by} after {outcome.done}; {saved}. "
-            f"Go on with the same command (--resume auto is the default).",
+            f"Resume with the same command (--resume auto is the default).",
             soft_wrap=True,
         )
         raise typer.Exit(130)
-    _say_done(console, outcome.run, str(outcome.done))
+    run = outcome.run
+    shown = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
+    console.print(
+        f"done: {outcome.done}. Next:\n  ampo inspect run {shown}\n  ampo inspect store queries {shown}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _show_dry_run(settings: Config, file: str | None, gpu: str, processes: int) -> None:
@@ -118,17 +120,8 @@ def _show_dry_run(settings: Config, file: str | None, gpu: str, processes: int) 
         raise typer.Exit(2)
 
 
-def _say_done(console: Console, run: Path, last: str) -> None:
-    shown = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
-    console.print(
-        f"done: {last}. Look:\n  ampo inspect run {shown}\n  ampo inspect store queries {shown}",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model directory (a checkpoint, say) or a hub name.")],
+    model: Annotated[str, typer.Argument(help="A model directory, e.g. a checkpoint, or a hub name.")],
     problems: Annotated[
         str, typer.Option(help="Parquet or JSONL; default: the config's problems.eval.")
     ] = "",
@@ -136,7 +129,7 @@ def evaluate(
         int | None,
         typer.Option(
             min=1,
-            help="Samples of each problem, at least as many as its file states it; default: the config's "
+            help="Samples per problem, at least as many as its rows in the file; default: the config's "
             "eval.samples, or the largest k.",
         ),
     ] = None,
@@ -147,9 +140,7 @@ def evaluate(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Where the samples go; default: a directory in runs/evals for just this evaluation."
-        ),
+        typer.Option(help="Directory of the samples; default: one in runs/evals for this evaluation."),
     ] = None,
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -157,38 +148,32 @@ def evaluate(
 ) -> None:
     """Measure avg@n and the unbiased pass@k of a model on a problem file, with confidence intervals.
 
-    Every sample is kept as Parquet as it comes; stopped at any moment, the same command goes on.
+    Every sample is kept as Parquet; after an interruption the same command continues.
 
     Example: `ampo eval lab/models/student --config configs/lab.toml --k 1,8,32`
 
-    By servers: `ampo eval MODEL --engine openai --set eval.engine_args.base_urls='["http://gpu1:8000/v1"]'`
+    With servers: `ampo eval MODEL --engine openai --set eval.engine_args.base_urls='["http://gpu1:8000/v1"]'`
     """
     from trainer.config import read_config
     from trainer.eval_model import evaluate_model
     from trainer.reports.tables import evaluation_table
     from trainer.telemetry.console import ConsoleReporter
 
-    own = _eval_overrides(model, problems, samples, k, engine)
-    asked_for = _whole_numbers(k) if k else []
-    if samples is not None and not k:
-        # pass@k beyond n samples does not exist.
-        own.append(f"eval.k={[each for each in read_config(config, set_).eval.k if each <= samples] or [1]}")
-    if samples is None and asked_for:
-        # As many as the largest k needs, where the config asks for fewer.
-        asked = read_config(config, set_).eval.samples
-        own.append(f"eval.samples={max(asked, *asked_for)}")
-    settings = read_config(config, [*(set_ or []), *own])
+    overrides = _eval_overrides(read_config(config, set_).eval, model, problems, samples, k, engine)
+    settings = read_config(config, [*(set_ or []), *overrides])
     console = console_of(stderr=True)
 
-    def started(folder: Path, there: int, wanted: int) -> None:
-        goes_on = f"{there:,} of {wanted:,} samples are there" if there else f"{wanted:,} samples to draw"
-        console.print(f"{folder}: {goes_on}", highlight=False, soft_wrap=True, markup=False)
+    def started(folder: Path, existing: int, wanted: int) -> None:
+        counts = (
+            f"{existing:,} of {wanted:,} samples exist" if existing else f"{wanted:,} samples to generate"
+        )
+        console.print(f"{folder}: {counts}", highlight=False, soft_wrap=True, markup=False)
 
     try:
         with ConsoleReporter(console, settings.run) as reporter:
             report = evaluate_model(settings, reporter, out=out, on_start=started)
     except KeyboardInterrupt:
-        console.print("\ninterrupted; what was judged is kept. Go on with the same command.")
+        console.print("\ninterrupted; verified samples are kept. Continue with the same command.")
         raise typer.Exit(130) from None
     if json_:
         emit_json({**report.results, "out": str(report.out)})
@@ -196,23 +181,21 @@ def evaluate(
         console_of().print(evaluation_table(model, report.evaluation))
 
 
-def _whole_numbers(k: str) -> list[int]:
-    found = [int(each) if each.strip().isdecimal() else 0 for each in k.split(",")]
-    if min(found) < 1:
+def _eval_overrides(
+    eval_config: EvalConfig, model: str, problems: str, samples: int | None, k: str, engine: str | None
+) -> list[str]:
+    """Returns the options as overrides of the config; n and k each follow the other where one is missing."""
+    ks = [int(each) if each.strip().isdecimal() else 0 for each in k.split(",")] if k else []
+    if k and min(ks) < 1:
         raise UserError(f"--k {k}: write whole numbers of 1 or more with commas between, e.g. 1,8,32")
-    return found
-
-
-def _eval_overrides(model: str, problems: str, samples: int | None, k: str, engine: str | None) -> list[str]:
-    overrides = [f"student.model={json.dumps(model)}"]
+    if samples is None:
+        samples = max(eval_config.samples, *ks) if ks else eval_config.samples
+    ks = ks or [each for each in eval_config.k if each <= samples] or [1]
+    overrides = [f"student.model={json.dumps(model)}", f"eval.samples={samples}", f"eval.k={ks}"]
     if problems:
         overrides.append(f"problems.eval={json.dumps(problems)}")
     if engine is not None:
         overrides.append(f"eval.engine={json.dumps(engine)}")
-    if k:
-        overrides.append(f"eval.k=[{k}]")
-    if samples is not None:
-        overrides.append(f"eval.samples={samples}")
     return overrides
 
 
@@ -223,19 +206,19 @@ def inspect_queries(
     step: Annotated[int | None, typer.Option(help="Only this step.")] = None,
     problem: Annotated[str | None, typer.Option(help="Only this problem_id, or its beginning.")] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="Only questions to which this teacher had a trace.")
+        str | None, typer.Option(help="Only queries for which this teacher had a trace.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Show the last N questions; 0: all.")] = 20,
+    limit: Annotated[int, typer.Option(min=0, help="Show the last N queries; 0: all.")] = 20,
     json_: JsonFlag = False,
     csv_: CsvFlag = False,
 ) -> None:
-    """Show what the trainer asked the store, what came back, and what was used.
+    """Show the trainer's queries to the store: candidates, scores, and the traces used.
 
-    `--json` and `--csv` give every row that the filters leave.
+    `--json` and `--csv` print every row that passes the filters.
 
     Example: `ampo inspect store queries runs/lab-ampo --step 3`
     """
-    from trainer.reports.inspection import query_rows, questions_of, summary_of
+    from trainer.reports.inspection import group_queries, query_rows, summarize_queries
     from trainer.reports.tables import queries_table, summary_line
     from trainer.run.run_dir import latest_run, open_run, run_config
 
@@ -243,18 +226,18 @@ def inspect_queries(
     rows = query_rows(files, step=step, problem=problem, teacher=teacher)
     if emit_rows(rows, json_, csv_):
         return
-    questions, console = questions_of(rows), console_of()
-    shown = questions[-limit:] if limit else questions
+    queries, console = group_queries(rows), console_of()
+    shown = queries[-limit:] if limit else queries
     console.print(queries_table(shown, _problem_texts(run_config(files))))
-    if len(shown) < len(questions):
-        console.print(f"the last {len(shown)} of {len(questions)} questions; --limit 0 shows all")
+    if len(shown) < len(queries):
+        console.print(f"the last {len(shown)} of {len(queries)} queries; --limit 0 shows all")
     filtered = (step, problem, teacher) != (None, None, None)
-    line = summary_line(summary_of(questions), filtered=filtered)
+    line = summary_line(summarize_queries(queries), filtered=filtered)
     console.print(f"{files.root.name}: {line}", highlight=False)
 
 
 def _problem_texts(config: Config) -> dict[str, str]:
-    """Question texts for the table, where the store is still there to tell them."""
+    """Returns problem_id -> question; empty when the store is gone."""
     from store.reader import TraceStore
 
     try:
@@ -266,7 +249,7 @@ def _problem_texts(config: Config) -> dict[str, str]:
 
 def inspect_run(
     runs: Annotated[list[str] | None, typer.Argument(help="Run directories; default: the last one.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Draw the curves of all runs into this PNG.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Plot the curves of all runs into this PNG.")] = None,
     json_: JsonFlag = False,
     csv_: CsvFlag = False,
 ) -> None:
@@ -297,7 +280,7 @@ def inspect_run(
         console.print(f"{name}: {time_line(rows)}", highlight=False, markup=False)
     console.print(evaluations_table(found))
     if png is not None:
-        console.print(f"drew {png}", highlight=False)
+        console.print(f"wrote {png}", highlight=False)
 
 
 @model_app.command("merge")
@@ -308,13 +291,13 @@ def model_merge(
     out: Annotated[Path, typer.Argument(help="A new directory.")],
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="What weights are stored in; auto: as the model that training began from."),
+        typer.Option(help="Type of the stored weights; auto: that of the model before training."),
     ] = "auto",
     json_: JsonFlag = False,
 ) -> None:
-    """Write a checkpoint as an ordinary transformers directory, adapters merged, for anybody to serve.
+    """Write a checkpoint as an ordinary transformers directory, with its adapters merged.
 
-    Adapters of a 4-bit student are added to the weights that it saw: its 4-bit ones, written out in full.
+    Adapters of a 4-bit student are added to its dequantized 4-bit weights, as in training.
 
     Example: `ampo model merge runs/ampo/checkpoints/step-000510 my-model`, then `vllm serve my-model`
     """
@@ -325,10 +308,10 @@ def model_merge(
     if json_:
         emit_json(asdict(report))
         return
-    kind = "with its adapters merged" if report.adapters else "whole"
-    four = ", on the numbers that its 4-bit weights stand for" if report.four_bits else ""
+    kind = ", adapters merged" if report.adapters else ""
+    four = " into the dequantized 4-bit weights" if report.four_bits else ""
     console_of().print(
-        f"{report.out}: {report.parameters:,} weights in {report.dtype}, {kind}{four}; "
+        f"{report.out}: {report.parameters:,} weights in {report.dtype}{kind}{four}; "
         f"{report.bytes / 2**20:,.1f} MiB",
         highlight=False,
         soft_wrap=True,

@@ -1,4 +1,4 @@
-"""Reads a run back: what was asked, what came back, what was used, and the curves."""
+"""Reads a run back: the store queries with their candidates, and the metric curves."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _QUERIES = """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """One problem that a step asked the store about, with all that came back."""
+class Query:
+    """One problem for which a step queried the store."""
 
     step: int
     problem_id: str
@@ -35,11 +35,12 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuerySummary:
-    """All questions in one line."""
+    """Totals over queries."""
 
-    questions: int
+    queries: int
     problems: int
     answered: int
+    """Queries with at least one candidate."""
     used: int
     """Traces that entered a group."""
     share: dict[str, float]
@@ -48,53 +49,53 @@ class QuerySummary:
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of questions that found a candidate; None without a question."""
-        return self.answered / self.questions if self.questions else None
+        """Share of queries that found a candidate; None without a query."""
+        return self.answered / self.queries if self.queries else None
 
 
 def query_rows(
     run: RunFiles, *, step: int | None = None, problem: str | None = None, teacher: str | None = None
 ) -> list[dict[str, Any]]:
-    """Rows of the run's queries files, in order of step, problem and rank.
+    """Returns the rows of the run's queries files, ordered by step, problem and rank.
 
     Args:
         problem: a problem_id or its beginning.
-        teacher: only questions to which this teacher had a candidate.
+        teacher: only queries for which this teacher had a candidate.
     """
     files = sorted(str(path) for path in (run.root / "queries").glob("step-*.parquet"))
     if not files:
         return []
     with duckdb.connect() as connection:
-        asked = {"files": files, "step": step, "problem": problem, "teacher": teacher}
-        cursor = connection.execute(_QUERIES, asked)
+        filters = {"files": files, "step": step, "problem": problem, "teacher": teacher}
+        cursor = connection.execute(_QUERIES, filters)
         names = [column[0] for column in cursor.description or ()]
         return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
 
-def questions_of(rows: Sequence[dict[str, Any]]) -> list[Question]:
-    """Rows gathered by (step, problem)."""
-    gathered: dict[tuple[int, str], list[dict[str, Any]]] = {}
+def group_queries(rows: Sequence[dict[str, Any]]) -> list[Query]:
+    """Groups rows by (step, problem)."""
+    grouped: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for row in rows:
-        gathered.setdefault((row["step"], row["problem_id"]), []).append(row)
+        grouped.setdefault((row["step"], row["problem_id"]), []).append(row)
     return [
-        Question(
+        Query(
             step=step,
             problem_id=problem_id,
             latency_ms=candidates[0]["latency_ms"],
             candidates=tuple(row for row in candidates if row["trace_id"] is not None),
         )
-        for (step, problem_id), candidates in gathered.items()
+        for (step, problem_id), candidates in grouped.items()
     ]
 
 
-def summary_of(questions: Sequence[Question]) -> QuerySummary:
-    """Hit rate, and each teacher's share of what was used."""
-    used = Counter(row["teacher"] for question in questions for row in question.candidates if row["selected"])
-    latency_by_step = {question.step: question.latency_ms for question in questions}
+def summarize_queries(queries: Sequence[Query]) -> QuerySummary:
+    """Computes the hit rate and each teacher's share of the traces used."""
+    used = Counter(row["teacher"] for query in queries for row in query.candidates if row["selected"])
+    latency_by_step = {query.step: query.latency_ms for query in queries}
     return QuerySummary(
-        questions=len(questions),
-        problems=len({question.problem_id for question in questions}),
-        answered=sum(bool(question.candidates) for question in questions),
+        queries=len(queries),
+        problems=len({query.problem_id for query in queries}),
+        answered=sum(bool(query.candidates) for query in queries),
         used=used.total(),
         share={name: count / used.total() for name, count in sorted(used.items())},
         median_latency_ms=median(latency_by_step.values()) if latency_by_step else None,
@@ -102,13 +103,13 @@ def summary_of(questions: Sequence[Question]) -> QuerySummary:
 
 
 def curve(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric, where it exists."""
+    """Returns steps and values of one metric, where it exists."""
     points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def evaluation_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The steps at which the student was evaluated: step and every eval/ metric."""
+    """Returns `step` and every eval/ metric of the steps that evaluated the student."""
     return [
         {key: value for key, value in row.items() if key == "step" or key.startswith("eval/")}
         for row in rows

@@ -1,9 +1,9 @@
-"""What `ampo inspect` and `ampo eval` draw of runs: records in, rich tables out."""
+"""Tables of `ampo inspect` and `ampo eval`: records in, rich tables out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group as RenderGroup
@@ -12,11 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from store.reports.tables import plain_table
-from store.terminal.table_forms import Fitting, fitting
 from trainer.evaluation import COVERAGE, Estimate, Evaluation, Score
-from trainer.reports.inspection import QuerySummary, Question, curve, evaluation_rows
+from trainer.reports.inspection import Query, QuerySummary, curve, evaluation_rows
 from trainer.reports.plots import sparkline
 from trainer.timing import PHASES
+
+Rows = Sequence[dict[str, Any]]
 
 CURVES = (
     "sft/loss",
@@ -33,170 +34,128 @@ CURVES = (
     "completions/mean_length",
     "completions/clipped_ratio",
     "grad_norm",
+    "tokens_per_second/sampled",
     "tokens_per_second/trained",
+    "memory/peak_mib",
     "seconds/step",
 )
 
 
-def queries_table(questions: Sequence[Question], problem_texts: Mapping[str, str]) -> Fitting:
-    """A block a question: its candidates, best first, and which of them were used."""
-    table = plain_table("what the trainer asked the store")
+def queries_table(queries: Sequence[Query], problem_texts: Mapping[str, str]) -> Table:
+    """Returns one block of rows per query: its candidates, best first, and which of them were used."""
+    table = plain_table("store queries of the trainer; exp(s): comprehension score")
     table.add_column("step", justify="right")
     table.add_column("problem", overflow="fold", min_width=20)
-    table.add_column("teacher", no_wrap=True)
-    for name in ("rank", "exp(s)", "s", "tokens"):
+    table.add_column("teacher", overflow="fold")
+    for name in ("rank", "exp(s)", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("used")
-    for question in questions:
-        text = problem_texts.get(question.problem_id)
-        shown = question.problem_id if text is None else f"{question.problem_id}  {_clip(text)}"
-        heads = [(str(question.step), escape(shown))] + [("", "")] * max(len(question.candidates) - 1, 0)
-        for (step, problem), row in zip(heads, question.candidates or ({},), strict=True):
+    for query in queries:
+        text = problem_texts.get(query.problem_id)
+        shown = query.problem_id if text is None else f"{query.problem_id}  {_clip(text)}"
+        heads = [(str(query.step), escape(shown))] + [("", "")] * max(len(query.candidates) - 1, 0)
+        for (step, problem), row in zip(heads, query.candidates or ({},), strict=True):
             table.add_row(step, problem, *_candidate_cells(row))
         table.add_section()
-    return fitting(table, ("rank", "tokens", "s"))
+    return table
 
 
 def _candidate_cells(row: Mapping[str, Any]) -> list[str]:
     if not row:
-        return ["[red]no trace[/]", "-", "-", "-", "-", ""]
-    score = row["score"]
-    return [
-        row["teacher"],
-        str(row["rank"]),
-        "-" if score is None else f"{math.exp(score):.4f}",
-        "-" if score is None else f"{score:.4f}",
-        str(row["n_tokens"]),
-        "[green]used[/]" if row["selected"] else "",
-    ]
+        return ["[red]no trace[/]", "-", "-", "-", ""]
+    score = "-" if row["score"] is None else f"{math.exp(row['score']):.4f}"
+    used = "[green]used[/]" if row["selected"] else ""
+    return [escape(row["teacher"]), str(row["rank"]), score, str(row["n_tokens"]), used]
 
 
 def summary_line(summary: QuerySummary, *, filtered: bool = False) -> str:
-    """Hit rate and share of each teacher in one line; `filtered`: of some of the questions alone."""
-    if not summary.questions:
-        return "no question fits --step, --problem and --teacher" if filtered else "the store was not asked"
+    """Returns hit rate and each teacher's share in one line; `filtered`: options excluded some queries."""
+    if not summary.queries:
+        return "no query fits --step, --problem and --teacher" if filtered else "the store was not queried"
     shares = ", ".join(f"{name} {share:.0%}" for name, share in summary.share.items()) or "none"
     return (
-        f"asked {summary.questions} times for {summary.problems} problems; "
+        f"{summary.queries} queries for {summary.problems} problems; "
         f"hit rate {summary.hit_rate:.1%}; {summary.used} traces used: {shares}; "
-        f"median latency {summary.median_latency_ms:.1f} ms a step"
+        f"median latency {summary.median_latency_ms:.1f} ms per step"
     )
 
 
-def curves_table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
-    """The run's curves as lines of text: first and last value, and the shape between."""
+def curves_table(name: str, rows: Rows) -> Table:
+    """Returns the run's curves: first, last, smallest and largest value, and the shape as text."""
     table = plain_table(f"run {name}")
     table.add_column("metric", no_wrap=True)
     for column in ("first", "last", "min", "max"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("curve")
     for metric in CURVES:
         _, values = curve(rows, metric)
         if values:
-            ends = (values[0], values[-1], min(values), max(values))
-            table.add_row(metric, *map(_number, ends), sparkline(values, width=14))
+            shown = (values[0], values[-1], min(values), max(values))
+            table.add_row(metric, *map(_number, shown), sparkline(values, width=14))
     return table
 
 
-COMPARED = {
-    "accuracy": "solved",
-    "groups/all_fail": "all-fail",
-    "reward": "reward",
-    "entropy": "entropy",
-    "completions/mean_length": "length",
-    "store/queries": "asked",
-    "grad_norm": "grad",
-    "tokens_per_second/sampled": "sampled/s",
-    "tokens_per_second/trained": "trained/s",
-    "memory/peak_mib": "MiB",
-    "seconds/step": "s/step",
-}
-"""Metric -> its head where the runs are rows."""
-
-
-def comparison_table(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Fitting:
-    """Several runs side by side: where each ended, as the mean over its last tenth of steps. A column a run;
-    where these are too wide, a row a run."""
-    ends = {name: _end_of(rows) for name, rows in runs.items()}
-    metrics = [metric for metric in COMPARED if any(end[metric] is not None for end in ends.values())]
-    title = "runs side by side (mean of the last tenth of steps)"
-    wide, tall = plain_table(title), plain_table(title)
-    wide.add_column("", no_wrap=True)
-    tall.add_column("run", overflow="fold", min_width=_name_width(runs))
+def comparison_table(runs: Mapping[str, Rows]) -> Table:
+    """Returns several runs side by side: the mean of each metric over the last tenth of steps."""
+    table = plain_table("runs side by side (mean of the last tenth of steps)")
+    table.add_column("", no_wrap=True)
     for name in runs:
-        wide.add_column(escape(name), justify="right")
-    for head in ("step", *(COMPARED[metric] for metric in metrics)):
-        tall.add_column(head, justify="right", no_wrap=True)
-    wide.add_row("step", *(_number(end["step"]) for end in ends.values()))
-    for metric in metrics:
-        wide.add_row(metric, *(_number(end[metric]) for end in ends.values()))
-    for name, end in ends.items():
-        tall.add_row(escape(name), *(_number(end[metric]) for metric in ("step", *metrics)))
-    return Fitting(wide, *fitting(tall, ("MiB", "sampled/s", "trained/s", "grad", "reward", "step")).forms)
-
-
-def _end_of(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """What to compare, by metric, and the last `step`."""
-    last = max((row["step"] for row in rows), default=0)
-    return {"step": last} | {name: mean_of_last_tenth(curve(rows, name)[1]) for name in COMPARED}
-
-
-def _name_width(runs: Collection[str]) -> int:
-    """What a column of the runs' names is not folded below."""
-    return min(max(map(len, runs), default=3), 30)
+        table.add_column(escape(name), justify="right", overflow="fold")
+    table.add_row("step", *(str(max((row["step"] for row in rows), default=0)) for rows in runs.values()))
+    for metric in CURVES:
+        ends = [mean_of_last_tenth(curve(rows, metric)[1]) for rows in runs.values()]
+        if any(end is not None for end in ends):
+            table.add_row(metric, *map(_number, ends))
+    return table
 
 
 def mean_of_last_tenth(values: Sequence[float]) -> float | None:
-    """Of one value at least; None where there is none."""
+    """Returns the mean over at least one value; None when `values` is empty."""
     last = values[-max(len(values) // 10, 1) :]
     return sum(last) / len(last) if last else None
 
 
 def _number(value: float | None) -> str:
-    """As many digits as tell something."""
     whole = value is not None and (isinstance(value, int) or abs(value) >= 100)
     return "-" if value is None else f"{value:,.0f}" if whole else f"{value:.3f}"
 
 
-def time_line(rows: Sequence[dict[str, Any]]) -> str:
-    """Where the steps' time went, in one line; empty for a run that did not measure it."""
-    whole = sum(curve(rows, "seconds/step")[1])
-    steps = len(curve(rows, "seconds/step")[1])
-    if not whole:
+def time_line(rows: Rows) -> str:
+    """Returns each phase's share of the steps' time in one line; empty when no step was timed."""
+    steps = curve(rows, "seconds/step")[1]
+    if not steps:
         return ""
-    spent = {phase: sum(curve(rows, f"seconds/{phase}")[1]) / whole for phase in PHASES}
-    rest = 1 - sum(spent.values())
-    shown = [f"{phase} {share:.0%}" for phase, share in spent.items() if share >= 0.005]
-    return f"a step takes {whole / steps:.1f} s: {', '.join([*shown, f'the rest {rest:.0%}'])}"
+    spent = {phase: sum(curve(rows, f"seconds/{phase}")[1]) / sum(steps) for phase in PHASES}
+    shares = [f"{phase} {share:.0%}" for phase, share in spent.items() if share >= 0.005]
+    rest = f"the rest {1 - sum(spent.values()):.0%}"
+    return f"a step takes {sum(steps) / len(steps):.1f} s: {', '.join([*shares, rest])}"
 
 
-def evaluations_table(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Fitting:
-    """Held-out evaluations of one or several runs."""
+def evaluations_table(runs: Mapping[str, Rows]) -> Table:
+    """Returns the held-out evaluations of one or several runs; --json has those of single sources."""
     found = {name: evaluation_rows(rows) for name, rows in runs.items()}
-    # Those of single sources (eval/aime/pass@1) would make it too wide; --json has them.
-    names = {key for rows in found.values() for row in rows for key in row if key.count("/") == 1}
-    metrics = sorted(names)
+    keys = {key for rows in found.values() for row in rows for key in row}
+    passes = sorted((key for key in keys if key.startswith("eval/pass@")), key=lambda key: int(key[10:]))
     table = plain_table("held-out evaluation")
-    table.add_column("run", overflow="fold", min_width=_name_width(runs))
-    table.add_column("step", justify="right")
-    for metric in metrics:
-        table.add_column(metric.removeprefix("eval/"), justify="right", no_wrap=True)
+    table.add_column("run", overflow="fold")
+    for name in ("step", *(key.removeprefix("eval/") for key in passes), "tokens", "cut"):
+        table.add_column(name, justify="right", no_wrap=True)
     for name, rows in found.items():
         for row in rows:
-            table.add_row(escape(name), str(row["step"]), *(_cell(row.get(metric)) for metric in metrics))
+            values = (_number(row.get(key)) for key in (*passes, "eval/mean_length", "eval/cut_share"))
+            table.add_row(escape(name), str(row["step"]), *values)
         table.add_section()
-    averages = (name for name in names if name.startswith("eval/avg@"))  # which is pass@1
-    return fitting(table, [*(name.removeprefix("eval/") for name in averages), "cut_share", "mean_length"])
+    return table
 
 
 def evaluation_table(model: str, evaluation: Evaluation) -> RenderGroup:
-    """One evaluation by `ampo eval`: a row a source, and one for all problems."""
+    """Returns one evaluation by `ampo eval`: a row per source, and one for all problems."""
     overall, sources = evaluation.overall, evaluation.sources
     table = plain_table(model)
     table.add_column("source", overflow="fold", min_width=8)
     passes = [f"pass@{k}" for k in overall.pass_at if k > 1]
     for name in ("problems", "n", "avg@n", *passes, "tokens", "cut"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for source, score in sources.items():
         table.add_row(escape(source) or "-", *_score_cells(score))
     if sources:
@@ -205,9 +164,7 @@ def evaluation_table(model: str, evaluation: Evaluation) -> RenderGroup:
         table.add_row("mean", "", "", *means, "", "")
     table.add_row("all", *_score_cells(overall), style="bold")
     explained = f"[ ]: {COVERAGE:.0%} interval, bootstrap over problems; avg@n is pass@1"
-    return RenderGroup(
-        fitting(table, ("cut", "tokens", "problems", *passes[:-1])), Text(explained, style="dim")
-    )
+    return RenderGroup(table, Text(explained, style="dim"))
 
 
 def _score_cells(score: Score) -> list[str]:
@@ -222,15 +179,11 @@ def _score_cells(score: Score) -> list[str]:
 
 
 def estimate_text(found: Estimate, *, between: str = " ") -> str:
-    """`0.433 [.36 .51]`; without brackets where no interval can be had."""
+    """Returns `0.433 [.36 .51]`, without brackets where the interval is undefined."""
     if found.low is None or found.high is None:
         return f"{found.value:.3f}"
     low, high = (f"{end:.2f}".removeprefix("0") for end in (found.low, found.high))
     return f"{found.value:.3f}{between}[{low} {high}]"
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _clip(text: str) -> str:
