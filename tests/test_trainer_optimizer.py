@@ -20,34 +20,23 @@ def rates(steps: range, **changes: Any) -> list[float]:
     return [learning_rate_at(step, config) for step in steps]
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_warm_up_rises_in_equal_steps_to_the_learning_rate(schedule: str) -> None:
-    # 0.8 * (1/4, 2/4, 3/4, 4/4): the first step already learns.
-    assert rates(range(1, 5), lr_schedule=schedule) == pytest.approx([0.2, 0.4, 0.6, 0.8])
-
-
 @pytest.mark.parametrize(
-    ("schedule", "expected"),
+    ("schedule", "after_warmup"),
     [
         ("constant", [0.8, 0.8, 0.8, 0.8]),
-        # Four steps are left after the warm-up; 0, 1/4, 2/4 and 3/4 of them lie behind: 0.8 * (1 - share).
+        # Four steps remain after the warmup, with shares of 0, 1/4, 2/4 and 3/4 done: 0.8 * (1 - share).
         ("linear", [0.8, 0.6, 0.4, 0.2]),
         # 0.8 * (1 + cos(pi * share)) / 2, with cos(pi / 4) = sqrt(1/2).
         ("cosine", [0.8, 0.4 * (1 + math.sqrt(0.5)), 0.4, 0.4 * (1 - math.sqrt(0.5))]),
     ],
 )
-def test_the_schedule_after_the_warm_up(schedule: str, expected: list[float]) -> None:
-    assert rates(range(5, 9), lr_schedule=schedule) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_without_warm_up_the_first_step_has_the_whole_learning_rate(schedule: str) -> None:
+def test_the_rate_rises_in_equal_steps_and_then_follows_the_schedule(
+    schedule: str, after_warmup: list[float]
+) -> None:
+    # 0.8 * (1/4, 2/4, 3/4, 4/4): the first step already learns.
+    assert rates(range(1, 9), lr_schedule=schedule) == pytest.approx([0.2, 0.4, 0.6, 0.8, *after_warmup])
     assert rates(range(1, 2), lr_schedule=schedule, warmup_steps=0) == [0.8]
-
-
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_a_run_that_ends_within_its_warm_up_only_rises(schedule: str) -> None:
-    # 0.8 * (1/4, 2/4)
+    # A run that ends within its warmup only rises.
     assert rates(range(1, 3), lr_schedule=schedule, max_steps=2) == pytest.approx([0.2, 0.4])
 
 
@@ -56,7 +45,7 @@ def test_a_run_that_ends_within_its_warm_up_only_rises(schedule: str) -> None:
     warmup=st.integers(0, 20),
     after=st.integers(1, 50),
 )
-def test_every_step_learns_and_after_the_warm_up_the_rate_never_rises(
+def test_every_step_learns_and_after_the_warmup_the_rate_never_rises(
     schedule: str, warmup: int, after: int
 ) -> None:
     last = warmup + after
@@ -78,18 +67,15 @@ def test_matrices_decay_and_biases_and_norms_do_not() -> None:
         torch.testing.assert_close(parameter.detach(), kept * before[name], msg=name)
 
 
-def test_every_weight_that_trains_stands_in_one_group_and_a_frozen_one_in_none() -> None:
+def test_every_weight_that_trains_is_in_one_group_and_a_frozen_one_in_none() -> None:
     model = tiny_model()
     model.model.embed_tokens.weight.requires_grad_(False)
     optimizer = make_optimizer(model, TrainConfig())
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     trained = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
     assert sorted(held) == sorted(trained)
-
-
-def test_a_model_of_matrices_alone_has_no_empty_group() -> None:
-    optimizer = make_optimizer(torch.nn.Linear(2, 2, bias=False), TrainConfig())
-    assert len(optimizer.param_groups) == 1
+    # A model of matrices alone has no empty group.
+    assert len(make_optimizer(torch.nn.Linear(2, 2, bias=False), TrainConfig()).param_groups) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate."""
+"""Makes the optimizer, and sets its learning rate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.config import TrainConfig
 
 
 def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the weights that train; matrices decay, biases and norms do not.
+    """Returns AdamW over the weights that train; matrices decay, biases and norms do not.
 
     Raises EngineError when an 8-bit kind is configured and bitsandbytes is not installed.
     """
@@ -22,10 +22,7 @@ def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    options: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-    }
+    options: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2)}
     if config.optim == "adamw":
         # Unfused, AdamW makes temporaries as large as all the weights.
         return torch.optim.AdamW(groups, **options, fused=trained[0].is_cuda or None)
@@ -45,9 +42,9 @@ def _bitsandbytes_class(optim: str) -> Any:
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """The learning rate of 1-based sampling step `step`: linear warmup, then the schedule down to 0.
+    """Returns the learning rate of a 1-based sampling step: linear warmup, then the schedule down to 0.
 
-    A pure function of the step, so a resumed run needs no scheduler state.
+    It depends on the step alone, so a resumed run needs no scheduler state.
     """
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
