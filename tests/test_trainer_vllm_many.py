@@ -71,17 +71,13 @@ def test_each_rank_samples_with_a_vllm_that_has_the_gathered_weights(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, LORA | {"rollout__max_refills": 1, "train__beta": 0.1}])
-def test_two_ranks_with_vllm_train_as_one_does(
-    world: Path, model: Path, tmp_path: Path, changes: dict[str, Any]
-) -> None:
-    name = "-".join(["many", *changes])
-    run = run_two(tmp_path / "plan.json", world, model, name, **changes)
+def test_two_ranks_with_vllm_train_as_one_does(world: Path, model: Path, tmp_path: Path) -> None:
+    changes = LORA | {"rollout__max_refills": 1, "train__beta": 0.1}
+    run = run_two(tmp_path / "plan.json", world, model, "many", **changes)
     assert_trained_on_vllms_samples(run)
-    values = {"train__max_steps": 2, "rollout__engine": "vllm", "run__name": f"{name}-one", **changes}
+    values = {"train__max_steps": 2, "rollout__engine": "vllm", "run__name": "many-one", **changes}
     alone = train(config_of(world, model, **values), reporter=TrainReporter()).run
-    ours, theirs = metrics_of(alone), metrics_of(run)
-    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    assert [row.keys() for row in metrics_of(alone)] == [row.keys() for row in metrics_of(run)]
     assert {path.name for path in alone.iterdir()} == {path.name for path in run.iterdir()}
     # The first step's samples have the same seeds and weights; two tokens nearly as likely may be swapped.
     first = [next(iter(rows_of(each, "rollouts").values())) for each in (alone, run)]
@@ -90,26 +86,16 @@ def test_two_ranks_with_vllm_train_as_one_does(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, LORA])
-def test_all_ranks_sample_from_servers_that_rank_0_gives_new_weights(
-    world: Path, model_dir: Path, tmp_path: Path, changes: dict[str, Any]
+def test_all_ranks_sample_from_servers_that_rank_0_gives_new_adapters(
+    world: Path, model_dir: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("openai")
-    port, options = free_port(), {"model": str(model_dir), "max-model-len": "128", "max-lora-rank": "8"}
-    with vllm_server(
-        tmp_path / "log.txt",
-        port,
-        "--enable-lora",
-        options=options,
-        environment={
-            "VLLM_SERVER_DEV_MODE": "1",
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-            "OMP_NUM_THREADS": "1",
-        },
-    ):
+    port, log = free_port(), tmp_path / "log.txt"
+    options = {"model": str(model_dir), "max-model-len": "128", "max-lora-rank": "8"}
+    variables = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "OMP_NUM_THREADS": "1"}
+    with vllm_server(log, port, "--enable-lora", options=options, environment=variables):
         urls = [f"http://127.0.0.1:{port}/v1"]
-        name = "-".join(["servers", *changes])
-        run = run_two(tmp_path / "plan.json", world, model_dir, name, rollout__base_urls=urls, **changes)
+        run = run_two(tmp_path / "plan.json", world, model_dir, "servers", rollout__base_urls=urls, **LORA)
     assert_trained_on_vllms_samples(run)
 
 
