@@ -39,9 +39,8 @@ from precompute.engines.vllm_engine import DEFAULT_ENVIRONMENT, llm_options, vll
 from precompute.problems.problem_files import load_problems
 from precompute.problems.prompts import tokenizer_fingerprint
 from precompute.run import pipeline
-from precompute.run.draws import sample_seed
 from precompute.run.progress import SilentReporter
-from precompute.run.solve import Job, TeacherWork, fill_prompts, longest_prompt
+from precompute.run.solve import PreparedTeacher, Solver, fill_prompts, longest_prompt, sample_seed
 from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION, Verifier
 from store.reader import TraceStore
 from store.records import Problem, TeacherRecord
@@ -188,7 +187,7 @@ def measure_overhead(options: argparse.Namespace, directory: Path) -> dict[str, 
     }
 
 
-def overhead_job(options: argparse.Namespace) -> tuple[Config, Job, tuple[Problem, ...]]:
+def overhead_job(options: argparse.Namespace) -> tuple[Config, PreparedTeacher, tuple[Problem, ...]]:
     """The lab's first teacher, with several samples of each problem."""
     config = load_config(Config, options.config, [])
     teacher = config.teachers[0].model_copy(update={"samples": OVERHEAD_SAMPLES, "engine": "vllm"})
@@ -205,12 +204,12 @@ def overhead_job(options: argparse.Namespace) -> tuple[Config, Job, tuple[Proble
         sampling={},
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
     )
-    job = Job(config=teacher, engine="vllm", tokenizer=tokenizer, record=record)
+    job = PreparedTeacher(config=teacher, engine="vllm", tokenizer=tokenizer, record=record)
     return config, job, load_problems(config.problems.train).problems[: options.overhead_problems]
 
 
 def ours(
-    engine: Engine, job: Job, problems: Sequence[Problem], config: Config, path: Path
+    engine: Engine, job: PreparedTeacher, problems: Sequence[Problem], config: Config, path: Path
 ) -> tuple[float, int]:
     """(seconds, tokens) from problems to a closed store. The verifier's processes are up, as the model is,
     and know no answer yet."""
@@ -220,16 +219,18 @@ def ours(
         with StoreWriter.open(path, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION) as writer:
             writer.write_problems(problems)
             writer.register_teacher(job.record)
-            work = TeacherWork(
+            solver = Solver(
                 job, problems, {}, verifier=verifier, filters=config.filters, reporter=SilentReporter()
             )
-            work.fill_prompts()
-            work.run(engine, writer.append, config.store)
-        return time.perf_counter() - started, work.progress().tokens
+            solver.fill_prompts()
+            solver.run(engine, writer.append, config.store)
+        return time.perf_counter() - started, solver.progress().tokens
 
 
 @contextmanager
-def bare_vllm(job: Job, prompts: Sequence[dict[str, Any]], length: int) -> Iterator[tuple[Any, int]]:
+def bare_vllm(
+    job: PreparedTeacher, prompts: Sequence[dict[str, Any]], length: int
+) -> Iterator[tuple[Any, int]]:
     """A process with nothing but vLLM, as a function that generates once and returns (seconds, tokens), and
     its id."""
     environment = DEFAULT_ENVIRONMENT | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

@@ -270,7 +270,7 @@ def test_a_server_that_is_killed_is_named_and_the_next_one_goes_on(tmp_path: Pat
 
         class Killer(SilentReporter):
             def progress(self, progress: Any) -> None:
-                if progress.judged == 20:
+                if progress.new == 20:
                     os.killpg(server.pid, signal.SIGKILL)
 
         with pytest.raises(EngineError, match=rf"no server is left: http://127.0.0.1:{port}/v1 \("):

@@ -18,9 +18,9 @@ from rich.console import Console
 
 from precompute.config import PrecomputeConfig
 from precompute.run import pipeline
-from precompute.run.draws import sample_seed
 from precompute.run.plan import PrecomputeReport
 from precompute.run.progress import ConsoleReporter, SilentReporter, TeacherProgress
+from precompute.run.solve import sample_seed
 from precompute.verify.verifier import verify_answer
 from store.errors import ConfigError, EngineError, ProblemsError, RecipeChangedError
 from store.reader import TraceStore
@@ -126,7 +126,7 @@ def test_a_plan_says_what_is_left_and_touches_nothing(filled: tuple[Path, Precom
     plan = pipeline.plan(config(store, GOOD | {"samples": 3}), limit=20)
     (teacher,) = plan.teachers
     # 20 problems x 3 samples, of which 16 x 2 are there: 28 are left, of 120 tokens at most.
-    assert (teacher.samples_there, teacher.problems_left, teacher.samples_left) == (32, 20, 28)
+    assert (teacher.samples_stored, teacher.problems_left, teacher.samples_left) == (32, 20, 28)
     assert teacher.most_tokens == 28 * 120
     assert teacher.engine == "transformers"
     assert teacher.first_prompt == "<|user|>30-7+9-5+1-8-5<|end|><|assistant|>"
@@ -254,7 +254,7 @@ class Interrupting(SilentReporter):
         self._at = at
 
     def progress(self, progress: TeacherProgress) -> None:
-        if progress.judged == self._at:
+        if progress.new == self._at:
             os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -335,7 +335,7 @@ def test_golds_that_do_not_parse_are_left_out_and_reported(tmp_path: Path) -> No
 def test_progress_in_numbers_worked_out_by_hand() -> None:
     # 20 samples judged in 10 s, 30 still to come: 15 s. 5 of 20 verified; 800 tokens in 10 s.
     progress = TeacherProgress(
-        teacher="totals", done=70, total=100, verified=5, filtered=0, judged=20, tokens=800, seconds=10.0
+        teacher="totals", done=70, total=100, verified=5, filtered=0, new=20, tokens=800, seconds=10.0
     )
     assert progress.eta_seconds == 15.0
     assert progress.verified_share == 0.25
@@ -344,7 +344,7 @@ def test_progress_in_numbers_worked_out_by_hand() -> None:
 
 def test_without_a_terminal_progress_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     progress = TeacherProgress(
-        teacher="totals", done=70, total=100, verified=5, filtered=0, judged=20, tokens=800, seconds=10.0
+        teacher="totals", done=70, total=100, verified=5, filtered=0, new=20, tokens=800, seconds=10.0
     )
     with ConsoleReporter(Console(width=200)) as reporter:
         reporter.message("totals: loading [model]")
@@ -360,7 +360,7 @@ def test_without_a_terminal_progress_is_plain_lines(capsys: pytest.CaptureFixtur
 
 def test_on_a_terminal_progress_is_a_bar() -> None:
     progress = TeacherProgress(
-        teacher="totals", done=70, total=100, verified=5, filtered=0, judged=20, tokens=800, seconds=10.0
+        teacher="totals", done=70, total=100, verified=5, filtered=0, new=20, tokens=800, seconds=10.0
     )
     console = Console(width=120, force_terminal=True, record=True)
     with ConsoleReporter(console) as reporter:

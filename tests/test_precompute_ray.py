@@ -17,10 +17,9 @@ import pytest
 
 from precompute.config import PrecomputeConfig, load_config
 from precompute.run import pipeline
-from precompute.run.block_progress import Tally, Watch
-from precompute.run.block_work import BlockTask, BlockWorker, block_shard, waited
-from precompute.run.places import Here
+from precompute.run.backends import Local
 from precompute.run.progress import SilentReporter, TeacherProgress
+from precompute.run.ray_worker import BlockWorker, WorkerSetup, block_shard, wait_until_free
 from precompute.run.shard import Shard
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, EngineError, StoreBusyError
@@ -108,10 +107,10 @@ class Nodes:
     """Of its nodes; the workers are their children."""
 
     def workers(self) -> list[int]:
-        """The pids of the workers that draw."""
+        """The pids of the workers."""
         lines = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
         rows = [line.split(maxsplit=2) for line in lines.stdout.splitlines()]
-        return [int(row[0]) for row in rows if int(row[1]) in self.pids and "(RayWorker)" in row[2]]
+        return [int(row[0]) for row in rows if int(row[1]) in self.pids and "ray::RayWorker" in row[2]]
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +230,7 @@ def test_a_block_that_kills_its_workers_is_given_up(
         time.sleep(0.05)
     output = run.communicate()[0]
     assert run.returncode == 2, output
-    assert "block 0 was given up: 2 workers died over it" in output
+    assert "a block of problems was given up: 2 workers died over it" in output
     assert len(killed) == 2
 
 
@@ -275,16 +274,14 @@ def test_room_in_numbers_worked_out_by_hand() -> None:
     from precompute.run.ray_cluster import Needs, blocks_of, room
 
     machines = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0, "GPU": 1.0}, {"memory": 1.0}]
-    # By CPU: 8 + 4 fit, 12 - 1 CPUs are to be had: 11.
-    assert room(machines, Needs(cpus=1, gpus=0)) == 11
-    # 8/3 -> 2 and 4/3 -> 1: 3 workers, and 11/3 -> 3.
+    assert room(machines, Needs(cpus=1, gpus=0)) == 12
+    # 8/3 -> 2 and 4/3 -> 1.
     assert room(machines, Needs(cpus=3, gpus=0)) == 3
-    # Of two GPUs each there is one machine, though three GPUs are there.
+    # One machine has two GPUs, though the cluster has three.
     assert room(machines, Needs(cpus=1, gpus=2)) == 1
-    # Four to a GPU: 8 on the first machine (which has 8 CPUs), 4 on the second; 11 of them leave a CPU.
-    assert room(machines, Needs(cpus=1, gpus=0.25)) == 11
-    assert room([{"CPU": 1.0}], Needs(cpus=1, gpus=0)) == 0
-    assert room([{"CPU": 2.0}], Needs(cpus=0.5, gpus=0)) == 2
+    # Four to a GPU: 8 on the first machine (which has 8 CPUs), 4 on the second.
+    assert room(machines, Needs(cpus=1, gpus=0.25)) == 12
+    assert room([{"CPU": 1.0}], Needs(cpus=2, gpus=0)) == 0
     # 10 problems for 3 workers: 4 + 4 + 2; at most 3 at a time: 3 + 3 + 3 + 1.
     ids = [str(number) for number in range(10)]
     assert list(map(len, blocks_of(ids, workers=3, largest=512))) == [4, 4, 2]
@@ -293,41 +290,31 @@ def test_room_in_numbers_worked_out_by_hand() -> None:
 
 
 def test_an_engine_for_workers_is_chosen_by_what_they_have(config_file: Path, tmp_path: Path) -> None:
-    from precompute.run.ray_cluster import RayPlace
+    from precompute.run.ray_cluster import RayBackend
 
     config = settings(config_file, tmp_path / "traces", "teachers.totals.tensor_parallel_size=2")
     (teacher,) = config.teachers
-    plain = RayPlace(config.ray, [{"CPU": 4.0}])
-    rich = RayPlace(config.ray, [{"CPU": 4.0, "GPU": 2.0}])
+    plain = RayBackend(config.ray, [{"CPU": 4.0}])
+    rich = RayBackend(config.ray, [{"CPU": 4.0, "GPU": 2.0}])
     assert (str(plain.needs(teacher)), plain.engine_of(teacher)) == ("1 CPU and 0 GPU", "transformers")
     assert str(rich.needs(teacher)) == "1 CPU and 2 GPU"
     assert rich.engine_of(teacher) == ("vllm" if find_spec("vllm") else "transformers")
     with pytest.raises(
         EngineError, match="no machine of the cluster has room for a worker of 1 CPU and 2 GPU"
     ):
-        RayPlace(config.ray, [{"CPU": 4.0, "GPU": 1.0}] * 2).version_of(teacher, "transformers")
+        RayBackend(config.ray, [{"CPU": 4.0, "GPU": 1.0}] * 2).version_of(teacher, "transformers")
     served = teacher.model_copy(update={"engine": "openai"})
-    with pytest.raises(EngineError, match="teacher 'totals': its servers draw"):
+    with pytest.raises(EngineError, match="teacher 'totals': its servers sample"):
         plain.engine_of(served)
 
 
-class Listener:
-    """What a worker tells, kept."""
-
-    def __init__(self) -> None:
-        self.told: list[tuple[int, TeacherProgress]] = []
-
-    def progress(self, block: int, progress: TeacherProgress) -> None:
-        self.told.append((block, progress))
-
-    def message(self, text: str) -> None:
-        raise AssertionError(text)
+Reports = list[tuple[int, TeacherProgress | str]]
 
 
-def task_of(config: PrecomputeConfig) -> BlockTask:
-    (job,) = pipeline._jobs(config, None, Here(None, None))
-    return BlockTask(
-        config=config, teacher=job.config, engine=job.engine, record=job.record, longest_prompt=40
+def setup_of(config: PrecomputeConfig) -> WorkerSetup:
+    (teacher,) = pipeline.prepare_teachers(config, None, Local(None, None))
+    return WorkerSetup(
+        config=config, teacher=teacher.config, engine=teacher.engine, record=teacher.record, longest_prompt=40
     )
 
 
@@ -338,15 +325,15 @@ def test_a_block_goes_on_from_what_is_written(
     pipeline.run(settings(config_file, store, "teachers.totals.samples=1"), limit=3)
     kept = keys_of(store)
     ids = [problem_id for problem_id, _ in kept]
-    listener = Listener()
-    worker = BlockWorker(task_of(settings(config_file, store)), listener)
+    reports: Reports = []
+    worker = BlockWorker(setup_of(settings(config_file, store)), lambda *report: reports.append(report))
     worker.solve(7, ids)
     worker.solve(8, ids)
     worker.close()
     made = keys_of(store)
     assert kept.items() < made.items() <= whole.items()
-    # Three samples of six were there; the second block finds all of them.
-    last = {block: (told.done, told.total, told.judged) for block, told in listener.told}
+    # Three samples of six were stored; the second block finds all of them.
+    last = {block: (each.done, each.total, each.new) for block, each in reports if not isinstance(each, str)}
     assert last == {7: (6, 6, 3), 8: (6, 6, 0)}
 
 
@@ -354,49 +341,41 @@ def test_a_block_goes_on_from_what_is_written(
 def test_a_worker_with_other_packages_or_models_is_refused(
     config_file: Path, tmp_path: Path, field: str
 ) -> None:
-    task = task_of(settings(config_file, tmp_path / "traces"))
+    setup = setup_of(settings(config_file, tmp_path / "traces"))
     (tmp_path / "traces").mkdir()
-    other = replace(task, record=replace(task.record, **{field: "other"}))
+    other = replace(setup, record=replace(setup.record, **{field: "other"}))
     with pytest.raises(EngineError, match=rf"'totals': {field} is .* on a worker and other where the run"):
-        BlockWorker(other, Listener()).solve(0, [])
+        BlockWorker(other, lambda *_: None).solve(0, [])
 
 
 def test_a_block_waits_until_its_last_worker_is_dead() -> None:
-    asked = []
+    tries = []
 
     def opens_at_the_third() -> StoreWriter:
-        asked.append(time.monotonic())
-        if len(asked) < 3:
+        tries.append(time.monotonic())
+        if len(tries) < 3:
             raise StoreBusyError("busy")
         return "writer"  # type: ignore[return-value]
 
-    assert waited(opens_at_the_third, seconds=60) == "writer"
-    asked.clear()
+    assert wait_until_free(opens_at_the_third, seconds=60) == "writer"
+    tries.clear()
     with pytest.raises(StoreBusyError, match="busy"):
-        waited(opens_at_the_third, seconds=0)
-    assert block_shard(3) == "ray-3"
+        wait_until_free(opens_at_the_third, seconds=0)
 
 
 def test_the_sum_over_blocks_in_numbers_worked_out_by_hand(config_file: Path, tmp_path: Path) -> None:
+    from precompute.run.ray_cluster import ClusterProgress
+
     config = settings(config_file, tmp_path / "traces")
-    (job,) = pipeline._jobs(config, None, Here(None, None))
+    (teacher,) = pipeline.prepare_teachers(config, None, Local(None, None))
     with Verifier.configured(config.verify) as verifier:
-        problems, _ = pipeline._problems(config, 5, None, verifier, SilentReporter())
+        problems, _ = pipeline.read_problems(config, 5, None, verifier, SilentReporter())
     ids = [problem.problem_id for problem in problems]
-    watch = Watch(job, problems, {ids[0]: {0: True}, ids[4]: {0: True, 1: False}}, SilentReporter())
-    # Two samples of five problems; three are there: 3 of 10.
-    assert (watch.progress().done, watch.progress().total) == (3, 10)
-    watch.plan([[ids[0], ids[1]], [ids[2], ids[3]]])
-    tally = Tally()
-    assert (tally.begin(0), tally.begin(1), tally.begin(0)) == (1, 1, 2)
-    one = TeacherProgress(
-        teacher="totals", done=3, total=4, verified=1, filtered=0, judged=2, tokens=100, seconds=1.0
-    )
-    tally.progress(0, replace(one, done=2, judged=1, tokens=40))
-    tally.progress(0, one)
-    with watch.following(tally.take):
-        pass
-    # Block 0: 3 of 4. Block 1 is not begun: 0 of 4. The fifth problem: 2 of 2.
-    summed = watch.progress()
-    assert (summed.done, summed.total, summed.judged, summed.tokens) == (5, 10, 2, 100)
-    assert tally.take() == ({0: one}, [])
+    progress = ClusterProgress(teacher, problems, {ids[0]: {0: True}, ids[4]: {0: True, 1: False}})
+    # Two samples of five problems; three are stored: 3 of 10.
+    assert (progress.total().done, progress.total().total) == (3, 10)
+    progress.begin([[ids[0], ids[1]], [ids[2], ids[3]]])
+    progress.latest[0] = TeacherProgress(teacher="totals", done=3, total=4, verified=1, new=2, tokens=100)
+    # Block 0: 3 of 4. Block 1 has not begun: 0 of 4. The fifth problem: 2 of 2.
+    summed = progress.total()
+    assert (summed.done, summed.total, summed.new, summed.tokens) == (5, 10, 2, 100)

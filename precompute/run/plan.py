@@ -1,4 +1,4 @@
-"""What a precompute run would do, and what it has done: plain records for the command line to draw."""
+"""Records of what a precompute run would do and of what it did, for the command line to show."""
 
 from __future__ import annotations
 
@@ -14,61 +14,61 @@ from store.records import Problem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherPlan:
-    """What one teacher would do."""
+    """One teacher's share of a plan."""
 
     name: str
     model: str
     engine: str
-    """Resolved: `vllm` or `transformers`."""
+    """Resolved."""
     sample_budget: int
-    """Samples of a problem, at most."""
-    samples_there: int
-    """Of these problems, in the store already."""
-    usable_there: int
-    """Of those: verified, and held back by no filter."""
+    """Upper bound of samples for one problem."""
+    samples_stored: int
+    """Samples of these problems that the store already has."""
+    usable_stored: int
+    """Usable ones among them: verified and not filtered."""
     problems_left: int
     """Problems that still get samples."""
     samples_left: int
-    """With `until_verified` at most this many."""
+    """With `until_verified` an upper bound."""
     longest_prompt: int
-    """In the teacher's tokens, over all problems."""
+    """Length in the teacher's tokens, over all problems."""
     most_tokens: int
-    """samples_left * max_tokens: no more than this is drawn."""
+    """Upper bound: samples_left * max_tokens."""
     weight_bytes: int | None
-    """Size of the weight files; None for a model that is not a local directory."""
+    """Size of the weight files; None without a local directory."""
     first_prompt: str
-    """The first problem's, as the teacher will see it."""
+    """Prompt of the first problem, as the teacher sees it."""
     opens_think: bool
-    """That prompt ends inside a `<think>` block."""
+    """True if that prompt ends inside a `<think>` block."""
     answer_form: AnswerForm
-    """In which the answer to that prompt is looked for."""
+    """Form in which the answer to that prompt is searched."""
     probe: Probe | None = None
-    """What a probe measured; None without one, or when nothing is left to draw."""
+    """Measurements; None without a probe, or when no sample is left."""
     least: Expectation | None = None
-    """With a probe: what is to be expected if all problems are equally hard."""
+    """With a probe: the expectation if all problems are equally hard."""
     most: Expectation | None = None
-    """With a probe: the same if each problem is solved always or never."""
+    """With a probe: the expectation if each problem is solved always or never."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProblemsSummary:
-    """What became of the problem file's rows."""
+    """Counts of the problem file's rows."""
 
     path: str
     rows: int
     duplicates: int
     """Rows that repeat an earlier one."""
     unparseable: tuple[Problem, ...]
-    """Left out: their gold answer cannot be parsed."""
+    """Problems left out because their gold answer cannot be parsed."""
     used: int
-    """Problems that teachers are to solve."""
+    """Problems for the teachers to solve."""
     shard: str | None = None
-    """`3/16`: these are the problems of that shard alone."""
+    """E.g. `3/16`: only the problems of that shard."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrecomputePlan:
-    """What `--dry-run` shows."""
+    """Contents of `--dry-run`."""
 
     problems: ProblemsSummary
     store: str
@@ -79,46 +79,46 @@ class PrecomputePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherOutcome:
-    """One teacher's traces of the chosen problems, this run's and earlier ones', and what this run cost."""
+    """One teacher's traces of the chosen problems, from all runs, and the cost of this run."""
 
     name: str
     model: str
     engine: str
     new_samples: int
-    """Drawn in this run."""
+    """Samples of this run."""
     new_tokens: int
     seconds: float
-    """That this run took with this teacher, loading included."""
+    """Duration of this run for this teacher, loading included."""
     problems: int = 0
-    """Problems with a trace of it."""
+    """Problems with a trace of this teacher."""
     samples: int = 0
     verified: int = 0
     filtered: int = 0
-    """Of the verified: held back by a filter."""
+    """Verified ones that a filter rejects."""
     tokens: int = 0
-    """In the teacher's own tokens, all samples together."""
+    """Sum over all samples, in the teacher's own tokens."""
 
     @property
     def verified_share(self) -> float:
-        """Verified samples among all, in [0, 1]."""
+        """Share of verified samples, in [0, 1]."""
         return self.verified / self.samples if self.samples else 0.0
 
     @property
     def mean_tokens(self) -> float:
-        """Tokens of a sample."""
+        """Mean tokens of a sample."""
         return self.tokens / self.samples if self.samples else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrecomputeReport:
-    """What `ampo precompute teachers` ends with."""
+    """Final report of `ampo precompute teachers`."""
 
     problems: ProblemsSummary
     store: str
     teachers: tuple[TeacherOutcome, ...]
     coverage: tuple[int, ...]
-    """[T + 1]: the n-th is how many of the chosen problems have a usable trace (verified, not filtered) of
-    exactly n teachers, of all T that the store knows; sums to `problems.used`."""
+    """[T + 1]: entry n counts the chosen problems with a usable trace of exactly n of the store's T teachers;
+    sums to `problems.used`."""
 
 
 _COUNTS = """
@@ -139,13 +139,13 @@ _COVERING = """
 
 
 def stored_counts(store: TraceStore, problem_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By teacher the counts of TeacherOutcome; one without a trace of these is not in it."""
+    """Returns teacher -> counts of TeacherOutcome, for the teachers with a trace of these problems."""
     rows = store.index.rows(_COUNTS, {"problem_ids": list(problem_ids)})
     return {row.pop("teacher"): row for row in rows}
 
 
 def coverage(store: TraceStore, problem_ids: Sequence[str]) -> tuple[int, ...]:
-    """PrecomputeReport.coverage"""
+    """Returns PrecomputeReport.coverage."""
     rows = store.index.rows(_COVERING, {"problem_ids": list(problem_ids)})
     by_count: Mapping[int, int] = {row["teachers"]: row["problems"] for row in rows}
     most = max(len(store.teachers()), *by_count, 0)

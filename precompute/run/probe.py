@@ -1,6 +1,6 @@
-"""What a run will cost, measured before it is begun: a few problems are really drawn, and nothing is kept.
+"""The cost of a run, measured before it begins: a few problems are sampled and nothing is kept.
 
-probe (N problems x 1 sample)  --tokens/s, tokens, verified share, bytes-->  expectation for what is left
+probe (N problems x 1 sample)  --tokens/s, tokens, verified share, bytes-->  expectation for the rest
 """
 
 from __future__ import annotations
@@ -15,70 +15,69 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from precompute.config import PrecomputeConfig, TeacherConfig
-from precompute.engines import Engine
 from precompute.engines.registry import load_engine
-from precompute.run.draws import next_samples, samples_left
 from precompute.run.progress import Reporter
-from precompute.run.solve import Job, TeacherWork, longest_prompt
+from precompute.run.solve import PreparedTeacher, Solver, longest_prompt, next_samples, samples_left
 from precompute.verify.verifier import Verifier
 from store.format.parts import write_traces
 from store.records import Problem, Trace
 
 WARM_UP_TOKENS = 8
-"""The first tokens of an engine may take many times as long as any later."""
+"""An engine's first tokens can take many times as long as later ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """What was measured of one teacher."""
+    """Measurements of one teacher."""
 
     samples: int
-    """Drawn, one a problem."""
+    """One for each probed problem."""
     verified: int
     usable: int
-    """Of the verified: those that no filter holds back."""
+    """Verified ones that no filter rejects."""
     tokens: int
-    """Of all samples together."""
+    """Sum over the samples."""
     seconds: float
-    """From the first request to the last verdict."""
+    """From the first request to the last verdict. The end of a probe, when few samples still run, is part of
+    it: a short probe underestimates the speed."""
     load_seconds: float
     """Until the engine was ready."""
     trace_bytes: float
-    """What one more trace adds to a part."""
+    """Size that one more trace adds to a part."""
     part_bytes: float
-    """What a part takes besides its traces."""
+    """Size of a part apart from its traces."""
 
     @property
     def usable_share(self) -> float:
-        """In [0, 1]."""
+        """Share of usable samples, in [0, 1]."""
         return self.usable / self.samples
 
     @property
     def mean_tokens(self) -> float:
-        """Of a sample."""
+        """Mean tokens of a sample."""
         return self.tokens / self.samples
 
     @property
     def tokens_per_second(self) -> float:
-        """The end of a probe, when few samples still run, counts too: a short one errs on the slow side."""
+        """Tokens of all samples together, per second."""
         return self.tokens / self.seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expectation:
-    """What one teacher will draw, and what it will cost."""
+    """Expected size and cost of one teacher's remaining samples."""
 
     samples: float
     tokens: float
     seconds: float
     """Loading included."""
     bytes: float
-    """On disk, in parts."""
+    """Size of the parts on disk."""
 
 
 def expected_tries(share: float, *, wanted: int, tries: int) -> float:
-    """Samples until `wanted` are usable or `tries` are drawn, each usable with probability `share`:
-    E[min(T, tries)] = sum over t < tries of P(fewer than `wanted` of t are usable)."""
+    """Returns the expected samples until `wanted` are usable or `tries` are taken, each usable with
+    probability `share`: E[min(T, tries)] = sum over t < tries of P(fewer than `wanted` of t are usable)."""
     return math.fsum(
         math.comb(t, usable) * share**usable * (1 - share) ** (t - usable)
         for t in range(tries)
@@ -87,36 +86,31 @@ def expected_tries(share: float, *, wanted: int, tries: int) -> float:
 
 
 def split_tries(share: float, *, wanted: int, tries: int) -> float:
-    """The same where problems differ as much as they can: `share` of them are always solved, the others
-    never, and those take every try."""
+    """Returns the expected samples if problems differ as much as they can: a share of them is always solved,
+    the others never, and those take every try."""
     return share * min(wanted, tries) + (1 - share) * tries
 
 
 def expect(
     teacher: TeacherConfig, done: Iterable[Mapping[int, bool]], probe: Probe, *, part_traces: int
 ) -> tuple[Expectation, Expectation]:
-    """(least, most) for problems of which `done` (sample_index -> usable) is there.
+    """Returns (least, most) for problems with the samples `done` (sample_index -> usable) in the store.
 
-    Without `until_verified` both are the same. With it, least takes all problems for equally hard and most
-    takes each for solved always or never; wrong samples are taken to be as long as right ones.
+    Without `until_verified` both are equal. With it, least assumes that all problems are equally hard, and
+    most that each is solved always or never; wrong samples are assumed to be as long as right ones.
     """
+    left: Counter[tuple[int, int]] = Counter()  # (missing usable traces, tries left) -> problems
+    for samples in done:
+        if tries := samples_left(teacher, samples):
+            left[(teacher.until_verified or 0) - sum(samples.values()), tries] += 1
     least = most = 0.0
-    for (wanted, tries), problems in _open_tries(teacher, done).items():
+    for (wanted, tries), problems in left.items():
         if teacher.until_verified is None:
             least, most = least + problems * tries, most + problems * tries
         else:
             least += problems * expected_tries(probe.usable_share, wanted=wanted, tries=tries)
             most += problems * split_tries(probe.usable_share, wanted=wanted, tries=tries)
     return _cost(least, probe, part_traces), _cost(most, probe, part_traces)
-
-
-def _open_tries(teacher: TeacherConfig, done: Iterable[Mapping[int, bool]]) -> Counter[tuple[int, int]]:
-    """(usable traces still wanted, tries left) -> problems"""
-    found: Counter[tuple[int, int]] = Counter()
-    for samples in done:
-        if tries := samples_left(teacher, samples):
-            found[(teacher.until_verified or 0) - sum(samples.values()), tries] += 1
-    return found
 
 
 def _cost(samples: float, probe: Probe, part_traces: int) -> Expectation:
@@ -130,7 +124,7 @@ def _cost(samples: float, probe: Probe, part_traces: int) -> Expectation:
 
 
 def run_probe(
-    job: Job,
+    teacher: PreparedTeacher,
     problems: Sequence[Problem],
     done: Mapping[str, Mapping[int, bool]],
     config: PrecomputeConfig,
@@ -139,25 +133,30 @@ def run_probe(
     verifier: Verifier,
     reporter: Reporter,
 ) -> Probe | None:
-    """Loads the teacher and draws one sample of `count` problems, spread evenly over those that still get
-    some; None when none does. Nothing is kept. Raises EngineError."""
-    left = [p for p in problems if next_samples(job.config, done.get(p.problem_id, {}))]
+    """Loads the teacher and takes one sample of `count` problems, spread evenly over those that lack samples.
+
+    None when no problem does. Keeps nothing. Raises EngineError.
+    """
+    left = [p for p in problems if next_samples(teacher.config, done.get(p.problem_id, {}))]
     chosen = [left[number * len(left) // count] for number in range(count)] if count < len(left) else left
     if not chosen:
         return None
     once = {"samples": 1, "until_verified": None, "max_samples": None}
-    probing = replace(job, config=job.config.model_copy(update=once))
-    work = TeacherWork(probing, chosen, {}, verifier=verifier, filters=config.filters, reporter=reporter)
-    work.fill_prompts()
-    reporter.message(f"{job.name}: loading {job.config.model} with {job.engine} for a probe")
+    probed = replace(teacher, config=teacher.config.model_copy(update=once))
+    solver = Solver(probed, chosen, {}, verifier=verifier, filters=config.filters, reporter=reporter)
+    solver.fill_prompts()
+    reporter.message(f"{teacher.name}: loading {teacher.config.model} with {teacher.engine} for a probe")
+    longest = longest_prompt(solver.prompts)
+    traces: list[Trace] = []
     started = time.monotonic()
-    longest = longest_prompt(work.prompts)
-    with closing(load_engine(job.config, job.engine, job.tokenizer, longest_prompt=longest)) as engine:
-        work.warm_up(engine, WARM_UP_TOKENS)
+    with closing(
+        load_engine(teacher.config, teacher.engine, teacher.tokenizer, longest_prompt=longest)
+    ) as engine:
+        solver.warm_up(engine, WARM_UP_TOKENS)
         loaded = time.monotonic()
-        traces = _draw(work, engine, config)
+        solver.run(engine, traces.extend, config.store)
         seconds = time.monotonic() - loaded
-    reporter.finished(work.progress())
+    reporter.finished(solver.progress())
     trace_bytes, part_bytes = measured_bytes(traces)
     return Probe(
         samples=len(traces),
@@ -171,15 +170,9 @@ def run_probe(
     )
 
 
-def _draw(work: TeacherWork, engine: Engine, config: PrecomputeConfig) -> list[Trace]:
-    traces: list[Trace] = []
-    work.run(engine, traces.extend, config.store)
-    return traces
-
-
 def measured_bytes(traces: Sequence[Trace]) -> tuple[float, float]:
-    """(bytes that one more trace takes, bytes of a part besides its traces), by writing parts and looking at
-    their sizes."""
+    """Returns (bytes that one more trace adds, bytes of a part apart from its traces), from parts written
+    for the purpose."""
     with TemporaryDirectory() as directory:
         whole, one = (write_traces(Path(directory), some)[1].bytes for some in (traces, traces[:1]))
     trace_bytes = (whole - one) / (len(traces) - 1) if len(traces) > 1 else float(one)

@@ -1,4 +1,4 @@
-"""What a person sees while teachers work: a bar where there is a terminal, a line now and then elsewhere."""
+"""Progress of teachers on a console: bars on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -23,74 +23,74 @@ class TeacherProgress:
 
     teacher: str
     done: int
-    """Samples drawn and judged, those of earlier runs included."""
+    """Samples in the store or verified, those of earlier runs included."""
     total: int
-    """Samples to be there in the end; with `until_verified` at most."""
-    verified: int
-    """Of the samples judged in this run."""
-    filtered: int
-    """Of the verified: held back by a filter."""
-    judged: int
-    """In this run."""
-    tokens: int
-    """Drawn in this run."""
-    seconds: float
+    """Samples at the end; with `until_verified` an upper bound."""
+    new: int = 0
+    """Samples of this run."""
+    verified: int = 0
+    """Verified ones among the new samples."""
+    filtered: int = 0
+    """Verified ones that a filter rejects."""
+    tokens: int = 0
+    """Tokens of the new samples."""
+    seconds: float = 0.0
     """Since the model was loaded."""
 
     @property
     def verified_share(self) -> float:
-        """Of this run's samples, in [0, 1]."""
-        return self.verified / self.judged if self.judged else 0.0
+        """Share of the new samples that are verified, in [0, 1]."""
+        return self.verified / self.new if self.new else 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """Over this run."""
+        """Tokens per second of this run."""
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def eta_seconds(self) -> float | None:
-        """At this run's pace; None before the first sample is judged."""
-        return (self.total - self.done) * self.seconds / self.judged if self.judged else None
+        """Seconds to the end at this run's pace; None before its first sample."""
+        return (self.total - self.done) * self.seconds / self.new if self.new else None
 
 
 class Reporter(Protocol):
-    """Is told what happens; from any thread."""
+    """Receives what happens, from any thread."""
 
     def message(self, text: str) -> None:
-        """Something worth a line."""
+        """Receives a line for the user."""
         ...
 
     def stage(self, label: str, done: int, total: int) -> None:
-        """A preparation that takes a while is `done` of `total` along."""
+        """Receives how far a preparation is that takes a while."""
         ...
 
     def progress(self, progress: TeacherProgress) -> None:
-        """One more sample is judged."""
+        """Receives a teacher's progress after every sample."""
         ...
 
     def finished(self, progress: TeacherProgress) -> None:
-        """A teacher has nothing left to do."""
+        """Receives the last progress of a teacher."""
         ...
 
 
 class SilentReporter:
-    """Says nothing."""
+    """A reporter that drops everything."""
 
     def message(self, text: str) -> None:
-        """Nothing."""
+        """Drops it."""
 
     def stage(self, label: str, done: int, total: int) -> None:
-        """Nothing."""
+        """Drops it."""
 
     def progress(self, progress: TeacherProgress) -> None:
-        """Nothing."""
+        """Drops it."""
 
     def finished(self, progress: TeacherProgress) -> None:
-        """Nothing."""
+        """Drops it."""
 
 
 class ConsoleReporter:
-    """Draws on a rich console. A context manager."""
+    """Prints on a rich console. A context manager."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -110,11 +110,11 @@ class ConsoleReporter:
         self._bars.stop()
 
     def message(self, text: str) -> None:
-        """A line."""
+        """Prints a line."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def stage(self, label: str, done: int, total: int) -> None:
-        """A bar of its own that goes when it is full; without a terminal a line when it takes long."""
+        """Shows a bar until it is full; without a terminal prints a line when the stage takes long."""
         with self._lock:
             self._bar(label, done, total, "")
             if self._live and done >= total:
@@ -123,14 +123,14 @@ class ConsoleReporter:
                 self.message(f"{label}: {done}/{total}")
 
     def progress(self, progress: TeacherProgress) -> None:
-        """Moves the teacher's bar; without a terminal a line every few seconds."""
+        """Moves the teacher's bar; without a terminal prints a line every few seconds."""
         with self._lock:
             self._bar(progress.teacher, progress.done, progress.total, _note(progress))
             if not self._live and self._is_due(progress.teacher):
                 self.message(_line(progress))
 
     def finished(self, progress: TeacherProgress) -> None:
-        """Leaves the bar standing, or prints the last line."""
+        """Fills the teacher's bar, or prints the last line."""
         with self._lock:
             self._bar(progress.teacher, progress.done, progress.done, _note(progress) or "nothing left to do")
             if not self._live:
@@ -140,7 +140,7 @@ class ConsoleReporter:
         if not self._live:
             return
         if label not in self._tasks:
-            # What earlier runs did is not this run's speed.
+            # Samples of earlier runs do not count towards the speed.
             self._tasks[label] = self._bars.add_task(label, total=total, completed=done, note=note)
         self._bars.update(self._tasks[label], completed=done, total=total, note=note)
 
@@ -153,7 +153,7 @@ class ConsoleReporter:
 
 
 def _note(progress: TeacherProgress) -> str:
-    if not progress.judged:
+    if not progress.new:
         return ""
     filtered = f"  filtered {progress.filtered:,}" if progress.filtered else ""
     return f"verified {progress.verified_share:.0%}{filtered}  {progress.tokens_per_second:,.0f} tokens/s"

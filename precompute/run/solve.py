@@ -1,15 +1,16 @@
-"""One teacher at work on what the store lacks of it: prompts, samples, verdicts, traces.
+"""One teacher solves the problems that lack samples; `Solver._solve` and `_sample` are a problem's whole way.
 
-    feed --what to draw now--> engine --completions--> verifier --verdicts--> traces --> parts
-      ^---------------------------- judged: may it be used? -----------------------|
+    prompt --request--> engine --completion--> verifier --verdict--> trace --> part
 
-A problem's next sample is drawn as soon as a verdict asks for it, while the engine is busy with others.
+Every problem is a coroutine. The coroutines run in a thread beside the engine, so that neither a verdict nor
+the disk keeps the engine waiting; a problem's next sample begins as soon as a verdict calls for it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -18,66 +19,97 @@ from precompute.config import FiltersConfig, StoreConfig, TeacherConfig
 from precompute.engines import Completion, Engine, Request, Sampling
 from precompute.engines.registry import check_fits
 from precompute.problems.prompts import Prompt, demanded_form, prompt_warning, render_prompt
-from precompute.run.collector import Collector
-from precompute.run.draws import Done, DrawFeed, next_samples, sample_seed, samples_left
 from precompute.run.filters import why_filtered
+from precompute.run.part_buffer import Append, PartBuffer
 from precompute.run.progress import Reporter, TeacherProgress
+from precompute.run.request_queue import RequestQueue, loop_in_thread
 from precompute.verify.verifier import Verdict, Verifier
-from store.records import Problem, TeacherRecord, Trace
+from store.errors import EngineError
+from store.records import Problem, TeacherRecord, Trace, content_hash
 
 STAGE_PROBLEMS = 500
 """Problems between two reports of a preparation."""
+OPEN_PROBLEMS = 1024
+"""Problems under way at once, or four times the engine's batch where that is more."""
 
-Append = Callable[[Sequence[Trace]], object]
-"""Keeps traces, e.g. `StoreWriter.append`."""
+Done = dict[str, dict[int, bool]]
+"""problem_id -> sample_index -> usable (verified, and not filtered)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One teacher with all that has to be settled before its model is loaded."""
+class PreparedTeacher:
+    """A teacher with all that is settled before its model is loaded."""
 
     config: TeacherConfig
     engine: str
+    """Resolved."""
     tokenizer: Any
     record: TeacherRecord
 
     @property
     def name(self) -> str:
-        """The teacher's."""
+        """The teacher's name in the store."""
         return self.config.name
 
 
-def fill_prompts(job: Job, problems: Sequence[Problem], reporter: Reporter) -> dict[str, Prompt]:
-    """problem_id -> prompt. EngineError when one does not fit the model together with max_tokens."""
+def next_samples(teacher: TeacherConfig, done: Mapping[int, bool]) -> list[int]:
+    """Returns the sample indexes to begin with, given the verified ones (sample_index -> usable).
+
+    With `until_verified = m` there are as many as usable traces are missing, the lowest free indexes first:
+    a sample that could turn out not to be needed is never begun, so that a run that was killed anywhere ends
+    with the samples of an uninterrupted one.
+    """
+    free = [index for index in range(teacher.sample_budget) if index not in done]
+    if teacher.until_verified is None:
+        return free
+    return free[: max(teacher.until_verified - sum(done.values()), 0)]
+
+
+def samples_left(teacher: TeacherConfig, done: Mapping[int, bool]) -> int:
+    """Returns how many samples the problem may still get; with `until_verified` an upper bound."""
+    if not next_samples(teacher, done):
+        return 0
+    return sum(index not in done for index in range(teacher.sample_budget))
+
+
+def sample_seed(problem_id: str, teacher: str, sample_index: int) -> int:
+    """Returns a seed below 2**31, its own for each sample: a shared seed gives n identical samples."""
+    return int(content_hash(problem_id, teacher, sample_index), 16) % 2**31
+
+
+def fill_prompts(
+    teacher: PreparedTeacher, problems: Sequence[Problem], reporter: Reporter
+) -> dict[str, Prompt]:
+    """Returns problem_id -> prompt. EngineError when one does not fit the model together with max_tokens."""
     prompts = {}
     for number, problem in enumerate(problems, start=1):
         prompts[problem.problem_id] = render_prompt(
-            job.tokenizer,
+            teacher.tokenizer,
             problem,
-            system_prompt=job.config.system_prompt,
-            chat_template_kwargs=job.config.chat_template_kwargs,
+            system_prompt=teacher.config.system_prompt,
+            chat_template_kwargs=teacher.config.chat_template_kwargs,
         )
         if number % STAGE_PROBLEMS == 0 or number == len(problems):
-            reporter.stage(f"{job.name}: filling prompts", number, len(problems))
-    key, template = f"teachers.{job.name}.chat_template", job.config.chat_template
-    warning = prompt_warning(job.tokenizer, next(iter(prompts.values())).text, key=key, template=template)
-    if warning:
+            reporter.stage(f"{teacher.name}: filling prompts", number, len(problems))
+    first = next(iter(prompts.values())).text
+    key = f"teachers.{teacher.name}.chat_template"
+    if warning := prompt_warning(teacher.tokenizer, first, key=key, template=teacher.config.chat_template):
         reporter.message(f"warning: {warning}")
-    check_fits(job.config, longest_prompt(prompts))
+    check_fits(teacher.config, longest_prompt(prompts))
     return prompts
 
 
 def longest_prompt(prompts: Mapping[str, Prompt]) -> int:
-    """In tokens."""
+    """Returns the length of the longest prompt in tokens."""
     return max(len(prompt.ids) for prompt in prompts.values())
 
 
-class TeacherWork:
-    """One teacher at work: what is done, and the drawing of what is not."""
+class Solver:
+    """One teacher at work: `done` is what the store has and `left` are the problems that lack samples."""
 
     def __init__(
         self,
-        job: Job,
+        teacher: PreparedTeacher,
         problems: Sequence[Problem],
         done: Done,
         *,
@@ -85,95 +117,125 @@ class TeacherWork:
         filters: FiltersConfig,
         reporter: Reporter,
     ) -> None:
-        self.job = job
+        self.teacher = teacher
         self.done = {problem.problem_id: done.get(problem.problem_id, {}) for problem in problems}
-        self.left = [p for p in problems if next_samples(job.config, self.done[p.problem_id])]
+        self.left = [p for p in problems if next_samples(teacher.config, self.done[p.problem_id])]
         self.prompts: dict[str, Prompt] = {}
-        self._problems = {problem.problem_id: problem for problem in self.left}
         self._verifier = verifier
         self._filters = filters
         self._reporter = reporter
-        self._judged = self._verified = self._filtered = self._tokens = 0
-        self._there = sum(map(len, self.done.values()))
-        self._to_come = sum(samples_left(job.config, samples) for samples in self.done.values())
+        self._progress = TeacherProgress(
+            teacher=teacher.name,
+            done=sum(map(len, self.done.values())),
+            total=sum(len(each) + samples_left(teacher.config, each) for each in self.done.values()),
+        )
         self._started: float | None = None
 
     def fill_prompts(self) -> None:
-        """For the problems that still get samples."""
-        self.prompts = fill_prompts(self.job, self.left, self._reporter)
+        """Renders the prompts of the problems that still get samples."""
+        self.prompts = fill_prompts(self.teacher, self.left, self._reporter)
 
     def warm_up(self, engine: Engine, max_tokens: int) -> None:
-        """Lets the engine draw a few tokens for nobody."""
-        sampling = replace(self._sampling(), max_tokens=min(max_tokens, self.job.config.max_tokens))
-        for _ in engine.generate([self._request(self.left[0].problem_id, 0)], sampling):
+        """Lets the engine sample a few tokens and drops them."""
+        sampling = replace(self._sampling(), max_tokens=min(max_tokens, self.teacher.config.max_tokens))
+        for _ in engine.generate([self._request(self.left[0], 0)], sampling):
             pass
 
     def run(self, engine: Engine, append: Append, config: StoreConfig) -> None:
-        """Draws until no problem lacks a sample."""
+        """Samples until no problem lacks a sample. Whatever ends it, all that was verified is appended."""
         self._started = time.monotonic()
-        feed = DrawFeed(self.job.config, list(self._problems), self.done)
-        with Collector(
-            append,
-            part_traces=config.part_traces,
-            part_seconds=config.part_seconds,
-            on_trace=lambda trace: self._note(trace, feed),
-        ) as collector:
-            for completion in engine.generate(self._requests(feed, collector), self._sampling()):
-                self._submit(collector, completion)
+        queue = RequestQueue()
+        part = PartBuffer(append, part_traces=config.part_traces, part_seconds=config.part_seconds)
+        try:
+            with loop_in_thread() as loop:
+                work = asyncio.run_coroutine_threadsafe(self._solve_all(queue, part), loop)
+                for completion in engine.generate(queue.requests(work), self._sampling()):
+                    queue.deliver(completion)
+                if not work.done():
+                    raise EngineError(f"engine {engine.name!r} ended before the requests did")
+        finally:
+            part.write()
 
     def progress(self) -> TeacherProgress:
-        """How far it is."""
-        return TeacherProgress(
-            teacher=self.job.name,
-            done=self._there,
-            total=self._there + self._to_come,
-            verified=self._verified,
-            filtered=self._filtered,
-            judged=self._judged,
-            tokens=self._tokens,
-            seconds=0.0 if self._started is None else time.monotonic() - self._started,
+        """Returns how far the teacher is."""
+        seconds = 0.0 if self._started is None else time.monotonic() - self._started
+        return replace(self._progress, seconds=seconds)
+
+    async def _solve_all(self, queue: RequestQueue, part: PartBuffer) -> None:
+        problems = iter(self.left)
+
+        async def solve_next() -> None:
+            for problem in problems:
+                await self._solve(problem, queue, part)
+
+        at_once = min(max(OPEN_PROBLEMS, 4 * self.teacher.config.batch_size), len(self.left))
+        solving: asyncio.Future[Any] = asyncio.gather(*(solve_next() for _ in range(at_once)))
+        writing: asyncio.Future[Any] = asyncio.create_task(part.write_in_time())
+        done, _ = await asyncio.wait([solving, writing], return_when=asyncio.FIRST_COMPLETED)
+        for each in done:
+            each.result()
+
+    async def _solve(self, problem: Problem, queue: RequestQueue, part: PartBuffer) -> None:
+        """Samples one problem as often as the config says.
+
+        With `until_verified` one searcher for each missing trace goes through the free indexes, which all
+        searchers share, until it finds a usable one.
+        """
+        config, done = self.teacher.config, self.done[problem.problem_id]
+        free = iter([index for index in range(config.sample_budget) if index not in done])
+
+        async def search() -> None:
+            again = False
+            for index in free:
+                trace = await self._sample(problem, index, queue, part, again=again)
+                if config.until_verified is None or trace.is_usable:
+                    return
+                again = True
+
+        await asyncio.gather(*(search() for _ in next_samples(config, done)))
+
+    async def _sample(
+        self, problem: Problem, index: int, queue: RequestQueue, part: PartBuffer, *, again: bool
+    ) -> Trace:
+        """Brings one sample from the prompt into a part.
+
+        A further try (`again`) is sampled first: the tries of the hardest problems follow one another, and
+        begun late they would keep an engine busy that has nothing else to do.
+        """
+        completion = await queue.sample(self._request(problem, index), first=again)
+        verdict = await asyncio.wrap_future(
+            self._verifier.submit(
+                completion.text,
+                problem.answer,
+                demanded_form(self.teacher.config, problem),
+                opens_think=self.prompts[problem.problem_id].opens_think,
+            )
+        )
+        trace = self._trace(verdict, completion, problem, index)
+        part.add(trace)
+        self._count(trace)
+        return trace
+
+    def _request(self, problem: Problem, index: int) -> Request:
+        return Request(
+            request_id=f"{problem.problem_id}-{index}",
+            prompt_ids=self.prompts[problem.problem_id].ids,
+            seed=sample_seed(problem.problem_id, self.teacher.name, index),
         )
 
     def _sampling(self) -> Sampling:
-        teacher = self.job.config
+        config = self.teacher.config
         return Sampling(
-            temperature=teacher.temperature,
-            top_p=teacher.top_p,
-            top_k=teacher.top_k,
-            max_tokens=teacher.max_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            max_tokens=config.max_tokens,
         )
-
-    def _requests(self, feed: DrawFeed, collector: Collector) -> Iterator[Request | None]:
-        for draw in feed:
-            if draw is None:
-                # A collector that has failed brings no verdict: this would be a wait without an end.
-                collector.check()
-                yield None
-            else:
-                yield self._request(*draw)
-
-    def _request(self, problem_id: str, index: int) -> Request:
-        return Request(
-            request_id=f"{problem_id}-{index}",
-            prompt_ids=self.prompts[problem_id].ids,
-            seed=sample_seed(problem_id, self.job.name, index),
-        )
-
-    def _submit(self, collector: Collector, completion: Completion) -> None:
-        problem_id, _, index = completion.request_id.rpartition("-")
-        problem = self._problems[problem_id]
-        verdict = self._verifier.submit(
-            completion.text,
-            problem.answer,
-            demanded_form(self.job.config, problem),
-            opens_think=self.prompts[problem_id].opens_think,
-        )
-        collector.submit(verdict, lambda known: self._trace(known, completion, problem, int(index)))
 
     def _trace(self, verdict: Verdict, completion: Completion, problem: Problem, index: int) -> Trace:
         return Trace(
             problem_id=problem.problem_id,
-            teacher=self.job.name,
+            teacher=self.teacher.name,
             sample_index=index,
             text=completion.text,
             answer=verdict.answer,
@@ -184,8 +246,8 @@ class TeacherWork:
             finish_reason=completion.finish_reason,
             verdict=verdict.reason,
             is_correct=verdict.is_correct and completion.finish_reason == "stop",
-            seed=sample_seed(problem.problem_id, self.job.name, index),
-            generation_fingerprint=self.job.record.generation_fingerprint,
+            seed=sample_seed(problem.problem_id, self.teacher.name, index),
+            generation_fingerprint=self.teacher.record.generation_fingerprint,
             created_at=datetime.now(UTC),
             verdict_detail=verdict.detail,
             parsed_answer=verdict.parsed_answer,
@@ -194,21 +256,24 @@ class TeacherWork:
                 self._filters,
                 text=completion.text,
                 n_tokens=len(completion.token_ids),
-                form=demanded_form(self.job.config, problem),
+                form=demanded_form(self.teacher.config, problem),
                 opens_think=self.prompts[problem.problem_id].opens_think,
             ),
         )
 
-    def _note(self, trace: Trace, feed: DrawFeed) -> None:
-        """Called by the collector's thread alone."""
-        samples = self.done[trace.problem_id]
-        self._to_come -= samples_left(self.job.config, samples)
+    def _count(self, trace: Trace) -> None:
+        samples, config = self.done[trace.problem_id], self.teacher.config
+        before = len(samples) + samples_left(config, samples)
         samples[trace.sample_index] = trace.is_usable
-        self._to_come += samples_left(self.job.config, samples)
-        self._there += 1
-        self._judged += 1
-        self._verified += trace.is_correct
-        self._filtered += trace.is_correct and not trace.is_usable
-        self._tokens += trace.n_tokens
-        feed.judged(trace.problem_id, trace.sample_index, trace.is_usable)
+        after = len(samples) + samples_left(config, samples)
+        so_far = self._progress
+        self._progress = replace(
+            so_far,
+            done=so_far.done + 1,
+            total=so_far.total + after - before,
+            verified=so_far.verified + trace.is_correct,
+            filtered=so_far.filtered + (trace.is_correct and not trace.is_usable),
+            new=so_far.new + 1,
+            tokens=so_far.tokens + trace.n_tokens,
+        )
         self._reporter.progress(self.progress())

@@ -1,4 +1,4 @@
-"""Where teachers work: in this process, or on the workers of a Ray cluster."""
+"""Backends: teachers work in this process, or on the workers of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -14,53 +14,55 @@ from precompute.engines.registry import load_engine, prepare_engine, resolve_eng
 from precompute.run.plan import TeacherOutcome
 from precompute.run.progress import Reporter
 from precompute.run.shard import Shard
-from precompute.run.solve import Job, TeacherWork, longest_prompt
+from precompute.run.solve import PreparedTeacher, Solver, longest_prompt
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, EngineError
 from store.records import Problem
 from store.writer import StoreWriter
 
 RAY = "ray"
-"""Instead of an engine's name: the teachers' own engines, on the workers of a Ray cluster."""
+"""Chosen instead of an engine: the teachers' own engines, on the workers of a Ray cluster."""
 
 
-class Place(Protocol):
-    """Where teachers work."""
+class Backend(Protocol):
+    """Machines that teachers work on."""
 
     @property
     def shard(self) -> str | None:
-        """What the store's writer is opened as."""
+        """Name of the shard that the store's writer is opened for."""
         ...
 
     def engine_of(self, teacher: TeacherConfig) -> str:
-        """The engine that draws its samples, resolved. Raises EngineError."""
+        """Returns the resolved engine. Raises EngineError."""
         ...
 
     def version_of(self, teacher: TeacherConfig, engine: str) -> str:
-        """The engine's version. Raises EngineError for what the engine cannot honour."""
+        """Returns the engine's version. Raises EngineError for keys that it cannot honour."""
         ...
 
     def solve(
         self,
-        job: Job,
+        teacher: PreparedTeacher,
         problems: Sequence[Problem],
         config: PrecomputeConfig,
         writer: StoreWriter,
         verifier: Verifier,
         reporter: Reporter,
     ) -> TeacherOutcome:
-        """Draws, judges and keeps what the store lacks of one teacher. Counts of the store are left at 0."""
+        """Adds the samples that the store lacks of one teacher; the outcome's counts of the store stay 0."""
         ...
 
 
 @contextmanager
-def place_of(
+def open_backend(
     config: PrecomputeConfig, engine: str | None, shard: Shard | None, reporter: Reporter
-) -> Iterator[Place]:
-    """Where `engine` (None: what each teacher's table says) has them work. Raises EngineError, and
-    ConfigError for a shard where there can be none."""
+) -> Iterator[Backend]:
+    """Connects to the cluster for the engine "ray"; any other engine (None: each teacher's own) is local.
+
+    Raises EngineError, and ConfigError for a shard on a cluster.
+    """
     if engine != RAY:
-        yield Here(engine, shard.name if shard else None)
+        yield Local(engine, shard.name if shard else None)
         return
     if shard is not None:
         raise ConfigError(f"--shard {shard}: --engine ray splits the problems itself; give one of the two")
@@ -73,50 +75,54 @@ def place_of(
 
 
 @dataclass(frozen=True, slots=True)
-class Here:
-    """In this process, one teacher after the other."""
+class Local:
+    """This process, one teacher after the other."""
 
     engine: str | None
-    """Overrides what the teachers' tables say."""
+    """Overrides the teachers' own."""
     shard: str | None
 
     def engine_of(self, teacher: TeacherConfig) -> str:
-        """As this machine allows."""
+        """Returns the engine for this machine."""
         return resolve_engine(self.engine or teacher.engine)
 
     def version_of(self, teacher: TeacherConfig, engine: str) -> str:
-        """After a check of all that can be checked on this machine."""
+        """Returns the engine's version after all checks that need no model."""
         return prepare_engine(teacher, engine)
 
     def solve(
         self,
-        job: Job,
+        teacher: PreparedTeacher,
         problems: Sequence[Problem],
         config: PrecomputeConfig,
         writer: StoreWriter,
         verifier: Verifier,
         reporter: Reporter,
     ) -> TeacherOutcome:
-        """Loads the model if there is something left to draw."""
+        """Loads the model if samples are missing, and solves."""
         started = time.monotonic()
-        done = writer.done(job.name)
-        work = TeacherWork(job, problems, done, verifier=verifier, filters=config.filters, reporter=reporter)
-        if work.left:
-            work.fill_prompts()
-            reporter.message(f"{job.name}: loading {job.config.model} with {job.engine}")
-            longest = longest_prompt(work.prompts)
-            engine = load_engine(
-                job.config, job.engine, job.tokenizer, longest_prompt=longest, report=reporter.message
-            )
-            with closing(engine):
-                work.run(engine, writer.append, config.store)
-        progress = work.progress()
+        done = writer.done(teacher.name)
+        solver = Solver(teacher, problems, done, verifier=verifier, filters=config.filters, reporter=reporter)
+        if solver.left:
+            solver.fill_prompts()
+            reporter.message(f"{teacher.name}: loading {teacher.config.model} with {teacher.engine}")
+            with closing(
+                load_engine(
+                    teacher.config,
+                    teacher.engine,
+                    teacher.tokenizer,
+                    longest_prompt=longest_prompt(solver.prompts),
+                    report=reporter.message,
+                )
+            ) as engine:
+                solver.run(engine, writer.append, config.store)
+        progress = solver.progress()
         reporter.finished(progress)
         return TeacherOutcome(
-            name=job.name,
-            model=job.config.model,
-            engine=job.engine,
-            new_samples=progress.judged,
+            name=teacher.name,
+            model=teacher.config.model,
+            engine=teacher.engine,
+            new_samples=progress.new,
             new_tokens=progress.tokens,
             seconds=time.monotonic() - started,
         )

@@ -1,0 +1,45 @@
+"""Verified traces that wait to become a part of the store."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+
+from store.records import Trace
+
+Append = Callable[[Sequence[Trace]], object]
+"""Writes one part, e.g. `StoreWriter.append`."""
+
+
+class PartBuffer:
+    """Writes a part as soon as it has `part_traces` traces or its first one is `part_seconds` old."""
+
+    def __init__(self, append: Append, *, part_traces: int, part_seconds: float) -> None:
+        self._append = append
+        self._part_traces = part_traces
+        self._part_seconds = part_seconds
+        self._traces: list[Trace] = []
+        self._deadline = 0.0
+
+    def add(self, trace: Trace) -> None:
+        """Raises what `append` raises."""
+        if not self._traces:
+            self._deadline = time.monotonic() + self._part_seconds
+        self._traces.append(trace)
+        if len(self._traces) >= self._part_traces:
+            self.write()
+
+    def write(self) -> None:
+        """Writes a part with what there is, if anything."""
+        traces, self._traces = self._traces, []
+        if traces:
+            self._append(traces)
+
+    async def write_in_time(self) -> None:
+        """Writes parts that have become `part_seconds` old, until it is cancelled."""
+        while True:
+            due = self._deadline - time.monotonic()
+            if self._traces and due <= 0:
+                self.write()
+            await asyncio.sleep(due if self._traces else self._part_seconds)
