@@ -105,8 +105,11 @@ class StoreConfig(Section):
 
 
 class VerifyConfig(Section):
-    """[verify]: the judge of teacher and student alike."""
+    """[verify]: the verifier of teacher and student alike."""
 
+    default: str = "math"
+    """The kind of verification: a name in precompute.verify.base.VERIFIERS, or a function of yours as
+    `module:function` or `file.py:function`."""
     workers: Positive = 2
     """Worker processes; each parses one answer at a time."""
     timeout: Annotated[float, Field(gt=0)] = 5.0

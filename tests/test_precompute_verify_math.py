@@ -15,7 +15,7 @@ from precompute.verify import math as verify_math
 from precompute.verify.math import (
     agree,
     apart,
-    judge,
+    compare,
     normalized,
     plain_number,
     read_math,
@@ -151,16 +151,15 @@ def test_a_letter_is_a_unit_only_after_a_space_and_a_number(text: str, meant: st
 
 
 def test_what_was_read_is_said() -> None:
-    assert judge("\\frac{7}{4}", "1.75") == ("match", "", "7/4", "1.75000000000000")
-    assert judge("5", "{" * 9) == ("mismatch", "the answer cannot be parsed", "5", None)
-    assert judge("5", None) == ("parsed", "", "5", None)
-    assert judge("1/0", "5")[2:] == (None, None)
+    assert compare("\\frac{7}{4}", "1.75") == ("match", "", "7/4", "1.75000000000000")
+    assert compare("5", "{" * 9) == ("mismatch", "the answer cannot be parsed", "5", None)
+    assert compare("1/0", "1/0") == ("gold_unparseable", "the gold answer cannot be parsed", None, None)
 
 
 def test_what_was_read_is_cut_and_what_cannot_be_written_is_named() -> None:
-    assert judge("1", "x+" * 900 + "x").parsed_answer == "x + " * 250
+    assert compare("1", "x+" * 900 + "x").parsed_answer == "x + " * 250
     # Python writes no integer of more than 4,300 digits.
-    assert judge("5", "10^{5000}").parsed_answer in ("10**5000", "<Integer>")
+    assert compare("5", "10^{5000}").parsed_answer in ("10**5000", "<Integer>")
     assert verify_math.shown(sympy.Integer(10**5000)) == "<Integer>"
 
 

@@ -1,4 +1,4 @@
-"""What the judge's tests see of processes, memory and open files. Linux's /proc."""
+"""Processes, memory and open files as Linux's /proc shows them to the verifier's tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="re
 
 
 def workers_of(parent: int) -> set[int]:
-    """The process ids of the workers that `parent` started."""
+    """Returns the process ids of the workers that `parent` started."""
     found = set()
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -21,13 +21,13 @@ def workers_of(parent: int) -> set[int]:
             above = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if b"verify/worker" in line and above == parent:
+        if b"spawn_main" in line and above == parent:
             found.add(int(entry.name))
     return found
 
 
 def zombies_of(parent: int) -> int:
-    """Children of `parent` that ended and that nobody waited for."""
+    """Number of children of `parent` that ended and were not reaped."""
     count = 0
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -53,7 +53,7 @@ def open_files() -> int:
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 10.0) -> bool:
-    """Whether `holds` became true in time."""
+    """Returns whether `holds` became true in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if holds():

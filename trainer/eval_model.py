@@ -15,7 +15,7 @@ from precompute.config import TeacherConfig
 from precompute.engines import Engine
 from precompute.engines.registry import load_engine, prepare_engine, resolve_engine
 from precompute.engines.transformers_engine import TransformersEngine
-from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION, Verifier
+from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, EngineError
 from store.records import content_hash
 from trainer.config import Config
@@ -115,7 +115,7 @@ def recipe_of(config: Config, engine_name: str, prompts: Sequence[Prompt], judge
         "dtype": config.eval.engine_args.get("dtype", config.student.dtype),
         "quantization": config.eval.engine_args.get("quantization"),
         "answer_form": judge.answer_form,
-        "verifier": f"{VERIFIER_NAME} {VERIFIER_VERSION}",
+        "verifier": f"{judge.verifier.name} {judge.verifier.version}",
     }
 
 

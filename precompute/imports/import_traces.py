@@ -29,7 +29,7 @@ from precompute.imports.import_report import ImportCounts, ImportReport, Teacher
 from precompute.problems.prompts import demanded_form
 from precompute.run.filters import why_filtered
 from precompute.run.refilter import check_filters, filter_settings
-from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION, Verdict, Verifier
+from precompute.verify.verifier import Verdict, Verifier
 from store.errors import ConfigError, EngineError, RecipeChangedError
 from store.records import Problem, TeacherRecord, Trace
 from store.writer import StoreWriter
@@ -74,7 +74,7 @@ def import_traces(
     survey = _survey(form)
     tokens = _Tokens(tokenizer)
     records = _records(form, survey, tokens.fingerprint, filters)
-    with StoreWriter.open(store.path, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION) as writer:
+    with StoreWriter.open(store.path, verifier=verifier.name, verifier_version=verifier.version) as writer:
         _register(writer, survey, records)
         work = _Import(records, survey, writer, verifier, filters, tokens, store, progress)
         work.run(form)

@@ -38,7 +38,7 @@ from precompute.run.solve import (
     longest_prompt,
     samples_left,
 )
-from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION, Verifier
+from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, ProblemsError
 from store.reader import TraceStore
 from store.records import Problem, TeacherRecord, content_hash
@@ -74,8 +74,8 @@ def run(
         problems, summary = read_problems(config, limit, shard, verifier, reporter)
         with StoreWriter.open(
             config.store.path,
-            verifier=VERIFIER_NAME,
-            verifier_version=VERIFIER_VERSION,
+            verifier=verifier.name,
+            verifier_version=verifier.version,
             shard=backend.shard,
         ) as writer:
             for teacher in prepared:
@@ -118,7 +118,7 @@ def plan(
         problems, summary = read_problems(config, limit, shard, verifier, reporter)
         if not problems:
             raise ProblemsError(f"shard {shard} holds none of the problems; there is nothing to plan")
-        store = StoreWriter.peek(path, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION)
+        store = StoreWriter.peek(path, verifier=verifier.name, verifier_version=verifier.version)
         stored = [_stored(store, teacher) for teacher in prepared]
         for teacher, done in zip(prepared, stored, strict=True):
             plans.append(_teacher_plan(teacher, problems, done, reporter))

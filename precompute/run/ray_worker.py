@@ -18,7 +18,7 @@ from precompute.engines.registry import load_engine, load_tokenizer, prepare_eng
 from precompute.problems.prompts import tokenizer_fingerprint
 from precompute.run.progress import SilentReporter, TeacherProgress
 from precompute.run.solve import PreparedTeacher, Solver
-from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION, Verifier
+from precompute.verify.verifier import Verifier
 from store.errors import EngineError, StoreBusyError
 from store.format.reading import read_problems
 from store.records import Problem, TeacherRecord
@@ -87,8 +87,8 @@ class BlockWorker:
         return wait_until_free(
             lambda: StoreWriter.open(
                 self._setup.config.store.path,
-                verifier=VERIFIER_NAME,
-                verifier_version=VERIFIER_VERSION,
+                verifier=self._verifier.name,
+                verifier_version=self._verifier.version,
                 shard=block_shard(block),
             ),
             seconds=LOCK_SECONDS,

@@ -19,7 +19,6 @@ from precompute.config import AnswerForm, FiltersConfig
 from precompute.problems.prompts import demanded_form
 from precompute.run.filters import why_filtered
 from precompute.verify.final_answer import find_answer
-from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION
 from store.errors import RecipeChangedError, StoreError
 from store.format.manifest import PARTS, read_manifest
 from store.format.parts import damage_named, open_part, write_part
@@ -83,7 +82,7 @@ def refilter(
     """
     root = Path(path).absolute()
     read_manifest(root)
-    with StoreWriter.open(root, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION) as writer:
+    with StoreWriter.reopen(root) as writer:
         records = _chosen(root, teachers)
         judge = _Judge(filters, records, {problem.problem_id: problem for problem in read_problems(root)})
         parts = {p: entry for p, entry in read_manifest(root).parts.items() if entry.traces.keys() & records}

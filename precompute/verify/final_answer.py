@@ -32,7 +32,7 @@ _INSIDE_BOX = re.compile(rf"{_OUTSIDE_BOXES.pattern}|\\[\\{{}}](?:\\[\\{{}}])*+|
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Solution:
+class FinalAnswer:
     """Where the final answer of a response stands, and whether it is the only one."""
 
     answer: str | None
@@ -68,7 +68,7 @@ class _Span:
         return self.closing_end >= 0
 
 
-def find_answer(text: str, *, form: AnswerForm | None = None, opens_think: bool = False) -> Solution:
+def find_answer(text: str, *, form: AnswerForm | None = None, opens_think: bool = False) -> FinalAnswer:
     """The final answer of `text` in `form` (None: in either).
 
     `opens_think` says that the prompt ended inside a `<think>` block, so that the text begins as thought.
@@ -78,7 +78,7 @@ def find_answer(text: str, *, form: AnswerForm | None = None, opens_think: bool 
     if not good or good[-1] is not spans[-1]:
         return _no_answer(count=len(good), broken=len(spans) - len(good))
     last = good[-1]
-    return Solution(
+    return FinalAnswer(
         answer=text[last.answer_start : last.answer_end],
         opening_start=last.opening_start,
         answer_start=last.answer_start,
@@ -106,14 +106,14 @@ def closing(form: AnswerForm) -> str:
     return CLOSING[form]
 
 
-def reasoning(text: str, solution: Solution) -> str:
+def reasoning(text: str, solution: FinalAnswer) -> str:
     """The text up to, but without, the opening of its final answer. ValueError when it has none."""
     if solution.opening_start is None:
         raise ValueError("a text without a final answer has no reasoning before it")
     return text[: solution.opening_start]
 
 
-def to_form(text: str, solution: Solution, form: AnswerForm) -> tuple[str, str]:
+def to_form(text: str, solution: FinalAnswer, form: AnswerForm) -> tuple[str, str]:
     """(z_c, rest): the text up to and including an opening in `form`, and what follows the answer.
 
     `z_c + answer + closing(form) + rest` is the same solution written in the student's form (DESIGN 2).
@@ -122,8 +122,8 @@ def to_form(text: str, solution: Solution, form: AnswerForm) -> tuple[str, str]:
     return reasoning(text, solution) + opening(form), text[solution.closing_end :]
 
 
-def _no_answer(*, count: int, broken: int) -> Solution:
-    return Solution(
+def _no_answer(*, count: int, broken: int) -> FinalAnswer:
+    return FinalAnswer(
         answer=None,
         opening_start=None,
         answer_start=None,

@@ -23,7 +23,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import mpmath  # type: ignore[import-untyped]
 import sympy  # type: ignore[import-untyped]
@@ -31,6 +31,8 @@ from latex2sympy2_extended.math_normalization import NormalizationConfig, normal
 from math_verify.grader import verify
 from math_verify.parser import parse_latex_cached
 from sympy.core.function import AppliedUndef  # type: ignore[import-untyped]
+
+from precompute.verify.base import Outcome
 
 SHOWN_CHARS = 1_000
 KEPT_READINGS = 512
@@ -86,31 +88,17 @@ _UNCLEAR = (
 )
 
 
-class Reading(NamedTuple):
-    """What is said about one pair."""
-
-    reason: str
-    """One of store.records.VERDICTS, or `parsed` for a gold checked alone."""
-    detail: str
-    parsed_gold: str | None
-    """What was read, as sympy writes it; None where nothing was."""
-    parsed_answer: str | None
-
-
-def judge(gold: str, answer: str | None) -> Reading:
-    """The verdict on one pair; `parsed` for a gold alone that can be parsed."""
-    gold_latex = plain_latex(gold)
+def compare(gold: str, answer: str) -> Outcome:
+    """Returns `match`, `mismatch` or `gold_unparseable`."""
+    gold_latex, answer_latex = plain_latex(gold), plain_latex(answer)
     gold_math, parsed_gold = _read(gold_latex), _said(gold_latex)
     if gold_math is None:
-        return Reading("gold_unparseable", "the gold answer cannot be parsed", None, None)
-    if answer is None:
-        return Reading("parsed", "", parsed_gold, None)
-    answer_latex = plain_latex(answer)
+        return Outcome("gold_unparseable", "the gold answer cannot be parsed")
     answer_math = _read(answer_latex)
     if answer_math is None:
-        return Reading("mismatch", "the answer cannot be parsed", parsed_gold, None)
+        return Outcome("mismatch", "the answer cannot be parsed", parsed_gold)
     reason = "match" if agree(gold_math, answer_math) else "mismatch"
-    return Reading(reason, "", parsed_gold, _said(answer_latex))
+    return Outcome(reason, "", parsed_gold, _said(answer_latex))
 
 
 @lru_cache(maxsize=KEPT_READINGS)

@@ -1,49 +1,43 @@
-"""The judge of teacher and student alike: is the final answer of a response equal to the gold answer?
+"""The verifier of teacher and student alike: is the final answer of a response equal to the gold answer?
 
-    response --(solution.find_answer, linear)--> answer --(worker process, math-verify)--> Verdict
+    response --(final_answer.find_answer, linear)--> answer --(worker process, verify/base.py)--> Verdict
 
-Parsing mathematics that a model wrote may take for ever or all memory (2^{2^{2^{...}}}), and no signal and
-no thread can stop it. So it happens in worker processes of our own (precompute/verify/process.py): one item
-at a time each, killed at a deadline and replaced, with a limit on their memory. This process never parses
-mathematics.
-
-The deadline counts from the moment at which a worker that is ready takes the item, so neither the queue nor a
-worker's start (some two seconds of imports) is held against an answer. Any thread may call, under asyncio and
-pytest too; the workers never import `__main__`.
+Parsing mathematics that a model wrote may take forever or all memory (2^{2^{2^{...}}}), and no signal and no
+thread can stop it. So it happens in worker processes with a limit on their memory, which are killed at a
+deadline (precompute/verify/pool.py). This process never parses mathematics.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
-import sys
+import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from importlib.metadata import version
+from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from precompute.config import AnswerForm, VerifyConfig
-from precompute.verify.cache import OutcomeCache
-from precompute.verify.final_answer import Solution, find_answer
-from precompute.verify.process import Outcome, Pair, WorkerProcess
-from precompute.verify.queue import Job, JobQueue
-from store.errors import EngineError
+from precompute.verify.base import PAIRWISE, Outcome, Request, verifier_record
+from precompute.verify.final_answer import FinalAnswer, find_answer
+from precompute.verify.pool import WorkerPool
 
-VERIFIER_NAME = "math-verify"
-VERIFIER_VERSION = f"{version('math-verify')}+antlr{version('antlr4-python3-runtime')}.ampo.2"
-"""The versions of math-verify and of its parser, and the revision of our rules around them
-(precompute/verify/math.py). Verdicts depend on all three."""
+VERIFIER_NAME, VERIFIER_VERSION = verifier_record("math")
 
 MAX_ANSWER_CHARS = 10_000
 """A longer answer is a mismatch unread, a longer gold unparseable: no problem of ours has one."""
-CACHED_CHARS = 64_000_000
-"""What is remembered, in characters: some 60,000 pairs as students write them."""
+CACHED_PAIRS = 20_000
+CACHED_CHARS = 1_000
+"""A longer pair is verified each time."""
 STREAM_WINDOW = 1_024
-"""Responses of a stream that may be under way at once."""
+"""Responses of a stream that may be in flight at once."""
+
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,299}")
+"""Integers that are equal only if their texts are, so that no worker is needed."""
 
 _DEFAULTS = VerifyConfig()
 
@@ -84,11 +78,10 @@ def verify_answer(
 
 
 class Verifier:
-    """Worker processes that judge answers. A context manager; every method may be called from any thread.
+    """Verifies responses in worker processes. A context manager; every method may be called from any thread.
 
-    `timeout` is in seconds from dispatch, `memory_mb` the address space of a worker in MiB. Equal (answer,
-    gold) pairs are judged once: while one waits the next joins it, afterwards from CACHED_CHARS of memory.
-    Timeouts and errors are not remembered.
+    Equal (gold, answer) pairs are verified once: while one is pending the next joins it, afterwards it is
+    cached. Timeouts and errors are not cached.
     """
 
     def __init__(
@@ -96,26 +89,23 @@ class Verifier:
         workers: int = _DEFAULTS.workers,
         timeout: float = _DEFAULTS.timeout,
         memory_mb: int = _DEFAULTS.memory_mb,
+        kind: str = _DEFAULTS.default,
     ) -> None:
+        """`timeout` in seconds, `memory_mb` the address space of a worker in MiB, `kind` as `verify.default`.
+
+        Raises ConfigError where `kind` names no verifier.
+        """
+        self.name, self.version = verifier_record(kind)
+        self._kind = kind
         self._timeout = timeout
-        self._memory_mb = memory_mb
-        self._lock = threading.Lock()
-        self._jobs = JobQueue(workers)
-        self._waiting: dict[tuple[Pair, float], Future[Outcome]] = {}
-        self._known = OutcomeCache(CACHED_CHARS)
-        self._closed = False
-        self._failure: EngineError | None = None
-        self._workers: list[WorkerProcess] = []
-        self._threads = [
-            threading.Thread(target=self._serve, args=(number,), daemon=True) for number in range(workers)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._pool = WorkerPool(_absolute(kind), workers=workers, memory_mb=memory_mb)
+        self._lock = threading.RLock()
+        self._known: dict[tuple[Request, float], Future[Outcome]] = {}
 
     @classmethod
     def configured(cls, config: VerifyConfig) -> Self:
-        """The service as the config's [verify] says."""
-        return cls(workers=config.workers, timeout=config.timeout, memory_mb=config.memory_mb)
+        """Returns the verifier that the config's [verify] describes."""
+        return cls(config.workers, config.timeout, config.memory_mb, config.default)
 
     def submit(
         self,
@@ -125,72 +115,60 @@ class Verifier:
         *,
         opens_think: bool = False,
         timeout: float | None = None,
+        question: str = "",
+        metadata: Mapping[str, Any] | None = None,
     ) -> Future[Verdict]:
-        """Starts judging. `opens_think`: the prompt ended inside a `<think>` block.
+        """Starts verifying a response; `opens_think`: the prompt ended inside a `<think>` block.
 
         The future raises EngineError when no worker can be started, and is cancelled by `close(cancel=True)`.
         """
-        solution = find_answer(response, form=answer_form, opens_think=opens_think)
-        if solution.answer is None:
-            why = "the last opening is never closed or holds nothing" if solution.broken else ""
-            return _done(_verdict(solution, Outcome("no_answer", why)))
-        if len(solution.answer) > MAX_ANSWER_CHARS:
-            why = f"the answer has {len(solution.answer)} characters, more than {MAX_ANSWER_CHARS}"
-            return _done(_verdict(solution, Outcome("mismatch", why)))
-        pair: Pair = gold.strip(), solution.answer.strip()
-        with self._lock:
-            remembered = self._known.get(pair)
-        if remembered is not None:
-            return _done(_verdict(solution, remembered))
-        outcome = self._judge(pair, self._timeout if timeout is None else timeout)
-        return _then(outcome, lambda known: _verdict(solution, known))
+        found = find_answer(response, form=answer_form, opens_think=opens_think)
+        if found.answer is None:
+            why = "the last opening is never closed or holds nothing" if found.broken else ""
+            return _done(_verdict(found, Outcome("no_answer", why)))
+        if len(found.answer) > MAX_ANSWER_CHARS:
+            why = f"the answer has {len(found.answer)} characters, more than {MAX_ANSWER_CHARS}"
+            return _done(_verdict(found, Outcome("mismatch", why)))
+        request = Request(gold.strip(), found.answer.strip(), question, response, metadata)
+        outcome = self._outcome(request, self._timeout if timeout is None else timeout)
+        return _then(outcome, lambda known: _verdict(found, known))
 
     def verify_all(
         self, pairs: Iterable[tuple[str, str]], answer_form: AnswerForm | None = None
     ) -> list[Verdict]:
-        """The verdicts on (response, gold) pairs, in their order."""
+        """Returns the verdicts on (response, gold) pairs, in their order."""
         futures = [self.submit(response, gold, answer_form) for response, gold in pairs]
         return [future.result() for future in futures]
 
     def stream(
         self, pairs: Iterable[tuple[str, str]], answer_form: AnswerForm | None = None
     ) -> Iterator[Verdict]:
-        """As `verify_all`, for more pairs than memory holds: at most STREAM_WINDOW are under way."""
-        under_way: deque[Future[Verdict]] = deque()
+        """Yields what `verify_all` returns, with at most STREAM_WINDOW responses in memory."""
+        in_flight: deque[Future[Verdict]] = deque()
         for response, gold in pairs:
-            under_way.append(self.submit(response, gold, answer_form))
-            if len(under_way) >= STREAM_WINDOW or under_way[0].done():
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+            in_flight.append(self.submit(response, gold, answer_form))
+            if len(in_flight) >= STREAM_WINDOW or in_flight[0].done():
+                yield in_flight.popleft().result()
+        while in_flight:
+            yield in_flight.popleft().result()
 
     def check_golds(self, golds: Iterable[str]) -> list[bool]:
-        """For each gold answer: can it be parsed? One that cannot never earns a reward.
+        """Returns for each gold answer whether the verifier can use it: one that it cannot earns no reward.
 
-        A gold that ran into the deadline is asked once more with four times as much, so that what a data
-        set holds does not hang on how busy the machine is.
+        A gold that ran into the deadline is tried once more with four times as much time, so that the result
+        does not depend on how busy the machine is.
         """
-        pairs: list[Pair] = [(gold.strip(), None) for gold in golds]
-        outcomes = [future.result() for future in [self._judge(pair, self._timeout) for pair in pairs]]
-        return [
-            (self._judge(pair, 4 * self._timeout).result() if outcome.reason == "timeout" else outcome).reason
-            == "parsed"
-            for pair, outcome in zip(pairs, outcomes, strict=True)
-        ]
+        requests = [Request(gold.strip(), gold.strip(), response=gold) for gold in golds]
+        pending = [self._outcome(request, self._timeout) for request in requests]
+        reasons = [outcome.result().reason for outcome in pending]
+        for index, reason in enumerate(reasons):
+            if reason == "timeout":
+                reasons[index] = self._outcome(requests[index], 4 * self._timeout).result().reason
+        return [reason in ("match", "mismatch") for reason in reasons]
 
     def close(self, *, cancel: bool = False) -> None:
-        """Ends the workers, after all that was submitted is judged; with `cancel`, at once."""
-        with self._lock:
-            self._closed = True
-            dropped = self._jobs.drain() if cancel else []
-        # Outside the lock: the callbacks of a cancelled outcome take it.
-        for job in dropped:
-            job.outcome.cancel()
-        self._jobs.close()
-        for worker in self._workers if cancel else ():
-            worker.interrupt()
-        for thread in self._threads:
-            thread.join()
+        """Ends the workers, after all that was submitted is verified; with `cancel`, at once."""
+        self._pool.close(cancel=cancel)
 
     def __enter__(self) -> Self:
         return self
@@ -200,78 +178,49 @@ class Verifier:
     ) -> None:
         self.close(cancel=kind is not None)
 
-    def _judge(self, pair: Pair, timeout: float) -> Future[Outcome]:
-        if len(pair[0]) > MAX_ANSWER_CHARS:
-            why = f"the gold has more than {MAX_ANSWER_CHARS} characters"
-            return _done(Outcome("gold_unparseable", why))
+    def _outcome(self, request: Request, timeout: float) -> Future[Outcome]:
+        gold, answer = request.gold, request.answer
+        if len(gold) > MAX_ANSWER_CHARS:
+            return _done(Outcome("gold_unparseable", f"the gold has more than {MAX_ANSWER_CHARS} characters"))
+        if self._kind not in PAIRWISE:
+            return self._pool.submit(request, timeout)
+        if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(answer):
+            return _done(Outcome("match" if gold == answer else "mismatch", "", gold, answer))
+        key = Request(gold, answer), timeout
         with self._lock:
-            known = self._known.get(pair)
-            if known is not None:
-                return _done(known)
-            if (pair, timeout) in self._waiting:
-                return self._waiting[pair, timeout]
-            if self._closed:
-                raise RuntimeError("the verifier is closed")
-            job = Job(pair, timeout)
-            if self._failure is not None:
-                job.outcome.set_exception(self._failure)
-                return job.outcome
-            self._waiting[pair, timeout] = job.outcome
-            self._jobs.put(job)
-        # Outside the lock: the callback takes it, and runs here when the job is done by now.
-        job.outcome.add_done_callback(lambda outcome: self._remember(job, outcome))
-        return job.outcome
+            if key in self._known:
+                return self._known[key]
+            pending = self._known[key] = self._pool.submit(key[0], timeout)
+            if len(self._known) > CACHED_PAIRS:
+                del self._known[next(iter(self._known))]
+        pending.add_done_callback(lambda outcome: self._forget(key, outcome))
+        return pending
 
-    def _remember(self, job: Job, outcome: Future[Outcome]) -> None:
-        with self._lock:
-            self._waiting.pop((job.pair, job.timeout), None)
-            if not outcome.cancelled() and outcome.exception() is None:
-                self._known.put(job.pair, outcome.result())
-
-    def _serve(self, number: int) -> None:
-        """One worker's thread: whatever ends it, nobody waits for a verdict that never comes."""
-        held: list[Job] = []
-        try:
-            self._serve_jobs(number, held)
-        except EngineError as failure:
-            self._fail(failure, held)
-        finally:
-            if error := sys.exception():
-                self._fail(EngineError(f"a verification thread ended: {type(error).__name__}: {error}"), held)
-
-    def _serve_jobs(self, number: int, held: list[Job]) -> None:
-        """Starts a worker, too: Linux ends it together with its starting thread. `held`: what it works on."""
-        worker = WorkerProcess(self._memory_mb)
-        self._workers.append(worker)
-        try:
-            while True:
-                # Ready before it takes jobs, so that none waits for a start beside an idle worker.
-                worker.wait_until_ready()
-                held += self._jobs.get(number)
-                if not held:
-                    return
-                for outcome in worker.ask_all([(job.pair, job.timeout) for job in held]):
-                    held.pop(0).outcome.set_result(outcome)
-                while held:  # interrupted
-                    held.pop().outcome.cancel()
-        finally:
-            worker.kill()
-
-    def _fail(self, failure: EngineError, held: list[Job]) -> None:
-        with self._lock:
-            self._failure = failure
-            held += self._jobs.drain()
-        while held:
-            held.pop().outcome.set_exception(failure)
+    def _forget(self, key: tuple[Request, float], outcome: Future[Outcome]) -> None:
+        """Drops what is not worth its memory, or says nothing about the pair."""
+        gold, answer, *_ = key[0]
+        if (
+            outcome.cancelled()
+            or outcome.exception()
+            or outcome.result().reason in ("timeout", "error")
+            or len(gold) + len(answer) > CACHED_CHARS
+        ):
+            self._known.pop(key, None)
 
 
-def _verdict(solution: Solution, outcome: Outcome) -> Verdict:
+def _absolute(kind: str) -> str:
+    """Returns `file.py:function` with an absolute path: a worker may start in another directory."""
+    where, colon, function = kind.rpartition(":")
+    return f"{Path(where).resolve()}:{function}" if colon and where.endswith(".py") else kind
+
+
+def _verdict(found: FinalAnswer, outcome: Outcome) -> Verdict:
     return Verdict(
         is_correct=outcome.reason == "match",
         reason=outcome.reason,
-        answer=solution.answer,
-        answer_start=solution.answer_start,
-        n_answers=solution.count,
+        answer=found.answer,
+        answer_start=found.answer_start,
+        n_answers=found.count,
         detail=outcome.detail,
         parsed_answer=outcome.parsed_answer,
         parsed_gold=outcome.parsed_gold,
@@ -285,7 +234,7 @@ def _done(value: T) -> Future[T]:
 
 
 def _then(outcome: Future[Outcome], make: Callable[[Outcome], T]) -> Future[T]:
-    """A future of its own for each caller: one who cancels leaves the others theirs."""
+    """Returns a future of its own for each caller, so that cancelling it leaves the others' alone."""
     result: Future[T] = Future()
 
     def finish(done: Future[Outcome]) -> None:

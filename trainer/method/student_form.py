@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from precompute.config import AnswerForm
-from precompute.verify.final_answer import Solution, closing, find_answer, to_form
+from precompute.verify.final_answer import FinalAnswer, closing, find_answer, to_form
 from store.errors import StoreError
 from store.records import Trace
 
@@ -20,7 +20,7 @@ def in_students_form(trace: Trace, form: AnswerForm, *, opens_think: bool) -> tu
     return reasoning, f"{reasoning}{_innermost(str(solution.answer))}{closing(form)}{rest}"
 
 
-def _as_judged(trace: Trace) -> Solution:
+def _as_judged(trace: Trace) -> FinalAnswer:
     """The answer that the judge read when the trace was verified: the one at `answer_start`."""
     forms: tuple[AnswerForm | None, ...] = (None, "boxed", "answer_tags")
     for form in forms:
