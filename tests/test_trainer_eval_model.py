@@ -1,4 +1,4 @@
-"""`ampo eval`: the same samples as in training, kept as they come; after a kill it goes on; engines."""
+"""`ampo eval`: the same samples as in training, kept as they arrive; it continues after a kill; engines."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from precompute.config import load_config
 from precompute.problems.problem_files import load_problems
 from store.errors import ConfigError, EngineError, RunError
 from trainer.config import Config
-from trainer.eval_files import EVAL_SCHEMA, EvalFiles
-from trainer.eval_model import EvalReport, evaluate_model
+from trainer.eval_model import EvalReport, evaluate_model, opened
+from trainer.evaluation import EVAL_SCHEMA
 from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 
@@ -37,7 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def asked(world: Path, model: Path, **changes: Any) -> Config:
+def eval_config(world: Path, model: Path, **changes: Any) -> Config:
     return config_of(
         world,
         model,
@@ -46,7 +46,7 @@ def asked(world: Path, model: Path, **changes: Any) -> Config:
 
 
 def evaluated(world: Path, model: Path, out: Path | None = None, **changes: Any) -> EvalReport:
-    return evaluate_model(asked(world, model, **changes), TrainReporter(), out=out)
+    return evaluate_model(eval_config(world, model, **changes), TrainReporter(), out=out)
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
@@ -59,7 +59,7 @@ def test_a_checkpoint_is_evaluated_as_training_evaluated_it(
     world: Path, model_dir: Path, tmp_path: Path, use_peft: bool
 ) -> None:
     name = f"peft-{use_peft}"
-    config = asked(
+    config = eval_config(
         world, model_dir, run__name=name, train__max_steps=1, eval__every=1, student__use_peft=use_peft
     )
     done = train(config, resume="never", reporter=TrainReporter())
@@ -74,54 +74,52 @@ def test_a_checkpoint_is_evaluated_as_training_evaluated_it(
         assert logged[name] == value
 
 
-def test_a_row_a_sample_with_the_documented_columns(world: Path, model_dir: Path, tmp_path: Path) -> None:
-    report = evaluated(world, model_dir, tmp_path / "out")
-    rows = rows_of(report.out)
+def test_a_finished_evaluation_is_repeated_from_its_files(
+    world: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = evaluated(world, model_dir)
+    rows = rows_of(first.out)
     assert len(rows) == 4 * 3
     assert list(rows[0]) == EVAL_SCHEMA.names
-    assert json.loads((report.out / "results.json").read_text()) == json.loads(json.dumps(report.results))
+    assert json.loads((first.out / "results.json").read_text()) == json.loads(json.dumps(first.results))
+    assert first.out.parent == world / "runs" / "evals"
+    assert first.out.name.startswith(f"{model_dir.name}-heldout-")
+    monkeypatch.setattr("trainer.eval_model.load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
+    again = evaluated(world, model_dir)
+    assert (again.out, again.evaluation) == (first.out, first.evaluation)
+    monkeypatch.undo()
+    other = evaluated(world, model_dir, eval__samples=1, eval__k=[1], eval__temperature=0.2)
+    assert other.out.parent == first.out.parent
+    assert other.out != first.out
 
 
-def test_more_samples_are_drawn_beside_those_that_are_there(
-    world: Path, model_dir: Path, tmp_path: Path
-) -> None:
+def test_more_samples_are_added_to_the_existing_ones(world: Path, model_dir: Path, tmp_path: Path) -> None:
     few = evaluated(world, model_dir, tmp_path / "out", eval__samples=2, eval__k=[1])
     before = {part.name for part in few.out.glob("samples/*")}
     more = evaluated(world, model_dir, tmp_path / "out", eval__samples=5, eval__k=[1, 5])
     first, *others = sorted(more.out.glob("samples/*.parquet"))
     assert {first.name} == before
     assert sum(pq.read_metadata(part).num_rows for part in others) == 4 * 3
-    assert rows_of(more.out) == rows_of(evaluated(world, model_dir, tmp_path / "anew", eval__samples=5).out)
+    assert rows_of(more.out) == rows_of(evaluated(world, model_dir, tmp_path / "new", eval__samples=5).out)
 
 
-def test_what_is_all_there_is_told_without_loading_a_model(
-    world: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_another_recipe_in_the_same_directory_is_refused_with_the_difference(
+    world: Path, model_dir: Path, tmp_path: Path
 ) -> None:
-    first = evaluated(world, model_dir, tmp_path / "out")
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr("trainer.eval_model.load_policy", refuse)
-    again = evaluated(world, model_dir, tmp_path / "out")
-    assert again.evaluation == first.evaluation
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
+    few: dict[str, Any] = {"eval__samples": 1, "eval__k": [1]}
+    evaluated(world, model_dir, tmp_path / "out", **few)
+    for changes, difference in [
         ({"eval__temperature": 0.1}, r"temperature = 0\.6, now 0\.1"),
         ({"rollout__max_completion_length": 12}, "max_tokens = 24, now 12"),
         ({"train__seed": 5}, "seed = 0, now 5"),
         ({"student__system_prompt": "Think."}, r"prompts = '4, \w+', now '4, \w+'"),
-    ],
-)
-def test_another_evaluation_in_the_same_directory_is_refused_with_the_difference(
-    world: Path, model_dir: Path, tmp_path: Path, change: dict[str, Any], said: str
-) -> None:
-    evaluated(world, model_dir, tmp_path / "out", eval__samples=1, eval__k=[1])
-    with pytest.raises(RunError, match=f"out holds an evaluation with {said}; choose another directory"):
-        evaluated(world, model_dir, tmp_path / "out", eval__samples=1, eval__k=[1], **change)
+    ]:
+        refusal = f"out holds an evaluation with {difference}; choose another directory"
+        with pytest.raises(RunError, match=refusal):
+            evaluated(world, model_dir, tmp_path / "out", **few, **changes)
+    recipe = json.loads((tmp_path / "out" / "eval.json").read_text())
+    with opened(tmp_path / "out", recipe), pytest.raises(RunError, match=r"another process \(pid \d+\)"):
+        evaluated(world, model_dir, tmp_path / "out", **few)
 
 
 def test_weights_that_have_changed_are_another_model(world: Path, model_dir: Path, tmp_path: Path) -> None:
@@ -136,30 +134,11 @@ def test_weights_that_have_changed_are_another_model(world: Path, model_dir: Pat
         evaluated(world, model, tmp_path / "out")
 
 
-def test_without_out_each_evaluation_has_a_directory_of_its_own(world: Path, model_dir: Path) -> None:
-    one = evaluated(world, model_dir, eval__samples=1, eval__k=[1])
-    other = evaluated(world, model_dir, eval__samples=1, eval__k=[1], eval__temperature=0.2)
-    again = evaluated(world, model_dir, eval__samples=1, eval__k=[1])
-    assert one.out == again.out != other.out
-    assert one.out.parent == other.out.parent == world / "runs" / "evals"
-    assert one.out.name.startswith(f"{model_dir.name}-heldout-")
-
-
 def test_a_directory_of_something_else_is_left_alone(world: Path, model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(RunError, match="holds something that is no evaluation"):
+    with pytest.raises(RunError, match="holds something other than an evaluation"):
         evaluated(world, model_dir, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_a_second_process_in_the_same_directory_is_refused(
-    world: Path, model_dir: Path, tmp_path: Path
-) -> None:
-    report = evaluated(world, model_dir, tmp_path / "out")
-    recipe = EvalFiles(report.out).recipe()
-    assert recipe is not None
-    with EvalFiles(report.out).opened(recipe), pytest.raises(RunError, match=r"another process \(pid \d+\)"):
-        evaluated(world, model_dir, tmp_path / "out")
 
 
 def test_interrupted_anywhere_the_same_call_ends_with_the_same_samples(
@@ -172,7 +151,7 @@ def test_interrupted_anywhere_the_same_call_ends_with_the_same_samples(
             if done == 7:
                 raise KeyboardInterrupt
 
-    config = asked(world, model_dir, rollout__batch_size=2)
+    config = eval_config(world, model_dir, rollout__batch_size=2)
     with pytest.raises(KeyboardInterrupt):
         evaluate_model(config, Impatient(), out=tmp_path / "cut")
     there = rows_of(tmp_path / "cut")
@@ -183,12 +162,12 @@ def test_interrupted_anywhere_the_same_call_ends_with_the_same_samples(
     assert done.evaluation == whole.evaluation
 
 
-def test_killed_by_the_system_it_goes_on_too(world: Path, model_dir: Path, tmp_path: Path) -> None:
+def test_a_killed_evaluation_continues(world: Path, model_dir: Path, tmp_path: Path) -> None:
     overrides = settings(
         world,
         model_dir,
         problems__eval=str(world / "train.jsonl"),
-        eval__samples=60,
+        eval__samples=30,
         eval__k=[1],
         rollout__batch_size=8,
     )
@@ -205,11 +184,11 @@ def test_killed_by_the_system_it_goes_on_too(world: Path, model_dir: Path, tmp_p
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "out")
-    assert len(rows) == len({(row["problem_id"], row["sample_index"]) for row in rows}) == 12 * 60
+    assert len(rows) == len({(row["problem_id"], row["sample_index"]) for row in rows}) == 12 * 30
     assert json.loads(done.stdout)["overall"]["problems"] == 12
 
 
-def test_a_problem_that_stands_often_in_the_file_is_one_with_as_many_samples(tmp_path: Path) -> None:
+def test_a_problem_repeated_in_the_file_is_one_with_as_many_samples(tmp_path: Path) -> None:
     lines = [{"question": "1+1", "answer": "2", "data_source": "aime"}] * 3
     lines += [{"question": "2+2", "answer": "4", "data_source": "math"}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -217,9 +196,9 @@ def test_a_problem_that_stands_often_in_the_file_is_one_with_as_many_samples(tmp
     assert [(p.source, p.repeats) for p in found] == [("aime", 3), ("math", 1)]
 
 
-def test_adapters_alone_are_no_model_for_other_engines(world: Path, tmp_path: Path) -> None:
+def test_adapters_need_merging_for_other_engines(world: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(EngineError, match=r"holds adapters alone.*ampo model merge"):
+    with pytest.raises(EngineError, match=r"holds only adapters.*ampo model merge"):
         evaluated(world, tmp_path, eval__engine="vllm")
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: the unbiased pass@k by hand and by brute force, and what a whole evaluation says."""
+"""Evaluation: the unbiased pass@k by hand and by brute force, and whole evaluations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.config import EvalConfig, RolloutConfig, StudentConfig
 from trainer.evaluation import (
     Estimate,
     Evaluation,
-    draw_samples,
+    eval_samples,
     eval_sampling,
     evaluate,
     evaluation_of,
@@ -38,7 +38,7 @@ SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=24)
     [
         (4, 1, 1, 0.25),  # 1 - 3/4
         (4, 1, 2, 0.5),  # 1 - C(3, 2) / C(4, 2) = 1 - 3/6
-        (4, 1, 4, 1.0),  # all four are drawn, the right one with them: C(3, 4) = 0
+        (4, 1, 4, 1.0),  # all four, the correct one among them: C(3, 4) = 0
         (5, 2, 2, 0.7),  # 1 - C(3, 2) / C(5, 2) = 1 - 3/10
         (5, 2, 3, 0.9),  # 1 - C(3, 3) / C(5, 3) = 1 - 1/10
         (8, 0, 8, 0.0),
@@ -50,7 +50,7 @@ def test_pass_at_k_by_hand(samples: int, correct: int, k: int, expected: float) 
 
 
 @pytest.mark.parametrize("samples", range(1, 7))
-def test_pass_at_k_is_the_share_of_all_draws_that_hold_a_right_sample(samples: int) -> None:
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(samples: int) -> None:
     for correct in range(samples + 1):
         for k in range(1, samples + 1):
             draws = list(combinations([True] * correct + [False] * (samples - correct), k))
@@ -58,31 +58,7 @@ def test_pass_at_k_is_the_share_of_all_draws_that_hold_a_right_sample(samples: i
             assert pass_at_k(samples=samples, correct=correct, k=k) == pytest.approx(share)
 
 
-@given(sizes=st.lists(st.integers(1, 300), min_size=2, max_size=2), share=st.floats(0, 1))
-def test_pass_at_k_is_a_chance_and_grows_with_k_and_with_what_is_right(
-    sizes: list[int], share: float
-) -> None:
-    k, samples = sorted(sizes)
-    correct = round(share * samples)
-    here = pass_at_k(samples=samples, correct=correct, k=k)
-    assert 0 <= here <= 1
-    assert (here == 0) == (correct == 0)
-    if k < samples:
-        assert pass_at_k(samples=samples, correct=correct, k=k + 1) >= here
-    if correct < samples:
-        assert pass_at_k(samples=samples, correct=correct + 1, k=k) >= here
-
-
-@pytest.mark.parametrize(
-    ("samples", "correct", "k"),
-    [
-        (4, 1, 5),  # more are drawn than there are: no unbiased estimate
-        (4, 1, 0),
-        (4, 5, 2),
-        (4, -1, 2),
-        (0, 0, 1),
-    ],
-)
+@pytest.mark.parametrize(("samples", "correct", "k"), [(4, 1, 5), (4, 1, 0), (4, 5, 2), (4, -1, 2)])
 def test_a_pass_at_k_that_does_not_exist_is_refused(samples: int, correct: int, k: int) -> None:
     with pytest.raises(ValueError, match=rf"pass@{k} of {correct} correct in {samples} samples"):
         pass_at_k(samples=samples, correct=correct, k=k)
@@ -114,7 +90,7 @@ def random_engine(*, batch_size: int = 64) -> TransformersEngine:
     return TransformersEngine(tiny_model(), tiny_tokenizer(), batch_size=batch_size)
 
 
-def drawn(evaluation: Evaluation) -> list[list[str]]:
+def texts_of(evaluation: Evaluation) -> list[list[str]]:
     """The texts of each problem, in the order of the problems."""
     texts: dict[str, list[str]] = {}
     for sample in evaluation.samples:
@@ -122,28 +98,26 @@ def drawn(evaluation: Evaluation) -> list[list[str]]:
     return list(texts.values())
 
 
-def test_the_same_seed_draws_the_same_samples_again_and_another_seed_others(
+def test_a_seed_gives_the_same_samples_again_and_another_seed_others(
     judge: Judge, prompts: list[Prompt]
 ) -> None:
     engine = random_engine()
     first, again, other = (
         evaluate(engine, judge, prompts, SAMPLING, samples=4, k=(1, 4), seed=seed) for seed in (0, 0, 1)
     )
-    assert drawn(first) == drawn(again)
+    assert texts_of(first) == texts_of(again)
     assert first.metrics == again.metrics
-    assert drawn(first) != drawn(other)
+    assert texts_of(first) != texts_of(other)
     # Each sample has a seed of its own: 3 problems x 4 samples, and no two alike.
-    assert len({ids for group in drawn(first) for ids in group}) == 12
+    assert len({ids for group in texts_of(first) for ids in group}) == 12
 
 
-def test_a_problems_samples_depend_on_no_other_problem_and_on_no_batch(
-    judge: Judge, prompts: list[Prompt]
-) -> None:
+def test_samples_depend_on_no_other_problem_and_on_no_batch(judge: Judge, prompts: list[Prompt]) -> None:
     whole = evaluate(random_engine(), judge, prompts, SAMPLING, samples=4, k=(1,), seed=0)
     turned = evaluate(random_engine(batch_size=3), judge, prompts[::-1], SAMPLING, samples=4, k=(1,), seed=0)
-    assert drawn(turned) == drawn(whole)[::-1]
+    assert texts_of(turned) == texts_of(whole)[::-1]
     fewer = evaluate(random_engine(), judge, prompts[:1], SAMPLING, samples=2, k=(1,), seed=0)
-    assert drawn(fewer) == [drawn(whole)[0][:2]]
+    assert texts_of(fewer) == [texts_of(whole)[0][:2]]
 
 
 def test_lengths_and_cuts_are_those_of_the_samples(judge: Judge, prompts: list[Prompt]) -> None:
@@ -158,7 +132,7 @@ def test_lengths_and_cuts_are_those_of_the_samples(judge: Judge, prompts: list[P
 
 
 class Reciting:
-    """An engine that answers what it was given, sample by sample of each problem."""
+    """An engine with a fixed answer for each sample of each problem."""
 
     name = "reciting"
     version = "1"
@@ -167,7 +141,7 @@ class Reciting:
         self.texts = texts
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
-        """The last request first: nobody may count on an order."""
+        """The last request first: the order is undefined."""
         for request in reversed(requests):
             problem, sample = map(int, request.request_id.split("/"))
             text = self.texts[problem][sample]
@@ -183,7 +157,7 @@ class Reciting:
         pass
 
 
-def test_what_an_evaluation_says_by_hand(judge: Judge, prompts: list[Prompt]) -> None:
+def test_an_evaluation_by_hand(judge: Judge, prompts: list[Prompt]) -> None:
     right, wrong = "\\boxed{2}", "\\boxed{3}"  # 9 characters each; the second problem's gold answer is 2
     engine = Reciting([wrong] * 4, [wrong, right, wrong, right + "..."], ["\\boxed{4}"] * 4)
     found = evaluate(engine, judge, prompts, SAMPLING, samples=4, k=(2, 4), seed=0)
@@ -193,7 +167,7 @@ def test_what_an_evaluation_says_by_hand(judge: Judge, prompts: list[Prompt]) ->
     assert found.metrics == pytest.approx(
         {
             "eval/avg@4": 5 / 12,
-            "eval/pass@1": 5 / 12,  # (0 + 1/4 + 1) / 3; there although it was not asked for
+            "eval/pass@1": 5 / 12,  # (0 + 1/4 + 1) / 3; there although k = (2, 4)
             "eval/pass@2": 0.5,  # (0 + 1/2 + 1) / 3
             "eval/pass@4": 2 / 3,  # (0 + 1 + 1) / 3
             "eval/mean_length": (12 * 9 + 3) / 12,
@@ -218,17 +192,15 @@ def test_progress_counts_every_sample_up_to_the_whole(judge: Judge, prompts: lis
     assert seen == [(done, 6) for done in range(1, 7)]  # 3 problems x 2 samples
 
 
-def test_the_interval_of_ten_problems_by_hand() -> None:
+def test_intervals_by_hand() -> None:
     # Five of ten solved: a bootstrap mean is Binomial(10, 1/2) / 10. P(X <= 1) = 11/1024 = 0.011 and
     # P(X <= 2) = 56/1024 = 0.055, so the 2.5 % quantile is 2 of 10, and by symmetry the 97.5 % one 8 of 10.
     found = mean_with_interval([1.0] * 5 + [0.0] * 5)
     assert (found.value, found.low, found.high) == (0.5, 0.2, 0.8)
-
-
-def test_the_interval_of_two_problems_by_hand() -> None:
-    # Means 0, 0.3 and 0.6 with chances 1/4, 1/2, 1/4.
+    # Means 0, 0.3 and 0.6 with probabilities 1/4, 1/2, 1/4.
     found = mean_with_interval([0.0, 0.6])
     assert (found.value, found.low, found.high) == (0.3, 0.0, 0.6)
+    assert mean_with_interval([0.25, 0.25]) == Estimate(value=0.25, low=None, high=None)
 
 
 @given(values=st.lists(st.integers(0, 8).map(lambda correct: correct / 8), min_size=2, max_size=30))
@@ -243,16 +215,11 @@ def test_an_interval_lies_within_the_values_and_its_seed_is_fixed(values: list[f
     assert found == mean_with_interval(values)
 
 
-def test_problems_that_are_all_alike_have_no_interval() -> None:
-    assert mean_with_interval([0.0, 0.0, 0.0]) == Estimate(value=0.0, low=None, high=None)
-    assert mean_with_interval([0.25]) == Estimate(value=0.25, low=None, high=None)
-
-
 def sourced(prompt: Prompt, source: str, repeats: int = 1) -> Prompt:
     return replace(prompt, problem=replace(prompt.problem, source=source, repeats=repeats))
 
 
-def test_each_source_stands_alone_and_a_problem_that_is_stated_often_gets_as_many_samples(
+def test_sources_are_scored_separately_and_a_repeated_problem_gets_as_many_samples(
     judge: Judge, prompts: list[Prompt]
 ) -> None:
     right, wrong = "\\boxed{2}", "\\boxed{3}"
@@ -272,28 +239,23 @@ def test_each_source_stands_alone_and_a_problem_that_is_stated_often_gets_as_man
     assert found.overall.pass_at[1].value == pytest.approx(1 / 3)  # (0 + 1/2 + 1/2) / 3
     assert found.mean_of_sources == {"pass@1": 0.375, "pass@2": 0.75}  # (1/4 + 1/2) / 2, (1/2 + 1) / 2
     assert found.metrics["eval/aime/pass@1"] == 0.25
+    one = [sourced(prompt, "math") for prompt in prompts]
+    alone = evaluate(Reciting(["a"], ["b"], ["c"]), judge, one, SAMPLING, samples=1, k=(1,), seed=0)
+    assert (alone.sources, alone.mean_of_sources) == ({}, {})
 
 
-def test_one_source_is_no_split(judge: Judge, prompts: list[Prompt]) -> None:
-    chosen = [sourced(prompt, "math") for prompt in prompts]
-    found = evaluate(Reciting(["a"], ["b"], ["c"]), judge, chosen, SAMPLING, samples=1, k=(1,), seed=0)
-    assert (found.sources, found.mean_of_sources) == ({}, {})
-
-
-def test_samples_that_are_there_are_not_drawn_again_and_the_rest_makes_the_same_whole(
-    judge: Judge, prompts: list[Prompt]
-) -> None:
+def test_existing_samples_are_not_generated_again(judge: Judge, prompts: list[Prompt]) -> None:
     whole = evaluate(random_engine(), judge, prompts, SAMPLING, samples=4, k=(1,), seed=0)
     there = [sample for sample in whole.samples if sample.sample_index % 2]
     seen: list[tuple[int, int]] = []
-    rest = draw_samples(
+    rest = eval_samples(
         random_engine(),
         judge,
         prompts,
         SAMPLING,
         samples=4,
         seed=0,
-        there={(sample.problem_id, sample.sample_index) for sample in there},
+        existing={(sample.problem_id, sample.sample_index) for sample in there},
         on_sample=lambda done, total: seen.append((done, total)),
     )
     found = list(rest)

@@ -278,7 +278,8 @@ def inspect_run(
         if len(found) == 1:
             console.print(curves_table(name, rows))
         console.print(f"{name}: {time_line(rows)}", highlight=False, markup=False)
-    console.print(evaluations_table(found))
+    if any("eval/pass@1" in row for rows in found.values() for row in rows):
+        console.print(evaluations_table(found))
     if png is not None:
         console.print(f"wrote {png}", highlight=False)
 

@@ -1,29 +1,40 @@
-"""`ampo eval`: one model, one problem file, any engine; stopped at any moment, the same call goes on.
+"""`ampo eval`: one model, one problem file, any engine; after an interruption the same call continues.
 
-model --engine--> samples --judge--> parts of DIR --all there--> results
+    DIR/eval.json                      the recipe of the samples; other recipes are refused
+    DIR/samples/part-000001.parquet    one row per sample (EVAL_SCHEMA); a part appears whole or not at all
+    DIR/results.json                   written when all samples exist
+
+`SELECT source, avg(is_correct::INT) FROM 'DIR/samples/*.parquet' GROUP BY source` works in DuckDB.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from precompute.config import TeacherConfig
 from precompute.engines import Engine
 from precompute.engines.registry import load_engine, prepare_engine, resolve_engine
 from precompute.engines.transformers_engine import TransformersEngine
 from precompute.verify.verifier import Verifier
-from store.errors import ConfigError, EngineError
+from store.errors import ConfigError, EngineError, RunError
+from store.format.files import FileLock, make_directory, remove_orphans, whole_file
 from store.records import content_hash
 from trainer.config import Config
-from trainer.eval_files import EvalFiles
 from trainer.evaluation import (
     COVERAGE,
+    EVAL_SCHEMA,
+    EvalSample,
     Evaluation,
-    draw_samples,
+    eval_samples,
     eval_sampling,
     evaluation_of,
     samples_of,
@@ -35,10 +46,19 @@ from trainer.run.setup import fitting_prompts, usable_problems, warn_of_prompts
 from trainer.student.load import load_policy, load_tokenizer
 from trainer.telemetry.console import TrainReporter
 
+NAME = "eval"
+"""Name of the model as a teacher of the engines."""
+PART_SAMPLES = 512
+PART_SECONDS = 10.0
+"""A part is written after this many samples or seconds: the most that a kill may lose."""
+
+OnStart = Callable[[Path, int, int], None]
+"""(directory, number of existing samples, number of wanted samples)"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalReport:
-    """How `ampo eval` ended."""
+    """A finished evaluation and its directory."""
 
     out: Path
     evaluation: Evaluation
@@ -46,25 +66,18 @@ class EvalReport:
     """The body of results.json."""
 
 
-NAME = "eval"
-"""That engines know the model by."""
-
-Started = Callable[[Path, int, int], None]
-"""Told where the samples go, how many are there, and how many there will be."""
-
-
 def evaluate_model(
     config: Config,
     reporter: TrainReporter,
     *,
     out: Path | None = None,
-    on_start: Started = lambda out, there, wanted: None,
+    on_start: OnStart = lambda out, existing, wanted: None,
 ) -> EvalReport:
-    """Samples `eval.samples` responses of each problem of `problems.eval` from `student.model` into `out`.
+    """Samples `eval.samples` responses per problem of `problems.eval` from `student.model` into `out`.
 
-    None: a directory below `run.dir`/evals named by what is evaluated, so that a change of it gets another.
-    Problems that cannot be judged, or whose prompts are too long, are reported and left out. Raises
-    UserErrors; whatever ends it, what was judged by then is kept.
+    The default directory is run.dir/evals/MODEL-PROBLEMS-HASH, with a hash of the recipe. Problems whose gold
+    answers cannot be parsed or whose prompts are too long are reported and left out. Raises UserErrors; all
+    samples that were verified by then are kept.
     """
     if not config.problems.eval:
         raise ConfigError("no problems to evaluate on: give --problems FILE or set problems.eval")
@@ -72,7 +85,7 @@ def evaluate_model(
     engine_name = _engine_name(config)
     with Verifier.configured(config.verify) as verifier:
         problems = usable_problems(config, "eval", verifier, reporter)
-        with _of_the_model():
+        with _naming_the_model():
             tokenizer = load_tokenizer(config.student)
         prompts = fitting_prompts(config, problems, tokenizer, reporter)
         warn_of_prompts(config, tokenizer, prompts, reporter)
@@ -82,24 +95,41 @@ def evaluate_model(
             format_weight=config.train.format_weight,
         )
         recipe = recipe_of(config, engine_name, prompts, judge)
-        files = EvalFiles((out or default_out(config, recipe)).absolute())
-        with files.opened(recipe):
-            _draw(config, engine_name, tokenizer, judge, prompts, files, reporter, on_start)
-            evaluation = evaluation_of(files.samples(), prompts, samples=config.eval.samples, k=config.eval.k)
+        names = [Path(config.student.model).absolute().name, Path(config.problems.eval).stem]
+        default = Path(config.run.dir, "evals", "-".join([*names, content_hash(recipe)[:8]]))
+        root = (out or default).absolute()
+        with opened(root, recipe):
+            existing = read_samples(root)
+            done = {(row.problem_id, row.sample_index) for row in existing}
+            wanted = {
+                (prompt.problem.problem_id, s)
+                for prompt in prompts
+                for s in range(samples_of(prompt.problem, config.eval.samples))
+            }
+            on_start(root, len(wanted & done), len(wanted))
+            if not wanted <= done:
+                with _loaded(config, engine_name, tokenizer, prompts, reporter) as engine:
+                    new = eval_samples(
+                        engine,
+                        judge,
+                        prompts,
+                        eval_sampling(config.eval, config.rollout),
+                        samples=config.eval.samples,
+                        seed=config.train.seed,
+                        existing=done,
+                        on_sample=lambda count, total: reporter.sampling("evaluation", count, total),
+                    )
+                    write_samples(root, new)
+            evaluation = evaluation_of(
+                read_samples(root), prompts, samples=config.eval.samples, k=config.eval.k
+            )
             results = results_of(config, evaluation)
-            files.write_results(results)
-    return EvalReport(out=files.root, evaluation=evaluation, results=results)
-
-
-def default_out(config: Config, recipe: Mapping[str, Any]) -> Path:
-    """`run.dir`/evals/MODEL-PROBLEMS-HASH, with a hash of all that a second run must have in common."""
-    names = [Path(name).absolute().name for name in (config.student.model, Path(config.problems.eval).stem)]
-    return Path(config.run.dir) / "evals" / "-".join([*names, content_hash(recipe)[:8]])
+            _write_json(root / "results.json", results)
+    return EvalReport(out=root, evaluation=evaluation, results=results)
 
 
 def recipe_of(config: Config, engine_name: str, prompts: Sequence[Prompt], judge: Judge) -> dict[str, Any]:
-    """What must be the same for samples to belong together. How many of each problem is free: more are drawn
-    beside those that are there."""
+    """Returns what all samples of one directory have in common; their number may grow."""
     sampling = asdict(eval_sampling(config.eval, config.rollout))
     model = config.student.model
     return {
@@ -120,7 +150,7 @@ def recipe_of(config: Config, engine_name: str, prompts: Sequence[Prompt], judge
 
 
 def results_of(config: Config, evaluation: Evaluation) -> dict[str, Any]:
-    """The body of results.json and of `--json`."""
+    """Returns the body of results.json and of `--json`."""
     return {
         "model": config.student.model,
         "problems": config.problems.eval,
@@ -132,43 +162,73 @@ def results_of(config: Config, evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _draw(
-    config: Config,
-    engine_name: str,
-    tokenizer: Any,
-    judge: Judge,
-    prompts: Sequence[Prompt],
-    files: EvalFiles,
-    reporter: TrainReporter,
-    on_start: Started,
-) -> None:
-    """Brings the samples that are not there; loads nothing when all are."""
-    there = {(row.problem_id, row.sample_index) for row in files.samples()}
-    wanted = {
-        (prompt.problem.problem_id, s)
-        for prompt in prompts
-        for s in range(samples_of(prompt.problem, config.eval.samples))
-    }
-    on_start(files.root, len(wanted & there), len(wanted))
-    if wanted <= there:
-        return
-    with _loaded(config, engine_name, tokenizer, prompts, reporter) as engine:
-        drawn = draw_samples(
-            engine,
-            judge,
-            prompts,
-            eval_sampling(config.eval, config.rollout),
-            samples=config.eval.samples,
-            seed=config.train.seed,
-            there=there,
-            on_sample=lambda done, total: reporter.sampling("evaluation", done, total),
+@contextmanager
+def opened(root: Path, recipe: Mapping[str, Any]) -> Iterator[None]:
+    """Locks the directory for this process. RunError when it holds another recipe or something else."""
+    path = root / "eval.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if stored is None and root.exists() and any(root.iterdir()):
+        raise RunError(f"--out {root} holds something other than an evaluation; choose a new directory")
+    old = stored or recipe
+    changed = [
+        f"{key} = {old.get(key)!r}, now {recipe.get(key)!r}"
+        for key in sorted({*old, *recipe})
+        if old.get(key) != recipe.get(key)
+    ]
+    if changed:
+        raise RunError(
+            f"--out {root} holds an evaluation with {'; '.join(changed)}; choose another directory"
         )
-        for _ in files.keep(drawn):
-            pass
+    try:
+        make_directory(root)
+    except OSError as error:
+        raise RunError(f"--out {root}: {error.strerror or error}") from error
+    lock = FileLock(root / ".write.lock")
+    if not lock.acquire(wait=False):
+        raise RunError(f"--out {root}: another process (pid {lock.holder()}) is writing there")
+    try:
+        remove_orphans(root)
+        _write_json(path, recipe)
+        yield
+    finally:
+        lock.release()
+
+
+def read_samples(root: Path) -> list[EvalSample]:
+    """Returns all samples of the directory."""
+    parts = sorted((root / "samples").glob("part-*.parquet"))
+    return [EvalSample(**row) for part in parts for row in pq.read_table(part).to_pylist()]
+
+
+def write_samples(root: Path, samples: Iterable[EvalSample]) -> None:
+    """Writes samples in parts as they arrive; an exception first writes those that have arrived."""
+    buffer: list[EvalSample] = []
+    since = time.monotonic()
+    try:
+        for sample in samples:
+            buffer.append(sample)
+            if len(buffer) >= PART_SAMPLES or time.monotonic() - since >= PART_SECONDS:
+                _write_part(root / "samples", buffer)
+                buffer, since = [], time.monotonic()
+    finally:
+        if buffer:
+            _write_part(root / "samples", buffer)
+
+
+def _write_part(folder: Path, samples: Sequence[EvalSample]) -> None:
+    numbers = [int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.parquet")]
+    table = pa.Table.from_pylist([asdict(sample) for sample in samples], schema=EVAL_SCHEMA)
+    with whole_file(folder / f"part-{max(numbers, default=0) + 1:06d}.parquet") as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def _write_json(path: Path, body: Mapping[str, Any]) -> None:
+    with whole_file(path) as file:
+        file.write((json.dumps(body, indent=2) + "\n").encode())
 
 
 def _engine_name(config: Config) -> str:
-    """Checked before anything is loaded."""
+    """Returns the engine, checked before anything is loaded."""
     name = resolve_engine(config.eval.engine)
     if name == "transformers" and config.eval.engine_args:
         key = next(iter(config.eval.engine_args))
@@ -179,10 +239,10 @@ def _engine_name(config: Config) -> str:
     if name != "transformers":
         if (Path(config.student.model) / ADAPTERS).is_file():
             raise EngineError(
-                f"{config.student.model} holds adapters alone, which {name} cannot take for a model: "
+                f"{config.student.model} holds only adapters, which {name} cannot load as a model: "
                 f"ampo model merge {config.student.model} OUT, or --engine transformers"
             )
-        with _of_the_model():
+        with _naming_the_model():
             prepare_engine(_as_teacher(config, name), name)
     return name
 
@@ -191,17 +251,17 @@ def _engine_name(config: Config) -> str:
 def _loaded(
     config: Config, engine_name: str, tokenizer: Any, prompts: Sequence[Prompt], reporter: TrainReporter
 ) -> Iterator[Engine]:
-    """The model in the engine. transformers has it as training does, so that both draw the same samples."""
+    """Loads the model; with transformers as training does, so that both generate the same samples."""
     if engine_name == "transformers":
         student, weights = as_saved(config.student)
-        with _of_the_model():
+        with _naming_the_model():
             policy = load_policy(student, temperature=1.0, weights=weights)
         with policy.computing():
             yield TransformersEngine(policy.model, tokenizer, batch_size=config.rollout.batch_size)
         return
     longest = max(len(prompt.ids) for prompt in prompts)
     teacher = _as_teacher(config, engine_name)
-    with _of_the_model():
+    with _naming_the_model():
         engine = load_engine(teacher, engine_name, tokenizer, longest_prompt=longest, report=reporter.warned)
     try:
         yield engine
@@ -210,18 +270,17 @@ def _loaded(
 
 
 @contextmanager
-def _of_the_model() -> Iterator[None]:
-    """What is said of a teacher or the student is said of the model here."""
+def _naming_the_model() -> Iterator[None]:
+    """Makes errors about a teacher or the student name MODEL, the command's argument."""
     try:
         yield
     except EngineError as error:
-        of_model = str(error).removeprefix(f"teacher {NAME!r}: ").replace("student.model = ", "MODEL = ")
-        raise EngineError(of_model) from error
+        text = str(error).removeprefix(f"teacher {NAME!r}: ").replace("student.model = ", "MODEL = ")
+        raise EngineError(text) from error
 
 
 def _as_teacher(config: Config, engine_name: str) -> TeacherConfig:
-    """The model as the engines take one."""
-    own = {"dtype": config.student.dtype, "batch_size": config.rollout.batch_size}
+    """Returns the model in the form that the engines load."""
     return TeacherConfig.model_validate(
         {
             "name": NAME,
@@ -229,7 +288,8 @@ def _as_teacher(config: Config, engine_name: str) -> TeacherConfig:
             "revision": config.student.revision,
             "engine": engine_name,
             "max_tokens": config.rollout.max_completion_length,
-            **own,
+            "dtype": config.student.dtype,
+            "batch_size": config.rollout.batch_size,
             **config.eval.engine_args,
         }
     )

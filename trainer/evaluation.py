@@ -1,73 +1,76 @@
-"""Evaluation: avg@n and the unbiased pass@k of a policy on held-out problems, with confidence intervals.
+"""Evaluation: avg@n and the unbiased pass@k on held-out problems, with confidence intervals.
 
 pass@k = 1 - C(n - c, k) / C(n, k)      with c of n samples correct (Chen et al. 2021, arXiv 2107.03374)
 
-One way for all: evaluations while training and `ampo eval` draw the same samples from the same weights.
+Evaluations during training and `ampo eval` generate the same samples from the same weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import comb
 from statistics import fmean
 
 import numpy as np
+import pyarrow as pa
 
 from precompute.engines import Engine, Sampling
 from store.records import Problem
 from trainer.config import EvalConfig, RolloutConfig
-from trainer.method.groups import Sample
 from trainer.method.rewards import Judge
 from trainer.method.rollouts import Prompt, judged_samples
 from trainer.parallel.world import ALONE, World
 
 RESAMPLES = 2000
-"""Of the bootstrap."""
+"""Bootstrap samples behind each interval."""
 COVERAGE = 0.95
-"""Of the confidence intervals."""
+"""Coverage of the confidence intervals."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalSample:
-    """One judged response: a row of an evaluation's Parquet files."""
+    """One verified response: a row of an evaluation's Parquet files."""
 
     problem_id: str
     source: str
-    """Where the problem file says that the problem comes from, e.g. `aime`; empty where it says nothing."""
+    """The problem's source in its file, e.g. `aime`; empty where the file names none."""
     sample_index: int
     """0-based."""
     is_correct: bool
-    """The verifier's boolean; a cut response is never correct."""
+    """A truncated response is never correct."""
     has_format: bool
-    """Exactly one final answer in the demanded form, and it ended by itself."""
+    """Exactly one final answer in the demanded form, and the response ended by itself."""
     n_tokens: int
-    """Of the response, the final EOS included."""
+    """Response tokens, the final EOS included."""
     finish_reason: str
     """`stop` or `length`."""
     text: str
 
 
+_ARROW = {"str": pa.string(), "int": pa.int32(), "bool": pa.bool_()}
+EVAL_SCHEMA = pa.schema([(field.name, _ARROW[str(field.type)]) for field in fields(EvalSample)])
+"""The fields of EvalSample as Parquet columns."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A mean over problems."""
+    """A mean over problems with its 95 % bootstrap interval, None where all problems have one value."""
 
     value: float
     low: float | None
-    """The 95 % interval by bootstrap over problems; None where all problems have the same value, from which
-    no interval can be had."""
     high: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What a set of problems came to."""
+    """The result on a set of problems."""
 
     problems: int
     samples: tuple[int, int]
-    """The fewest and the most of one problem."""
+    """The fewest and the most samples of one problem."""
     pass_at: Mapping[int, Estimate]
-    """k -> mean over problems of the unbiased estimate; 1, which is the mean accuracy, is always there."""
+    """k -> mean over problems of the unbiased estimate; always holds 1, the mean accuracy."""
     mean_length: float
     """Response tokens."""
     cut_share: float
@@ -76,28 +79,27 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """One evaluation, with every sample it rests on."""
+    """One evaluation with all its samples."""
 
     n: int
-    """Samples of each problem; of one that its file states more often, as many as that."""
+    """Samples per problem; a problem that its file repeats more often has that many."""
     overall: Score
     sources: Mapping[str, Score]
-    """Where the problem file names several sources, each alone; else empty."""
+    """Scores per source where the problem file names several; else empty."""
     samples: tuple[EvalSample, ...]
     """In the order of the problems."""
 
     @property
     def mean_of_sources(self) -> dict[str, float]:
-        """k -> mean over the sources, each weighing the same; empty where there is one."""
-        scores = list(self.sources.values())
+        """`pass@k` -> unweighted mean over the sources; empty where there are fewer than two."""
         return {
-            f"pass@{k}": fmean(score.pass_at[k].value for score in scores)
-            for k in (self.overall.pass_at if scores else ())
+            f"pass@{k}": fmean(score.pass_at[k].value for score in self.sources.values())
+            for k in (self.overall.pass_at if self.sources else ())
         }
 
     @property
     def metrics(self) -> dict[str, float]:
-        """By the names that metrics.jsonl uses; avg@n is the share of correct samples."""
+        """Values by their names in metrics.jsonl; avg@n is the share of correct samples."""
         overall = self.overall
         return {
             f"eval/avg@{self.n}": overall.pass_at[1].value,
@@ -113,7 +115,7 @@ class Evaluation:
 
 
 def pass_at_k(*, samples: int, correct: int, k: int) -> float:
-    """The chance that at least one of k samples, drawn from `samples` with `correct` right ones, is right.
+    """Returns the probability that k of the samples, drawn without replacement, include a correct one.
 
     Raises ValueError for k > samples, where no unbiased estimate exists.
     """
@@ -123,22 +125,18 @@ def pass_at_k(*, samples: int, correct: int, k: int) -> float:
 
 
 def mean_with_interval(values: Sequence[float], *, seed: int = 0) -> Estimate:
-    """The mean, and the 2.5 and 97.5 % quantiles of the means of RESAMPLES bootstrap samples.
-
-    `values`: one a problem, for it is problems that a benchmark drew; how much the samples of one problem
-    scatter is part of how much the problems do.
-    """
+    """Returns the mean of one value per problem, and its interval by bootstrap over problems."""
     low = high = None
     if min(values) < max(values):
-        drawn = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-        means = np.asarray(values)[drawn].mean(axis=1)  # [RESAMPLES]
+        indices = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+        means = np.asarray(values)[indices].mean(axis=1)  # [RESAMPLES]
         tail = (1 - COVERAGE) / 2
         low, high = map(float, np.quantile(means, (tail, 1 - tail), method="inverted_cdf"))
     return Estimate(value=fmean(values), low=low, high=high)
 
 
 def eval_sampling(config: EvalConfig, rollout: RolloutConfig) -> Sampling:
-    """How evaluations sample: the evaluation's temperature, the rollouts' length."""
+    """Returns the sampling of evaluations: their own temperature and top_p, the rollouts' length."""
     return Sampling(
         temperature=config.temperature,
         top_p=config.top_p,
@@ -159,16 +157,17 @@ def evaluate(
     world: World = ALONE,
     on_sample: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Samples and judges `samples` responses of each prompt, or as many as its problem file states it. The
-    same seed draws the same samples again, so that two evaluations differ by the policy alone. Each process
-    of `world` draws of its share of the prompts."""
+    """Generates and verifies `samples` responses per prompt; each rank of `world` takes its share of prompts.
+
+    One seed always gives the same samples, so that two evaluations differ by the policy alone.
+    """
     own = world.share(prompts)
-    drawn = list(draw_samples(engine, judge, own, sampling, samples=samples, seed=seed, on_sample=on_sample))
-    rows = [row for shares in world.gather(drawn) for row in shares]
-    return evaluation_of(rows, prompts, samples=samples, k=k)
+    rows = list(eval_samples(engine, judge, own, sampling, samples=samples, seed=seed, on_sample=on_sample))
+    gathered = [row for shares in world.gather(rows) for row in shares]
+    return evaluation_of(gathered, prompts, samples=samples, k=k)
 
 
-def draw_samples(
+def eval_samples(
     engine: Engine,
     judge: Judge,
     prompts: Sequence[Prompt],
@@ -176,58 +175,51 @@ def draw_samples(
     *,
     samples: int,
     seed: int,
-    there: Collection[tuple[str, int]] = (),
+    existing: Collection[tuple[str, int]] = (),
     on_sample: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[EvalSample]:
-    """Yields the samples of an evaluation that are not `there` (problem_id, sample_index), as they are
-    judged; `on_sample` counts those that are with them."""
+    """Yields the samples that are not `existing` (problem_id, sample_index) as soon as they are verified.
+
+    `on_sample` counts the existing ones as done.
+    """
     wanted = [(p, s) for p, prompt in enumerate(prompts) for s in range(samples_of(prompt.problem, samples))]
-    draws = [(p, s) for p, s in wanted if (prompts[p].problem.problem_id, s) not in there]
-    have = len(wanted) - len(draws)
-    judged = judged_samples(
+    missing = [(p, s) for p, s in wanted if (prompts[p].problem.problem_id, s) not in existing]
+    verified = judged_samples(
         engine,
         judge,
         prompts,
         sampling,
-        draws,
+        missing,
         seed=seed,
         key="eval",
-        on_sample=lambda done, total: on_sample(have + done, have + total),
+        on_sample=lambda done, _: on_sample(len(wanted) - len(missing) + done, len(wanted)),
     )
-    for (p, s), sample in judged:
-        yield _row(prompts[p].problem, s, sample)
+    for (p, s), sample in verified:
+        yield EvalSample(
+            problem_id=prompts[p].problem.problem_id,
+            source=prompts[p].problem.source,
+            sample_index=s,
+            is_correct=sample.is_correct,
+            has_format=sample.has_format,
+            n_tokens=len(sample.token_ids),
+            finish_reason=sample.finish_reason,
+            text=sample.text,
+        )
 
 
 def samples_of(problem: Problem, samples: int) -> int:
-    """How many samples of the problem an evaluation takes."""
+    """Returns the number of samples of this problem: `samples`, or its repeats in the file if more."""
     return max(samples, problem.repeats)
-
-
-def _row(problem: Problem, index: int, sample: Sample) -> EvalSample:
-    return EvalSample(
-        problem_id=problem.problem_id,
-        source=problem.source,
-        sample_index=index,
-        is_correct=sample.is_correct,
-        has_format=sample.has_format,
-        n_tokens=len(sample.token_ids),
-        finish_reason=sample.finish_reason,
-        text=sample.text,
-    )
 
 
 def evaluation_of(
     rows: Sequence[EvalSample], prompts: Sequence[Prompt], *, samples: int, k: Sequence[int]
 ) -> Evaluation:
-    """What the samples of `prompts` come to, in whatever order they came; rows of other problems, and more
-    than `samples` asks for, are left out."""
-    found: dict[str, dict[int, EvalSample]] = {prompt.problem.problem_id: {} for prompt in prompts}
-    for row in rows:
-        if row.problem_id in found:
-            found[row.problem_id][row.sample_index] = row
+    """Computes an evaluation from rows in any order; other problems and samples are ignored."""
+    found = {(row.problem_id, row.sample_index): row for row in rows}
     groups = [
-        [found[p.problem_id][s] for s in range(samples_of(p, samples))]
-        for p in (prompt.problem for prompt in prompts)
+        [found[prompt.problem.problem_id, s] for s in range(samples_of(prompt.problem, samples))]
+        for prompt in prompts
     ]
     sources = sorted({group[0].source for group in groups})
     return Evaluation(
@@ -242,9 +234,9 @@ def evaluation_of(
 
 
 def _score(groups: Sequence[Sequence[EvalSample]], k: Sequence[int]) -> Score:
-    """Of problems, each with its samples."""
+    """groups: the samples of each problem."""
     counts = [(len(group), sum(row.is_correct for row in group)) for group in groups]
-    everything = [row for group in groups for row in group]
+    rows = [row for group in groups for row in group]
     return Score(
         problems=len(groups),
         samples=(min(n for n, _ in counts), max(n for n, _ in counts)),
@@ -252,6 +244,6 @@ def _score(groups: Sequence[Sequence[EvalSample]], k: Sequence[int]) -> Score:
             each: mean_with_interval([pass_at_k(samples=n, correct=c, k=each) for n, c in counts])
             for each in sorted({1, *k})
         },
-        mean_length=fmean(row.n_tokens for row in everything),
-        cut_share=fmean(row.finish_reason == "length" for row in everything),
+        mean_length=fmean(row.n_tokens for row in rows),
+        cut_share=fmean(row.finish_reason == "length" for row in rows),
     )

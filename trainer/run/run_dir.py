@@ -32,8 +32,7 @@ from precompute.config import load_config, toml_of
 from store.errors import RunError
 from store.format.files import FileLock, whole_file
 from trainer.config import Config
-from trainer.eval_files import EVAL_SCHEMA
-from trainer.evaluation import EvalSample
+from trainer.evaluation import EVAL_SCHEMA, EvalSample
 from trainer.method.groups import Group, Sample
 from trainer.method.guidance import QueryRow
 from trainer.student.batches import TrainSequence
