@@ -127,11 +127,10 @@ def test_a_sampler_gets_from_two_processes_what_it_gets_from_one(
     ("changes", "key"),
     [
         (["student.use_peft=true", "student.load_in_4bit=true"], "student.load_in_4bit"),
-        (["train.compile=true"], "train.compile"),
         (["train.optim=paged_adamw_8bit"], r'train.optim = "paged_adamw_8bit" .* set it to "adamw"'),
     ],
 )
-def test_what_cannot_be_dealt_out_is_refused_by_name(changes: list[str], key: str) -> None:
+def test_settings_for_one_process_only_are_refused_by_name(changes: list[str], key: str) -> None:
     config = load_config(Config, None, changes)
     check_shardable(config, ALONE)
     with pytest.raises(ConfigError, match=key):

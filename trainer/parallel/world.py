@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 4 --no-python ampo train --config my.toml
 
-Every rank samples and guides its share of a step's problems. Then every rank has all groups, and trains on its
-share of every mini-batch's sequences. A single process sends nothing and has no process group.
+Every rank samples and guides its share of a step's problems. Then every rank has all groups, and trains on
+its share of every mini-batch's sequences. A single process sends nothing and has no process group.
 """
 
 from __future__ import annotations

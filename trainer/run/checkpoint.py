@@ -28,7 +28,7 @@ from store.errors import RunError
 from store.format.files import sync
 from store.reader import Usable
 from trainer.config import Config
-from trainer.parallel.fsdp import gathered_state, shard_state, shards_optimizer
+from trainer.parallel.fsdp import load_optimizer_state, optimizer_state, trained_weights
 from trainer.parallel.world import ALONE, World
 from trainer.run.run_dir import Position
 from trainer.student.policy import Policy
@@ -89,14 +89,13 @@ def save(
     """
     target = folder / state.done.name
     aside = folder / f".tmp-{target.name}"
-    weights = gathered_state(saved_weights(policy), world) if policy.shards else None
-    optimizer_state = gathered_state(optimizer.state_dict(), world)
+    weights, moments = trained_weights(policy), optimizer_state(policy, optimizer)
     if not world.is_main:
         return target
     try:
         clear_leftovers(folder)
         aside.mkdir(parents=True)
-        _write(aside, policy, weights, optimizer_state, state)
+        _write(aside, policy, weights, moments, state)
         if target.exists():
             _remove(target)
         aside.rename(target)
@@ -111,14 +110,6 @@ def save(
     for old in checkpoints(folder)[:-keep_last]:
         _remove(old)
     return target
-
-
-def saved_weights(policy: Policy) -> dict[str, Any]:
-    """Name -> weight of what a checkpoint holds: of a model with adapters those alone."""
-    state: dict[str, Any] = policy.model.state_dict()
-    if policy.model is policy.causal:
-        return state
-    return {name: weight for name, weight in state.items() if "lora_" in name}
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -138,13 +129,13 @@ def _write(
     aside: Path,
     policy: Policy,
     weights: dict[str, Any] | None,
-    optimizer_state: dict[str, Any],
+    moments: dict[str, Any],
     state: TrainState,
 ) -> None:
-    """`weights`: None for the policy's own."""
+    """`weights`: None for the policy's own; `moments`: the optimizer's state."""
     policy.model.save_pretrained(aside, **({} if weights is None else {"state_dict": weights}))
     policy.tokenizer.save_pretrained(aside)
-    body = {"optimizer": optimizer_state, "generators": _generators(policy.device)}
+    body = {"optimizer": moments, "generators": _generators(policy.device)}
     torch.save(body, aside / "optimizer.pt")
     described = {
         "step": state.done.step,
@@ -253,17 +244,16 @@ def _why_no_checkpoint(path: Path) -> str:
     return instead_of_run(path) or "it has no state.json"
 
 
-def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Loads the optimizer's state and torch's generators; where weights are dealt out, a process takes its
-    own part of the state from the file."""
-    # On the host: each optimizer takes its state to where it belongs.
-    file, sharded = checkpoint / "optimizer.pt", shards_optimizer(optimizer)
-    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=sharded)
-    optimizer.load_state_dict(shard_state(saved["optimizer"], optimizer) if sharded else saved["optimizer"])
+def restore_optimizer(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """Loads the optimizer's state and torch's generators."""
+    saved = torch.load(
+        checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=bool(policy.shards)
+    )
+    load_optimizer_state(policy, optimizer, saved["optimizer"])
     generators = saved["generators"]
-    torch.set_rng_state(generators["cpu"].cpu())
-    if device.type == "cuda" and "cuda" in generators:
-        torch.cuda.set_rng_state(generators["cuda"].cpu(), device)
+    torch.set_rng_state(generators["cpu"])
+    if policy.device.type == "cuda" and "cuda" in generators:
+        torch.cuda.set_rng_state(generators["cuda"], policy.device)
 
 
 def check_problems(state: TrainState, problems_fingerprint: str, checkpoint: Path) -> None:

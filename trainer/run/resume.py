@@ -82,5 +82,5 @@ def resume_state(parts: Parts, start_from: Path | None, *, changed_store: bool) 
                 "Give it the same store, start anew under another run.name, or --resume-with-changed-store"
             )
         parts.reporter.warned(f"the store holds other traces than before: {'; '.join(changed)}")
-    checkpoint.restore_optimizer(start_from, optimizer_at(parts, state.done), parts.policy.device)
+    checkpoint.restore_optimizer(start_from, parts.policy, optimizer_at(parts, state.done))
     return state.done
