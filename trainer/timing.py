@@ -17,14 +17,26 @@ class StepTimer:
     """Seconds by phase. A phase inside another stops the outer one's clock until it ends."""
 
     def __init__(
-        self, *, clock: Callable[[], float] = time.perf_counter, settle: Callable[[], None] = lambda: None
+        self,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        settle: Callable[[], None] = lambda: None,
+        peak_memory: Callable[[], int] = lambda: 0,
     ) -> None:
-        """`settle` returns when the device has done what it was given, see `settler`."""
+        """
+        Args:
+            settle: returns when the device has finished its work, see `settler`.
+            peak_memory: bytes held at most since the last call.
+        """
         self._clock = clock
         self._settle = settle
+        self._peak_memory = peak_memory
+        self._peak_memory()
         self._open: list[str] = []
         self._began = self._since = clock()
         self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.peaks: dict[str, int] = {}
+        """Bytes by phase; `other` outside of phases."""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -49,6 +61,8 @@ class StepTimer:
         if self._open:
             self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._since
         self._since = now
+        phase = self._open[-1] if self._open else "other"
+        self.peaks[phase] = max(self.peaks.get(phase, 0), self._peak_memory())
 
 
 def settler(device: torch.device) -> Callable[[], None]:

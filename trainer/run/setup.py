@@ -34,7 +34,7 @@ from trainer.student.load import TEMPLATE_KEY, load_policy
 from trainer.student.optimizer import make_optimizer
 from trainer.student.policy import Policy, Reference, WithoutAdapters
 from trainer.telemetry.console import TrainReporter
-from trainer.telemetry.performance import CostMeter
+from trainer.telemetry.performance import PerformanceMeter, probe_memory
 from trainer.telemetry.trackers import Trackers
 
 
@@ -51,7 +51,7 @@ class Parts:
     warmup: Warmup
     guide: Guide
     updater: Updater
-    meter: CostMeter
+    meter: PerformanceMeter
     trackers: Trackers
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
@@ -100,6 +100,14 @@ def assemble(
     prompts = [prompt.ids for prompt in (*train_prompts, *eval_prompts)]
     sampler = make_sampler(config, policy, prompts, run.root, stack, world)
     optimizer = make_optimizer(policy.model, config.train)
+    updater = make_updater(config, policy, optimizer, world)
+    if policy.device.type == "cuda":
+        probe_memory(
+            policy,
+            optimizer,
+            longest=max(len(ids) for ids in prompts) + config.rollout.max_completion_length,
+            max_tokens=config.train.max_tokens_per_microbatch,
+        )
     return Parts(
         config=config,
         run=run,
@@ -109,8 +117,8 @@ def assemble(
         judge=judge,
         warmup=find_warmup(config, policy, store, judge, train_prompts, reporter, world),
         guide=guide,
-        updater=make_updater(config, policy, optimizer, world),
-        meter=CostMeter(policy, devices=world.size),
+        updater=updater,
+        meter=PerformanceMeter(policy, devices=world.size),
         trackers=trackers,
         train_prompts=train_prompts,
         eval_prompts=eval_prompts,

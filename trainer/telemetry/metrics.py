@@ -26,7 +26,7 @@ def step_metrics(
     """One line of metrics.jsonl.
 
     Groups are counted before replacement; rewards, lengths and accuracy are the student's own samples'.
-    Values that do not exist in a step (no update, no query) are None. `cost`: see `cost.CostMeter.row`.
+    Values that do not exist in a step (no update, no query) are None. `cost`: see `PerformanceMeter.row`.
     """
     return {
         "step": step,

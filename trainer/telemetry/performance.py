@@ -1,6 +1,6 @@
-"""What a step cost: seconds and share of each phase, tokens per second, peak memory, MFU.
+"""A step's performance: seconds and share of each phase, tokens per second, peak memory, MFU.
 
-MFU (model flops utilization, PaLM, arXiv 2204.02311): the operations that the model's mathematics needs over
+MFU (model FLOPs utilization, PaLM, arXiv 2204.02311): the operations that the model's mathematics needs, over
 what the device could do in the same seconds. Padding, recomputed activations and idle time all lower it.
 """
 
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from store.errors import TrainingError
 from trainer.method.groups import Group
+from trainer.student.batches import TokenBatch
 from trainer.student.policy import Policy
 from trainer.timing import StepTimer, settler
 
@@ -42,24 +44,27 @@ PEAK_TERAFLOPS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
 }
-"""Dense bfloat16 matrix products with float32 sums, in 10^12 operations a second, by what the vendor calls
-the device; the first name that stands in the device's decides, so longer names come first."""
+"""Dense bfloat16 matrix products with float32 sums, in 10^12 operations a second, by a part of the device's
+name. The first match counts, so longer names come first."""
+
+MEMORY_PHASES = ("sample", "score", "update")
+"""Phases whose peak memory is reported; the others allocate little."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arithmetic:
-    """What a token costs in one forward pass."""
+    """Operations of a model's passes."""
 
     weights: int
     """Weights that multiply each token: all but looked-up embeddings."""
     attention_width: int
     """Layers times heads times head size."""
     trains_weights: bool
-    """Else adapters alone train: the backward pass needs no gradient of the frozen weights."""
+    """False where adapters alone train: the backward pass needs no gradient of the frozen weights."""
 
     def forward(self, lengths: Iterable[int]) -> float:
         """Operations of a forward pass over sequences of these lengths: two for each weight and token, and
-        those of attention, in which a token sees half of its sequence in the mean."""
+        those of attention, in which a token sees half of its sequence on average."""
         return float(sum(2 * self.weights * n + 2 * self.attention_width * n * n for n in lengths))
 
     def update(self, lengths: Iterable[int]) -> float:
@@ -68,8 +73,8 @@ class Arithmetic:
 
 
 def arithmetic_of(policy: Policy) -> Arithmetic | None:
-    """Reads the shape off the model, weights in 4 bits for as many as they stand for. None for a model whose
-    weights do not all multiply every token (a mixture of experts, say)."""
+    """Reads the shape off the model, 4-bit weights unpacked. None for a model whose weights do not all
+    multiply every token, such as a mixture of experts."""
     kinds = (torch.nn.Linear, torch.nn.Embedding)
     known = [module for module in policy.causal.modules() if isinstance(module, kinds)]
     counted = {id(p): p.numel() for module in known for p in module.parameters(recurse=False)}
@@ -87,15 +92,13 @@ def arithmetic_of(policy: Policy) -> Arithmetic | None:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Operations a second that the device could do in bfloat16, whatever the model computes in; None where
-    that is not known."""
-    found = (peak for name, peak in PEAK_TERAFLOPS.items() if name in device_name)
-    peak = next(found, None)
-    return None if peak is None else peak * 1e12
+    """Operations a second that the device could do in bfloat16; None for an unknown device."""
+    found = (peak * 1e12 for name, peak in PEAK_TERAFLOPS.items() if name in device_name)
+    return next(found, None)
 
 
-class CostMeter:
-    """Measures steps of one policy on its device, and on the other processes' `devices - 1`."""
+class PerformanceMeter:
+    """Measures the steps of one policy on its device and the other ranks' `devices - 1`."""
 
     def __init__(self, policy: Policy, *, devices: int = 1) -> None:
         self._device = policy.device
@@ -105,26 +108,27 @@ class CostMeter:
         self._peak = None if peak is None else peak * devices
 
     def begin(self) -> StepTimer:
-        """A step begins: its timer. On CUDA the peak of memory is the step's own."""
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        return StepTimer(settle=settler(self._device))
+        """The timer of a new step."""
+        return StepTimer(settle=settler(self._device), peak_memory=lambda: peak_memory(self._device))
 
     def row(
         self, timer: StepTimer, groups: Sequence[Group], advantages: Tensor, tokens: int
     ) -> dict[str, Any]:
         """A finished step's metrics. advantages: [N, G] of the groups' members; tokens: response tokens that
         carried a gradient."""
-        seconds, whole = timer.seconds, timer.total
-        sampled = [sample for group in groups for sample in group.samples]
-        drawn = sum(len(sample.token_ids) for sample in sampled)
+        seconds, total, peaks = timer.seconds, timer.total, timer.peaks
+        sampled = sum(len(sample.token_ids) for group in groups for sample in group.samples)
         return {
             **{f"seconds/{phase}": round(spent, 4) for phase, spent in seconds.items()},
-            "seconds/step": round(whole, 4),
-            **{f"share/{phase}": round(spent / whole, 4) for phase, spent in seconds.items()},
-            "tokens_per_second/sampled": _rate(drawn, seconds["sample"] + seconds["verify"]),
+            "seconds/step": round(total, 4),
+            **{f"share/{phase}": round(spent / total, 4) for phase, spent in seconds.items()},
+            "tokens_per_second/sampled": _rate(sampled, seconds["sample"] + seconds["verify"]),
             "tokens_per_second/trained": _rate(tokens, seconds["update"]),
-            "memory/peak_mib": round(peak_memory(self._device) / 2**20, 1),
+            "memory/peak_mib": _mib(max(peaks.values(), default=0)),
+            **{
+                f"memory/peak_mib/{phase}": _mib(peaks[phase]) if phase in peaks else None
+                for phase in MEMORY_PHASES
+            },
             **self._utilization(groups, advantages, seconds),
         }
 
@@ -133,21 +137,21 @@ class CostMeter:
     ) -> dict[str, float | None]:
         if self._arithmetic is None or self._peak is None:
             return {"mfu/sample": None, "mfu/update": None}
-        drawn = self._arithmetic.forward(sampled_lengths(groups))
+        sampled = self._arithmetic.forward(sampled_lengths(groups))
         trained = self._arithmetic.update(trained_lengths(groups, advantages))
         return {
-            "mfu/sample": _rate(drawn / self._peak, seconds["sample"]),
+            "mfu/sample": _rate(sampled / self._peak, seconds["sample"]),
             "mfu/update": _rate(trained / self._peak, seconds["update"]),
         }
 
 
 def sampled_lengths(groups: Sequence[Group]) -> list[int]:
-    """Prompt and response tokens of every sample that the student drew."""
+    """Prompt and response tokens of every sample of the student."""
     return [len(group.prompt_ids) + len(sample.token_ids) for group in groups for sample in group.samples]
 
 
 def trained_lengths(groups: Sequence[Group], advantages: Tensor) -> list[int]:
-    """The same of every member that carries a gradient; advantages [N, G]."""
+    """Prompt and response tokens of every member that carries a gradient; advantages [N, G]."""
     return [
         len(group.prompt_ids) + len(member.token_ids)
         for group, row in zip(groups, advantages.tolist(), strict=True)
@@ -157,19 +161,57 @@ def trained_lengths(groups: Sequence[Group], advantages: Tensor) -> list[int]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: on CUDA what tensors took at most since `CostMeter.begin`; on the CPU what the process held
-    resident at most since it began."""
+    """Bytes: on CUDA the most that tensors took since the last call, on the CPU the most that the process
+    held resident since it began."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
     status = Path("/proc/self/status")
     if status.exists():
-        # Of this process alone; what getrusage says may be its parent's.
+        # getrusage may give the peak of the parent process.
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def probe_memory(policy: Policy, optimizer: torch.optim.Optimizer, *, longest: int, max_tokens: int) -> None:
+    """Trains on the largest micro-batch once, without an effect on weights, gradients or generators.
+
+    All ranks have to call it. Raises TrainingError when the device has too little memory.
+
+    Args:
+        longest: prompt and response tokens of the longest sequence.
+        max_tokens: `train.max_tokens_per_microbatch`.
+    """
+    ids = torch.full((max(1, max_tokens // longest), longest), policy.pad_id, device=policy.device)
+    asked = torch.ones_like(ids, dtype=torch.bool)
+    asked[:, 0] = False
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    policy.model.train()
+    try:
+        # AdamW has no state yet, and will have two values a weight.
+        copies = 2 if isinstance(optimizer, torch.optim.AdamW) else 0
+        held = [torch.empty_like(weight) for weight in weights for _ in range(copies)]
+        batch = TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids), asked=asked)
+        (policy.statistics(batch).logprobs.sum() * 0.0).backward()  # type: ignore[no-untyped-call]
+        del held
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of GPU memory in a micro-batch of {len(ids)} x {longest} tokens: lower "
+            f"train.max_tokens_per_microbatch = {max_tokens} or rollout.max_completion_length, or set "
+            "student.gradient_checkpointing = true"
+        ) from error
+    finally:
+        policy.model.eval()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _mib(size: int) -> float:
+    return round(size / 2**20, 1)
+
+
 def _rate(amount: float, seconds: float) -> float | None:
-    """None where nothing was done: no time was taken either."""
+    """None where nothing was done, which took no time either."""
     return round(amount / seconds, 4) if amount and seconds else None

@@ -1,4 +1,4 @@
-"""What a step cost: each second in one phase, rates and utilization by hand, memory that is really held."""
+"""Each second in one phase, rates and utilization by hand, memory that is really held, and the probe."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
 
+from store.errors import TrainingError
 from store.records import Problem
 from trainer.method.groups import Group, Sample
 from trainer.student.policy import Policy
 from trainer.telemetry.performance import (
     Arithmetic,
-    CostMeter,
+    PerformanceMeter,
     arithmetic_of,
     peak_flops,
     peak_memory,
+    probe_memory,
     sampled_lengths,
     trained_lengths,
 )
@@ -39,13 +41,23 @@ def test_a_phase_inside_another_stops_its_clock() -> None:
     assert timer.total == 20.0
 
 
-def test_a_phase_may_be_entered_often_and_one_that_fails_is_counted_too() -> None:
+def test_a_phase_may_be_entered_often_and_one_that_fails_counts() -> None:
     timer = StepTimer(clock=clock_of(0.0, 1.0, 2.0, 5.0, 9.0))
     with timer("score"):
         pass
     with pytest.raises(ZeroDivisionError), timer("score"):
-        _ = 1 / 0
+        raise ZeroDivisionError
     assert timer.seconds["score"] == 1.0 + 4.0
+
+
+def test_each_phase_has_the_peak_of_its_own_time() -> None:
+    peaks = iter([9, 1, 5, 7, 6, 2, 3])  # the first one is from before the step
+    timer = StepTimer(peak_memory=lambda: next(peaks))
+    with timer("sample"), timer("verify"):
+        pass
+    with timer("sample"):
+        pass
+    assert timer.peaks == {"other": 2, "sample": 6, "verify": 7}
 
 
 def test_the_device_is_waited_for_before_the_clock_is_read() -> None:
@@ -142,20 +154,20 @@ def test_shares_and_rates_by_hand() -> None:
         pass
     with timer("update"):
         pass
-    found = CostMeter(policy).row(timer, GROUPS, ADVANTAGES, tokens=14)
+    found = PerformanceMeter(policy).row(timer, GROUPS, ADVANTAGES, tokens=14)
     assert (found["seconds/sample"], found["seconds/verify"], found["seconds/update"]) == (3.0, 1.0, 5.0)
     assert found["seconds/step"] == 10.0
     assert (found["share/sample"], found["share/verify"], found["share/update"]) == (0.3, 0.1, 0.5)
     assert found["share/score"] == found["seconds/score"] == 0.0
     assert found["tokens_per_second/sampled"] == 14 / 4  # 4 + 6 + 1 + 3 tokens
     assert found["tokens_per_second/trained"] == 14 / 5
-    assert found["mfu/sample"] is None  # the CPU has no known peak
-    assert found["mfu/update"] is None
+    assert found["mfu/sample"] is found["mfu/update"] is None  # the CPU has no known peak
+    assert found["memory/peak_mib/score"] is None  # nothing was scored
 
 
 def test_utilization_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = Policy(tiny_model(), tiny_tokenizer(), dtype=torch.float32)
-    meter = CostMeter(policy)
+    meter = PerformanceMeter(policy)
     monkeypatch.setattr(
         meter, "_arithmetic", Arithmetic(weights=1000, attention_width=8, trains_weights=True)
     )
@@ -179,3 +191,33 @@ def test_peak_memory_on_the_cpu_is_what_the_process_held() -> None:
     assert peak_memory(torch.device("cpu")) >= before + 48 * 2**20
     del held
     assert peak_memory(torch.device("cpu")) >= before + 48 * 2**20  # a peak stays
+
+
+def test_the_probe_changes_nothing_and_names_the_keys_where_memory_is_short(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = torch.optim.AdamW(policy.model.parameters())
+    before, generator = {k: v.clone() for k, v in policy.model.state_dict().items()}, torch.get_rng_state()
+    shapes: list[torch.Size] = []
+    forward = policy.statistics
+
+    def noted(batch: Any) -> Any:
+        shapes.append(batch.input_ids.shape)
+        return forward(batch)
+
+    monkeypatch.setattr(policy, "statistics", noted)
+    probe_memory(policy, optimizer, longest=30, max_tokens=100)
+    probe_memory(policy, optimizer, longest=30, max_tokens=20)  # a sequence is never cut
+    assert shapes == [(3, 30), (1, 30)]
+    assert all(value.equal(before[name]) for name, value in policy.model.state_dict().items())
+    assert all(weight.grad is None for weight in policy.model.parameters())
+    assert torch.get_rng_state().equal(generator)
+    assert not optimizer.state
+    assert not policy.model.training
+
+    def short(batch: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(policy, "statistics", short)
+    with pytest.raises(TrainingError, match=r"3 x 30 tokens: lower train.max_tokens_per_microbatch = 100 or"):
+        probe_memory(policy, optimizer, longest=30, max_tokens=100)
