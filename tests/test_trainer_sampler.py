@@ -138,15 +138,18 @@ def test_vllm_is_told_what_the_config_says(tmp_path: Path) -> None:
     assert ("enable_sleep_mode" in options) == torch.cuda.is_available()
 
 
-def test_the_process_sees_nothing_of_the_launcher() -> None:
-    given = {"HOME": "/root", "RANK": "3", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x"}
-    assert vllm_environment(torch.device("cpu"), given) == {"HOME": "/root"}
-
-
-@pytest.mark.parametrize(("visible", "seen"), [(None, "2"), ("4,5,6", "6")])
-def test_the_process_sees_the_students_gpu_alone(visible: str | None, seen: str) -> None:
-    given = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    assert vllm_environment(torch.device("cuda", 2), given) == {"CUDA_VISIBLE_DEVICES": seen}
+@pytest.mark.parametrize(
+    ("device", "given", "seen"),
+    [
+        ("cpu", {"HOME": "/root", "RANK": "3", "TORCHELASTIC_RUN_ID": "x"}, {"HOME": "/root"}),
+        ("cuda:2", {}, {"CUDA_VISIBLE_DEVICES": "2"}),
+        ("cuda:2", {"CUDA_VISIBLE_DEVICES": "4,5,6"}, {"CUDA_VISIBLE_DEVICES": "6"}),
+    ],
+)
+def test_vllms_process_sees_the_students_gpu_alone_and_nothing_of_torchrun(
+    device: str, given: dict[str, str], seen: dict[str, str]
+) -> None:
+    assert vllm_environment(torch.device(device), given) == seen
 
 
 @pytest.mark.parametrize("tied", [False, True])
