@@ -93,14 +93,22 @@ def test_a_finished_evaluation_is_repeated_from_its_files(
     assert other.out != first.out
 
 
-def test_more_samples_are_added_to_the_existing_ones(world: Path, model_dir: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(world: Path, model_dir: Path) -> EvalReport:
+    """5 samples of each of 4 problems, without an interruption."""
+    return evaluated(world, model_dir, world / "whole", eval__samples=5)
+
+
+def test_more_samples_are_added_to_the_existing_ones(
+    world: Path, model_dir: Path, tmp_path: Path, whole: EvalReport
+) -> None:
     few = evaluated(world, model_dir, tmp_path / "out", eval__samples=2, eval__k=[1])
     before = {part.name for part in few.out.glob("samples/*")}
-    more = evaluated(world, model_dir, tmp_path / "out", eval__samples=5, eval__k=[1, 5])
+    more = evaluated(world, model_dir, tmp_path / "out", eval__samples=5)
     first, *others = sorted(more.out.glob("samples/*.parquet"))
     assert {first.name} == before
     assert sum(pq.read_metadata(part).num_rows for part in others) == 4 * 3
-    assert rows_of(more.out) == rows_of(evaluated(world, model_dir, tmp_path / "new", eval__samples=5).out)
+    assert rows_of(more.out) == rows_of(whole.out)
 
 
 def test_another_recipe_in_the_same_directory_is_refused_with_the_difference(
@@ -108,15 +116,17 @@ def test_another_recipe_in_the_same_directory_is_refused_with_the_difference(
 ) -> None:
     few: dict[str, Any] = {"eval__samples": 1, "eval__k": [1]}
     evaluated(world, model_dir, tmp_path / "out", **few)
-    for changes, difference in [
-        ({"eval__temperature": 0.1}, r"temperature = 0\.6, now 0\.1"),
-        ({"rollout__max_completion_length": 12}, "max_tokens = 24, now 12"),
-        ({"train__seed": 5}, "seed = 0, now 5"),
-        ({"student__system_prompt": "Think."}, r"prompts = '4, \w+', now '4, \w+'"),
-    ]:
-        refusal = f"out holds an evaluation with {difference}; choose another directory"
-        with pytest.raises(RunError, match=refusal):
-            evaluated(world, model_dir, tmp_path / "out", **few, **changes)
+    changes: dict[str, Any] = {
+        "eval__temperature": 0.1,
+        "rollout__max_completion_length": 12,
+        "train__seed": 5,
+        "student__system_prompt": "Think.",
+    }
+    prompts = r"prompts = '4, \w+', now '4, \w+'"
+    differences = rf"max_tokens = 24, now 12; {prompts}; seed = 0, now 5; temperature = 0\.6, now 0\.1"
+    refusal = f"out holds an evaluation with {differences}; choose another directory"
+    with pytest.raises(RunError, match=refusal):
+        evaluated(world, model_dir, tmp_path / "out", **few, **changes)
     recipe = json.loads((tmp_path / "out" / "eval.json").read_text())
     with opened(tmp_path / "out", recipe), pytest.raises(RunError, match=r"another process \(pid \d+\)"):
         evaluated(world, model_dir, tmp_path / "out", **few)
@@ -142,22 +152,20 @@ def test_a_directory_of_something_else_is_left_alone(world: Path, model_dir: Pat
 
 
 def test_interrupted_anywhere_the_same_call_ends_with_the_same_samples(
-    world: Path, model_dir: Path, tmp_path: Path
+    world: Path, model_dir: Path, tmp_path: Path, whole: EvalReport
 ) -> None:
-    whole = evaluated(world, model_dir, tmp_path / "whole")
-
     class Impatient(TrainReporter):
         def sampling(self, label: str, done: int, total: int) -> None:
             if done == 7:
                 raise KeyboardInterrupt
 
-    config = eval_config(world, model_dir, rollout__batch_size=2)
+    config = eval_config(world, model_dir, eval__samples=5, rollout__batch_size=2)
     with pytest.raises(KeyboardInterrupt):
         evaluate_model(config, Impatient(), out=tmp_path / "cut")
     there = rows_of(tmp_path / "cut")
-    assert 0 < len(there) < 12
+    assert 0 < len(there) < 20
     assert not (tmp_path / "cut" / "results.json").exists()
-    done = evaluated(world, model_dir, tmp_path / "cut")
+    done = evaluated(world, model_dir, tmp_path / "cut", eval__samples=5)
     assert rows_of(done.out) == rows_of(whole.out)
     assert done.evaluation == whole.evaluation
 
