@@ -4,7 +4,7 @@
 
 The reference (the published code): one problem at a time, its candidates padded to the longest prompt and
 the longest response that the run allows, full logits [C, P + R, V], log-softmax and the entropy of every
-position, of which the answer's are read. The trainer: `guidance.reading_scores`. Both in float32.
+position, of which the answer's are read. The trainer: `guidance.answer_scores`. Both in float32.
 
     lab     the lab's student (310,080 parameters, vocabulary 262); chains of 2 to 6 operations, each
             solved in the lab's four styles; P + R = 64 + 448, all positions that the student has
@@ -39,8 +39,7 @@ from lab.problems import draw_chain
 from lab.solutions import STYLES
 from store.reports.tables import plain_table
 from trainer.config import StudentConfig
-from trainer.method.comprehension import ReadingSequence, comprehension_scores, reading_sequence
-from trainer.method.guidance import reading_scores
+from trainer.method.guidance import answer_scores, comprehension_scores
 from trainer.student.load import load_policy, load_tokenizer, pick_device
 from trainer.student.policy import Policy
 
@@ -153,12 +152,13 @@ def run(task: Task) -> Measured:
 
 def ours(policy: Policy, problems: Problems, case: Case) -> list[float]:
     sequences = [reading(candidate) for problem in problems for candidate in problem]
-    return reading_scores(policy, sequences, score="mean_logprob", max_tokens=case.max_tokens)
+    return answer_scores(policy, sequences, score="mean_logprob", max_tokens=case.max_tokens)
 
 
-def reading(candidate: Candidate) -> ReadingSequence:
+def reading(candidate: Candidate) -> tuple[tuple[int, ...], int]:
+    """Returns the ids, and the number of answer ids at their end."""
     prompt, reasoning, answer = candidate
-    return reading_sequence(prompt_ids=prompt, reasoning_ids=reasoning, answer_ids=answer)
+    return (*prompt, *reasoning, *answer), len(answer)
 
 
 def reference(policy: Policy, problems: Problems, case: Case) -> list[float]:

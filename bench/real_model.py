@@ -32,11 +32,9 @@ from store.reader import TraceStore
 from store.reports.report import store_report
 from store.reports.tables import plain_table
 from trainer.config import Config
-from trainer.method.groups import Group
-from trainer.method.guidance import Guide
-from trainer.method.rewards import Judge
-from trainer.method.rollouts import Prompt, demanded_form
-from trainer.method.teacher_traces import StudentTrace
+from trainer.method.groups import Group, Rewarder
+from trainer.method.rollouts import demanded_form
+from trainer.method.teacher_traces import Candidate
 from trainer.reports.inspection import evaluation_rows, group_queries, query_rows, summarize_queries
 from trainer.run.checkpoint import checkpoints
 from trainer.run.run_dir import RunFiles, open_run, step_of
@@ -46,7 +44,7 @@ from trainer.student.load import load_policy
 from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
 
-Pair = tuple[Group, StudentTrace]
+Pair = tuple[Group, Candidate]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,36 +104,26 @@ def read_traces(config: Config, model: str) -> list[Reading]:
         store = stack.enter_context(TraceStore(config.store.path))
         problems = usable_problems(config, "train", verifier, TrainReporter())
         form = demanded_form(config.student, problems)
-        judge = Judge(verifier, answer_form=form, format_weight=config.train.format_weight)
-        guide = make_guide(config, store, policy, judge)
+        rewarder = Rewarder(verifier, answer_form=form, weights=config.rewards)
+        guide = make_guide(config, store, policy, rewarder)
         prompts = fitting_prompts(config, problems, policy.tokenizer, TrainReporter())
-        pairs = pairs_of(prompts, guide, store)
+        assert guide.traces is not None
+        pairs = [
+            (Group(prompt=prompt, samples=()), candidate)
+            for prompt, candidates in guide.traces.all_candidates(prompts)
+            for candidate in candidates
+        ]
         answers = guide.score(pairs)
         own = trace_logprobs(policy, pairs, config.train.max_tokens_per_microbatch)
     return [
-        Reading(
-            problem_id=group.problem.problem_id, teacher=trace.trace.teacher, answer=answer, trace=logprob
-        )
+        Reading(problem_id=group.problem_id, teacher=trace.trace.teacher, answer=answer, trace=logprob)
         for (group, trace), answer, logprob in zip(pairs, answers, own, strict=True)
-    ]
-
-
-def pairs_of(prompts: Sequence[Prompt], guide: Guide, store: TraceStore) -> list[Pair]:
-    """Each prompt with each of its traces, in the student's tokens."""
-    found = store.candidates([prompt.problem.problem_id for prompt in prompts])
-    return [
-        (
-            Group(problem=prompt.problem, prompt_ids=prompt.ids, samples=(), opens_think=prompt.opens_think),
-            guide.traces.of(trace, opens_think=prompt.opens_think),
-        )
-        for prompt in prompts
-        for trace in found[prompt.problem.problem_id]
     ]
 
 
 def trace_logprobs(policy: Policy, pairs: Sequence[Pair], max_tokens: int) -> list[float]:
     """Mean log-probability of each trace's tokens, its EOS included."""
-    rows = [(*group.prompt_ids, *trace.token_ids) for group, trace in pairs]
+    rows = [(*group.prompt.ids, *trace.token_ids) for group, trace in pairs]
     means = [0.0] * len(rows)
     for indices in fill([len(row) for row in rows], max_tokens):
         lengths = [len(pairs[index][1].token_ids) for index in indices]

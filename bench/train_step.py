@@ -42,7 +42,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from bench.measure import RETURNED_AT_ONCE, Peak, alone, peak_growth, ways_table
 from precompute.config import load_config
 from trainer.config import Config
-from trainer.method.groups import Sample
+from trainer.method.groups import Prompt, Sample
 from trainer.run.run_dir import Position, RunFiles
 from trainer.run.setup import assemble
 from trainer.telemetry.console import TrainReporter
@@ -210,31 +210,23 @@ class Clock:
         return Measured(seconds=seconds, cpu_seconds=cpu_seconds, tokens=self.tokens, peak_mib=self._peak.mib)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlainPending:
-    """What trainer.method.rewards.PendingSample is, where nothing has to be waited for."""
-
-    gold: str
-    sample: dict[str, Any]
-    is_judged: bool = True
-
-
-class PlainJudge:
-    """`reward_of` in the place of the verifier's processes, which TRL has none of."""
+class PlainRewarder:
+    """`reward_of` instead of the verifier's processes, which TRL does not have."""
 
     def __init__(self, reward: str, clock: Clock) -> None:
         self._reward = reward
         self._clock = clock
         self._settled = 0
 
-    def submit(self, *, gold: str, opens_think: bool, **sample: Any) -> PlainPending:
-        self._clock.tokens += len(sample["token_ids"]) * self._clock.running
-        return PlainPending(gold=gold, sample=sample)
+    def verify(self, prompt: Prompt, sample: Sample) -> None:
+        self._clock.tokens += len(sample.token_ids) * self._clock.running
 
-    def settle(self, pending: PlainPending) -> Sample:
-        earned = reward_of(self._reward, pending.sample["text"], pending.gold, self._settled)
+    def reward(self, prompt: Prompt, sample: Sample, verification: None) -> Sample:
+        earned = reward_of(self._reward, sample.text, prompt.problem.answer, self._settled)
         self._settled += 1
-        return Sample(**pending.sample, is_correct=earned == 1, has_format=True, reward=earned)
+        return replace(
+            sample, is_correct=earned == 1, has_format=True, rewards={"own": earned}, reward=earned
+        )
 
 
 def ampo(task: Task) -> Measured:
@@ -244,8 +236,8 @@ def ampo(task: Task) -> Measured:
         run = RunFiles(Path(folder) / "run")
         parts = assemble(config, run, None, TrainReporter(), stack)
         run.start(config, after=Position())
-        judge: Any = PlainJudge(task.reward, clock)
-        parts = replace(parts, judge=judge)
+        rewarder: Any = PlainRewarder(task.reward, clock)
+        parts = replace(parts, rewarder=rewarder)
         for step in range(1, WARM_UP + task.steps + 1):
             train_step(parts, step)
             clock.step_ended(step)

@@ -33,6 +33,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """[B, T] of full logits [B, T, V]: column t is the log-probability of token t, column 0 is 0."""
+    chosen = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    return torch.nn.functional.pad(chosen, (1, 0))
+
+
 def tiny_tokenizer() -> Any:
     """One token a character."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *CHARACTERS])}

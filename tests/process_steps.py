@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from run_examples import updater_of
 from safetensors.torch import load_file
 from test_trainer_step import sequences
 
 from trainer.config import GuidanceConfig, StudentConfig, TrainConfig
-from trainer.method.objective import LOSS_TYPES
-from trainer.method.update import Updater
+from trainer.method.loss import REDUCTIONS
 from trainer.parallel.fsdp import full_tensor, gathered_weights, initial_device, shard
 from trainer.parallel.world import World, torchrun_world
 from trainer.sampling.weight_sync import WeightFolder
 from trainer.student.batches import TrainSequence, train_batch
 from trainer.student.load import load_policy
-from trainer.student.optimizer import make_optimizer
 from trainer.student.policy import Policy, WithoutAdapters
 
 
@@ -46,7 +45,7 @@ def cases() -> dict[str, Case]:
             student={},
             teacher_ratio=seed % 2 == 1,
         )
-        for seed, loss_type in enumerate(sorted(LOSS_TYPES))
+        for seed, loss_type in enumerate(sorted(REDUCTIONS))
     }
     rows, small = sequences(3), {"max_tokens_per_microbatch": 20}
     lora = {"use_peft": True, "lora_r": 4}
@@ -66,12 +65,10 @@ def take(case: Case, model: str, world: World) -> dict[str, Any]:
     train = TrainConfig(learning_rate=1e-2, max_grad_norm=1e9, **case.train)
     policy = load_policy(student, temperature=1.0, place=initial_device(world))
     shard(policy, world)
-    updater = Updater(
+    updater = updater_of(
         policy,
-        make_optimizer(policy.model, train),
         train,
-        GuidanceConfig(ratio="teacher" if case.teacher_ratio else "student"),
-        max_completion_length=32,
+        GuidanceConfig(loss="shaped_ratio" if case.teacher_ratio else "shaped"),
         reference=reference(student, train, policy, world),
         world=world,
     )
@@ -82,8 +79,11 @@ def take(case: Case, model: str, world: World) -> dict[str, Any]:
     )
     first = updater.optimizer_step(case.sequences)
     idle_while_the_others_compute(policy, world)
-    old = updater._old_logprobs(updater._share(case.sequences))
-    second = updater.optimizer_step(case.sequences, [row + 0.1 for row in old])
+    shifted = [
+        [replace(s, old_logprobs=tuple(value + 0.1 for value in s.old_logprobs or ())) for s in rows]
+        for rows in updater._with_old_logprobs(updater.micro_batches(case.sequences))
+    ]
+    second = updater.optimizer_step(case.sequences, shifted)
     return {"reports": [first, second], "gradient": gradient[0]}
 
 
@@ -119,8 +119,7 @@ def unusable(model: str, world: World) -> str:
     policy = load_policy(student, temperature=1.0, place=initial_device(world))
     shard(policy, world)
     train = TrainConfig(max_tokens_per_microbatch=1)
-    optimizer = make_optimizer(policy.model, train)
-    updater = Updater(policy, optimizer, train, GuidanceConfig(), max_completion_length=32, world=world)
+    updater = updater_of(policy, train, world=world)
     rows = sequences(0)
     by_length = sorted(range(len(rows)), key=lambda index: -rows[index].length)
     rows[by_length[1]] = replace(rows[by_length[1]], advantage=float("nan"))

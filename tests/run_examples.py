@@ -16,10 +16,28 @@ from precompute.config import load_config
 from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION
 from store.records import Problem, TeacherRecord, Trace
 from store.writer import StoreWriter
-from trainer.config import Config
+from trainer.config import Config, GuidanceConfig, TrainConfig
+from trainer.method.groups import Prompt
+from trainer.method.loss import make_policy_loss
+from trainer.method.update import Updater
+from trainer.student.optimizer import make_optimizer
+from trainer.student.policy import Policy
 from trainer.telemetry.metrics import MEASURED
 
 PROBLEMS = [Problem(question=f"{n}+{n}", answer=str(2 * n)) for n in range(12)]
+
+
+def prompt_of(problem: Problem, ids: tuple[int, ...] = (2, 3), *, opens_think: bool = False) -> Prompt:
+    return Prompt(problem=problem, text="", ids=ids, opens_think=opens_think)
+
+
+def updater_of(
+    policy: Policy, train: TrainConfig, guidance: GuidanceConfig | None = None, **options: Any
+) -> Updater:
+    """An Updater with an optimizer of its own; responses have at most 32 tokens."""
+    loss = make_policy_loss(train, guidance or GuidanceConfig())
+    optimizer = make_optimizer(policy.model, train)
+    return Updater(policy, optimizer, train, loss, **{"max_completion_length": 32, **options})
 
 
 def write_problems(path: Path, problems: list[Problem]) -> None:

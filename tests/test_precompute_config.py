@@ -43,7 +43,8 @@ def test_defaults_are_the_papers_run() -> None:
         ("train.max_steps=-1", "train.max_steps = -1: "),
         ("train.max_steps=many", "train.max_steps = 'many': "),
         ("train.learning_rate=nan", "train.learning_rate = nan"),
-        ("guidance.select=best", "guidance.select = 'best'"),
+        ("train.format_weight=0.2", "unknown key train.format_weight: it is rewards.format"),
+        ("warmup.sft_steps=3", "unknown key warmup.sft_steps: it is sft.steps now"),
         ("rollout.base_urls=7", "rollout.base_urls = 7: write a list in brackets"),
         ('rollout.vllm_args={"a": 1}', "write a table in braces, e.g. {a = 1, b = true}"),
         ("teachers.a.samples=1", "teachers is a list of tables: write [[teachers]] above each"),
@@ -68,12 +69,12 @@ def test_an_error_names_key_value_and_what_would_be_right(override: str, said: s
             "[train] mini_batch_problems = 3 must divide problems_per_step = 128",
         ),
         ("eval.k=[16]", "[eval] k = 16 needs samples >= 16, not 8"),
-        ("rollout.temperature=0.5", 'guidance.ratio = "teacher" compares with stored log-probs'),
+        ("rollout.temperature=0.5", 'guidance.loss = "shaped_ratio" compares with stored log-probs'),
     ],
 )
 def test_keys_that_contradict_are_named_without_the_rest_of_their_section(override: str, said: str) -> None:
     with pytest.raises(ConfigError) as error:
-        load("train.seed=77", "guidance.ratio=teacher", override)
+        load("train.seed=77", "guidance.loss=shaped_ratio", override)
     assert str(error.value).startswith(said)
     assert "77" not in str(error.value)
 

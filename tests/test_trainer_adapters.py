@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
+from run_examples import updater_of
 
 from precompute.config import load_config
 from store.errors import ConfigError, EngineError
-from trainer.config import Config, GuidanceConfig, StudentConfig, TrainConfig
-from trainer.method.update import Updater
+from trainer.config import Config, StudentConfig, TrainConfig
 from trainer.student.batches import TrainSequence, pad
 from trainer.student.load import load_policy
-from trainer.student.optimizer import make_optimizer
 from trainer.student.policy import Policy
 
 BATCH = pad([(2, 10, 11, 12, 1), (2, 20, 1)], [3, 1], pad_id=0, device=torch.device("cpu"))
@@ -28,15 +27,14 @@ def student(model: Path, **changes: object) -> Policy:
 
 def one_step(policy: Policy) -> None:
     config = TrainConfig(learning_rate=1e-2)
-    optimizer = make_optimizer(policy.model, config)
-    Updater(policy, optimizer, config, GuidanceConfig(), max_completion_length=32).optimizer_step([ROW])
+    updater_of(policy, config).optimizer_step([ROW])
 
 
 def test_new_adapters_change_nothing_and_train_alone(model_dir: Path) -> None:
     plain = load_policy(StudentConfig(model=str(model_dir), device="cpu"), temperature=1.0)
     policy = student(model_dir)
     with torch.no_grad():
-        assert policy.statistics(BATCH).logprobs.equal(plain.statistics(BATCH).logprobs)
+        assert policy.logprobs(BATCH).equal(plain.logprobs(BATCH))
     frozen = {n: p.clone() for n, p in policy.model.named_parameters() if not p.requires_grad}
     trained = [name for name, p in policy.model.named_parameters() if p.requires_grad]
     # Seven linear layers (q k v o gate up down) in each of two blocks, an A and a B each.
@@ -45,7 +43,7 @@ def test_new_adapters_change_nothing_and_train_alone(model_dir: Path) -> None:
     one_step(policy)
     assert all(frozen[n].equal(p) for n, p in policy.model.named_parameters() if n in frozen)
     with torch.no_grad():
-        assert not policy.statistics(BATCH).logprobs.equal(plain.statistics(BATCH).logprobs)
+        assert not policy.logprobs(BATCH).equal(plain.logprobs(BATCH))
 
 
 def test_qlora_keeps_four_bits_and_trains_its_adapters(tmp_path: Path) -> None:
@@ -57,14 +55,14 @@ def test_qlora_keeps_four_bits_and_trains_its_adapters(tmp_path: Path) -> None:
     assert "Linear4bit" in kinds
     q_proj = policy.causal.model.layers[0].self_attn.q_proj.base_layer
     assert q_proj.weight.dtype == torch.uint8
-    before = policy.statistics(BATCH).logprobs.detach()
+    before = policy.logprobs(BATCH).detach()
     exact = load_policy(StudentConfig(model=str(tmp_path), device="cpu"), temperature=1.0)
     with torch.no_grad():
-        rounding = (before - exact.statistics(BATCH).logprobs).abs().max().item()
+        rounding = (before - exact.logprobs(BATCH)).abs().max().item()
     assert 0 < rounding < 3  # four bits round, and the random model is still recognisable
     one_step(policy)
     with torch.no_grad():
-        assert not policy.statistics(BATCH).logprobs.equal(before)
+        assert not policy.logprobs(BATCH).equal(before)
     # A rollout-like pass came first; the gradient must still reach every adapter (B begins at 0).
     moved = {name for name, p in policy.model.named_parameters() if "lora_B" in name and bool(p.any())}
     assert len(moved) == 7 * 2

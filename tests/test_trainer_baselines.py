@@ -35,8 +35,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shrunk(name: str, world: Path, model: Path) -> Config:
     """The file as it ships, on the tiny world: paths and sizes are changed, the method is not."""
     sft, rl, _, k = METHODS[name]
-    small: dict[str, Any] = {"train__max_steps": 2 * rl, "run__name": name, "warmup__sft_steps": 2 * sft}
-    small |= {"warmup__traces_per_step": 4, "rollout__max_completion_length": 40, "train__seed": 1}
+    small: dict[str, Any] = {"train__max_steps": 2 * rl, "run__name": name, "sft__steps": 2 * sft}
+    small |= {"sft__traces_per_step": 4, "rollout__max_completion_length": 40, "train__seed": 1}
     if k == 1:
         small |= {"guidance__teachers": ["ada"]}  # the tiny store's
     return load_config(Config, str(BASELINES / f"{name}.toml"), settings(world, model, **small))

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.student.batches import TrainSequence, deal, fill, pad, place_values, train_batch
+from trainer.student.batches import TrainSequence, fill, pad, scatter_values, split_over_ranks, train_batch
 
 CPU = torch.device("cpu")
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 200))
-def test_every_sequence_stands_in_one_micro_batch_within_the_budget(lengths: list[int], budget: int) -> None:
+def test_every_sequence_is_in_one_micro_batch_within_the_budget(lengths: list[int], budget: int) -> None:
     batches = fill(lengths, budget)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
@@ -33,40 +33,32 @@ def test_a_long_sequence_does_not_pad_many_short_ones_and_few_are_worth_no_pass_
     assert fill([40, 400], 16384) == [[1, 0]]
 
 
-def test_each_process_gets_as_many_long_sequences() -> None:
-    # Longest first: 9 (place 1), 8 (3), 5 (4), 2 (2), 1 (0), dealt out in turn; a hand is in order of place.
-    assert deal([1, 9, 2, 8, 5], 2) == [[0, 1, 4], [2, 3]]
-    assert deal([7, 7], 3) == [[0], [1], []]
-    assert deal([1, 9, 2], 1) == [[0, 1, 2]]
+def test_each_rank_gets_as_many_long_sequences() -> None:
+    # Longest first: 9 (index 1), 8 (3), 5 (4), 2 (2), 1 (0), one rank after the other, in ascending order.
+    assert split_over_ranks([1, 9, 2, 8, 5], 2) == [[0, 1, 4], [2, 3]]
+    assert split_over_ranks([7, 7], 3) == [[0], [1], []]
+    assert split_over_ranks([1, 9, 2], 1) == [[0, 1, 2]]
 
 
-def test_rows_are_padded_on_the_right_and_their_last_tokens_asked_about() -> None:
+def test_rows_are_padded_on_the_right_and_their_last_tokens_are_targets() -> None:
     batch = pad([(5, 6, 7), (8,)], [2, 1], pad_id=0, device=CPU)
     assert batch.input_ids.tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch.asked.tolist() == [[False, True, True], [True, False, False]]
+    assert batch.target_mask.tolist() == [[False, True, True], [True, False, False]]
 
 
-def test_padding_on_the_left_moves_rows_and_what_is_asked_to_the_end() -> None:
-    batch = pad([(5, 6, 7), (8,)], [2, 1], pad_id=0, device=CPU, side="left")
-    assert batch.input_ids.tolist() == [[5, 6, 7], [0, 0, 8]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert batch.asked.tolist() == [[False, True, True], [False, False, True]]
-
-
-def test_a_training_batch_asks_about_the_response() -> None:
+def test_the_target_tokens_of_a_training_batch_are_the_response() -> None:
     sequence = TrainSequence(prompt_ids=(1, 2), response_ids=(3, 4), advantage=1.0, is_teacher=False)
     batch = train_batch([sequence], pad_id=0, device=CPU)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4]]
-    assert batch.asked.tolist() == [[False, False, True, True]]
+    assert batch.target_mask.tolist() == [[False, False, True, True]]
 
 
-def test_values_land_on_their_rows_asked_tokens() -> None:
-    asked = torch.tensor([[False, True, True], [True, False, False]])
-    placed = place_values([(0.5, 0.25), None], asked)
+def test_values_land_on_the_target_tokens_of_their_row() -> None:
+    mask = torch.tensor([[False, True, True], [True, False, False]])
+    placed = scatter_values([(0.5, 0.25), None], mask)
     assert placed.tolist() == [[0.0, 0.5, 0.25], [0.0, 0.0, 0.0]]
 
 
 def test_values_that_do_not_fit_a_row_are_refused() -> None:
     with pytest.raises(ValueError, match="row 0: 1 values for 2 tokens"):
-        place_values([(0.5,)], torch.tensor([[True, True]]))
+        scatter_values([(0.5,)], torch.tensor([[True, True]]))

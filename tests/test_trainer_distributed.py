@@ -30,8 +30,8 @@ LORA = {
     "student__use_peft": True,
     "student__lora_r": 4,
     "train__beta": 0.1,
-    "warmup__sft_steps": 2,
-    "warmup__traces_per_step": 3,
+    "sft__steps": 2,
+    "sft__traces_per_step": 3,
 }
 
 

@@ -15,7 +15,7 @@ from precompute.engines import Completion, Request, Sampling
 from precompute.engines.transformers_engine import TransformersEngine
 from precompute.verify.verifier import Verifier
 from store.records import Problem
-from trainer.config import EvalConfig, RolloutConfig, StudentConfig
+from trainer.config import DEFAULT_REWARDS, EvalConfig, RolloutConfig, StudentConfig
 from trainer.evaluation import (
     Estimate,
     Evaluation,
@@ -26,8 +26,8 @@ from trainer.evaluation import (
     mean_with_interval,
     pass_at_k,
 )
-from trainer.method.rewards import Judge
-from trainer.method.rollouts import Prompt, student_prompts
+from trainer.method.groups import Prompt, Rewarder
+from trainer.method.rollouts import student_prompts
 
 PROBLEMS = [Problem(question=f"{n}+{n}", answer=str(2 * n)) for n in range(3)]
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=24)
@@ -73,9 +73,9 @@ def test_evaluations_sample_at_their_own_temperature_and_the_rollouts_length() -
 
 
 @pytest.fixture(scope="module")
-def judge() -> Iterator[Judge]:
+def rewarder() -> Iterator[Rewarder]:
     with Verifier(workers=1) as verifier:
-        yield Judge(verifier, answer_form="boxed", format_weight=0.1)
+        yield Rewarder(verifier, answer_form="boxed", weights=DEFAULT_REWARDS)
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +99,11 @@ def texts_of(evaluation: Evaluation) -> list[list[str]]:
 
 
 def test_a_seed_gives_the_same_samples_again_and_another_seed_others(
-    judge: Judge, prompts: list[Prompt]
+    rewarder: Rewarder, prompts: list[Prompt]
 ) -> None:
     engine = random_engine()
     first, again, other = (
-        evaluate(engine, judge, prompts, SAMPLING, samples=4, k=(1, 4), seed=seed) for seed in (0, 0, 1)
+        evaluate(engine, rewarder, prompts, SAMPLING, samples=4, k=(1, 4), seed=seed) for seed in (0, 0, 1)
     )
     assert texts_of(first) == texts_of(again)
     assert first.metrics == again.metrics
@@ -112,16 +112,20 @@ def test_a_seed_gives_the_same_samples_again_and_another_seed_others(
     assert len({ids for group in texts_of(first) for ids in group}) == 12
 
 
-def test_samples_depend_on_no_other_problem_and_on_no_batch(judge: Judge, prompts: list[Prompt]) -> None:
-    whole = evaluate(random_engine(), judge, prompts, SAMPLING, samples=4, k=(1,), seed=0)
-    turned = evaluate(random_engine(batch_size=3), judge, prompts[::-1], SAMPLING, samples=4, k=(1,), seed=0)
+def test_samples_depend_on_no_other_problem_and_on_no_batch(
+    rewarder: Rewarder, prompts: list[Prompt]
+) -> None:
+    whole = evaluate(random_engine(), rewarder, prompts, SAMPLING, samples=4, k=(1,), seed=0)
+    turned = evaluate(
+        random_engine(batch_size=3), rewarder, prompts[::-1], SAMPLING, samples=4, k=(1,), seed=0
+    )
     assert texts_of(turned) == texts_of(whole)[::-1]
-    fewer = evaluate(random_engine(), judge, prompts[:1], SAMPLING, samples=2, k=(1,), seed=0)
+    fewer = evaluate(random_engine(), rewarder, prompts[:1], SAMPLING, samples=2, k=(1,), seed=0)
     assert texts_of(fewer) == [texts_of(whole)[0][:2]]
 
 
-def test_lengths_and_cuts_are_those_of_the_samples(judge: Judge, prompts: list[Prompt]) -> None:
-    found = evaluate(random_engine(), judge, prompts, SAMPLING, samples=16, k=(1,), seed=0)
+def test_lengths_and_cuts_are_those_of_the_samples(rewarder: Rewarder, prompts: list[Prompt]) -> None:
+    found = evaluate(random_engine(), rewarder, prompts, SAMPLING, samples=16, k=(1,), seed=0)
     lengths = [sample.n_tokens for sample in found.samples]
     assert len(lengths) == 48
     assert found.overall.mean_length == pytest.approx(sum(lengths) / 48)
@@ -157,10 +161,10 @@ class Reciting:
         pass
 
 
-def test_an_evaluation_by_hand(judge: Judge, prompts: list[Prompt]) -> None:
+def test_an_evaluation_by_hand(rewarder: Rewarder, prompts: list[Prompt]) -> None:
     right, wrong = "\\boxed{2}", "\\boxed{3}"  # 9 characters each; the second problem's gold answer is 2
     engine = Reciting([wrong] * 4, [wrong, right, wrong, right + "..."], ["\\boxed{4}"] * 4)
-    found = evaluate(engine, judge, prompts, SAMPLING, samples=4, k=(2, 4), seed=0)
+    found = evaluate(engine, rewarder, prompts, SAMPLING, samples=4, k=(2, 4), seed=0)
     # Right: 0, 1 (the cut one is never right) and 4 of 4.
     right_ones = [sample.is_correct for sample in found.samples]
     assert right_ones == [False] * 4 + [False, True, False, False] + [True] * 4
@@ -176,12 +180,12 @@ def test_an_evaluation_by_hand(judge: Judge, prompts: list[Prompt]) -> None:
     )
 
 
-def test_progress_counts_every_sample_up_to_the_whole(judge: Judge, prompts: list[Prompt]) -> None:
+def test_progress_counts_every_sample_up_to_the_whole(rewarder: Rewarder, prompts: list[Prompt]) -> None:
     seen: list[tuple[int, int]] = []
     engine = Reciting(["no"] * 2, ["no"] * 2, ["no"] * 2)
     evaluate(
         engine,
-        judge,
+        rewarder,
         prompts,
         SAMPLING,
         samples=2,
@@ -220,7 +224,7 @@ def sourced(prompt: Prompt, source: str, repeats: int = 1) -> Prompt:
 
 
 def test_sources_are_scored_separately_and_a_repeated_problem_gets_as_many_samples(
-    judge: Judge, prompts: list[Prompt]
+    rewarder: Rewarder, prompts: list[Prompt]
 ) -> None:
     right, wrong = "\\boxed{2}", "\\boxed{3}"
     chosen = [
@@ -230,7 +234,7 @@ def test_sources_are_scored_separately_and_a_repeated_problem_gets_as_many_sampl
     ]
     # Gold answers 0, 2 and 4; two samples each are asked for. Right are 0 of 4, 1 of 2 and 1 of 2.
     engine = Reciting([wrong] * 4, [wrong, right], ["\\boxed{4}", wrong])
-    found = evaluate(engine, judge, chosen, SAMPLING, samples=2, k=(1, 2), seed=0)
+    found = evaluate(engine, rewarder, chosen, SAMPLING, samples=2, k=(1, 2), seed=0)
     aime, math = found.sources["aime"], found.sources["math"]
     assert (aime.problems, aime.samples, math.problems, math.samples) == (2, (2, 4), 1, (2, 2))
     assert aime.pass_at[1].value == 0.25  # (0 + 1/2) / 2: problems weigh the same, however many samples
@@ -240,17 +244,17 @@ def test_sources_are_scored_separately_and_a_repeated_problem_gets_as_many_sampl
     assert found.mean_of_sources == {"pass@1": 0.375, "pass@2": 0.75}  # (1/4 + 1/2) / 2, (1/2 + 1) / 2
     assert found.metrics["eval/aime/pass@1"] == 0.25
     one = [sourced(prompt, "math") for prompt in prompts]
-    alone = evaluate(Reciting(["a"], ["b"], ["c"]), judge, one, SAMPLING, samples=1, k=(1,), seed=0)
+    alone = evaluate(Reciting(["a"], ["b"], ["c"]), rewarder, one, SAMPLING, samples=1, k=(1,), seed=0)
     assert (alone.sources, alone.mean_of_sources) == ({}, {})
 
 
-def test_existing_samples_are_not_generated_again(judge: Judge, prompts: list[Prompt]) -> None:
-    whole = evaluate(random_engine(), judge, prompts, SAMPLING, samples=4, k=(1,), seed=0)
+def test_existing_samples_are_not_generated_again(rewarder: Rewarder, prompts: list[Prompt]) -> None:
+    whole = evaluate(random_engine(), rewarder, prompts, SAMPLING, samples=4, k=(1,), seed=0)
     there = [sample for sample in whole.samples if sample.sample_index % 2]
     seen: list[tuple[int, int]] = []
     rest = eval_samples(
         random_engine(),
-        judge,
+        rewarder,
         prompts,
         SAMPLING,
         samples=4,

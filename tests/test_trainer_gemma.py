@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_gemma, tiny_tokenizer
+from conftest import tiny_gemma, tiny_tokenizer, token_logprobs
 from run_examples import PROBLEMS, config_of, write_problems, write_store
 from safetensors.torch import load_file
 
 from trainer.config import StudentConfig
-from trainer.method.objective import token_logprobs
 from trainer.run.run_dir import open_run
-from trainer.student import policy as policy_module
 from trainer.student.batches import pad
 from trainer.student.load import load_policy
 from trainer.student.policy import Policy
@@ -40,13 +38,13 @@ def load(model: Path, **changes: object) -> Policy:
 
 
 @torch.no_grad()
-def test_statistics_are_those_of_the_capped_logits(gemma_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_are_those_of_the_capped_logits(gemma_dir: Path) -> None:
     policy = load(gemma_dir)
-    logits = policy.model(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask).logits
+    logits = policy.model(input_ids=BATCH.input_ids).logits
     assert logits.abs().max().item() < 4.0  # the cap
-    expected = token_logprobs(logits / 0.7, BATCH.input_ids).masked_fill(~BATCH.asked, 0.0)
+    expected = token_logprobs(logits / 0.7, BATCH.input_ids).masked_fill(~BATCH.target_mask, 0.0)
     torch.testing.assert_close(policy.logprobs(BATCH), expected, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(policy_module, "LOGITS_PER_CHUNK", 5 * policy.model.config.vocab_size)
+    policy.logits_chunk_tokens = 5
     torch.testing.assert_close(policy.logprobs(BATCH), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -1,20 +1,24 @@
-"""Groups: failure is a boolean, and the student's own samples decide."""
+"""Groups and rewards: failure is a boolean, one rule rewards all. Real verifier."""
 
 from __future__ import annotations
 
-from random import Random
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from run_examples import prompt_of
 
+from precompute.config import AnswerForm
+from precompute.verify.verifier import Verdict, Verifier
+from store.errors import ConfigError
 from store.records import Problem
-from trainer.method.groups import TRIGGERS, Group, Sample, guidance_size, outcome_shares, place_guidance
+from trainer.config import DEFAULT_REWARDS, Config
+from trainer.method.groups import Group, Rewarder, Sample
 
 PROBLEM = Problem(question="2+2", answer="4")
 
 
-def sample(*, correct: bool, reward: float = 0.0, trace_id: str | None = None) -> Sample:
+def sample(*, correct: bool = False, reward: float = 0.0, trace_id: str | None = None) -> Sample:
     return Sample(
         token_ids=(5, 1),
         text="x",
@@ -26,75 +30,123 @@ def sample(*, correct: bool, reward: float = 0.0, trace_id: str | None = None) -
     )
 
 
-def group(*correct: bool) -> Group:
-    return Group(problem=PROBLEM, prompt_ids=(2, 3), samples=tuple(sample(correct=c) for c in correct))
-
-
-@pytest.mark.parametrize(
-    ("correct", "outcome"),
-    [((False, False), "all_fail"), ((True, True), "all_solved"), ((True, False), "mixed")],
-)
-def test_outcome_reads_the_verifiers_boolean(correct: tuple[bool, ...], outcome: str) -> None:
-    assert group(*correct).outcome == outcome
-
-
 def test_a_high_reward_is_no_success() -> None:
     # Format alone may pay; a failed group stays a failed group whatever the weights are.
-    failed = Group(
-        problem=PROBLEM, prompt_ids=(2,), samples=(sample(correct=False, reward=0.9), sample(correct=False))
-    )
-    assert failed.outcome == "all_fail"
-
-
-def test_shares_are_counted_before_replacement() -> None:
-    guided = place_guidance(group(False, False), [sample(correct=True, trace_id="t")], Random(0))
-    assert outcome_shares([guided, group(True, False)]) == {"all_fail": 0.5, "all_solved": 0.0, "mixed": 0.5}
-
-
-def test_triggers_name_the_outcomes_that_ask() -> None:
-    assert TRIGGERS["all_fail"] == {"all_fail"}
-    assert TRIGGERS["never"] == set()
-    assert TRIGGERS["always"] == {"all_fail", "mixed", "all_solved"}
-
-
-@pytest.mark.parametrize(
-    ("correct", "candidates", "k", "expected"),
-    [
-        ((False,) * 8, 4, 2, 2),  # k0
-        ((False,) * 8, 1, 2, 1),  # no more than there are
-        ((False,) * 3, 9, 5, 2),  # G - 1: a sample of the student's own stays
-        ((True, True, True, False), 4, 2, 1),  # `always`: only failed samples give way
-        ((True, True), 4, 2, 0),
-    ],
-)
-def test_how_many_traces_enter_a_group(
-    correct: tuple[bool, ...], candidates: int, k: int, expected: int
-) -> None:
-    assert guidance_size(group(*correct), candidates, k) == expected
-
-
-@given(st.lists(st.booleans(), min_size=2, max_size=8), st.integers(0, 2**31))
-def test_traces_only_ever_take_places_of_failed_samples(correct: list[bool], seed: int) -> None:
-    before = group(*correct)
-    k = guidance_size(before, 2, 2)
-    traces = [sample(correct=True, trace_id=f"t{i}") for i in range(k)]
-    after = place_guidance(before, traces, Random(seed))
-    assert sorted(m.trace_id for m in after.members if m.trace_id) == [t.trace_id for t in traces]
-    assert all(not before.samples[place].is_correct for place in after.guidance)
-    assert after.samples == before.samples
-    assert len(after.members) == len(correct)
-
-
-def test_the_same_generator_draws_the_same_places() -> None:
-    traces = [sample(correct=True, trace_id="t")]
-    places = {tuple(place_guidance(group(*[False] * 8), traces, Random(seed)).guidance) for seed in range(40)}
-    again = place_guidance(group(*[False] * 8), traces, Random(3)).guidance
-    assert again == place_guidance(group(*[False] * 8), traces, Random(3)).guidance
-    assert len(places) > 4  # of 8: it is a draw, not always the first
+    failed = Group(prompt=prompt_of(PROBLEM), samples=(sample(reward=0.9), sample()))
+    assert failed.n_correct == 0
 
 
 def test_a_group_trains_something_as_soon_as_two_members_earn_differently() -> None:
-    failed = group(False, False)  # both earn 0.0
-    assert not failed.has_gradient
+    failed = (sample(), sample())
+    assert not Group(prompt=prompt_of(PROBLEM), samples=failed).has_gradient
     trace = sample(correct=True, reward=1.0, trace_id="t")
-    assert place_guidance(failed, [trace], Random(0)).has_gradient
+    guided = Group(prompt=prompt_of(PROBLEM), samples=failed, guidance={1: trace})
+    assert guided.has_gradient
+    assert guided.members == (failed[0], trace)
+    assert guided.n_correct == 0  # counted before replacement
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[Verifier]:
+    with Verifier(workers=1) as opened:
+        yield opened
+
+
+def rewarded(
+    verifier: Verifier,
+    text: str,
+    *,
+    form: AnswerForm = "boxed",
+    weights: Mapping[str, float] = DEFAULT_REWARDS,
+    opens_think: bool = False,
+    **changes: Any,
+) -> Sample:
+    """The sample of a response to a problem whose gold answer is 4."""
+    rewarder = Rewarder(verifier, answer_form=form, weights=weights)
+    prompt = prompt_of(PROBLEM, opens_think=opens_think)
+    fields: dict[str, Any] = {"token_ids": (7, 8, 1), "finish_reason": "stop", **changes}
+    made = Sample(text=text, **fields)
+    return rewarder.reward(prompt, made, rewarder.verify(prompt, made))
+
+
+def outcome(sample: Sample) -> tuple[bool, bool, float]:
+    return sample.is_correct, sample.has_format, round(sample.reward, 12)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "expected"),
+    [
+        ("so \\boxed{4}", {}, (True, True, 1.0)),  # 0.9 * 1 + 0.1 * 1
+        ("so \\boxed{\\frac{8}{2}}", {}, (True, True, 1.0)),  # equal as mathematics, not as text
+        ("so \\boxed{5}", {}, (False, True, 0.1)),
+        ("so it is 4", {}, (False, False, 0.0)),
+        ("so \\boxed{4", {}, (False, False, 0.0)),  # never closed: no answer
+        # Of two answers the last decides, and the format is lost.
+        ("\\boxed{3}, no: \\boxed{4}", {}, (True, False, 0.9)),
+        ("\\boxed{4}, no: \\boxed{3}", {}, (False, False, 0.0)),
+        # The right answer in another form is correct without the format's share.
+        ("so <answer>4</answer>", {}, (True, False, 0.9)),
+        ("so <answer>4</answer>", {"form": "answer_tags"}, (True, True, 1.0)),
+        ("so \\boxed{4}", {"form": "answer_tags"}, (True, False, 0.9)),
+        # A cut response earns nothing although it holds the right answer.
+        ("so \\boxed{4} and", {"finish_reason": "length"}, (False, False, 0.0)),
+        # An answer inside the thought that the prompt opened neither counts nor costs the format.
+        ("so \\boxed{4}", {"opens_think": True}, (False, False, 0.0)),
+        ("\\boxed{3}?</think>so \\boxed{4}", {"opens_think": True}, (True, True, 1.0)),
+        ("so \\boxed{4}", {"weights": {"correct": 0.75, "format": 0.0}}, (True, True, 0.75)),
+    ],
+)
+def test_reward_of_a_response(
+    verifier: Verifier, text: str, options: dict[str, Any], expected: tuple[bool, bool, float]
+) -> None:
+    assert outcome(rewarded(verifier, text, **options)) == expected
+
+
+def test_a_sample_keeps_its_origin(verifier: Verifier) -> None:
+    origin: dict[str, Any] = {"logprobs": (-0.5, -0.25, 0.0), "trace_id": "t1", "teacher": "ada"}
+    assert rewarded(verifier, "so \\boxed{4}", **origin) == Sample(
+        token_ids=(7, 8, 1),
+        text="so \\boxed{4}",
+        finish_reason="stop",
+        is_correct=True,
+        has_format=True,
+        rewards={"correct": 1.0, "format": 1.0},
+        reward=1.0,
+        **origin,
+    )
+
+
+def brevity(problem: Problem, completion: Sample, verdict: Verdict | None) -> float:
+    """A user's reward: minus a tenth of the tokens; 100 for the answer 4 as the verifier read it."""
+    return (100.0 if verdict and verdict.answer == problem.answer else 0.0) - len(completion.token_ids) / 10
+
+
+def test_a_reward_of_the_users_own_weighs_in_and_does_not_decide_about_failure(verifier: Verifier) -> None:
+    weights = {**DEFAULT_REWARDS, "test_trainer_groups:brevity": 0.5}
+    right = rewarded(verifier, "so \\boxed{4}", weights=weights)
+    assert right.reward == pytest.approx(1.0 + 0.5 * (100 - 0.3))
+    assert right.rewards["test_trainer_groups:brevity"] == pytest.approx(99.7)
+    cut = rewarded(verifier, "so \\boxed{4}", weights=weights, finish_reason="length")
+    assert (cut.is_correct, cut.reward) == (False, pytest.approx(-0.15))
+
+
+def test_rewards_of_the_config_keep_the_others_defaults() -> None:
+    assert Config.model_validate({"rewards": {"m:f": 0.2}}).rewards == {
+        "correct": 0.9,
+        "format": 0.1,
+        "m:f": 0.2,
+    }
+
+
+def test_an_unknown_reward_is_refused_with_the_known_ones(verifier: Verifier) -> None:
+    with pytest.raises(ConfigError, match="rewards = 'typo': give one of correct, format, or module"):
+        rewarded(verifier, "", weights={"typo": 1.0})
+
+
+def test_verdicts_come_back_to_their_own_samples_in_any_order(verifier: Verifier) -> None:
+    rewarder, prompt = Rewarder(verifier, answer_form="boxed", weights=DEFAULT_REWARDS), prompt_of(PROBLEM)
+    samples = [Sample(text=f"\\boxed{{{n}}}", token_ids=(n,), finish_reason="stop") for n in range(8)]
+    pending = [rewarder.verify(prompt, each) for each in samples]
+    settled = {n: rewarder.reward(prompt, samples[n], pending[n]) for n in reversed(range(8))}
+    assert [n for n, sample in settled.items() if sample.is_correct] == [4]
+    assert all(sample.token_ids == (n,) for n, sample in settled.items())

@@ -1,30 +1,37 @@
-"""Guidance: who is asked, what is ranked, what is placed, what is logged. Real store, real verifier."""
+"""Guidance: which groups are queried, what is ranked, replaced and logged. Real store, real verifier."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import run_examples
 import torch
-from conftest import tiny_model, tiny_tokenizer
+from conftest import tiny_model, tiny_tokenizer, token_logprobs
+from run_examples import prompt_of
 
 from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION, Verifier
-from store.errors import StoreError
+from store.errors import ConfigError, StoreError
 from store.reader import TraceStore
 from store.records import Problem, TeacherRecord, Trace
 from store.writer import StoreWriter
-from trainer.config import GuidanceConfig
-from trainer.method.groups import Group, Sample
-from trainer.method.guidance import Guide
-from trainer.method.objective import token_logprobs
-from trainer.method.rewards import Judge
-from trainer.method.teacher_traces import Recent, check_tokenizers
+from trainer.config import DEFAULT_REWARDS, GuidanceConfig
+from trainer.method.groups import Group, Rewarder, Sample
+from trainer.method.guidance import (
+    Guide,
+    Scorer,
+    bare_answer,
+    comprehension_scores,
+    guidance_size,
+    mean_probability_scores,
+)
+from trainer.method.teacher_traces import Candidate, TraceReader
+from trainer.run.setup import check_tokenizers
 from trainer.student.policy import Policy
 
 PROBLEMS = [Problem(question=f"{n}+1", answer=str(n + 1)) for n in range(3)]
@@ -77,9 +84,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TraceStore]:
 
 
 @pytest.fixture(scope="module")
-def judge() -> Iterator[Judge]:
+def rewarder() -> Iterator[Rewarder]:
     with Verifier(workers=1) as verifier:
-        yield Judge(verifier, answer_form="boxed", format_weight=0.1)
+        yield Rewarder(verifier, answer_form="boxed", weights=DEFAULT_REWARDS)
 
 
 def group(problem: Problem, correct: tuple[bool, ...] = (False,) * 4) -> Group:
@@ -95,54 +102,58 @@ def group(problem: Problem, correct: tuple[bool, ...] = (False,) * 4) -> Group:
         for is_correct in correct
     )
     prompt_ids = tuple(tiny_tokenizer()(f"<user>{problem.question}<assistant>")["input_ids"])
-    return Group(problem=problem, prompt_ids=prompt_ids, samples=samples)
+    return Group(prompt=prompt_of(problem, prompt_ids), samples=samples)
 
 
-def guide_of(store: Any, judge: Judge, *, max_length: int = 200, **config: Any) -> Guide:
-    return Guide(
-        GuidanceConfig(**config),
-        store,
+def guide_of(store: Any, rewarder: Rewarder, *, max_length: int = 200, **changes: Any) -> Guide:
+    config, policy = (
+        GuidanceConfig(**changes),
         Policy(tiny_model(), tiny_tokenizer(), dtype=torch.float32),
-        judge,
-        max_completion_length=max_length,
-        max_tokens_per_microbatch=120,
-        seed=0,
     )
+    traces = TraceReader(
+        store,
+        policy,
+        rewarder.answer_form,
+        teachers=config.teachers,
+        max_length=max_length,
+        own_ids=config.reads_teacher_logprobs,
+    )
+    return Guide(config, traces, policy, rewarder, max_tokens_per_microbatch=120, seed=0)
 
 
-def test_only_groups_in_which_all_failed_are_asked(store: TraceStore, judge: Judge) -> None:
+def test_only_groups_in_which_all_failed_are_queried(store: TraceStore, rewarder: Rewarder) -> None:
     groups = [group(PROBLEMS[0], (True, False, False, False)), group(PROBLEMS[1]), group(PROBLEMS[2])]
-    guided, rows = guide_of(store, judge).guide(groups, step=7)
+    guided, rows = guide_of(store, rewarder).guide(groups, step=7)
     assert {row.problem_id for row in rows} == {PROBLEMS[1].problem_id, PROBLEMS[2].problem_id}
     assert guided[0] is groups[0]
     assert [member.teacher for member in guided[1].members if member.is_teacher] == ["bob"]
     assert {row.step for row in rows} == {7}
 
 
-def test_a_problem_without_a_candidate_has_one_row_with_nulls(store: TraceStore, judge: Judge) -> None:
-    guided, rows = guide_of(store, judge).guide([group(PROBLEMS[2])], step=1)
+def test_a_problem_without_a_candidate_has_one_row_with_nulls(store: TraceStore, rewarder: Rewarder) -> None:
+    guided, rows = guide_of(store, rewarder).guide([group(PROBLEMS[2])], step=1)
     assert not guided[0].guidance
     assert [(row.trace_id, row.teacher, row.score, row.rank, row.selected) for row in rows] == [
         (None, None, None, None, False)
     ]
 
 
-def test_never_asks_nothing_and_needs_no_store(judge: Judge) -> None:
+def test_never_queries_nothing_and_needs_no_store(rewarder: Rewarder) -> None:
     groups = [group(PROBLEMS[0])]
-    assert guide_of(None, judge, trigger="never").guide(groups, step=1) == (groups, [])
+    assert guide_of(None, rewarder, trigger="never").guide(groups, step=1) == (groups, [])
 
 
 def test_always_places_a_trace_into_a_mixed_group_but_never_over_a_right_answer(
-    store: TraceStore, judge: Judge
+    store: TraceStore, rewarder: Rewarder
 ) -> None:
     mixed = group(PROBLEMS[0], (True, True, True, False))
-    guided, rows = guide_of(store, judge, trigger="always").guide([mixed], step=1)
+    guided, rows = guide_of(store, rewarder, trigger="always").guide([mixed], step=1)
     assert list(guided[0].guidance) == [3]
     assert sum(row.selected for row in rows) == 1
 
 
-def test_a_trace_earns_what_the_rule_gives_it(store: TraceStore, judge: Judge) -> None:
-    guided, _ = guide_of(store, judge).guide([group(PROBLEMS[1])], step=1)
+def test_a_trace_earns_what_the_rule_gives_it(store: TraceStore, rewarder: Rewarder) -> None:
+    guided, _ = guide_of(store, rewarder).guide([group(PROBLEMS[1])], step=1)
     (placed,) = guided[0].guidance.values()
     assert placed.is_correct
     assert placed.has_format
@@ -152,9 +163,9 @@ def test_a_trace_earns_what_the_rule_gives_it(store: TraceStore, judge: Judge) -
 
 @torch.no_grad()
 def test_scores_are_mean_log_probabilities_of_the_gold_answer_after_reading(
-    store: TraceStore, judge: Judge
+    store: TraceStore, rewarder: Rewarder
 ) -> None:
-    guide = guide_of(store, judge)
+    guide = guide_of(store, rewarder)
     _, rows = guide.guide([group(PROBLEMS[0])], step=1)
     asked = group(PROBLEMS[0])
     for row in rows:
@@ -163,13 +174,13 @@ def test_scores_are_mean_log_probabilities_of_the_gold_answer_after_reading(
         encode = guide.policy.tokenizer
         reasoning_ids = encode(reasoning, add_special_tokens=False)["input_ids"]
         (answer_id,) = encode(PROBLEMS[0].answer, add_special_tokens=False)["input_ids"]
-        ids = torch.tensor([[*asked.prompt_ids, *reasoning_ids, answer_id]])
+        ids = torch.tensor([[*asked.prompt.ids, *reasoning_ids, answer_id]])
         expected = float(token_logprobs(guide.policy.model(ids).logits, ids)[0, -1])
         assert row.score == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_best_scores_are_placed_and_ranked(store: TraceStore, judge: Judge) -> None:
-    guided, rows = guide_of(store, judge).guide([group(PROBLEMS[0])], step=1)
+def test_the_best_scores_are_placed_and_ranked(store: TraceStore, rewarder: Rewarder) -> None:
+    guided, rows = guide_of(store, rewarder).guide([group(PROBLEMS[0])], step=1)
     scores = [row.score for row in rows if row.score is not None]
     assert scores == sorted(scores, reverse=True)
     assert [row.rank for row in rows] == [1, 2, 3]
@@ -179,8 +190,8 @@ def test_the_best_scores_are_placed_and_ranked(store: TraceStore, judge: Judge) 
     assert all(math.isfinite(score) for score in scores)
 
 
-def test_exact_ties_go_to_the_shorter_trace(store: TraceStore, judge: Judge) -> None:
-    guide = guide_of(store, judge, k=1)
+def test_exact_ties_go_to_the_shorter_trace(store: TraceStore, rewarder: Rewarder) -> None:
+    guide = guide_of(store, rewarder, k=1)
     guide.policy.model.lm_head.weight.data.zero_()  # every token equally likely: every score ln(1/V)
     guide.policy.model.model.embed_tokens.weight.data.zero_()
     _, rows = guide.guide([group(PROBLEMS[0])], step=1)
@@ -188,8 +199,10 @@ def test_exact_ties_go_to_the_shorter_trace(store: TraceStore, judge: Judge) -> 
     assert [row.teacher for row in rows] == ["bob", "ada", "eve"]
 
 
-def test_nothing_is_scored_where_every_candidate_is_placed_or_none(store: TraceStore, judge: Judge) -> None:
-    guide, passes = guide_of(store, judge, k=3), []
+def test_nothing_is_scored_where_every_candidate_is_placed_or_none(
+    store: TraceStore, rewarder: Rewarder
+) -> None:
+    guide, passes = guide_of(store, rewarder, k=3), []
     guide.policy.model.model.register_forward_hook(lambda *_: passes.append(1))
     # G = 4 lets all three traces in, the shortest first.
     guided, rows = guide.guide([group(PROBLEMS[0]), group(PROBLEMS[1])], step=1)
@@ -200,7 +213,7 @@ def test_nothing_is_scored_where_every_candidate_is_placed_or_none(store: TraceS
         ("bob", None, 1, True),
     ]
     assert [len(each.guidance) for each in guided] == [3, 1]
-    guide.config = GuidanceConfig(k=3, trigger="always")
+    guide._is_triggered = lambda n_correct, size: True
     _, rows = guide.guide([group(PROBLEMS[0], (True,) * 4)], step=1)
     assert {row.selected for row in rows} == {False}
     assert not passes
@@ -211,8 +224,8 @@ def test_nothing_is_scored_where_every_candidate_is_placed_or_none(store: TraceS
     assert [row.selected for row in rows] == [True, True, False]
 
 
-def test_shortest_takes_the_shortest_and_scores_nothing(store: TraceStore, judge: Judge) -> None:
-    _, rows = guide_of(store, judge, select="shortest", k=1).guide([group(PROBLEMS[0])], step=1)
+def test_shortest_takes_the_shortest_and_scores_nothing(store: TraceStore, rewarder: Rewarder) -> None:
+    _, rows = guide_of(store, rewarder, select="shortest", k=1).guide([group(PROBLEMS[0])], step=1)
     assert [(row.teacher, row.selected, row.score) for row in rows] == [
         ("bob", True, None),
         ("ada", False, None),
@@ -220,41 +233,32 @@ def test_shortest_takes_the_shortest_and_scores_nothing(store: TraceStore, judge
     ]
 
 
-def test_random_selection_differs_by_step_and_repeats_itself(store: TraceStore, judge: Judge) -> None:
-    guide = guide_of(store, judge, select="random", k=1)
+def test_random_selection_differs_by_step_and_repeats_itself(store: TraceStore, rewarder: Rewarder) -> None:
+    guide = guide_of(store, rewarder, select="random", k=1)
     first = [guide.guide([group(PROBLEMS[0])], step=step)[1][0].teacher for step in range(12)]
     again = [guide.guide([group(PROBLEMS[0])], step=step)[1][0].teacher for step in range(12)]
     assert first == again
     assert len(set(first)) == 3
 
 
-def test_a_trace_that_does_not_fit_is_left_out_and_never_cut(store: TraceStore, judge: Judge) -> None:
+def test_a_trace_that_does_not_fit_is_left_out_and_never_cut(store: TraceStore, rewarder: Rewarder) -> None:
     # bob: 3 + 8 + 1 + EOS = "so \boxed{1}" has 12 characters and an EOS: 13 tokens.
-    _, rows = guide_of(store, judge, max_length=13).guide([group(PROBLEMS[0])], step=1)
+    _, rows = guide_of(store, rewarder, max_length=13).guide([group(PROBLEMS[0])], step=1)
     assert [(row.teacher, row.n_tokens) for row in rows] == [("bob", 13)]
-    _, rows = guide_of(store, judge, max_length=12).guide([group(PROBLEMS[0])], step=1)
+    _, rows = guide_of(store, rewarder, max_length=12).guide([group(PROBLEMS[0])], step=1)
     assert [row.trace_id for row in rows] == [None]
 
 
-def test_only_the_teachers_that_the_config_names_are_asked(store: TraceStore, judge: Judge) -> None:
-    _, rows = guide_of(store, judge, teachers=("eve",)).guide([group(PROBLEMS[0])], step=1)
+def test_only_traces_of_the_teachers_that_the_config_names_are_used(
+    store: TraceStore, rewarder: Rewarder
+) -> None:
+    _, rows = guide_of(store, rewarder, teachers=("eve",)).guide([group(PROBLEMS[0])], step=1)
     assert [row.teacher for row in rows] == ["eve"]
-
-
-def test_traces_that_are_not_kept_change_nothing(store: TraceStore, judge: Judge) -> None:
-    kept, forgetful = guide_of(store, judge), guide_of(store, judge)
-    forgetful.traces._recent, forgetful._samples = Recent(capacity=0), Recent(capacity=0)
-    for step in (1, 2):
-        guided, rows = kept.guide([group(problem) for problem in PROBLEMS], step=step)
-        same, same_rows = forgetful.guide([group(problem) for problem in PROBLEMS], step=step)
-        assert guided == same
-        assert [replace(r, latency_ms=0) for r in rows] == [replace(r, latency_ms=0) for r in same_rows]
-    assert kept.traces._recent.tokens > forgetful.traces._recent.tokens == 0
 
 
 def test_a_trace_in_another_form_is_mapped_to_the_students(store: TraceStore) -> None:
     with Verifier(workers=1) as verifier:
-        tags = Judge(verifier, answer_form="answer_tags", format_weight=0.1)
+        tags = Rewarder(verifier, answer_form="answer_tags", weights=DEFAULT_REWARDS)
         guided, _ = guide_of(store, tags).guide([group(PROBLEMS[1])], step=1)
     (placed,) = guided[0].guidance.values()
     assert placed.text == "so <answer>2</answer>"
@@ -262,29 +266,29 @@ def test_a_trace_in_another_form_is_mapped_to_the_students(store: TraceStore) ->
     assert placed.has_format
 
 
-def test_the_teacher_ratio_trains_on_the_teachers_own_tokens(store: TraceStore, judge: Judge) -> None:
-    guided, _ = guide_of(store, judge, ratio="teacher").guide([group(PROBLEMS[1])], step=1)
+def test_shaped_ratio_trains_on_the_teachers_own_tokens(store: TraceStore, rewarder: Rewarder) -> None:
+    guided, _ = guide_of(store, rewarder, loss="shaped_ratio").guide([group(PROBLEMS[1])], step=1)
     (placed,) = guided[0].guidance.values()
     assert placed.logprobs == tuple(-0.5 for _ in placed.token_ids)
     assert len(placed.token_ids) == 13
 
 
-def test_the_teacher_ratio_refuses_another_tokenizer_before_training() -> None:
+def test_shaped_ratio_refuses_another_tokenizer_before_training() -> None:
     teachers = {"ada": teacher("ada"), "bob": teacher("bob", "other")}
     check_tokenizers(teachers, "same", ["ada"])
     with pytest.raises(StoreError, match="'bob'"):
         check_tokenizers(teachers, "same", [])
 
 
-def test_a_score_that_is_not_a_number_stops_and_names_the_culprit(store: TraceStore, judge: Judge) -> None:
-    guide = guide_of(store, judge)
+def test_a_non_finite_score_stops_and_names_the_culprit(store: TraceStore, rewarder: Rewarder) -> None:
+    guide = guide_of(store, rewarder)
     guide.policy.model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=PROBLEMS[0].problem_id):
         guide.guide([group(PROBLEMS[0])], step=1)
 
 
-def test_places_and_scores_do_not_depend_on_the_token_budget(store: TraceStore, judge: Judge) -> None:
-    wide, narrow = guide_of(store, judge), guide_of(store, judge)
+def test_places_and_scores_do_not_depend_on_the_token_budget(store: TraceStore, rewarder: Rewarder) -> None:
+    wide, narrow = guide_of(store, rewarder), guide_of(store, rewarder)
     narrow.max_tokens = 1
     a = wide.guide([group(p) for p in PROBLEMS], step=3)
     b = narrow.guide([group(p) for p in PROBLEMS], step=3)
@@ -294,6 +298,133 @@ def test_places_and_scores_do_not_depend_on_the_token_budget(store: TraceStore, 
         assert left.score == pytest.approx(right.score, rel=1e-5) if left.score else right.score is None
 
 
-def test_a_store_of_a_missing_path_says_so_whole(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=str(tmp_path / "none")):
-        TraceStore(tmp_path / "none")
+def longest(group: Group, candidates: Sequence[Candidate], scorer: Scorer, rng: Random) -> list[Candidate]:
+    """A user's selector that scores nothing and leaves the shortest candidate out."""
+    return sorted(candidates, key=lambda c: -len(c.token_ids))[:-1]
+
+
+def worst(group: Group, candidates: Sequence[Candidate], scorer: Scorer, rng: Random) -> list[Candidate]:
+    """A user's selector by score, lowest first."""
+    scores = scorer(candidates)
+    return [c for _, c in sorted(zip(scores, candidates, strict=True), key=lambda pair: pair[0])]
+
+
+def test_a_selector_of_the_users_own_may_leave_candidates_out(store: TraceStore, rewarder: Rewarder) -> None:
+    _, rows = guide_of(store, rewarder, select="test_trainer_guidance:longest").guide(
+        [group(PROBLEMS[0])], step=1
+    )
+    assert [(row.teacher, row.rank, row.selected, row.score) for row in rows] == [
+        ("eve", 1, True, None),
+        ("ada", 2, True, None),
+        ("bob", None, False, None),
+    ]
+
+
+def test_a_selector_of_the_users_own_gets_scores_in_one_pass_over_the_step(
+    store: TraceStore, rewarder: Rewarder
+) -> None:
+    best, passes = guide_of(store, rewarder, k=1), []
+    groups = [group(PROBLEMS[0]), group(PROBLEMS[1])]
+    by_score = {row.teacher: row.score for row in best.guide(groups, step=1)[1][:3]}
+    guide = guide_of(store, rewarder, k=1, select="test_trainer_guidance:worst")
+    guide.max_tokens = 10_000
+    guide.policy.model.model.register_forward_hook(lambda *_: passes.append(1))
+    _, rows = guide.guide(groups, step=1)
+    assert [row.teacher for row in rows[:3]] == sorted(by_score, key=by_score.get)  # type: ignore[arg-type]
+    assert [row.selected for row in rows] == [True, False, False, True]
+    # Group 0 has to choose: one pass. Group 1 uses its only candidate, which `worst` scores nevertheless.
+    assert len(passes) == 2
+    assert rows[3].score is not None
+
+
+def half(n_correct: int, size: int) -> bool:
+    """A user's trigger."""
+    return n_correct <= size // 2
+
+
+def test_a_trigger_of_the_users_own(store: TraceStore, rewarder: Rewarder) -> None:
+    guide = guide_of(store, rewarder, trigger="test_trainer_guidance:half")
+    groups = [
+        group(PROBLEMS[0], (True, True, False, False)),
+        group(PROBLEMS[1], (True, True, True, False)),
+    ]
+    assert {row.problem_id for row in guide.guide(groups, step=1)[1]} == {PROBLEMS[0].problem_id}
+
+
+@pytest.mark.parametrize("key", ["trigger", "select"])
+def test_an_unknown_name_is_refused_with_the_known_ones(rewarder: Rewarder, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"guidance\.{key} = 'typo': give one of .*, or module:function"):
+        guide_of(None, rewarder, **{key: "typo"})
+
+
+@pytest.mark.parametrize(
+    ("correct", "candidates", "k", "expected"),
+    [
+        ((False,) * 8, 4, 2, 2),  # k0
+        ((False,) * 8, 1, 2, 1),  # no more than there are
+        ((False,) * 3, 9, 5, 2),  # G - 1: a sample of the student's own stays
+        ((True, True, True, False), 4, 2, 1),  # `always`: only failed samples are replaced
+        ((True, True), 4, 2, 0),
+    ],
+)
+def test_how_many_traces_enter_a_group(
+    correct: tuple[bool, ...], candidates: int, k: int, expected: int
+) -> None:
+    assert guidance_size(group(PROBLEMS[0], correct), candidates, k) == expected
+
+
+def test_failed_samples_alone_are_replaced_at_random_indices_that_a_seed_fixes(
+    store: TraceStore, rewarder: Rewarder
+) -> None:
+    guide = guide_of(store, rewarder, trigger="always", select="shortest", k=1)
+    before = group(PROBLEMS[0], (False, True, False, False, True, False, False, False))
+    indices = []
+    for step in range(20):
+        (after,), _ = guide.guide([before], step=step)
+        assert after == guide.guide([before], step=step)[0][0]
+        assert after.samples == before.samples
+        indices += after.guidance
+    assert set(indices) <= {0, 2, 3, 5, 6, 7}
+    assert len(set(indices)) > 3
+
+
+# Answers of 2 and 1 tokens; the 0.9s are on reasoning and padding and must not count.
+LOGPROBS = torch.log(torch.tensor([[0.9, 0.5, 0.125], [0.9, 0.25, 0.9]]))
+MASK = torch.tensor([[False, True, True], [False, True, False]])
+
+
+def test_the_score_is_the_mean_log_probability_of_the_answer() -> None:
+    # (ln 1/2 + ln 1/8) / 2 = ln 1/4; ln 1/4: so a tie between the two.
+    found = comprehension_scores(LOGPROBS, MASK)
+    assert found.tolist() == pytest.approx([math.log(0.25), math.log(0.25)])
+    assert comprehension_scores(LOGPROBS, MASK.long()).equal(found)
+
+
+def test_mean_prob_averages_probabilities_instead() -> None:
+    # (1/2 + 1/8) / 2 = 0.3125; 0.25: no tie here.
+    assert mean_probability_scores(LOGPROBS, MASK).exp().tolist() == pytest.approx([0.3125, 0.25])
+
+
+def test_near_scores_are_not_rounded_together() -> None:
+    # bfloat16 has 8 bits of mantissa: it would make these two equal.
+    scores = comprehension_scores(torch.tensor([[-1.0001], [-1.0]]), torch.tensor([[True], [True]]))
+    assert scores[0] < scores[1]
+
+
+def test_a_candidate_without_an_answer_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="no answer token"):
+        comprehension_scores(torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("gold", "bare"),
+    [
+        ("42", "42"),
+        (" $\\frac{7}{4}$ ", "\\frac{7}{4}"),
+        ("$1$ or $2$", "$1$ or $2$"),
+        ("$", "$"),
+        ("\\$5", "\\$5"),
+    ],
+)
+def test_a_gold_formula_loses_its_dollar_signs_inside_a_box(gold: str, bare: str) -> None:
+    assert bare_answer(gold) == bare

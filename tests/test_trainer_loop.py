@@ -474,12 +474,6 @@ def test_adapters_over_a_run_of_full_weights_are_refused_before_anything_is_load
         run(world, model_dir, run__name="straight", student__use_peft=True)
 
 
-def test_a_dry_run_refuses_what_several_processes_cannot_do(world: Path, model_dir: Path) -> None:
-    settings = config_of(world, model_dir, run__name="dry", train__compile=True)
-    with pytest.raises(ConfigError, match=r"train\.compile = true"):
-        dry_run(settings, gpu="H100-80GB", processes=4)
-
-
 def test_a_dry_run_refuses_to_go_on_as_another_run(straight: Path, world: Path, model_dir: Path) -> None:
     with pytest.raises(RunError, match=r"train\.seed"):
         dry_run(config_of(world, model_dir, run__name="straight", train__seed=7))
@@ -487,25 +481,25 @@ def test_a_dry_run_refuses_to_go_on_as_another_run(straight: Path, world: Path, 
 
 def test_teachers_probabilities_are_compared_at_their_own_temperature(world: Path, model_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"rollout\.temperature = 1\.0"):
-        config_of(world, model_dir, guidance__ratio="teacher", rollout__temperature=0.7)
+        config_of(world, model_dir, guidance__loss="shaped_ratio", rollout__temperature=0.7)
 
 
 def test_the_teacher_ratio_checks_every_trace_before_the_first_step(world: Path, model_dir: Path) -> None:
     with pytest.raises(StoreError, match="needs the student's tokenizer"):
-        run(world, model_dir, run__name="ratio", guidance__ratio="teacher")
+        run(world, model_dir, run__name="ratio", guidance__loss="shaped_ratio")
     assert not (world / "runs" / "ratio").exists()
 
 
 @pytest.mark.parametrize(
     ("place", "doing"),
     [
-        ("trainer.run.setup.shard", "putting the run together"),
+        ("trainer.run.setup.shard", "setting up the run"),
         (
             "trainer.run.checkpoint.save",
             r"saving step 1 \(older checkpoints in .*/out/checkpoints are whole\)",
         ),
         ("trainer.run.checkpoint._write", r"saving step 1 \(older checkpoints"),
-        ("trainer.run.checkpoint.restore_optimizer", "taking up the optimizer of .*step-000001"),
+        ("trainer.run.checkpoint.restore_optimizer", "loading the optimizer of .*step-000001"),
     ],
 )
 def test_memory_that_runs_out_between_steps_is_told_in_one_line(

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.config import StudentConfig
 from trainer.student import head as narrow_head
-from trainer.student import policy as policy_module
 from trainer.student.batches import TokenBatch
 from trainer.student.head import head_logits
 from trainer.student.load import load_policy
@@ -22,22 +21,21 @@ VOCABULARY = 150_000
 
 
 def whole_rows(rows: int, length: int) -> TokenBatch:
-    """All tokens but the first of each row are asked about."""
+    """All tokens but the first of each row are target tokens."""
     ids = torch.arange(rows * length).reshape(rows, length) * 131 % VOCABULARY
-    asked = torch.ones_like(ids, dtype=torch.bool)
-    asked[:, 0] = False
-    return TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids), asked=asked)
+    target_mask = torch.ones_like(ids, dtype=torch.bool)
+    target_mask[:, 0] = False
+    return TokenBatch(input_ids=ids, target_mask=target_mask)
 
 
-def test_logits_of_all_tokens_never_exist_forward_or_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_of_all_tokens_never_exist_forward_or_backward() -> None:
     model = tiny_model(vocab_size=VOCABULARY, hidden_size=16, tie_word_embeddings=True, num_hidden_layers=1)
-    policy = Policy(model, tiny_tokenizer(), dtype=torch.float32)
-    monkeypatch.setattr(policy_module, "LOGITS_PER_CHUNK", 2**22)
+    policy = Policy(model, tiny_tokenizer(), dtype=torch.float32, logits_chunk_tokens=27)
     batch = whole_rows(2, 129)
     with MemoryWatch() as watch:
-        stats = policy.statistics(batch)
-        (stats.logprobs + stats.entropy).sum().backward()
-    # 2 x 128 asked tokens: 154 MB of float32 logits. A chunk is 2^22 values: 27 tokens, 16.2 MB; the
+        logprobs, entropy = policy.logprobs_and_entropy(batch)
+        (logprobs + entropy).sum().backward()
+    # 2 x 128 target tokens: 154 MB of float32 logits. A chunk is 27 tokens: 16.2 MB; the
     # gradient of the tied embedding 150,000 x 16 x 4 = 9.6 MB.
     assert watch.largest == 27 * VOCABULARY * 4
     # At once: a handful of chunks of arithmetic, far from all logits.
@@ -89,9 +87,9 @@ def test_scores_of_a_bfloat16_student_come_from_float32_logits(tmp_path: object)
     config = StudentConfig(model=str(tmp_path), device="cpu", dtype="bfloat16", use_peft=True)
     policy = load_policy(config, temperature=1.0)
     ids = torch.tensor([[2, 10, 11, 12, 13, 1]])
-    asked = torch.ones_like(ids, dtype=torch.bool)
-    asked[:, 0] = False
-    batch = TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids), asked=asked)
+    target_mask = torch.ones_like(ids, dtype=torch.bool)
+    target_mask[:, 0] = False
+    batch = TokenBatch(input_ids=ids, target_mask=target_mask)
     with policy.computing():
         hidden = policy.causal.base_model(input_ids=ids).last_hidden_state
     head = policy.causal.get_output_embeddings().weight

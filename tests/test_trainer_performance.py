@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
+from run_examples import prompt_of
 
 from store.errors import TrainingError
 from store.records import Problem
@@ -129,12 +130,11 @@ def sample(length: int, *, trace_id: str | None = None) -> Sample:
 
 GROUPS = [
     Group(
-        problem=Problem(question="1+1", answer="2"),
-        prompt_ids=(2, 3),
+        prompt=prompt_of(Problem(question="1+1", answer="2")),
         samples=(sample(4), sample(6)),
         guidance={1: sample(10, trace_id="t")},
     ),
-    Group(problem=Problem(question="2+2", answer="4"), prompt_ids=(2,), samples=(sample(1), sample(3))),
+    Group(prompt=prompt_of(Problem(question="2+2", answer="4"), (2,)), samples=(sample(1), sample(3))),
 ]
 ADVANTAGES = torch.tensor([[-0.5, 0.5], [0.0, 0.0]])
 
@@ -199,13 +199,13 @@ def test_the_probe_changes_nothing_and_names_the_keys_where_memory_is_short(
     optimizer = torch.optim.AdamW(policy.model.parameters())
     before, generator = {k: v.clone() for k, v in policy.model.state_dict().items()}, torch.get_rng_state()
     shapes: list[torch.Size] = []
-    forward = policy.statistics
+    forward = policy.logprobs_and_entropy
 
     def noted(batch: Any) -> Any:
         shapes.append(batch.input_ids.shape)
         return forward(batch)
 
-    monkeypatch.setattr(policy, "statistics", noted)
+    monkeypatch.setattr(policy, "logprobs_and_entropy", noted)
     probe_memory(policy, optimizer, longest=30, max_tokens=100)
     probe_memory(policy, optimizer, longest=30, max_tokens=20)  # a sequence is never cut
     assert shapes == [(3, 30), (1, 30)]

@@ -11,7 +11,7 @@ import pytest
 from conftest import tiny_model, tiny_tokenizer
 from memory_watch import MemoryWatch
 from rich.console import Console
-from run_examples import config_of, make_world, write_problems, write_store
+from run_examples import config_of, make_world, updater_of, write_problems, write_store
 from transformers import Qwen2Config
 from typer.testing import CliRunner
 
@@ -19,8 +19,7 @@ from cli import app
 from precompute.config import load_config
 from store.errors import ConfigError, EngineError, StoreError, UserError
 from store.records import Problem
-from trainer.config import Config, GuidanceConfig, StudentConfig, TrainConfig
-from trainer.method.update import Updater
+from trainer.config import Config, StudentConfig, TrainConfig
 from trainer.planning import (
     MemoryPlan,
     ModelShape,
@@ -33,7 +32,6 @@ from trainer.planning import (
 )
 from trainer.student.batches import TrainSequence
 from trainer.student.load import load_policy
-from trainer.student.optimizer import make_optimizer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 QWEN = {"1.5b": (1536, 8960, 12, 2), "7b": (3584, 18944, 28, 4)}
@@ -221,9 +219,7 @@ def test_the_plan_is_what_a_step_allocates(student: dict[str, Any], tmp_path: Pa
     settings = StudentConfig(model=str(tmp_path), device="cpu", **student)
     policy = load_policy(settings, temperature=1.0)
     train = TrainConfig(max_tokens_per_microbatch=512)
-    updater = Updater(
-        policy, make_optimizer(policy.model, train), train, GuidanceConfig(), max_completion_length=500
-    )
+    updater = updater_of(policy, train, max_completion_length=500)
     ids = tuple(5 + i % 90 for i in range(500))
     rows = [
         TrainSequence(prompt_ids=ids[:12], response_ids=ids, advantage=1.0, is_teacher=False)
@@ -292,7 +288,7 @@ def test_the_node_config_is_the_papers_run_but_for_what_changes_no_result() -> N
     paper, node = Config().model_dump(), load_config(Config, str(CONFIGS / "qwen2.5-7b-full-node.toml"), [])
     differing = {
         f"{section}.{key}"
-        for section in ("student", "rollout", "guidance", "train", "warmup", "eval")
+        for section in ("student", "rollout", "guidance", "train", "sft", "eval")
         for key, value in getattr(node, section).model_dump().items()
         if value != paper[section][key]
     }
@@ -360,13 +356,13 @@ def test_a_run_names_the_config_that_makes_its_store(world: Path, model_dir: Pat
 
 def test_too_few_traces_for_an_sft_step_are_found_by_a_dry_run(world: Path, model_dir: Path) -> None:
     # 8 problems with a trace of each of two teachers.
-    config = config_of(world, model_dir, warmup__sft_steps=1, warmup__traces_per_step=17)
+    config = config_of(world, model_dir, sft__steps=1, sft__traces_per_step=17)
     report, missing = printed(config)
     assert len(missing) == 1
-    assert missing[0].startswith("warmup.traces_per_step = 17, but the store has 16 traces")
+    assert missing[0].startswith("sft.traces_per_step = 17, but the store has 16 traces")
     assert "peak" in report
     assert isinstance(dry_run(config)[1][0], StoreError)
-    enough = config_of(world, model_dir, warmup__sft_steps=1, warmup__traces_per_step=16)
+    enough = config_of(world, model_dir, sft__steps=1, sft__traces_per_step=16)
     assert printed(enough)[1] == []
 
 

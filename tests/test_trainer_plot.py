@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from matplotlib.image import imread
 from rich.console import Console, RenderableType
+from run_examples import prompt_of
 
 from store.records import Problem
 from trainer.evaluation import EvalSample, evaluation_of
@@ -137,7 +138,7 @@ def test_a_long_response_shows_its_beginning_and_its_answer() -> None:
     sample = Sample(
         token_ids=(1,), text=text, finish_reason="stop", is_correct=True, has_format=True, reward=1.0
     )
-    group = Group(problem=Problem(question="6*7", answer="42"), prompt_ids=(2,), samples=(sample, sample))
+    group = Group(prompt=prompt_of(Problem(question="6*7", answer="42")), samples=(sample, sample))
     shown = rendered(completions_table(3, [group], 1))
     assert "Let us see." in shown
     assert "\\boxed{42}" in "".join(shown.split())

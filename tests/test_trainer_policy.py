@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
+from conftest import tiny_model, tiny_tokenizer, token_logprobs
 
 from store.errors import EngineError, RunError
 from trainer.config import StudentConfig
-from trainer.method.objective import token_logprobs
-from trainer.student import policy as policy_module
 from trainer.student.batches import pad
 from trainer.student.load import load_policy
-from trainer.student.policy import Policy
+from trainer.student.policy import Policy, log_softmax_and_entropy
 
 ROWS = [(2, 10, 11, 12, 13, 1), (2, 20, 21, 1)]
 CPU = torch.device("cpu")
@@ -24,30 +22,35 @@ CPU = torch.device("cpu")
 @torch.no_grad()
 def test_statistics_agree_with_full_logits(policy: Policy) -> None:
     batch = pad(ROWS, [3, 2], pad_id=0, device=CPU)
-    logits = policy.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    expected = token_logprobs(logits, batch.input_ids).masked_fill(~batch.asked, 0.0)
-    found = policy.statistics(batch)
-    torch.testing.assert_close(found.logprobs, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(policy.logprobs(batch), found.logprobs, rtol=1e-6, atol=1e-6)
+    logits = policy.model(input_ids=batch.input_ids).logits
+    expected = token_logprobs(logits, batch.input_ids).masked_fill(~batch.target_mask, 0.0)
+    logprobs, entropy = policy.logprobs_and_entropy(batch)
+    torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(policy.logprobs(batch), logprobs, rtol=1e-6, atol=1e-6)
     # Entropy of the distribution that token 3 of row 0 was drawn from: row 2 of the logits.
     p = logits[0, 2].softmax(-1)
-    assert found.entropy[0, 3].item() == pytest.approx(float(-(p * p.log()).sum()), rel=1e-4)
-    assert found.entropy[0, 1].item() == 0.0
+    assert entropy[0, 3].item() == pytest.approx(float(-(p * p.log()).sum()), rel=1e-4)
+    assert entropy[0, 1].item() == 0.0
 
 
-def test_logits_in_chunks_give_the_same_values_and_gradients(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_entropy_of_a_fair_coin_is_ln_2_and_masked_tokens_add_nothing() -> None:
+    logits = torch.tensor([[0.0, 0.0, -math.inf]])
+    logprobs, entropy = log_softmax_and_entropy(logits, torch.tensor([1]))
+    assert logprobs.item() == pytest.approx(math.log(0.5))
+    assert entropy.item() == pytest.approx(math.log(2))
+
+
+def test_logits_in_chunks_give_the_same_values_and_gradients(policy: Policy) -> None:
     batch = pad(ROWS, [3, 2], pad_id=0, device=CPU)
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
         policy.model.zero_grad()
-        stats = policy.statistics(batch)
-        (stats.logprobs.sum() + stats.entropy.sum()).backward()
-        return stats.logprobs.detach(), policy.model.get_input_embeddings().weight.grad.clone()
+        logprobs, entropy = policy.logprobs_and_entropy(batch)
+        (logprobs.sum() + entropy.sum()).backward()
+        return logprobs.detach(), policy.model.get_input_embeddings().weight.grad.clone()
 
     whole_values, whole_gradient = run()
-    monkeypatch.setattr(policy_module, "LOGITS_PER_CHUNK", 2 * policy.model.config.vocab_size)  # 2 tokens
+    policy.logits_chunk_tokens = 2
     values, gradient = run()
     torch.testing.assert_close(values, whole_values)
     torch.testing.assert_close(gradient, whole_gradient)
@@ -55,36 +58,28 @@ def test_logits_in_chunks_give_the_same_values_and_gradients(
 
 @torch.no_grad()
 def test_padding_does_not_change_a_row(policy: Policy) -> None:
-    alone = policy.statistics(pad([ROWS[1]], [2], pad_id=0, device=CPU)).logprobs
-    beside = policy.statistics(pad(ROWS, [3, 2], pad_id=0, device=CPU)).logprobs
+    alone = policy.logprobs(pad([ROWS[1]], [2], pad_id=0, device=CPU))
+    beside = policy.logprobs(pad(ROWS, [3, 2], pad_id=0, device=CPU))
     torch.testing.assert_close(beside[1, :4], alone[0], rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def test_padding_on_the_left_says_the_same(policy: Policy) -> None:
-    right = policy.logprobs(pad(ROWS, [3, 2], pad_id=0, device=CPU))
-    left = policy.logprobs(pad(ROWS, [3, 2], pad_id=0, device=CPU, side="left"))
-    torch.testing.assert_close(left[1, 4:], right[1, 2:4], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(left[0], right[0], rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_log_probabilities_are_those_of_the_sampling_temperature() -> None:
     model, batch = tiny_model(), pad(ROWS, [3, 2], pad_id=0, device=CPU)
-    warm = Policy(model, tiny_tokenizer(), dtype=torch.float32, temperature=2.0).statistics(batch)
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    warm = Policy(model, tiny_tokenizer(), dtype=torch.float32, temperature=2.0).logprobs(batch)
+    logits = model(input_ids=batch.input_ids).logits
     expected = (logits[0, 4] / 2.0).log_softmax(-1)[1]
-    assert warm.logprobs[0, 5].item() == pytest.approx(float(expected), rel=1e-4)
+    assert warm[0, 5].item() == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_bfloat16_computes_but_keeps_float32_weights(model_dir: Path) -> None:
     student = StudentConfig(model=str(model_dir), dtype="bfloat16", device="cpu")
     loaded = load_policy(student, temperature=1.0)
-    stats = loaded.statistics(pad(ROWS, [3, 2], pad_id=0, device=CPU))
-    stats.logprobs.sum().backward()
+    logprobs = loaded.logprobs(pad(ROWS, [3, 2], pad_id=0, device=CPU))
+    logprobs.sum().backward()
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
     exact = load_policy(StudentConfig(model=str(model_dir), device="cpu"), temperature=1.0)
-    difference = stats.logprobs - exact.statistics(pad(ROWS, [3, 2], pad_id=0, device=CPU)).logprobs
+    difference = logprobs - exact.logprobs(pad(ROWS, [3, 2], pad_id=0, device=CPU))
     assert 0 < difference.abs().max().item() < 0.2
 
 
@@ -110,7 +105,7 @@ def test_dropout_is_switched_off(tmp_path: Path) -> None:
     loaded = load_policy(StudentConfig(model=str(tmp_path), device="cpu"), temperature=1.0)
     loaded.model.train()
     batch = pad(ROWS, [3, 2], pad_id=0, device=CPU)
-    first, second = loaded.statistics(batch).logprobs, loaded.statistics(batch).logprobs
+    first, second = loaded.logprobs(batch), loaded.logprobs(batch)
     assert torch.equal(first, second)
 
 
@@ -135,9 +130,9 @@ def test_padding_with_the_eos_id_changes_nothing(policy: Policy) -> None:
     assert (policy.pad_id, same.pad_id, same.eos_id) == (0, 1, 1)
     for other in (policy, same):
         batch = pad(ROWS, [3, 2], pad_id=other.pad_id, device=CPU)
-        # The EOS that ends a response is asked about, those behind it are padding.
-        assert batch.asked.tolist()[1] == [False, False, True, True, False, False]
-    padded = [policy.statistics(pad(ROWS, [3, 2], pad_id=p, device=CPU)).logprobs for p in (0, 1)]
+        # The EOS that ends a response is a target token, those behind it are padding.
+        assert batch.target_mask.tolist()[1] == [False, False, True, True, False, False]
+    padded = [policy.logprobs(pad(ROWS, [3, 2], pad_id=p, device=CPU)) for p in (0, 1)]
     assert torch.equal(padded[0], padded[1])
 
 
@@ -164,7 +159,7 @@ def test_gradient_checkpointing_changes_memory_not_gradients(model_dir: Path) ->
         student = StudentConfig(model=str(model_dir), device="cpu", gradient_checkpointing=switch)
         loaded = load_policy(student, temperature=1.0)
         loaded.model.train()
-        loaded.statistics(pad(ROWS, [3, 2], pad_id=0, device=CPU)).logprobs.sum().backward()
+        loaded.logprobs(pad(ROWS, [3, 2], pad_id=0, device=CPU)).sum().backward()
         gradients.append(loaded.model.get_input_embeddings().weight.grad)
     torch.testing.assert_close(gradients[0], gradients[1])
     assert math.isfinite(float(gradients[0].sum()))

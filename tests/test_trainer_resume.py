@@ -51,8 +51,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 WARM = {
     **MIDDLE,
-    "warmup__traces_per_step": 5,  # 16 traces: an epoch ends with step 3
-    "warmup__learning_rate": 1e-2,
+    "sft__traces_per_step": 5,  # 16 traces: an epoch ends with step 3
+    "sft__learning_rate": 1e-2,
     "rollout__max_completion_length": 32,
     "train__optim": "adamw_8bit",
 }
@@ -105,10 +105,10 @@ def test_three_steps_and_three_are_six(name: str, world: Path, wide: Path) -> No
 def test_a_stop_anywhere_about_the_warm_up_changes_nothing(
     sft_steps: int, max_steps: int, world: Path, wide: Path
 ) -> None:
-    whole = {**WARM, "warmup__sft_steps": 4, "train__max_steps": 2}
+    whole = {**WARM, "sft__steps": 4, "train__max_steps": 2}
     one = run(world, wide, "warm straight", **whole).run
     name = f"warm {sft_steps} {max_steps}"
-    run(world, wide, name, **{**whole, "warmup__sft_steps": sft_steps, "train__max_steps": max_steps})
+    run(world, wide, name, **{**whole, "sft__steps": sft_steps, "train__max_steps": max_steps})
     two = run(world, wide, name, **whole).run
     assert_same_run(one, two, "step-000002")
 

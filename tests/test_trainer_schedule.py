@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from store.errors import ProblemsError
-from trainer.method.schedule import problems_of_step, refills_of_step
+from trainer.method.rollouts import problems_of_step, refills_of_step
 
 SIZES = {"problems": st.integers(1, 40), "per_step": st.integers(1, 12), "seed": st.integers(0, 5)}
 
@@ -37,7 +37,7 @@ def test_an_epoch_holds_each_problem_at_most_once_and_drops_less_than_a_step(
 
 
 @given(**SIZES, steps=st.lists(st.integers(1, 60), min_size=1, max_size=5))
-def test_a_step_is_the_same_whatever_was_asked_before(
+def test_a_step_is_the_same_whatever_came_before(
     problems: int, per_step: int, seed: int, steps: list[int]
 ) -> None:
     assume(per_step <= problems)

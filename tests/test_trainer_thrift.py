@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
-from run_examples import PROBLEMS, config_of, write_problems, write_store
+from run_examples import PROBLEMS, config_of, updater_of, write_problems, write_store
 from safetensors.torch import load_file
 
-from trainer.config import GuidanceConfig, StudentConfig, TrainConfig
-from trainer.method.update import Updater
+from trainer.config import StudentConfig, TrainConfig
 from trainer.student.batches import TrainSequence, train_batch
 from trainer.student.load import load_policy
-from trainer.student.optimizer import make_optimizer
 from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 
@@ -62,8 +60,7 @@ def test_each_way_to_save_memory_learns(
     torch.manual_seed(0)
     policy = load_policy(StudentConfig(model=str(blocks), device="cpu", **student), temperature=1.0)
     config = TrainConfig(learning_rate=3e-3, **update)
-    optimizer = make_optimizer(policy.model, config)
-    updater = Updater(policy, optimizer, config, GuidanceConfig(), max_completion_length=32)
+    updater = updater_of(policy, config)
     batch = train_batch([WANTED, UNWANTED], pad_id=0, device=policy.device)
 
     @torch.no_grad()

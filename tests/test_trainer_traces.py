@@ -1,73 +1,77 @@
-"""What is kept of traces, and that keeping it changes nothing."""
+"""A teacher's trace as the student must write it, in the student's tokens."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from run_examples import PROBLEMS, teacher, trace
 
-from trainer.method.teacher_traces import Recent, TraceTokens
+from precompute.config import AnswerForm
+from store.errors import StoreError
+from store.records import Trace
+from trainer.method.teacher_traces import Candidate, TraceReader, in_students_form
 from trainer.student.policy import Policy
 
-TRACE = trace(PROBLEMS[1], "ada", "so \\boxed{2}", teacher("ada"))
+
+def trace_of(text: str, answer: str = "2") -> Trace:
+    made = trace(PROBLEMS[1], "ada", text if "{" in text else f"{text}{{", teacher("ada"))
+    return replace(made, text=text, answer_start=text.rindex(answer))
 
 
-@dataclass(frozen=True, slots=True)
-class Value:
-    token_ids: tuple[int, ...]
+def candidate(policy: Policy, form: AnswerForm = "boxed", *, opens_think: bool = False) -> Candidate:
+    store: Any = None
+    reader = TraceReader(store, policy, form, max_length=100)
+    return reader.candidate(trace_of("so \\boxed{2}"), opens_think=opens_think)
 
 
-@given(asked=st.lists(st.integers(0, 6)), capacity=st.integers(0, 12))
-def test_any_capacity_gives_the_same_values_and_is_never_exceeded(asked: list[int], capacity: int) -> None:
-    # Key n is a value of n tokens.
-    recent: Recent[Value] = Recent(capacity)
-    for key in asked:
-        value = recent.get(key, lambda key=key: Value(tuple(range(key))))  # type: ignore[misc]
-        assert value.token_ids == tuple(range(key))
-        assert recent.tokens <= capacity
+@pytest.mark.parametrize(
+    ("text", "form", "reasoning", "expected"),
+    [
+        ("so \\boxed{2}.", "boxed", "so \\boxed{", "so \\boxed{2}."),
+        ("so <answer>2</answer>", "boxed", "so \\boxed{", "so \\boxed{2}"),
+        ("so \\boxed{2}.", "answer_tags", "so <answer>", "so <answer>2</answer>."),
+        # A box inside tags is the answer, not an answer in a box in a box.
+        ("so <answer>\\boxed{2}</answer>", "boxed", "so \\boxed{", "so \\boxed{2}"),
+        # Verified as boxed; a broken tag behind it would hide it from a search in either form.
+        ("\\boxed{2}. <answer>", "boxed", "\\boxed{", "\\boxed{2}. <answer>"),
+    ],
+)
+def test_the_answers_form_is_mapped(text: str, form: AnswerForm, reasoning: str, expected: str) -> None:
+    answer = "\\boxed{2}" if "<answer>\\boxed" in text else "2"
+    assert in_students_form(trace_of(text, answer), form, opens_think=False) == (reasoning, expected)
 
 
-def test_what_was_asked_for_longest_ago_falls_out_first() -> None:
-    made: list[str] = []
-    recent: Recent[Value] = Recent(capacity=6)
-
-    def ask(key: str) -> None:
-        def make() -> Value:
-            made.append(key)
-            return Value((1, 2))
-
-        recent.get(key, make)
-
-    for key in "abcab":  # three values of two tokens fill it
-        ask(key)
-    assert made == ["a", "b", "c"]
-    ask("d")  # c falls out
-    ask("a")
-    ask("b")
-    assert made == ["a", "b", "c", "d"]
-    ask("c")
-    assert made == ["a", "b", "c", "d", "c"]
-    assert recent.tokens == 6
+@pytest.mark.parametrize(
+    ("text", "opens_think", "expected"),
+    [
+        ("so \\boxed{2}", True, "</think>\n\nso \\boxed{2}"),
+        ("<think>hm</think>so \\boxed{2}", True, "hm</think>so \\boxed{2}"),
+        ("hm</think>so \\boxed{2}", True, "hm</think>so \\boxed{2}"),
+        ("hm</think>so \\boxed{2}", False, "<think>\nhm</think>so \\boxed{2}"),
+        ("<think>hm</think>so \\boxed{2}", False, "<think>hm</think>so \\boxed{2}"),
+    ],
+)
+def test_thinking_is_mapped_to_what_the_students_prompt_opened(
+    text: str, opens_think: bool, expected: str
+) -> None:
+    assert in_students_form(trace_of(text), "boxed", opens_think=opens_think)[1] == expected
 
 
-def test_one_trace_behind_two_kinds_of_prompt_is_two(policy: Policy) -> None:
-    tokens = TraceTokens(policy, "boxed", own_ids=False)
-    assert tokens.of(TRACE, opens_think=False).text == "so \\boxed{2}"
-    assert tokens.of(TRACE, opens_think=True).text == "</think>\n\nso \\boxed{2}"
-    assert tokens.of(TRACE, opens_think=False) is tokens.of(TRACE, opens_think=False)
+def test_a_trace_whose_answer_is_not_where_it_says_is_named() -> None:
+    made = replace(trace_of("so \\boxed{2}"), answer_start=0)
+    with pytest.raises(StoreError, match=made.trace_id):
+        in_students_form(made, "boxed", opens_think=False)
 
 
 def test_a_trace_in_the_students_tokens_ends_with_its_eos(policy: Policy) -> None:
-    found = TraceTokens(policy, "answer_tags", own_ids=False).of(TRACE, opens_think=False)
+    found = candidate(policy, "answer_tags")
     assert policy.tokenizer.decode(found.token_ids) == "so <answer>2</answer><eos>"
     assert policy.tokenizer.decode(found.reasoning_ids) == "so <answer>"
 
 
 @pytest.mark.parametrize("pad_token", ["<pad>", "<eos>"])
-def test_the_eos_stands_there_once_whatever_pads(policy: Policy, pad_token: str) -> None:
+def test_the_eos_is_there_once_whatever_pads(policy: Policy, pad_token: str) -> None:
     policy.tokenizer.pad_token = pad_token
-    found = TraceTokens(policy, "boxed", own_ids=False).of(TRACE, opens_think=False)
-    assert found.token_ids.count(policy.tokenizer.eos_token_id) == 1
+    assert candidate(policy).token_ids.count(policy.tokenizer.eos_token_id) == 1

@@ -136,21 +136,31 @@ class RolloutConfig(Section):
 
 
 class GuidanceConfig(Section):
-    """[guidance]: when teachers speak, and which."""
+    """[guidance]: when the store is queried, and which traces replace failed samples.
 
-    trigger: Literal["all_fail", "never", "always"] = "all_fail"
+    Each choice by name may also be module:function or file.py:function of your own (docs/extending.md).
+    """
+
+    trigger: str = "all_fail"
     """all_fail: AMPO. never: GRPO. always: a single-teacher mixed policy in the manner of LUFFY."""
-    select: Literal["comprehension", "random", "shortest"] = "comprehension"
+    select: str = "comprehension"
+    """comprehension, random or shortest."""
     k: Positive = 2
     """k0: the most traces that enter a group."""
     score: Literal["mean_logprob", "mean_prob"] = "mean_logprob"
     """mean_logprob: the paper's section 3.3. mean_prob: what the published code averages."""
     gamma: Annotated[float, Field(gt=0)] = 0.1
     """f(x) = x / (x + gamma) shapes a teacher token's weight."""
-    ratio: Literal["student", "teacher"] = "student"
-    """student: x = pi_theta (the published runs). teacher: x = pi_theta / pi_teacher (equation 7)."""
+    loss: str = "shaped"
+    """Loss of a teacher's tokens. shaped: x = pi_theta (the published runs). shaped_ratio: x = pi_theta /
+    pi_teacher (equation 7)."""
     teachers: tuple[str, ...] = ()
-    """Ask for these teachers' traces only; empty: all that the store has."""
+    """Only these teachers' traces are used; empty: those of all teachers in the store."""
+
+    @property
+    def reads_teacher_logprobs(self) -> bool:
+        """True if the loss needs the teacher's own tokens and log-probabilities."""
+        return self.loss == "shaped_ratio"
 
 
 class TrainConfig(Section):
@@ -163,9 +173,14 @@ class TrainConfig(Section):
     """Problems of one optimizer step."""
     max_tokens_per_microbatch: Positive = 32768
     """Prompt and response tokens of one forward pass, padding included. Changes memory, never the result."""
-    format_weight: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """w_f: R = (1 - w_f) * correct + w_f * format."""
-    loss_type: Literal["ampo", "dr_grpo", "dapo", "grpo"] = "ampo"
+    logits_chunk_tokens: Positive = 1024
+    """Response tokens whose logits exist at once. The backward pass takes about 28 bytes of memory for each
+    of them and each entry of the vocabulary: 4.1 GiB for 1024 tokens and 152,000 entries. Changes memory
+    and speed, not the result."""
+    objective: str = "clip"
+    """Loss of the student's tokens: clip, or module:function of your own (docs/extending.md)."""
+    loss_type: str = "ampo"
+    """Reduction over tokens and sequences: ampo, dr_grpo, dapo, grpo, or module:function of your own."""
     scale_rewards: Literal["none", "group"] = "none"
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """What is clipped: each token's ratio, or a response's, the geometric mean of its tokens' (GSPO)."""
@@ -185,9 +200,6 @@ class TrainConfig(Section):
     optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     """adamw_8bit and paged_adamw_8bit are bitsandbytes', for one process. The paged one moves its state to
     host memory when the GPU is full."""
-    compile: bool = False
-    """torch.compile for the passes of scores and update; the result is the same up to float noise. It needs a
-    C++ compiler and minutes for the first passes; on the CPU it was no faster (docs/departures.md)."""
     learning_rate: NotNegative = 1e-6
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Count = 0
@@ -214,15 +226,15 @@ class TrainConfig(Section):
         return self
 
 
-class WarmupConfig(Section):
-    """[warmup]: supervised steps on the store's verified traces before RL; train.max_steps = 0: SFT alone.
+class SftConfig(Section):
+    """[sft]: supervised steps on the store's verified traces before RL; train.max_steps = 0: SFT alone.
 
     Optimizer, micro-batches and clipping are [train]'s; RL then begins with a fresh optimizer state.
     """
 
-    sft_steps: Count = 0
-    """Optimizer steps; 0: no warm-up."""
-    sft_traces: Literal["all", "shortest"] = "all"
+    steps: Count = 0
+    """Optimizer steps; 0: no SFT."""
+    traces: Literal["all", "shortest"] = "all"
     """All traces that fit, or of each problem the one with the fewest student tokens."""
     traces_per_step: Positive = 64
     learning_rate: NotNegative = 1e-5
@@ -288,22 +300,50 @@ class RunConfig(Section):
         return name
 
 
+DEFAULT_REWARDS = {"correct": 0.9, "format": 0.1}
+RENAMED = {
+    ("warmup", "sft_steps"): "sft.steps",
+    ("warmup", "sft_traces"): "sft.traces",
+    ("warmup", "traces_per_step"): "sft.traces_per_step",
+    ("warmup", "learning_rate"): "sft.learning_rate",
+    ("train", "format_weight"): "rewards.format (and rewards.correct)",
+    ("guidance", "ratio"): 'guidance.loss ("shaped" or "shaped_ratio")',
+}
+"""Former key -> today's, for the error."""
+
+
 class Config(PrecomputeConfig):
     """The whole config."""
 
     student: StudentConfig = StudentConfig()
     rollout: RolloutConfig = RolloutConfig()
     guidance: GuidanceConfig = GuidanceConfig()
-    warmup: WarmupConfig = WarmupConfig()
+    rewards: dict[str, float] = DEFAULT_REWARDS
+    """[rewards]: name or module:function -> weight; R is the weighted sum. Those that are not given keep
+    their default, correct = 0.9 and format = 0.1; 0 switches one off."""
+    sft: SftConfig = SftConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     run: RunConfig = RunConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed_keys(cls, tree: Any) -> Any:
+        for (section, key), name in RENAMED.items():
+            if isinstance(tree, dict) and key in (tree.get(section) or {}):
+                raise ValueError(f"unknown key {section}.{key}: it is {name} now")
+        return tree
+
+    @field_validator("rewards")
+    @classmethod
+    def _default_rewards(cls, given: dict[str, float]) -> dict[str, float]:
+        return DEFAULT_REWARDS | given
+
     @model_validator(mode="after")
     def _teachers_probabilities_are_of_temperature_1(self) -> Self:
-        if self.guidance.ratio == "teacher" and self.rollout.temperature != 1.0:
+        if self.guidance.reads_teacher_logprobs and self.rollout.temperature != 1.0:
             raise ValueError(
-                'guidance.ratio = "teacher" compares with stored log-probs of temperature 1: set '
+                'guidance.loss = "shaped_ratio" compares with stored log-probs of temperature 1: set '
                 f"rollout.temperature = 1.0, not {self.rollout.temperature}"
             )
         return self

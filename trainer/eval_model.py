@@ -39,8 +39,8 @@ from trainer.evaluation import (
     evaluation_of,
     samples_of,
 )
-from trainer.method.rewards import Judge
-from trainer.method.rollouts import Prompt, demanded_form
+from trainer.method.groups import Prompt, Rewarder
+from trainer.method.rollouts import demanded_form
 from trainer.run.saved_model import ADAPTERS, as_saved, check_model, fingerprint
 from trainer.run.setup import fitting_prompts, usable_problems, warn_of_prompts
 from trainer.student.load import load_policy, load_tokenizer
@@ -89,12 +89,12 @@ def evaluate_model(
             tokenizer = load_tokenizer(config.student)
         prompts = fitting_prompts(config, problems, tokenizer, reporter)
         warn_of_prompts(config, tokenizer, prompts, reporter)
-        judge = Judge(
+        rewarder = Rewarder(
             verifier,
             answer_form=demanded_form(config.student, problems),
-            format_weight=config.train.format_weight,
+            weights=config.rewards,
         )
-        recipe = recipe_of(config, engine_name, prompts, judge)
+        recipe = recipe_of(config, engine_name, prompts, rewarder)
         names = [Path(config.student.model).absolute().name, Path(config.problems.eval).stem]
         default = Path(config.run.dir, "evals", "-".join([*names, content_hash(recipe)[:8]]))
         root = (out or default).absolute()
@@ -111,7 +111,7 @@ def evaluate_model(
                 with _loaded(config, engine_name, tokenizer, prompts, reporter) as engine:
                     new = eval_samples(
                         engine,
-                        judge,
+                        rewarder,
                         prompts,
                         eval_sampling(config.eval, config.rollout),
                         samples=config.eval.samples,
@@ -128,7 +128,9 @@ def evaluate_model(
     return EvalReport(out=root, evaluation=evaluation, results=results)
 
 
-def recipe_of(config: Config, engine_name: str, prompts: Sequence[Prompt], judge: Judge) -> dict[str, Any]:
+def recipe_of(
+    config: Config, engine_name: str, prompts: Sequence[Prompt], rewarder: Rewarder
+) -> dict[str, Any]:
     """Returns what all samples of one directory have in common; their number may grow."""
     sampling = asdict(eval_sampling(config.eval, config.rollout))
     model = config.student.model
@@ -144,8 +146,8 @@ def recipe_of(config: Config, engine_name: str, prompts: Sequence[Prompt], judge
         "engine": engine_name,
         "dtype": config.eval.engine_args.get("dtype", config.student.dtype),
         "quantization": config.eval.engine_args.get("quantization"),
-        "answer_form": judge.answer_form,
-        "verifier": f"{judge.verifier.name} {judge.verifier.version}",
+        "answer_form": rewarder.answer_form,
+        "verifier": f"{rewarder.verifier.name} {rewarder.verifier.version}",
     }
 
 

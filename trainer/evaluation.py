@@ -18,8 +18,8 @@ import pyarrow as pa
 from precompute.engines import Engine, Sampling
 from store.records import Problem
 from trainer.config import EvalConfig, RolloutConfig
-from trainer.method.rewards import Judge
-from trainer.method.rollouts import Prompt, judged_samples
+from trainer.method.groups import Prompt, Rewarder
+from trainer.method.rollouts import rewarded_samples
 from trainer.parallel.world import ALONE, World
 
 RESAMPLES = 2000
@@ -147,7 +147,7 @@ def eval_sampling(config: EvalConfig, rollout: RolloutConfig) -> Sampling:
 
 def evaluate(
     engine: Engine,
-    judge: Judge,
+    rewarder: Rewarder,
     prompts: Sequence[Prompt],
     sampling: Sampling,
     *,
@@ -162,14 +162,16 @@ def evaluate(
     One seed always gives the same samples, so that two evaluations differ by the policy alone.
     """
     own = world.share(prompts)
-    rows = list(eval_samples(engine, judge, own, sampling, samples=samples, seed=seed, on_sample=on_sample))
+    rows = list(
+        eval_samples(engine, rewarder, own, sampling, samples=samples, seed=seed, on_sample=on_sample)
+    )
     gathered = [row for shares in world.gather(rows) for row in shares]
     return evaluation_of(gathered, prompts, samples=samples, k=k)
 
 
 def eval_samples(
     engine: Engine,
-    judge: Judge,
+    rewarder: Rewarder,
     prompts: Sequence[Prompt],
     sampling: Sampling,
     *,
@@ -184,9 +186,9 @@ def eval_samples(
     """
     wanted = [(p, s) for p, prompt in enumerate(prompts) for s in range(samples_of(prompt.problem, samples))]
     missing = [(p, s) for p, s in wanted if (prompts[p].problem.problem_id, s) not in existing]
-    verified = judged_samples(
+    verified = rewarded_samples(
         engine,
-        judge,
+        rewarder,
         prompts,
         sampling,
         missing,

@@ -30,8 +30,7 @@ from store.reader import TraceStore
 from store.records import Problem
 from trainer.config import Config, StudentConfig
 from trainer.method.rollouts import demanded_form
-from trainer.method.sft import find_lessons
-from trainer.method.teacher_traces import TraceTokens, check_tokenizers
+from trainer.method.sft import choose_traces
 from trainer.parallel.fsdp import check_shardable
 from trainer.parallel.world import World
 from trainer.run.checkpoint import check_config, read_state
@@ -40,16 +39,18 @@ from trainer.run.run_dir import Position, RunFiles
 from trainer.run.saved_model import check_model
 from trainer.run.setup import (
     asks_store,
+    check_names,
     check_plan,
+    check_tokenizers,
     covered,
     fitting_prompts,
     open_store,
+    sft_reader,
     usable_problems,
     warn_of_prompts,
 )
 from trainer.sampling.samplers import check_sampler
 from trainer.student.load import compute_dtype, load_tokenizer, pick_device
-from trainer.student.policy import LOGITS_PER_CHUNK
 from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.trackers import Trackers
 
@@ -115,6 +116,7 @@ def dry_run(config: Config, *, gpu: str = "", processes: int = 1) -> tuple[Group
         processes: number of GPUs that share the run.
     """
     card_bytes = card_memory(gpu) if gpu else _local_memory(config.student)
+    check_names(config)
     check_sampler(config)
     check_shardable(config, World(size=processes))
     run = RunFiles(Path(config.run.dir).absolute() / config.run.name)
@@ -185,12 +187,12 @@ def _check_prompts(
     warn_of_prompts(config, tokenizer, prompts, reporter)
     check_plan(config, prompts, eval_prompts, model_config, reporter)
     form = demanded_form(config.student, problems)
-    if store is not None and config.guidance.ratio == "teacher":
+    if store is not None and config.guidance.reads_teacher_logprobs:
         check_tokenizers(store.teachers(), tokenizer_fingerprint(tokenizer), config.guidance.teachers)
-    if store is not None and config.warmup.sft_steps:
+    if store is not None and config.sft.steps:
         ends = stop_ids_of(config.student.model, config.student.revision, tokenizer)
         tokens = _Tokens(tokenizer, ends, turn_end(tokenizer, ends))
-        find_lessons(config, store, TraceTokens(tokens, form, own_ids=False), prompts)
+        choose_traces(config.sft, sft_reader(config, store, tokens, form), prompts)
     return [
         Text(f"final answers in the form {form}; first prompt ({len(prompts[0].ids)} tokens):"),
         Text(prompts[0].text, style="cyan"),
@@ -210,7 +212,7 @@ def _start_line(config: Config, run: RunFiles, start_from: Path | None) -> str:
     if start_from is not None:
         done = Position.of(start_from)
         return f"run {run.root}: would resume after {done}, up to step {config.train.max_steps}"
-    sft = f"{config.warmup.sft_steps} SFT steps and " if config.warmup.sft_steps else ""
+    sft = f"{config.sft.steps} SFT steps and " if config.sft.steps else ""
     return f"run {run.root}: would start, {sft}{config.train.max_steps} steps"
 
 
@@ -280,7 +282,7 @@ def plan_memory(
     copies = width * trained if width < 4 and processes == 1 else 0  # autocast's, of the weights that train
     longest = rollout.max_prompt_length + rollout.max_completion_length
     tokens = max(train.max_tokens_per_microbatch, longest)
-    logits = LOGITS_COPIES * 4 * min(LOGITS_PER_CHUNK, tokens * shape.vocabulary)
+    logits = LOGITS_COPIES * 4 * min(train.logits_chunk_tokens, tokens) * shape.vocabulary
     mlp = width * (4 * shape.intermediate + 2 * shape.kv_width)
     layer = tokens * (HIDDEN_BYTES[student.use_peft] * shape.hidden + mlp)
     activations = shape.layers * layer

@@ -2,7 +2,7 @@
 
 Ids in, ids out where the server is vLLM: it takes the prompt's ids, and returns the completion's with their
 log-probabilities. Of any other server the text is all that is sure: it is tokenised again with the teacher's
-tokenizer (no EOS behind it), and `logprobs` stays empty, so that `guidance.ratio = "teacher"` refuses its
+tokenizer (no EOS behind it), and `logprobs` stays empty, so that `guidance.loss = "shaped_ratio"` refuses its
 traces.
 """
 

@@ -1,38 +1,44 @@
-"""Samples and groups: what a step is made of. Pure records and rules, no I/O.
+"""Samples, rewards and groups.
 
-    Group: one problem, its G student samples, and the guidance that took the places of some of them
+    R = sum of weight * reward over [rewards]; by default 0.9 * correct + 0.1 * format
 
-The student's own samples stay in the group, so "all of them failed" is always asked of them and never of
-what replaced them.
+One rule rewards student samples and teacher traces alike. A group keeps all samples of the student, so "all
+of them failed" always refers to them and never to the traces that replaced them.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from random import Random
 
+from precompute.config import AnswerForm
+from precompute.verify.final_answer import has_format
+from precompute.verify.verifier import Verdict, Verifier
 from store.records import Problem
+from store.registry import lookup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One response of a group: the student's, or a trace that took a place."""
+    """One response in a group: the student's, or a trace that replaces one of the student's."""
 
     token_ids: tuple[int, ...]
     """[T] response ids in the student's tokens, the final EOS included."""
     text: str
     finish_reason: str
     """`stop` or `length`."""
-    is_correct: bool
-    """The verifier's boolean; every decision about failure reads this and nothing else."""
-    has_format: bool
-    reward: float
-    """R = (1 - w_f) * correct + w_f * format."""
+    is_correct: bool = False
+    """The verdict; every decision about failure reads this and never the reward. False if cut."""
+    has_format: bool = False
+    """True if it holds exactly one final answer in the demanded form and ended by itself."""
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """Name in `[rewards]` -> value, before weighting."""
+    reward: float = 0.0
+    """R."""
     logprobs: tuple[float, ...] | None = None
-    """[T]: the sampler's for a student sample; the teacher's, at temperature 1, for a trace under
-    `ratio = "teacher"`, None for any other trace."""
+    """[T]: the sampler's for a student sample; the teacher's, at temperature 1, for a trace whose loss reads
+    them; None for any other trace."""
     trace_id: str | None = None
     """None for the student's own."""
     teacher: str | None = None
@@ -43,58 +49,87 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A problem as the student sees it."""
+
+    problem: Problem
+    text: str
+    ids: tuple[int, ...]
+    """[P]"""
+    opens_think: bool = False
+    """True if the prompt ends inside a `<think>` block, so that a response begins as thought."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """G samples of one problem."""
 
-    problem: Problem
-    prompt_ids: tuple[int, ...]
-    """[P]"""
+    prompt: Prompt
     samples: tuple[Sample, ...]
     """[G], the student's own, as sampled."""
-    opens_think: bool = False
-    """The prompt ends inside a `<think>` block, so a response begins as thought."""
     guidance: Mapping[int, Sample] = field(default_factory=dict)
-    """place (0..G-1) -> the trace that trains there instead of the student's sample."""
+    """Index (0..G-1) -> the trace that replaces the student's sample there."""
+
+    @property
+    def problem_id(self) -> str:
+        return self.prompt.problem.problem_id
 
     @property
     def members(self) -> tuple[Sample, ...]:
         """[G], the group as it trains."""
-        return tuple(self.guidance.get(place, sample) for place, sample in enumerate(self.samples))
+        return tuple(self.guidance.get(index, sample) for index, sample in enumerate(self.samples))
 
     @property
-    def outcome(self) -> str:
-        """`all_fail`, `all_solved` or `mixed`, by the student's own samples."""
-        solved = sum(sample.is_correct for sample in self.samples)
-        return {0: "all_fail", len(self.samples): "all_solved"}.get(solved, "mixed")
+    def n_correct(self) -> int:
+        """Number of the student's own samples that are correct."""
+        return sum(sample.is_correct for sample in self.samples)
 
     @property
     def has_gradient(self) -> bool:
-        """Its members' rewards differ; where they are all equal every advantage is 0."""
+        """True if its members' rewards differ; where all are equal, every advantage is 0."""
         return len({member.reward for member in self.members}) > 1
 
 
-TRIGGERS: dict[str, frozenset[str]] = {
-    "all_fail": frozenset({"all_fail"}),
-    "never": frozenset(),
-    "always": frozenset({"all_fail", "mixed", "all_solved"}),
+Reward = Callable[[Problem, Sample, Verdict | None], float]
+"""(problem, completion, verdict) -> value. The completion has its text, tokens, `is_correct` and
+`has_format`; the verdict is None for a completion that was cut, which is not verified."""
+
+REWARDS: dict[str, Reward] = {
+    "correct": lambda problem, completion, verdict: float(completion.is_correct),
+    "format": lambda problem, completion, verdict: float(completion.has_format),
 }
-"""`guidance.trigger` -> the outcomes of groups that ask the store."""
+"""Names in `[rewards]`."""
 
 
-def outcome_shares(groups: Sequence[Group]) -> dict[str, float]:
-    """Share of groups by outcome, before any replacement."""
-    counts = Counter(group.outcome for group in groups)
-    return {name: counts[name] / len(groups) for name in ("all_fail", "all_solved", "mixed")}
+class Rewarder:
+    """Verifies completions and rewards them."""
 
+    def __init__(self, verifier: Verifier, *, answer_form: AnswerForm, weights: Mapping[str, float]) -> None:
+        """
+        Args:
+            answer_form: form in which the student must answer.
+            weights: `[rewards]`, name or module:function -> weight. Raises ConfigError for an unknown name.
+        """
+        self.verifier = verifier
+        self.answer_form = answer_form
+        self.weights = weights
+        self._rewards = {name: lookup(REWARDS, name, key="rewards") for name in weights}
 
-def guidance_size(group: Group, n_candidates: int, k: int) -> int:
-    """min(k0, |C(q)|, G - 1), and never more than the group has failed samples to give up."""
-    failed = sum(not sample.is_correct for sample in group.samples)
-    return min(k, n_candidates, len(group.samples) - 1, failed)
+    def verify(self, prompt: Prompt, sample: Sample) -> Future[Verdict] | None:
+        """Starts verification and returns at once; None for a sample that was cut, which is never correct."""
+        if sample.finish_reason != "stop":
+            return None
+        return self.verifier.submit(sample.text, prompt.problem.answer, opens_think=prompt.opens_think)
 
-
-def place_guidance(group: Group, traces: Sequence[Sample], rng: Random) -> Group:
-    """The group with `traces` in the places of as many failed samples, drawn without replacement by `rng`."""
-    failed = [place for place, sample in enumerate(group.samples) if not sample.is_correct]
-    places = sorted(rng.sample(failed, len(traces)))
-    return replace(group, guidance=dict(zip(places, traces, strict=True)))
+    def reward(self, prompt: Prompt, sample: Sample, verification: Future[Verdict] | None) -> Sample:
+        """Returns the sample with verdict and rewards; waits for the verification that `verify` started."""
+        verdict = None if verification is None else verification.result()
+        sample = replace(
+            sample,
+            is_correct=verdict is not None and verdict.is_correct,
+            has_format=verdict is not None
+            and has_format(sample.text, form=self.answer_form, opens_think=prompt.opens_think),
+        )
+        values = {name: f(prompt.problem, sample, verdict) for name, f in self._rewards.items()}
+        total = sum(self.weights[name] * value for name, value in values.items())
+        return replace(sample, rewards=values, reward=total)

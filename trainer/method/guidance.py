@@ -1,256 +1,334 @@
-"""Guidance: ask the store for problems whose rollouts all failed, rank what comes back, place the best.
+"""Guidance: query the store for groups whose samples all failed, rank the candidates, replace failed samples.
 
-    groups --trigger--> asked --store--> candidates --comprehension--> the k best --> places of failed samples
+    groups --trigger--> queried --store--> candidates --selector--> the k best --> replace failed samples
 
-Every question and every candidate becomes a QueryRow, so what was asked, what came back and what was used
-can be read from the run's files.
+Comprehension (arXiv 2510.02227, section 3.3) is how likely the student finds the right answer after reading
+a teacher's reasoning. With z_c the trace up to and including the opening of its final answer, y* the gold
+answer:
+
+    s(c) = 1/|y*| * sum_i log pi_theta(y*_i | q, z_c, y*_<i)          r_p(c) = exp(s(c))
+
+The sequence joins ids (prompt, z_c, y*), so the answer's position is known by construction. Every query and
+every candidate becomes a QueryRow in the run's files.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
 import torch
+from torch import Tensor
 
+from store.registry import lookup
 from trainer.config import GuidanceConfig
-from trainer.method.comprehension import SCORES, ReadingSequence, bare_answer, reading_sequence
-from trainer.method.groups import TRIGGERS, Group, Sample, guidance_size, place_guidance
-from trainer.method.rewards import Judge
+from trainer.method.groups import Group, Rewarder, Sample
 from trainer.method.rollouts import seed_of
-from trainer.method.teacher_traces import CandidateStore, Recent, StudentTrace, TraceTokens
+from trainer.method.teacher_traces import Candidate, TraceReader
 from trainer.student.batches import fill, pad
 from trainer.student.policy import Policy
 from trainer.timing import StepTimer
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QueryRow:
-    """One candidate of one question; a problem without a candidate has one row with nulls."""
-
-    step: int
-    problem_id: str
-    trace_id: str | None
-    teacher: str | None
-    score: float | None
-    """s, the mean log-probability of the gold answer; None where nothing had to be ranked by it."""
-    n_tokens: int | None
-    """In the student's tokens."""
-    rank: int | None
-    """1 is best."""
-    selected: bool
-    latency_ms: float
-    """Of the one store query of this step."""
+TRIGGERS: dict[str, Callable[[int, int], bool]] = {
+    "all_fail": lambda n_correct, size: n_correct == 0,
+    "never": lambda n_correct, size: False,
+    "always": lambda n_correct, size: True,
+}
+"""`guidance.trigger`: (number of correct samples, group size) -> True if the store is queried for the
+group."""
 
 
-class Guide:
-    """Asks, ranks and places. Holds only caches, so that a trace asked for again is there."""
+def comprehension_scores(logprobs: Tensor, answer_mask: Tensor) -> Tensor:
+    """Returns s [C] float32, the mean log-probability of the gold answer's tokens; `exp` of it is the
+    paper's r_p.
 
-    def __init__(
-        self,
-        config: GuidanceConfig,
-        store: CandidateStore | None,
-        policy: Policy,
-        judge: Judge,
-        *,
-        max_completion_length: int,
-        max_tokens_per_microbatch: int,
-        seed: int,
-    ) -> None:
-        self.config = config
-        self.store = store
-        self.policy = policy
-        self.judge = judge
-        self.max_completion_length = max_completion_length
-        self.max_tokens = max_tokens_per_microbatch
-        self.seed = seed
-        self.traces = TraceTokens(policy, judge.answer_form, own_ids=config.ratio == "teacher")
-        self._samples: Recent[Sample] = Recent()
+    Args:
+        logprobs: [C, T], column t is the log-probability of token t.
+        answer_mask: [C, T] bool (or 0 and 1), true on the gold answer's tokens; at least one a row.
+    """
+    mask = answer_mask.bool()
+    if not bool(mask.any(dim=1).all()):
+        raise ValueError("a candidate has no answer token to score")
+    return logprobs.float().masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1)
 
-    def guide(
-        self, groups: Sequence[Group], *, step: int, timer: StepTimer | None = None
-    ) -> tuple[list[Group], list[QueryRow]]:
-        """The groups with guidance placed, and the log of what was asked.
 
-        `timer` gets `query` (the store, and traces into the student's tokens), `score` and `place`.
-        """
-        timer = timer or StepTimer()
-        asked = [group for group in groups if group.outcome in TRIGGERS[self.config.trigger]]
-        if not asked:
-            return list(groups), []
-        with timer("query"):
-            candidates, latency_ms = self._ask(asked)
-        with timer("score"):
-            ranked = self._rank(asked, candidates, step)
-        guided, rows = {}, []
-        with timer("place"):
-            for group in asked:
-                best_first = ranked[group.problem.problem_id]
-                k = guidance_size(group, len(best_first), self.config.k)
-                guided[group.problem.problem_id] = self._place(group, best_first[:k], step)
-                rows += _query_rows(group, best_first, k, step=step, latency_ms=latency_ms)
-        return [guided.get(group.problem.problem_id, group) for group in groups], rows
+def mean_probability_scores(logprobs: Tensor, answer_mask: Tensor) -> Tensor:
+    """Returns [C], the log of the mean probability of the answer's tokens, which the published code ranks by.
 
-    def _ask(self, asked: Sequence[Group]) -> tuple[dict[str, list[StudentTrace]], float]:
-        assert self.store is not None, "a trigger other than never needs a store"
-        started = time.perf_counter()
-        found = self.store.candidates(
-            [group.problem.problem_id for group in asked],
-            teachers=self.config.teachers or None,
-            tokens=self.config.ratio == "teacher",
-        )
-        latency_ms = (time.perf_counter() - started) * 1000
-        thinking = {group.problem.problem_id: group.opens_think for group in asked}
-        fitting: dict[str, list[StudentTrace]] = {}
-        for problem_id, traces in found.items():
-            opens_think = thinking[problem_id]
-            ours = [self.traces.of(trace, opens_think=opens_think) for trace in traces]
-            # A trace is never cut to fit: half a solution is no solution.
-            fitting[problem_id] = [t for t in ours if len(t.token_ids) <= self.max_completion_length]
-        return fitting, latency_ms
+    Shapes as `comprehension_scores`; the log keeps both scores on one scale and the order as it is.
+    """
+    mask = answer_mask.bool()
+    # In logs throughout: a probability of e^-200 would underflow to 0.
+    total = torch.logsumexp(logprobs.float().masked_fill(~mask, -torch.inf), dim=1)
+    return total - torch.log(mask.sum(dim=1))
 
-    def _rank(
-        self, asked: Sequence[Group], candidates: Mapping[str, list[StudentTrace]], step: int
-    ) -> dict[str, list[tuple[StudentTrace, float | None]]]:
-        """problem_id -> (trace, score), best first."""
-        scores: dict[str, float] = {}
-        if self.config.select == "comprehension":
-            pairs = [(group, trace) for group in asked for trace in self._to_score(group, candidates)]
-            scores = dict(zip((t.trace.trace_id for _, t in pairs), self.score(pairs), strict=True))
-        ranked = {}
-        for group in asked:
-            rng = Random(seed_of(self.seed, "select", step, group.problem.problem_id))
-            ordered = SELECTIONS[self.config.select](candidates[group.problem.problem_id], scores, rng)
-            ranked[group.problem.problem_id] = [(t, scores.get(t.trace.trace_id)) for t in ordered]
-        return ranked
 
-    def _to_score(self, group: Group, candidates: Mapping[str, list[StudentTrace]]) -> Sequence[StudentTrace]:
-        """The group's candidates; nothing where all of them are placed, or none."""
-        found = candidates[group.problem.problem_id]
-        return found if 0 < guidance_size(group, len(found), self.config.k) < len(found) else []
-
-    def score(self, pairs: Sequence[tuple[Group, StudentTrace]]) -> list[float]:
-        """s of each (group, trace): all groups of the step at once, by length under the token budget."""
-        sequences = [self._reading(group, trace) for group, trace in pairs]
-        scores = reading_scores(self.policy, sequences, score=self.config.score, max_tokens=self.max_tokens)
-        return [_finite(score, *pair) for score, pair in zip(scores, pairs, strict=True)]
-
-    def _reading(self, group: Group, trace: StudentTrace) -> ReadingSequence:
-        answer_ids = self.traces.encode(bare_answer(group.problem.answer))
-        return reading_sequence(
-            prompt_ids=group.prompt_ids, reasoning_ids=trace.reasoning_ids, answer_ids=answer_ids
-        )
-
-    def _place(self, group: Group, best: Sequence[tuple[StudentTrace, float | None]], step: int) -> Group:
-        rng = Random(seed_of(self.seed, "place", step, group.problem.problem_id))
-        return place_guidance(group, [self._as_sample(trace, group) for trace, _ in best], rng)
-
-    def _as_sample(self, trace: StudentTrace, group: Group) -> Sample:
-        """The trace with the reward that the same verifier and the same rule give it, never a forced one."""
-
-        def judged() -> Sample:
-            pending = self.judge.submit(
-                text=trace.text,
-                gold=group.problem.answer,
-                token_ids=trace.token_ids,
-                finish_reason=trace.trace.finish_reason,
-                logprobs=trace.teacher_logprobs,
-                opens_think=group.opens_think,
-                trace_id=trace.trace.trace_id,
-                teacher=trace.trace.teacher,
-            )
-            return self.judge.settle(pending)
-
-        return self._samples.get((trace.trace.trace_id, group.opens_think), judged)
+SCORES = {"mean_logprob": comprehension_scores, "mean_prob": mean_probability_scores}
+"""`guidance.score`."""
 
 
 @torch.no_grad()
-def reading_scores(
-    policy: Policy, sequences: Sequence[ReadingSequence], *, score: str, max_tokens: int
+def answer_scores(
+    policy: Policy, sequences: Sequence[tuple[Sequence[int], int]], *, score: str, max_tokens: int
 ) -> list[float]:
-    """The score of each sequence, in few forward passes: by length, at most `max_tokens` of them a pass."""
+    """Returns the score of each (ids, number of answer ids at their end), in few forward passes: by length,
+    at most `max_tokens` a pass."""
     scores = [0.0] * len(sequences)
-    for indices in fill([len(sequence.ids) for sequence in sequences], max_tokens):
-        batch = pad(
-            [sequences[index].ids for index in indices],
-            [sequences[index].answer_length for index in indices],
-            pad_id=policy.pad_id,
-            device=policy.device,
-        )
-        found = SCORES[score](policy.logprobs(batch), batch.asked).tolist()
+    for indices in fill([len(ids) for ids, _ in sequences], max_tokens):
+        rows, answers = zip(*(sequences[index] for index in indices), strict=True)
+        batch = pad(rows, answers, pad_id=policy.pad_id, device=policy.device)
+        found = SCORES[score](policy.logprobs(batch), batch.target_mask).tolist()
         for index, value in zip(indices, found, strict=True):
             scores[index] = value
     return scores
 
 
-Selection = Callable[[Sequence[StudentTrace], Mapping[str, float], Random], list[StudentTrace]]
-"""(candidates, scores by trace_id, generator) -> candidates, best first."""
+class Scorer:
+    """Comprehension scores of a step's candidates, computed when a selector first calls for them: then
+    those of all groups with more candidates than they can use, in few forward passes."""
+
+    def __init__(self, guide: Guide, groups: Sequence[Group], candidates: dict[str, list[Candidate]]) -> None:
+        self._guide = guide
+        self._groups = {group.problem_id: group for group in groups}
+        self._candidates = candidates
+        self.known: dict[str, float] = {}
+        """trace_id -> s, of the candidates scored so far."""
+
+    def is_needed(self, candidates: Sequence[Candidate]) -> bool:
+        """Returns False where all of a group's candidates, or none, will be used."""
+        if not candidates:
+            return False
+        group = self._groups[candidates[0].trace.problem_id]
+        return 0 < guidance_size(group, len(candidates), self._guide.config.k) < len(candidates)
+
+    def __call__(self, candidates: Sequence[Candidate]) -> list[float]:
+        """Returns s of each of a group's candidates, the mean log-probability of the gold answer."""
+        if any(candidate.trace.trace_id not in self.known for candidate in candidates):
+            needed = [c for found in self._candidates.values() if self.is_needed(found) for c in found]
+            pending = {c.trace.trace_id: c for c in [*needed, *candidates]}
+            for trace_id in self.known:
+                pending.pop(trace_id, None)
+            pairs = [(self._groups[c.trace.problem_id], c) for c in pending.values()]
+            self.known |= dict(zip(pending, self._guide.score(pairs), strict=True))
+        return [self.known[candidate.trace.trace_id] for candidate in candidates]
 
 
-def by_comprehension(
-    traces: Sequence[StudentTrace], scores: Mapping[str, float], rng: Random
-) -> list[StudentTrace]:
-    """Best score first; exact ties, and traces that nothing was scored for, go to the shorter trace, then to
-    the smaller trace_id."""
-    return sorted(
-        traces, key=lambda t: (-scores.get(t.trace.trace_id, 0.0), len(t.token_ids), t.trace.trace_id)
+Selector = Callable[[Group, Sequence[Candidate], Scorer, Random], list[Candidate]]
+"""(group, candidates, scorer, generator) -> candidates, best first; those left out are not used."""
+
+
+def comprehension(
+    group: Group, candidates: Sequence[Candidate], scorer: Scorer, rng: Random
+) -> list[Candidate]:
+    """Best score first; exact ties go to the shorter trace, then to the smaller trace_id. Nothing is scored
+    where all candidates will be used."""
+    scores = scorer(candidates) if scorer.is_needed(candidates) else [0.0] * len(candidates)
+    best_first = sorted(
+        zip(scores, candidates, strict=True),
+        key=lambda pair: (-pair[0], len(pair[1].token_ids), pair[1].trace.trace_id),
     )
+    return [candidate for _, candidate in best_first]
 
 
-def at_random(traces: Sequence[StudentTrace], scores: Mapping[str, float], rng: Random) -> list[StudentTrace]:
+def at_random(group: Group, candidates: Sequence[Candidate], scorer: Scorer, rng: Random) -> list[Candidate]:
     """The ablation without ranking."""
-    ordered = sorted(traces, key=lambda t: t.trace.trace_id)
+    ordered = sorted(candidates, key=lambda c: c.trace.trace_id)
     return rng.sample(ordered, len(ordered))
 
 
-def by_length(traces: Sequence[StudentTrace], scores: Mapping[str, float], rng: Random) -> list[StudentTrace]:
+def shortest(group: Group, candidates: Sequence[Candidate], scorer: Scorer, rng: Random) -> list[Candidate]:
     """Shortest first, in student tokens; ties go to the smaller trace_id."""
-    return sorted(traces, key=lambda t: (len(t.token_ids), t.trace.trace_id))
+    return sorted(candidates, key=lambda c: (len(c.token_ids), c.trace.trace_id))
 
 
-SELECTIONS: dict[str, Selection] = {
-    "comprehension": by_comprehension,
-    "random": at_random,
-    "shortest": by_length,
-}
-"""`guidance.select`; a new rule is a new short function here."""
+SELECTORS: dict[str, Selector] = {"comprehension": comprehension, "random": at_random, "shortest": shortest}
+"""`guidance.select`."""
 
 
-def _finite(score: float, group: Group, trace: StudentTrace) -> float:
-    if not math.isfinite(score):
-        raise FloatingPointError(
-            f"comprehension score of trace {trace.trace.trace_id} ({trace.trace.teacher}) "
-            f"for problem {group.problem.problem_id} is {score}"
-        )
-    return score
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueryRow:
+    """One candidate of one query; a problem without a candidate has one row with nulls."""
+
+    step: int
+    problem_id: str
+    trace_id: str | None = None
+    teacher: str | None = None
+    score: float | None = None
+    """s; None where it was not computed."""
+    n_tokens: int | None = None
+    """Length in the student's tokens."""
+    rank: int | None = None
+    """1 is best; None where the selector left it out."""
+    selected: bool = False
+    latency_ms: float
+    """Time of the one store query of this step."""
+
+
+class Guide:
+    """Queries, selects and replaces."""
+
+    def __init__(
+        self,
+        config: GuidanceConfig,
+        traces: TraceReader | None,
+        policy: Policy,
+        rewarder: Rewarder,
+        *,
+        max_tokens_per_microbatch: int,
+        seed: int,
+    ) -> None:
+        """`traces`: None where the trigger never queries."""
+        self.config = config
+        self.traces = traces
+        self.policy = policy
+        self.rewarder = rewarder
+        self.max_tokens = max_tokens_per_microbatch
+        self.seed = seed
+        self._is_triggered = lookup(TRIGGERS, config.trigger, key="guidance.trigger")
+        self._select = lookup(SELECTORS, config.select, key="guidance.select")
+
+    def guide(
+        self, groups: Sequence[Group], *, step: int, timer: StepTimer | None = None
+    ) -> tuple[list[Group], list[QueryRow]]:
+        """Returns the groups with guidance, and a row for each candidate.
+
+        `timer` gets `query` (the store, and traces into the student's tokens), `score` and `place`.
+        """
+        timer = timer or StepTimer()
+        queried = [g for g in groups if self._is_triggered(g.n_correct, len(g.samples))]
+        if not queried or self.traces is None:
+            return list(groups), []
+        with timer("query"):
+            started = time.perf_counter()
+            found = self.traces.query([group.prompt for group in queried])
+            latency_ms = (time.perf_counter() - started) * 1000
+            candidates = {
+                g.problem_id: self.traces.candidates(g.prompt, found[g.problem_id]) for g in queried
+            }
+        guided, rows = {}, []
+        with timer("score"):
+            scorer = Scorer(self, queried, candidates)
+            ranked = {
+                group.problem_id: self._select(
+                    group, candidates[group.problem_id], scorer, self._rng("select", step, group)
+                )
+                for group in queried
+            }
+        with timer("place"):
+            chosen = {
+                group.problem_id: ranked[group.problem_id][
+                    : guidance_size(group, len(ranked[group.problem_id]), self.config.k)
+                ]
+                for group in queried
+            }
+            guided = self._replace_samples(queried, chosen, step)
+        rows = [
+            row
+            for group in queried
+            for row in _query_rows(
+                QueryRow(step=step, problem_id=group.problem_id, latency_ms=latency_ms),
+                ranked[group.problem_id],
+                candidates[group.problem_id],
+                n_selected=len(chosen[group.problem_id]),
+                scores=scorer.known,
+            )
+        ]
+        return [guided.get(group.problem_id, group) for group in groups], rows
+
+    def score(self, pairs: Sequence[tuple[Group, Candidate]]) -> list[float]:
+        """Returns s of each candidate for its group.
+
+        Raises:
+            FloatingPointError: a score is not finite.
+            ValueError: the gold answer has no tokens.
+        """
+        assert self.traces is not None, "there are candidates only where there is a store"
+        sequences = []
+        for group, candidate in pairs:
+            answer_ids = self.traces.encode(bare_answer(group.prompt.problem.answer))
+            if not answer_ids:
+                raise ValueError("the gold answer has no tokens")
+            sequences.append(((*group.prompt.ids, *candidate.reasoning_ids, *answer_ids), len(answer_ids)))
+        scores = answer_scores(self.policy, sequences, score=self.config.score, max_tokens=self.max_tokens)
+        for value, (group, candidate) in zip(scores, pairs, strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"comprehension score of trace {candidate.trace.trace_id} ({candidate.trace.teacher}) "
+                    f"for problem {group.problem_id} is {value}"
+                )
+        return scores
+
+    def _replace_samples(
+        self, groups: Sequence[Group], chosen: dict[str, list[Candidate]], step: int
+    ) -> dict[str, Group]:
+        """Returns problem_id -> group with its chosen traces at the indices of failed samples, drawn without
+        replacement. The same verifier and the same rule reward a trace as a sample."""
+        verified = {
+            group.problem_id: [
+                (trace, self.rewarder.verify(group.prompt, trace))
+                for trace in map(as_sample, chosen[group.problem_id])
+            ]
+            for group in groups
+        }
+        guided = {}
+        for group in groups:
+            traces = [self.rewarder.reward(group.prompt, *each) for each in verified[group.problem_id]]
+            failed = [index for index, sample in enumerate(group.samples) if not sample.is_correct]
+            indices = sorted(self._rng("place", step, group).sample(failed, len(traces)))
+            guided[group.problem_id] = replace(group, guidance=dict(zip(indices, traces, strict=True)))
+        return guided
+
+    def _rng(self, purpose: str, step: int, group: Group) -> Random:
+        return Random(seed_of(self.seed, purpose, step, group.problem_id))
+
+
+def guidance_size(group: Group, n_candidates: int, k: int) -> int:
+    """Returns min(k0, |C(q)|, G - 1), and never more than the group's failed samples."""
+    size = len(group.samples)
+    return min(k, n_candidates, size - 1, size - group.n_correct)
+
+
+def bare_answer(gold: str) -> str:
+    """Returns the gold answer as it appears inside a box: `$\\frac{7}{4}$` loses its dollar signs."""
+    bare = gold.strip()
+    is_one_formula = len(bare) > 2 and bare[0] == bare[-1] == "$" and "$" not in bare[1:-1]
+    return bare[1:-1].strip() if is_one_formula else bare
+
+
+def as_sample(candidate: Candidate) -> Sample:
+    """Returns the candidate as a sample that is not verified yet."""
+    return Sample(
+        token_ids=candidate.token_ids,
+        text=candidate.text,
+        finish_reason=candidate.trace.finish_reason,
+        logprobs=candidate.teacher_logprobs,
+        trace_id=candidate.trace.trace_id,
+        teacher=candidate.trace.teacher,
+    )
 
 
 def _query_rows(
-    group: Group, ranked: Sequence[tuple[StudentTrace, float | None]], k: int, *, step: int, latency_ms: float
+    empty: QueryRow,
+    best_first: Sequence[Candidate],
+    candidates: Sequence[Candidate],
+    *,
+    n_selected: int,
+    scores: dict[str, float],
 ) -> list[QueryRow]:
-    empty = QueryRow(
-        step=step,
-        problem_id=group.problem.problem_id,
-        trace_id=None,
-        teacher=None,
-        score=None,
-        n_tokens=None,
-        rank=None,
-        selected=False,
-        latency_ms=latency_ms,
-    )
+    ranks = {candidate.trace.trace_id: rank for rank, candidate in enumerate(best_first, start=1)}
+    left_out = [candidate for candidate in candidates if candidate.trace.trace_id not in ranks]
     return [
         replace(
             empty,
-            trace_id=trace.trace.trace_id,
-            teacher=trace.trace.teacher,
-            score=score,
-            n_tokens=len(trace.token_ids),
-            rank=rank,
-            selected=rank <= k,
+            trace_id=candidate.trace.trace_id,
+            teacher=candidate.trace.teacher,
+            score=scores.get(candidate.trace.trace_id),
+            n_tokens=len(candidate.token_ids),
+            rank=ranks.get(candidate.trace.trace_id),
+            selected=ranks.get(candidate.trace.trace_id, n_selected + 1) <= n_selected,
         )
-        for rank, (trace, score) in enumerate(ranked, start=1)
+        for candidate in [*best_first, *left_out]
     ] or [empty]

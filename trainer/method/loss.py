@@ -1,9 +1,15 @@
-"""The loss of a micro-batch: the config's rule put together from the pure functions of `objective`.
+"""The loss of a micro-batch: advantages, token terms and reductions, each chosen by name from the config.
 
-    student token: weight * sampler's correction * clipped surrogate     teacher token: weight * f(x) * A
-    + beta * KL - entropy_coef * entropy, over student tokens
+    student token:  min(rho * A, clip(rho, 1 - eps_low, 1 + eps_high) * A),   rho = pi_theta / pi_old
+    guided token:   f(x) * A,  f(x) = x / (x + gamma),   x = pi_theta  or  pi_theta / pi_teacher
 
-Pure: tensors, the config's numbers and the step's counts in, the micro-batch's share of the loss out.
+    loss = -sum of weight * term  +  (beta * KL - entropy_coef * entropy) / T_on over student tokens
+
+A reduction gives each sequence its weight from counts taken once over the whole optimizer step, so neither
+cuts into micro-batches nor padding change loss or gradient. Pure: no I/O, no hidden randomness.
+
+Shapes: B sequences, T tokens, N groups, G samples of a group. Sources: AMPO 2510.02227, sections 3.2 and 3.4;
+GRPO 2402.03300; DAPO 2503.14476; Dr. GRPO 2503.20783; GSPO 2507.18071; dual clip 1912.09729.
 """
 
 from __future__ import annotations
@@ -14,136 +20,235 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from store.registry import lookup
 from trainer.config import GuidanceConfig, TrainConfig
-from trainer.method.objective import (
-    LOSS_TYPES,
-    StepCounts,
-    clipped_surrogate,
-    dual_clip,
-    kl_to_reference,
-    reduce_terms,
-    sampler_weights,
-    sequence_log_ratio,
-    shaped_guidance,
-)
+
+
+def group_advantages(rewards: Tensor, *, scale: str) -> Tensor:
+    """Returns A_i = R_i - mean(R) [N, G] within each group of `rewards` [N, G], guidance included.
+
+    `scale`: `none`, or `group` to divide by the group's sample standard deviation (n - 1, as TRL does). A
+    group whose rewards are all equal gets zeros under either.
+    """
+    rewards = rewards.float()
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    if scale == "group":
+        advantages = advantages / rewards.std(dim=1, keepdim=True)
+    elif scale != "none":
+        raise ValueError(f"scale = {scale!r}: give none or group")
+    return advantages.masked_fill(equal, 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCounts:
+    """Counts of a whole optimizer step, over the groups that carry a gradient; every denominator is here."""
+
+    sequences: int
+    """N, student and teacher sequences."""
+    student_sequences: int
+    """N_on."""
+    student_tokens: int
+    """T_on."""
+    tokens: int
+    """Student and teacher response tokens."""
+    max_length: int
+    """L_max, max_completion_length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs:
-    """A micro-batch as the loss sees it; every [B, L] is 0 outside the responses."""
+    """A micro-batch; every [B, T] is 0 outside the responses."""
 
     logprobs: Tensor
-    """[B, L] under the current policy, with gradient."""
+    """[B, T] under the current policy, with gradient."""
     entropy: Tensor
-    """[B, L] in nats, with gradient."""
+    """[B, T] in nats, with gradient."""
     old_logprobs: Tensor
-    """[B, L] under the policy that sampled."""
+    """[B, T] under the policy that sampled."""
     response_mask: Tensor
-    """[B, L] bool."""
+    """[B, T] bool."""
     is_teacher: Tensor
     """[B] bool."""
     advantages: Tensor
     """[B, 1]"""
-    teacher_logprobs: Tensor | None = None
-    """[B, L] under `ratio = "teacher"`."""
+    teacher_logprobs: Tensor
+    """[B, T] under the teacher; 0 where they are not read (see `GuidanceConfig.reads_teacher_logprobs`)."""
     sampler_logprobs: Tensor | None = None
-    """[B, L] as the engine that drew the student's tokens saw them; None where they are not known."""
+    """[B, T] as the engine that sampled the student's tokens computed them; None where it does not give
+    them."""
     reference_logprobs: Tensor | None = None
-    """[B, L] under the student as it was before training; None without a KL term."""
-
-    @property
-    def student_mask(self) -> Tensor:
-        """[B, L] bool, the student's own response tokens."""
-        return self.response_mask & ~self.is_teacher.unsqueeze(1)
+    """[B, T] under the student before training; None without a KL term."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Partial:
-    """One micro-batch's share of an optimizer step's sums, over student tokens."""
-
-    loss: float
-    entropy: float
-    kl: float
-    clip_low: float
-    """Tokens that clipping holds back: ratio below 1 - eps_low, advantage negative."""
-    clip_high: float
-    """Tokens that clipping holds back: ratio above 1 + eps_high, advantage positive."""
-    sampler_difference: float | None
-    """Of |trainer's - sampler's log-probability|; None where the sampler's are not known."""
-    sampler_capped: float | None
-    """Tokens whose correction is_cap holds back."""
+Terms = tuple[Tensor, dict[str, Tensor]]
+"""([B, T] to maximise, metric name -> [B, T] a value of each token). The metric is the mean over the tokens
+that the function is responsible for: the student's, or the guided ones."""
+Sums = dict[str, tuple[float, int]]
+"""Metric name -> (sum over tokens, number of tokens)."""
+MicroLoss = Callable[[LossInputs, StepCounts], tuple[Tensor, Sums]]
+"""Returns a micro-batch's share of the optimizer step's loss (scalar, with gradient) and its metrics."""
 
 
-MicroLoss = Callable[[LossInputs, TrainConfig, GuidanceConfig, StepCounts], tuple[Tensor, Partial]]
-"""What `micro_loss` is."""
+def clipped_surrogate(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, eps_low: float, eps_high: float
+) -> Tensor:
+    """Returns min(rho * A, clip(rho, 1 - eps_low, 1 + eps_high) * A), to maximise.
+
+    Args:
+        logprobs, old_logprobs: [B, T], of the current and of the sampling policy.
+        advantages: [B, 1].
+
+    Returns:
+        [B, T].
+    """
+    ratio = torch.exp(logprobs - old_logprobs)
+    clipped = ratio.clamp(1.0 - eps_low, 1.0 + eps_high)
+    return torch.minimum(ratio * advantages, clipped * advantages)
 
 
-def micro_loss(
-    inputs: LossInputs, train: TrainConfig, guidance: GuidanceConfig, counts: StepCounts
-) -> tuple[Tensor, Partial]:
-    """A micro-batch's share of the optimizer step's loss (scalar, with gradient), and what is reported."""
-    log_ratio = _log_ratio(inputs, train)
-    student = _student_terms(inputs, log_ratio, train)
-    teacher = shaped_guidance(
-        inputs.logprobs, inputs.advantages, gamma=guidance.gamma, teacher_logprobs=inputs.teacher_logprobs
-    )
-    terms = torch.where(inputs.is_teacher.unsqueeze(1), teacher, student)
-    lengths = inputs.response_mask.sum(dim=1)
-    weights = LOSS_TYPES[train.loss_type](lengths, inputs.is_teacher, counts)
-    kl = _kl(inputs)
-    # What weighs nothing needs no backward pass.
-    entropy = inputs.entropy if train.entropy_coef else inputs.entropy.detach()
-    regulariser = (train.beta * kl - train.entropy_coef * entropy)[inputs.student_mask].sum()
-    loss = reduce_terms(terms, inputs.response_mask, weights)
-    loss = loss + regulariser / max(counts.student_tokens, 1)
-    return loss, _partial(inputs, loss, kl, log_ratio, train)
-
-
-def _log_ratio(inputs: LossInputs, train: TrainConfig) -> Tensor:
-    """[B, L], of each token, or of its whole response."""
-    if train.importance_sampling_level == "sequence":
-        return sequence_log_ratio(inputs.logprobs, inputs.old_logprobs, inputs.response_mask)
-    return inputs.logprobs - inputs.old_logprobs
-
-
-def _student_terms(inputs: LossInputs, log_ratio: Tensor, train: TrainConfig) -> Tensor:
-    """[B, L], as if every row were the student's own."""
+def clip(inputs: LossInputs, train: TrainConfig) -> Terms:
+    """The clipped surrogate of PPO and GRPO, per token or per response (GSPO), with dual clip and a
+    correction for what the sampler's engine computed otherwise."""
+    log_ratio, advantages = inputs.logprobs - inputs.old_logprobs, inputs.advantages
+    if train.importance_sampling_level == "sequence":  # GSPO, equation 7: the mean log-ratio of the response
+        mask = inputs.response_mask
+        total = log_ratio.masked_fill(~mask, 0.0).sum(dim=1, keepdim=True)
+        log_ratio = torch.where(mask, total / mask.sum(dim=1, keepdim=True).clamp(min=1), 0.0)
     terms = clipped_surrogate(
-        log_ratio,
-        torch.zeros_like(log_ratio),
-        inputs.advantages,
-        eps_low=train.eps_low,
-        eps_high=train.eps_high,
+        log_ratio, torch.zeros_like(log_ratio), advantages, eps_low=train.eps_low, eps_high=train.eps_high
     )
-    if train.dual_clip:
-        terms = dual_clip(terms, inputs.advantages, bound=train.dual_clip)
-    if train.is_cap and inputs.sampler_logprobs is not None:
-        terms = terms * sampler_weights(inputs.old_logprobs, inputs.sampler_logprobs, cap=train.is_cap)
-    return terms
-
-
-def _kl(inputs: LossInputs) -> Tensor:
-    if inputs.reference_logprobs is None:
-        return torch.zeros_like(inputs.logprobs)
-    return kl_to_reference(inputs.logprobs, inputs.reference_logprobs)
-
-
-@torch.no_grad()
-def _partial(inputs: LossInputs, loss: Tensor, kl: Tensor, log_ratio: Tensor, train: TrainConfig) -> Partial:
-    student, ratio = inputs.student_mask, torch.exp(log_ratio)
-    below = (ratio < 1 - train.eps_low) & (inputs.advantages < 0)
-    above = (ratio > 1 + train.eps_high) & (inputs.advantages > 0)
-    difference = capped = None
+    if train.dual_clip:  # a ratio that exploded cannot make one bad token the whole gradient
+        bounded = torch.maximum(terms, train.dual_clip * advantages)
+        terms = torch.where(advantages < 0, bounded, terms)
+    ratio = torch.exp(log_ratio.detach())
+    metrics = {
+        "clip_ratio/low_mean": (ratio < 1 - train.eps_low) & (advantages < 0),
+        "clip_ratio/high_mean": (ratio > 1 + train.eps_high) & (advantages > 0),
+    }
     if inputs.sampler_logprobs is not None:
-        apart = inputs.old_logprobs - inputs.sampler_logprobs
-        difference = float(apart.abs()[student].sum())
-        capped = float((torch.exp(apart) > train.is_cap)[student].sum()) if train.is_cap else 0.0
-    return Partial(
-        loss=float(loss),
-        entropy=float(inputs.entropy[student].sum()),
-        kl=float(kl[student].sum()),
-        clip_low=float(below[student].sum()),
-        clip_high=float(above[student].sum()),
-        sampler_difference=difference,
-        sampler_capped=capped,
+        difference = inputs.old_logprobs - inputs.sampler_logprobs
+        # Truncated importance sampling, token by token (Espeholt et al. 2018, arXiv 1802.01561, rho-bar).
+        weights, cap = torch.exp(difference), train.is_cap or torch.inf
+        terms = terms * weights.clamp(max=cap).detach() if train.is_cap else terms
+        metrics |= {"sampling/logp_difference": difference.abs(), "sampling/is_capped": weights > cap}
+    return terms, metrics
+
+
+OBJECTIVES: dict[str, Callable[[LossInputs, TrainConfig], Terms]] = {"clip": clip}
+"""`train.objective`: terms of the student's tokens."""
+
+
+def shaped_guidance(
+    logprobs: Tensor, advantages: Tensor, *, gamma: float, teacher_logprobs: Tensor | None = None
+) -> Tensor:
+    """Returns f(x) * A with f(x) = x / (x + gamma), to maximise.
+
+    f lifts tokens that the student finds unlikely: their plain gradient would vanish with their probability.
+
+    Args:
+        logprobs: [B, T], of the current policy on the teacher's tokens.
+        advantages: [B, 1].
+        gamma: above 0.
+        teacher_logprobs: [B, T]; given, x = pi_theta / pi_teacher (equation 7), else x = pi_theta.
+
+    Returns:
+        [B, T].
+    """
+    log_x = logprobs if teacher_logprobs is None else logprobs - teacher_logprobs
+    # x / (x + gamma) = 1 / (1 + gamma / x): the sigmoid form neither over- nor underflows.
+    return torch.sigmoid(log_x - torch.log(torch.tensor(gamma, dtype=log_x.dtype))) * advantages
+
+
+def shaped(inputs: LossInputs, guidance: GuidanceConfig) -> Terms:
+    """x = pi_theta: the teacher's probability is taken as 1, as in the published runs."""
+    return shaped_guidance(inputs.logprobs, inputs.advantages, gamma=guidance.gamma), {}
+
+
+def shaped_ratio(inputs: LossInputs, guidance: GuidanceConfig) -> Terms:
+    """x = pi_theta / pi_teacher: the paper's equation 7."""
+    terms = shaped_guidance(
+        inputs.logprobs,
+        inputs.advantages,
+        gamma=guidance.gamma,
+        teacher_logprobs=inputs.teacher_logprobs,
     )
+    return terms, {}
+
+
+GUIDED_LOSSES: dict[str, Callable[[LossInputs, GuidanceConfig], Terms]] = {
+    "shaped": shaped,
+    "shaped_ratio": shaped_ratio,
+}
+"""`guidance.loss`: terms of the guided tokens, those of teacher traces."""
+
+
+def ampo(lengths: Tensor, is_teacher: Tensor, counts: StepCounts) -> Tensor:
+    """Each teacher trace weighs the same however long; student tokens weigh the same (section 3.4).
+
+    L = -(1/N) [ sum_teacher mean_t(term) + (N_on / T_on) sum_student,t term ]; without a teacher sequence
+    this is DAPO's token mean.
+    """
+    teacher = 1.0 / (counts.sequences * lengths)
+    student = counts.student_sequences / (counts.sequences * max(counts.student_tokens, 1))
+    return torch.where(is_teacher, teacher, torch.full_like(teacher, student))
+
+
+def dr_grpo(lengths: Tensor, is_teacher: Tensor, counts: StepCounts) -> Tensor:
+    """L = -(1 / (N L_max)) * sum of all terms: a constant length, so none is favoured."""
+    return torch.full_like(lengths, 1.0 / (counts.sequences * counts.max_length), dtype=torch.float32)
+
+
+def dapo(lengths: Tensor, is_teacher: Tensor, counts: StepCounts) -> Tensor:
+    """The mean over all tokens of the step."""
+    return torch.full_like(lengths, 1.0 / counts.tokens, dtype=torch.float32)
+
+
+def grpo(lengths: Tensor, is_teacher: Tensor, counts: StepCounts) -> Tensor:
+    """The mean over sequences of the mean over a sequence's tokens."""
+    return 1.0 / (counts.sequences * lengths)
+
+
+REDUCTIONS: dict[str, Callable[[Tensor, Tensor, StepCounts], Tensor]] = {
+    "ampo": ampo,
+    "dr_grpo": dr_grpo,
+    "dapo": dapo,
+    "grpo": grpo,
+}
+"""`train.loss_type`: (lengths [B], is_teacher [B], counts) -> [B], the weight of every token of a
+sequence."""
+
+
+def make_policy_loss(train: TrainConfig, guidance: GuidanceConfig) -> MicroLoss:
+    """Returns the loss that the config names. Raises ConfigError for a name that does not exist."""
+    objective = lookup(OBJECTIVES, train.objective, key="train.objective")
+    guided_loss = lookup(GUIDED_LOSSES, guidance.loss, key="guidance.loss")
+    reduction = lookup(REDUCTIONS, train.loss_type, key="train.loss_type")
+
+    def policy_loss(inputs: LossInputs, counts: StepCounts) -> tuple[Tensor, Sums]:
+        is_teacher = inputs.is_teacher.unsqueeze(1)
+        student, guided = inputs.response_mask & ~is_teacher, inputs.response_mask & is_teacher
+        student_terms, student_values = objective(inputs, train)
+        guided_terms, guided_values = guided_loss(inputs, guidance)
+        lengths = inputs.response_mask.sum(dim=1).clamp(min=1)
+        weights = reduction(lengths, inputs.is_teacher, counts).unsqueeze(1)
+        terms = torch.where(is_teacher, guided_terms, student_terms)
+        loss = -(terms.masked_fill(~inputs.response_mask, 0.0) * weights).sum()
+        kl = torch.zeros_like(inputs.logprobs)
+        if inputs.reference_logprobs is not None:  # KL(pi_theta || pi_ref) by the k3 estimator
+            log_ratio = inputs.reference_logprobs - inputs.logprobs
+            kl = torch.exp(log_ratio) - log_ratio - 1.0
+        # A term without weight needs no backward pass.
+        entropy = inputs.entropy if train.entropy_coef else inputs.entropy.detach()
+        regulariser = (train.beta * kl - train.entropy_coef * entropy)[student].sum()
+        loss = loss + regulariser / max(counts.student_tokens, 1)
+        student_values |= {"entropy": inputs.entropy, "kl": kl}
+        return loss, token_sums(student_values, student) | token_sums(guided_values, guided)
+
+    return policy_loss
+
+
+def token_sums(values: dict[str, Tensor], mask: Tensor) -> Sums:
+    """Returns each metric's sum over the true tokens of `mask` [B, T] and their number."""
+    tokens = int(mask.sum())
+    return {name: (float(value.detach()[mask].sum()), tokens) for name, value in values.items()}

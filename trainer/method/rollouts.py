@@ -1,51 +1,39 @@
-"""Rollouts: the student samples G responses of each problem, and each gets its reward.
+"""Rollouts: the problems of a step, and G rewarded samples of each from the student.
 
-Every sample has a seed of its own, derived from (seed, purpose, problem, sample), so the same step gives the
-same samples in any batch, after any resume and on any number of processes.
+Every sample has a seed of its own, derived from (seed, purpose, problem, sample), so a step gives the same
+samples in any batch, after any resume and on any number of ranks.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from random import Random
+from typing import Any, TypeVar
 
 from precompute.config import AnswerForm
-from precompute.engines import Completion, Engine, Request, Sampling
+from precompute.engines import Engine, Request, Sampling
 from precompute.problems.prompts import answer_form_of, render_prompt, system_turn
 from store.errors import ProblemsError
 from store.records import Problem, content_hash
 from trainer.config import RolloutConfig, StudentConfig
-from trainer.method.groups import Group, Sample
-from trainer.method.rewards import Judge, PendingSample
+from trainer.method.groups import Group, Prompt, Rewarder, Sample
 from trainer.timing import StepTimer
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """A problem as the student sees it."""
-
-    problem: Problem
-    text: str
-    ids: tuple[int, ...]
-    """[P]"""
-    opens_think: bool
-    """It ends inside a `<think>` block."""
-
-
-Draw = tuple[int, int]
-"""(place of the prompt, 0-based index of the sample)"""
+T = TypeVar("T")
+SampleIndex = tuple[int, int]
+"""(0-based index of the prompt, 0-based index of the sample)"""
 
 
 def student_prompts(
     problems: Sequence[Problem], tokenizer: Any, student: StudentConfig, *, max_prompt_length: int
 ) -> tuple[list[Prompt], int]:
-    """Prompts of all problems that fit, and how many are too long.
+    """Returns the prompts of all problems that fit, and the number of those that are too long.
 
-    Raises ProblemsError when none is left.
+    Raises:
+        ProblemsError: none fits.
     """
-    prompts = []
+    fitting = []
     for problem in problems:
         rendered = render_prompt(
             tokenizer,
@@ -53,43 +41,79 @@ def student_prompts(
             system_prompt=student.system_prompt,
             chat_template_kwargs=student.chat_template_kwargs,
         )
-        prompts.append(
-            Prompt(problem=problem, text=rendered.text, ids=rendered.ids, opens_think=rendered.opens_think)
-        )
-    fitting = [prompt for prompt in prompts if len(prompt.ids) <= max_prompt_length]
+        if len(rendered.ids) <= max_prompt_length:
+            fitting.append(
+                Prompt(
+                    problem=problem,
+                    text=rendered.text,
+                    ids=rendered.ids,
+                    opens_think=rendered.opens_think,
+                )
+            )
     if not fitting:
         raise ProblemsError(
             f"no problem has a prompt of at most rollout.max_prompt_length = {max_prompt_length}"
         )
-    return fitting, len(prompts) - len(fitting)
+    return fitting, len(problems) - len(fitting)
 
 
 def demanded_form(student: StudentConfig, problems: Sequence[Problem]) -> AnswerForm:
-    """The form in which the student must answer."""
+    """Returns the form in which the student must answer."""
     if student.answer_form != "auto":
         return student.answer_form
     return answer_form_of(system_turn(problems[0], student.system_prompt))
 
 
 def seed_of(*parts: object) -> int:
-    """A seed below 2**31 from the content of `parts`."""
+    """Returns a seed below 2**31 from the content of `parts`."""
     return int(content_hash(*parts), 16) % 2**31
 
 
+def problems_of_step(items: Sequence[T], *, step: int, per_step: int, seed: int) -> list[T]:
+    """Returns the `per_step` items of 1-based step `step`, a function of (seed, step) alone.
+
+    Each epoch is a new permutation; its remainder below a whole step is dropped, so that no step holds a
+    problem twice.
+
+    Raises:
+        ProblemsError: there are fewer items than a step needs.
+    """
+    if len(items) < per_step:
+        raise ProblemsError(
+            f"train.problems_per_step = {per_step}, but only {len(items)} problems can be trained on"
+        )
+    return [items[index] for index in indices_of_step(len(items), step=step, per_step=per_step, seed=seed)]
+
+
+def refills_of_step(items: Sequence[T], *, step: int, per_step: int, seed: int) -> list[T]:
+    """Returns all items but the step's own, in the order in which they replace groups without a gradient."""
+    own = set(indices_of_step(len(items), step=step, per_step=per_step, seed=seed))
+    others = [index for index in range(len(items)) if index not in own]
+    Random(seed_of(seed, "refill", step)).shuffle(others)
+    return [items[index] for index in others]
+
+
+def indices_of_step(count: int, *, step: int, per_step: int, seed: int) -> list[int]:
+    """Returns `per_step` indices below `count`; `per_step` is at most `count`."""
+    epoch, nth = divmod(step - 1, count // per_step)
+    order = Random(seed_of(seed, "epoch", epoch)).sample(range(count), count)
+    return order[nth * per_step : (nth + 1) * per_step]
+
+
 def sampling_of(rollout: RolloutConfig) -> Sampling:
-    """How a training step samples."""
+    """Returns the sampling settings of a training step."""
     return Sampling(
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
         max_tokens=rollout.max_completion_length,
-        logprobs="sampler",  # the trainer's are of that distribution, too
+        logprobs="sampler",  # the trainer's refer to that distribution, too
     )
 
 
 def sample_groups(
     engine: Engine,
-    judge: Judge,
+    rewarder: Rewarder,
     prompts: Sequence[Prompt],
     sampling: Sampling,
     *,
@@ -99,79 +123,40 @@ def sample_groups(
     on_sample: Callable[[int, int], None] = lambda done, total: None,
     timer: StepTimer | None = None,
 ) -> list[Group]:
-    """G = `samples` judged responses of each prompt, in the order of `prompts`.
-
-    Args:
-        seed: the run's seed.
-        key: what the samples are for, e.g. `step 12`; another key draws other samples.
-        on_sample: called with (samples drawn, samples in all).
-        timer: `verify` gets what is left to wait for verdicts once all is drawn.
-    """
-    draws = [(p, s) for p in range(len(prompts)) for s in range(samples)]
-    judged = judged_samples(
-        engine, judge, prompts, sampling, draws, seed=seed, key=key, on_sample=on_sample, timer=timer
-    )
-    found = dict(judged)
-    return [
-        Group(
-            problem=prompt.problem,
-            prompt_ids=prompt.ids,
-            opens_think=prompt.opens_think,
-            samples=tuple(found[p, s] for s in range(samples)),
+    """Returns a group of G = `samples` rewarded samples for each prompt; arguments as `rewarded_samples`."""
+    indices = [(p, s) for p in range(len(prompts)) for s in range(samples)]
+    found = dict(
+        rewarded_samples(
+            engine, rewarder, prompts, sampling, indices, seed=seed, key=key, on_sample=on_sample, timer=timer
         )
+    )
+    return [
+        Group(prompt=prompt, samples=tuple(found[p, s] for s in range(samples)))
         for p, prompt in enumerate(prompts)
     ]
 
 
-def judged_samples(
+def rewarded_samples(
     engine: Engine,
-    judge: Judge,
+    rewarder: Rewarder,
     prompts: Sequence[Prompt],
     sampling: Sampling,
-    draws: Sequence[Draw],
+    indices: Sequence[SampleIndex],
     *,
     seed: int,
     key: str,
     on_sample: Callable[[int, int], None] = lambda done, total: None,
     timer: StepTimer | None = None,
-) -> Iterator[tuple[Draw, Sample]]:
-    """The samples that `draws` name, each as soon as it and those drawn before it are judged; the other
-    arguments as in `sample_groups`."""
-    timer = timer or StepTimer()
-    waiting: deque[tuple[Draw, PendingSample]] = deque()
-    for drawn, (draw, completion) in enumerate(
-        _completions(engine, prompts, sampling, draws, seed=seed, key=key), start=1
-    ):
-        prompt = prompts[draw[0]]
-        pending = judge.submit(
-            text=completion.text,
-            gold=prompt.problem.answer,
-            token_ids=completion.token_ids,
-            finish_reason=completion.finish_reason,
-            logprobs=completion.logprobs,
-            opens_think=prompt.opens_think,
-        )
-        waiting.append((draw, pending))
-        on_sample(drawn, len(draws))
-        while waiting and waiting[0][1].is_judged:
-            draw, pending = waiting.popleft()
-            yield draw, judge.settle(pending)
-    for draw, pending in waiting:
-        with timer("verify"):
-            sample = judge.settle(pending)
-        yield draw, sample
+) -> Iterator[tuple[SampleIndex, Sample]]:
+    """Yields the samples of `indices`, each as soon as it and those sampled before it are verified.
 
-
-def _completions(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    draws: Sequence[Draw],
-    *,
-    seed: int,
-    key: str,
-) -> Iterator[tuple[Draw, Completion]]:
-    named = {f"{p}/{s}": (p, s) for p, s in draws}
+    Args:
+        seed: the run's seed.
+        key: purpose of the samples, e.g. `step 12`; another key gives other samples.
+        on_sample: called with (samples done, samples in all).
+        timer: `verify` gets the time spent on waiting for verdicts once everything is sampled.
+    """
+    named = {f"{p}/{s}": (p, s) for p, s in indices}
     requests = [
         Request(
             request_id=name,
@@ -180,5 +165,22 @@ def _completions(
         )
         for name, (p, s) in named.items()
     ]
-    for completion in engine.generate(requests, sampling):
-        yield named[completion.request_id], completion
+    waiting: deque[Any] = deque()
+    for done, completion in enumerate(engine.generate(requests, sampling), start=1):
+        index = named[completion.request_id]
+        sample = Sample(
+            token_ids=completion.token_ids,
+            text=completion.text,
+            finish_reason=completion.finish_reason,
+            logprobs=completion.logprobs,
+        )
+        prompt = prompts[index[0]]
+        waiting.append((index, prompt, sample, rewarder.verify(prompt, sample)))
+        on_sample(done, len(indices))
+        while waiting and (waiting[0][3] is None or waiting[0][3].done()):
+            index, *rest = waiting.popleft()
+            yield index, rewarder.reward(*rest)
+    for index, *rest in waiting:
+        with (timer or StepTimer())("verify"):
+            sample = rewarder.reward(*rest)
+        yield index, sample

@@ -1,32 +1,28 @@
-"""The store's traces as the student must write them, in its tokens; tokenised once, while memory lasts."""
+"""A stored trace in the student's answer format and tokens."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 from precompute.config import AnswerForm
+from precompute.verify.final_answer import FinalAnswer, closing, find_answer, to_form
 from store.errors import StoreError
-from store.records import TeacherRecord, Trace
-from trainer.method.rollouts import Prompt
-from trainer.method.student_form import in_students_form
+from store.records import Trace
+from trainer.method.groups import Prompt
 
-CACHED_TOKENS = 2**21
-"""Student tokens whose traces are kept, some 200 MB: 512 traces of 4,096 tokens."""
-
-ASKED_AT_ONCE = 256
-"""Problems of one look-up where the whole store is gone through."""
+QUERY_PROBLEMS = 256
+"""Problems of one query where traces of all problems are read."""
 
 
 class CandidateStore(Protocol):
-    """All that the trainer sees of the store."""
+    """The part of the store that the trainer reads."""
 
     def candidates(
         self, problem_ids: Sequence[str], *, teachers: Sequence[str] | None = None, tokens: bool = False
     ) -> Mapping[str, Sequence[Trace]]:
-        """The verified traces of each problem; a problem without one maps to an empty sequence.
+        """Returns the verified traces of each problem; an empty sequence where there are none.
 
         `teachers`: None for all. `tokens`: with the teacher's own token ids and log-probs.
         """
@@ -34,7 +30,7 @@ class CandidateStore(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StudentTrace:
+class Candidate:
     """A trace in the student's tokens and answer form."""
 
     trace: Trace
@@ -44,122 +40,127 @@ class StudentTrace:
     reasoning_ids: tuple[int, ...]
     """z_c, up to and including the opening of the final answer."""
     teacher_logprobs: tuple[float, ...] | None
-    """[T] under `ratio = "teacher"`."""
-
-
-class _HasTokens(Protocol):
-    @property
-    def token_ids(self) -> tuple[int, ...]: ...
-
-
-V = TypeVar("V", bound=_HasTokens)
-
-
-class Recent(Generic[V]):
-    """The values that were asked for last, as many as hold `capacity` tokens together; those that fall out
-    are made again when they are asked for."""
-
-    def __init__(self, capacity: int = CACHED_TOKENS) -> None:
-        self.capacity = capacity
-        self.tokens = 0
-        """Held now."""
-        self._values: OrderedDict[object, V] = OrderedDict()
-
-    def get(self, key: object, make: Callable[[], V]) -> V:
-        """The value of `key`, made where it is not there."""
-        if key in self._values:
-            self._values.move_to_end(key)
-            return self._values[key]
-        value = self._values[key] = make()
-        self.tokens += len(value.token_ids)
-        while self.tokens > self.capacity:
-            _, oldest = self._values.popitem(last=False)
-            self.tokens -= len(oldest.token_ids)
-        return value
+    """[T] where the guided loss reads them."""
 
 
 class StudentTokens(Protocol):
-    """What is known of a student's tokens, its weights loaded (`Policy`) or not."""
+    """The student's tokens, its weights loaded (`Policy`) or not."""
 
     tokenizer: Any
     eos_ids: tuple[int, ...]
-    """All that end a response."""
+    """All ids that end a response."""
     eos_id: int
-    """Ends a trace."""
+    """The id that ends a trace."""
 
 
-class TraceTokens:
-    """Turns traces into the student's tokens; nothing is cut."""
+class TraceReader:
+    """Reads traces from the store as candidates; nothing is cut."""
 
-    def __init__(self, policy: StudentTokens, form: AnswerForm, *, own_ids: bool) -> None:
-        self.policy = policy
+    def __init__(
+        self,
+        store: CandidateStore,
+        student: StudentTokens,
+        form: AnswerForm,
+        *,
+        teachers: Sequence[str] = (),
+        max_length: int,
+        own_ids: bool = False,
+    ) -> None:
+        """
+        Args:
+            form: form in which the student must answer.
+            teachers: teachers whose traces are read; empty: all.
+            max_length: most student tokens of a candidate; half a solution is no solution, so a longer trace
+                is left out.
+            own_ids: keep the teacher's own tokens and log-probabilities; StoreError where the tokens are not
+                the student's.
+        """
+        self.store = store
+        self.student = student
         self.form = form
-        """In which the student must answer."""
+        self.teachers = teachers
+        self.max_length = max_length
         self.own_ids = own_ids
-        """`ratio = "teacher"`: the teacher's own tokens, StoreError where they are not the student's."""
-        self._recent: Recent[StudentTrace] = Recent()
 
-    def of(self, trace: Trace, *, opens_think: bool) -> StudentTrace:
-        """The trace behind a prompt that ends inside `<think>`, or does not."""
-        return self._recent.get(
-            (trace.trace_id, opens_think), lambda: self._tokenised(trace, opens_think=opens_think)
-        )
+    def query(self, prompts: Sequence[Prompt]) -> Mapping[str, Sequence[Trace]]:
+        """Returns problem_id -> its verified traces, by one query of the store."""
+        ids = [prompt.problem.problem_id for prompt in prompts]
+        return self.store.candidates(ids, teachers=self.teachers or None, tokens=self.own_ids)
 
-    def _tokenised(self, trace: Trace, *, opens_think: bool) -> StudentTrace:
-        """The teacher's form is mapped explicitly to the student's."""
+    def candidates(self, prompt: Prompt, traces: Sequence[Trace]) -> list[Candidate]:
+        """Returns the traces of a prompt's problem as candidates, without those that are too long."""
+        found = [self.candidate(trace, opens_think=prompt.opens_think) for trace in traces]
+        return [candidate for candidate in found if len(candidate.token_ids) <= self.max_length]
+
+    def all_candidates(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, list[Candidate]]]:
+        """Yields each prompt with its candidates, by queries of QUERY_PROBLEMS problems."""
+        for start in range(0, len(prompts), QUERY_PROBLEMS):
+            part = prompts[start : start + QUERY_PROBLEMS]
+            found = self.query(part)
+            yield from (
+                (prompt, self.candidates(prompt, found[prompt.problem.problem_id])) for prompt in part
+            )
+
+    def candidate(self, trace: Trace, *, opens_think: bool) -> Candidate:
+        """Returns the trace behind a prompt that ends inside `<think>`, or does not."""
         reasoning, text = in_students_form(trace, self.form, opens_think=opens_think)
         if self.own_ids:
             self._check_own_ids(trace, text)
-        return StudentTrace(
+        return Candidate(
             trace=trace,
             text=text,
-            token_ids=trace.token_ids if self.own_ids else (*self.encode(text), self.policy.eos_id),
+            token_ids=trace.token_ids if self.own_ids else (*self.encode(text), self.student.eos_id),
             reasoning_ids=self.encode(reasoning),
             teacher_logprobs=trace.logprobs if self.own_ids else None,
         )
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Without special tokens."""
-        return tuple(self.policy.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def check_teacher_ratio(
-        self, store: CandidateStore, prompts: Sequence[Prompt], teachers: Sequence[str]
-    ) -> None:
-        """Before training under `ratio = "teacher"`: every trace that may be asked for must bear it."""
-        for start in range(0, len(prompts), ASKED_AT_ONCE):
-            part = {
-                prompt.problem.problem_id: prompt.opens_think
-                for prompt in prompts[start : start + ASKED_AT_ONCE]
-            }
-            found = store.candidates(list(part), teachers=teachers or None, tokens=True)
-            for problem_id, traces in found.items():
-                for trace in traces:
-                    _, text = in_students_form(trace, self.form, opens_think=part[problem_id])
-                    self._check_own_ids(trace, text)
+        """Returns the student's ids of `text`, without special tokens."""
+        return tuple(self.student.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _check_own_ids(self, trace: Trace, text: str) -> None:
-        """StoreError unless the teacher's own tokens are what the student would have to write."""
+        """Raises StoreError unless the teacher's own tokens are those that the student would have to
+        write."""
         reason = None
         if text != trace.text:
             reason = "answers in another form than the student, so its log-probs are of other tokens"
         elif not len(trace.logprobs) == len(trace.token_ids) > 0:
             reason = f"has {len(trace.logprobs)} log-probs for {len(trace.token_ids)} tokens"
-        elif trace.token_ids[-1] not in self.policy.eos_ids:
+        elif trace.token_ids[-1] not in self.student.eos_ids:
             reason = "does not end with an EOS token of the student's"
         if reason is not None:
             raise StoreError(
-                f'guidance.ratio = "teacher": trace {trace.trace_id} of {trace.teacher} {reason}; '
-                f'use ratio = "student", or leave the teacher out of guidance.teachers'
+                f'guidance.loss = "shaped_ratio": trace {trace.trace_id} of {trace.teacher} {reason}; '
+                f'use guidance.loss = "shaped", or leave the teacher out of guidance.teachers'
             )
 
 
-def check_tokenizers(
-    teachers: Mapping[str, TeacherRecord], student_fingerprint: str, used: Sequence[str]
-) -> None:
-    """`ratio = "teacher"` compares probabilities of the same tokens: StoreError unless vocabularies agree."""
-    for name in used or sorted(teachers):
-        if teachers[name].tokenizer_fingerprint != student_fingerprint:
-            raise StoreError(
-                f'guidance.ratio = "teacher" needs the student\'s tokenizer in every teacher, and {name!r} '
-                f'({teachers[name].model}) has another; use ratio = "student"'
-            )
+def in_students_form(trace: Trace, form: AnswerForm, *, opens_think: bool) -> tuple[str, str]:
+    """Returns (z_c, text): the trace as the student must write it, by answer form and by thinking.
+
+    z_c is the text up to and including the opening of its final answer. A student whose prompt ends inside
+    `<think>` closes it first; a thought that the teacher's prompt opened is opened in the text.
+    """
+    solution = _verified_answer(trace)
+    reasoning, rest = to_form(trace.text, solution, form)
+    if opens_think:
+        has_thought = "</think>" in trace.text
+        reasoning = reasoning.removeprefix("<think>") if has_thought else f"</think>\n\n{reasoning}"
+    elif "</think>" in trace.text and "<think>" not in trace.text.split("</think>")[0]:
+        reasoning = f"<think>\n{reasoning}"
+    answer = str(solution.answer)
+    inner = find_answer(answer, form="boxed")
+    if inner.answer is not None and inner.opening_start == 0 and inner.closing_end == len(answer):
+        answer = inner.answer  # `\boxed{4}` inside answer tags is the answer 4
+    return reasoning, f"{reasoning}{answer}{closing(form)}{rest}"
+
+
+def _verified_answer(trace: Trace) -> FinalAnswer:
+    """Returns the answer that the verifier read: the one at `answer_start`."""
+    forms: tuple[AnswerForm | None, ...] = (None, "boxed", "answer_tags")
+    for form in forms:
+        for thinking in (False, True):
+            solution = find_answer(trace.text, form=form, opens_think=thinking)
+            if solution.answer_start is not None and solution.answer_start == trace.answer_start:
+                return solution
+    raise StoreError(f"trace {trace.trace_id} of {trace.teacher} has no answer at {trace.answer_start}")

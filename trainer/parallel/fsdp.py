@@ -80,9 +80,9 @@ def shard(policy: Policy, world: World) -> None:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     # FSDP gathers around registered methods only.
-    policy.causal.asked_tokens = policy.asked_tokens
-    register_fsdp_forward_method(policy.causal, "asked_tokens")
-    policy.asked_tokens = policy.causal.asked_tokens
+    policy.causal.target_values = policy.target_values
+    register_fsdp_forward_method(policy.causal, "target_values")
+    policy.target_values = policy.causal.target_values
     _first_pass(policy)
 
 
@@ -131,8 +131,8 @@ def _from_rank_0(tensor: Tensor, device: torch.device) -> Tensor:
 def _first_pass(policy: Policy) -> None:
     """Makes FSDP find its root module, which `gathered_weights` needs."""
     ids = torch.full((1, 2), policy.pad_id, device=policy.device)
-    asked = torch.tensor([[False, True]], device=policy.device)
-    policy.logprobs(TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids), asked=asked))
+    target_mask = torch.tensor([[False, True]], device=policy.device)
+    policy.logprobs(TokenBatch(input_ids=ids, target_mask=target_mask))
     policy.causal.reset_iter_state()
 
 

@@ -5,7 +5,7 @@
       optimizer.pt                                    the optimizer's state and torch's generators
       state.json                                      steps, config, what the problems and the store were,
                                                       size and checksum of every other file
-    checkpoints/sft-000050/                           the same in the warm-up, with its optimizer
+    checkpoints/sft-000050/                           the same in SFT, with its optimizer
 
 Sampling, order of problems and placement are functions of (seed, step, problem), so no position is needed
 beyond the step.
@@ -50,13 +50,13 @@ MAY_CHANGE = {
         "vllm_gpu_memory_utilization",
         "vllm_sleep",
     },
-    "warmup": {"sft_steps"},
+    "sft": {"steps"},
     "student": {"device", "gradient_checkpointing", "chat_template"},
 }
 """Sections (None: whole) and keys that may differ on resume: they do not change what a step computes.
 Problems and store may lie elsewhere: what they hold is compared by fingerprint.
 A chat template's path may; what it says is compared when the tokenizer is loaded.
-`warmup.sft_steps` may until the first sampling step, see `check_config`.
+`sft.steps` may until the first sampling step, see `check_config`.
 A schedule that runs down to max_steps is the exception, see `differences`."""
 
 
@@ -278,10 +278,10 @@ def check_config(state: TrainState, config: Config, checkpoint: Path) -> None:
             f"{checkpoint} is at {state.done}, past train.max_steps = {config.train.max_steps}: to go on, "
             f"set train.max_steps above {state.done.step}; or start anew under another run.name"
         )
-    steps = config.warmup.sft_steps
+    steps = config.sft.steps
     if state.done.sft_step > steps or (state.done.step and state.done.sft_step != steps):
         raise RunError(
-            f"{checkpoint} has {state.done.sft_step} steps of warm-up behind it; set warmup.sft_steps = "
+            f"{checkpoint} has {state.done.sft_step} SFT steps behind it; set sft.steps = "
             f"{state.done.sft_step} again, not {steps}, or start anew under another run.name"
         )
 
@@ -297,9 +297,9 @@ def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
         if section == "train" and config.train.lr_schedule != "constant":
             free = free - {"max_steps"}
         found += [
-            f"{section}.{key} = {value!r}, now {now[section].get(key)!r}"
-            for key, value in keys.items()
-            if key not in free and now[section].get(key) != value
+            f"{section}.{key} = {keys.get(key)!r}, now {now[section].get(key)!r}"
+            for key in dict.fromkeys([*keys, *(now[section] if section == "rewards" else ())])
+            if key not in free and now[section].get(key) != keys.get(key)
         ]
     return found
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from store.errors import EngineError, TrainingError
-from trainer.method.update import NotFiniteError
+from trainer.method.update import NonFiniteError
 from trainer.run.run_dir import Position, RunFiles
 
 
@@ -19,7 +19,7 @@ def explain_step(run: RunFiles, step: Position, saved: Path | None) -> Iterator[
     where = f"the last checkpoint is {saved}" if saved else "there is no checkpoint yet"
     try:
         yield
-    except NotFiniteError as error:
+    except NonFiniteError as error:
         batch = run.write_failed_batch(step, error.sequences)
         raise TrainingError(
             f"{step}: {error}; its batch is in {batch}; {where}; a smaller train.learning_rate often helps"

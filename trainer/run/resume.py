@@ -14,8 +14,8 @@ from trainer.run.setup import Parts
 
 
 def optimizer_at(parts: Parts, done: Position) -> torch.optim.Optimizer:
-    """The one that took the last step: the warm-up has its own."""
-    return parts.warmup.optimizer if done.step == 0 and done.sft_step else parts.optimizer
+    """Returns the optimizer that took the last step: SFT has its own."""
+    return parts.sft.optimizer if done.step == 0 and done.sft_step else parts.optimizer
 
 
 def find_whole_start(run: RunFiles, config: Config, resume: str) -> Path | None:

@@ -5,7 +5,7 @@
     queries/step-000001.parquet      every candidate of every question
     evals/step-000010.parquet        every sample of an evaluation
     failed/step-000012.parquet       the batch whose loss or gradient was no number, where there was one
-    checkpoints/step-000050/         see `checkpoint`; in the warm-up sft-000050
+    checkpoints/step-000050/         see `checkpoint`; in SFT sft-000050
 
 A step's files are named by the step, so a resumed run writes over what an interrupted one left.
 """
@@ -109,11 +109,10 @@ class Position:
     step: int = 0
     """Sampling steps done."""
     sft_step: int = 0
-    """Steps of the warm-up done, all of which come before the first sampling step."""
+    """SFT steps done, all of which come before the first sampling step."""
 
     def __str__(self) -> str:
-        in_warmup = self.sft_step and not self.step
-        return f"step {self.sft_step} of the warm-up" if in_warmup else f"step {self.step}"
+        return f"SFT step {self.sft_step}" if self.sft_step and not self.step else f"step {self.step}"
 
     @property
     def name(self) -> str:
@@ -146,7 +145,7 @@ class RunFiles:
 
     def start(self, config: Config, *, after: Position, processes: int = 1) -> None:
         """Writes config and environment, and drops what an interrupted run logged past `after`. What comes
-        between the warm-up and the first sampling step is past both."""
+        between SFT and the first sampling step is past both."""
         for folder in ("rollouts", "queries", "evals", "checkpoints"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
         self._text("config.toml", toml_of(config))
@@ -295,7 +294,7 @@ def _sample_row(
 ) -> dict[str, Any]:
     return {
         "step": step,
-        "problem_id": group.problem.problem_id,
+        "problem_id": group.problem_id,
         "sample_index": place,
         "origin": "teacher" if sample.is_teacher else "student",
         "trace_id": sample.trace_id,

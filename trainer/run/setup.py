@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,20 +10,22 @@ from typing import Any
 
 import torch
 
+from precompute.config import AnswerForm
 from precompute.problems.problem_files import load_problems, of_key, split_by_gold
 from precompute.problems.prompts import prompt_warning, tokenizer_fingerprint
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, ProblemsError, StoreError
 from store.reader import TraceStore, Usable
-from store.records import Problem, content_hash
+from store.records import Problem, TeacherRecord, content_hash
+from store.registry import lookup
 from store.reports.report import problem_rows
 from trainer.config import Config
-from trainer.method.guidance import Guide
-from trainer.method.rewards import Judge
-from trainer.method.rollouts import Prompt, demanded_form, student_prompts
-from trainer.method.schedule import problems_of_step
-from trainer.method.sft import Warmup, make_warmup
-from trainer.method.teacher_traces import TraceTokens, check_tokenizers
+from trainer.method.groups import REWARDS, Prompt, Rewarder
+from trainer.method.guidance import SELECTORS, TRIGGERS, Guide
+from trainer.method.loss import make_policy_loss
+from trainer.method.rollouts import demanded_form, problems_of_step, student_prompts
+from trainer.method.sft import Sft, choose_traces
+from trainer.method.teacher_traces import StudentTokens, TraceReader
 from trainer.method.update import Updater
 from trainer.parallel.fsdp import check_shardable, initial_device, shard
 from trainer.parallel.world import ALONE, World
@@ -47,8 +49,8 @@ class Parts:
     policy: Policy
     optimizer: torch.optim.Optimizer
     sampler: Sampler
-    judge: Judge
-    warmup: Warmup
+    rewarder: Rewarder
+    sft: Sft
     guide: Guide
     updater: Updater
     meter: PerformanceMeter
@@ -71,6 +73,7 @@ def assemble(
     world: World = ALONE,
 ) -> Parts:
     """Loads and checks everything; what must be closed is closed by `stack`."""
+    check_names(config)
     check_sampler(config)
     check_shardable(config, world)
     trackers = stack.enter_context(Trackers(config.run.report_to if world.is_main else ()))
@@ -82,18 +85,13 @@ def assemble(
     store = open_store(config, stack)
     torch.manual_seed(config.train.seed)  # new adapters begin at random
     policy = load_student(config, world, weights)
-    if config.train.compile:
-        policy.compile()
     train_prompts = fitting_prompts(config, problems, policy.tokenizer, reporter)
     eval_prompts = fitting_prompts(config, held_out, policy.tokenizer, reporter) if held_out else []
     warn_of_prompts(config, policy.tokenizer, train_prompts, reporter)
     check_plan(config, train_prompts, eval_prompts, policy.model.config, reporter)
-    judge = Judge(
-        verifier,
-        answer_form=demanded_form(config.student, problems),
-        format_weight=config.train.format_weight,
-    )
-    guide = make_guide(config, store, policy, judge)
+    form = demanded_form(config.student, problems)
+    rewarder = Rewarder(verifier, answer_form=form, weights=config.rewards)
+    guide = make_guide(config, store, policy, rewarder)
     if store is not None:
         check_store(config, store, guide, train_prompts, reporter)
     shard(policy, world)
@@ -114,8 +112,8 @@ def assemble(
         policy=policy,
         optimizer=optimizer,
         sampler=sampler,
-        judge=judge,
-        warmup=find_warmup(config, policy, store, judge, train_prompts, reporter, world),
+        rewarder=rewarder,
+        sft=make_sft(config, policy, store, form, train_prompts, reporter, world),
         guide=guide,
         updater=updater,
         meter=PerformanceMeter(policy, devices=world.size),
@@ -129,6 +127,15 @@ def assemble(
     )
 
 
+def check_names(config: Config) -> None:
+    """Raises ConfigError for a trigger, selector, loss or reward that does not exist."""
+    make_policy_loss(config.train, config.guidance)
+    lookup(TRIGGERS, config.guidance.trigger, key="guidance.trigger")
+    lookup(SELECTORS, config.guidance.select, key="guidance.select")
+    for name in config.rewards:
+        lookup(REWARDS, name, key="rewards")
+
+
 def load_student(config: Config, world: World, weights: Path | None = None) -> Policy:
     """The student, for `shard` to deal out; `weights`: a checkpoint to go on from."""
     return load_policy(
@@ -136,6 +143,7 @@ def load_student(config: Config, world: World, weights: Path | None = None) -> P
         temperature=config.rollout.temperature,
         weights=weights,
         place=initial_device(world),
+        logits_chunk_tokens=config.train.logits_chunk_tokens,
     )
 
 
@@ -145,7 +153,7 @@ def make_updater(config: Config, policy: Policy, optimizer: torch.optim.Optimize
         policy,
         optimizer,
         config.train,
-        config.guidance,
+        make_policy_loss(config.train, config.guidance),
         max_completion_length=config.rollout.max_completion_length,
         reference=_reference(config, policy, world),
         world=world,
@@ -193,11 +201,12 @@ def check_plan(
 def check_store(
     config: Config, store: TraceStore, guide: Guide, prompts: Sequence[Prompt], reporter: TrainReporter
 ) -> None:
-    """Warns when the store knows none of the problems; refuses traces that `ratio = "teacher"` cannot use."""
-    if config.guidance.ratio == "teacher":
+    """Warns when the store knows none of the problems; refuses traces that `shaped_ratio` cannot use."""
+    if config.guidance.reads_teacher_logprobs and guide.traces is not None:
         fingerprint = tokenizer_fingerprint(guide.policy.tokenizer)
         check_tokenizers(store.teachers(), fingerprint, config.guidance.teachers)
-        guide.traces.check_teacher_ratio(store, prompts, config.guidance.teachers)
+        for _ in guide.traces.all_candidates(prompts):  # raises for the first trace that does not fit
+            pass
     known = covered(store, [prompt.problem for prompt in prompts], config)
     if not known:
         reporter.warned(f"{store.path} has no verified trace of any training problem: is it the right store?")
@@ -229,43 +238,73 @@ def covered(store: TraceStore, problems: Sequence[Problem], config: Config) -> i
     return sum(problem.problem_id in solved for problem in problems)
 
 
-def make_guide(config: Config, store: TraceStore | None, policy: Policy, judge: Judge) -> Guide:
-    """The guide with the config's rule."""
+def trace_reader(
+    config: Config, store: TraceStore, student: StudentTokens, form: AnswerForm, *, own_ids: bool
+) -> TraceReader:
+    """Returns the reader of the store's traces; `own_ids`: in the teachers' own tokens."""
+    return TraceReader(
+        store,
+        student,
+        form,
+        teachers=config.guidance.teachers,
+        max_length=config.rollout.max_completion_length,
+        own_ids=own_ids,
+    )
+
+
+def make_guide(config: Config, store: TraceStore | None, policy: Policy, rewarder: Rewarder) -> Guide:
+    """Returns the guide with the config's trigger and selector."""
+    own_ids = config.guidance.reads_teacher_logprobs
     return Guide(
         config.guidance,
-        store,
+        None if store is None else trace_reader(config, store, policy, rewarder.answer_form, own_ids=own_ids),
         policy,
-        judge,
-        max_completion_length=config.rollout.max_completion_length,
+        rewarder,
         max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
         seed=config.train.seed,
     )
 
 
-def find_warmup(
+def sft_reader(config: Config, store: TraceStore, student: StudentTokens, form: AnswerForm) -> TraceReader:
+    """Returns the reader of SFT: traces in the student's own tokens, whatever `guidance.loss` is."""
+    return trace_reader(config, store, student, form, own_ids=False)
+
+
+def make_sft(
     config: Config,
     policy: Policy,
     store: TraceStore | None,
-    judge: Judge,
+    form: AnswerForm,
     prompts: Sequence[Prompt],
     reporter: TrainReporter,
     world: World,
-) -> Warmup:
-    """The warm-up, its traces in the student's own tokens whatever `guidance.ratio` says."""
-    return make_warmup(
-        config,
-        policy,
-        store,
-        TraceTokens(policy, judge.answer_form, own_ids=False),
-        prompts,
-        lambda done, total: reporter.sampling("traces for the warm-up", done, total),
-        world,
+) -> Sft:
+    """Returns SFT with its traces chosen; without `sft.steps` there are none."""
+    if not config.sft.steps or store is None:
+        return Sft(config, policy, None, world=world)
+    reader = sft_reader(config, store, policy, form)
+    chosen = choose_traces(
+        config.sft, reader, prompts, lambda done, total: reporter.sampling("traces for SFT", done, total)
     )
+    return Sft(config, policy, reader, chosen, world)
+
+
+def check_tokenizers(
+    teachers: Mapping[str, TeacherRecord], student_fingerprint: str, used: Sequence[str]
+) -> None:
+    """Raises StoreError unless every used teacher has the student's tokenizer: `shaped_ratio` compares
+    probabilities of the same tokens."""
+    for name in used or sorted(teachers):
+        if teachers[name].tokenizer_fingerprint != student_fingerprint:
+            raise StoreError(
+                f'guidance.loss = "shaped_ratio" needs the student\'s tokenizer in every teacher, and '
+                f'{name!r} ({teachers[name].model}) has another; use guidance.loss = "shaped"'
+            )
 
 
 def asks_store(config: Config) -> bool:
     """Whether a run reads traces at all."""
-    return config.guidance.trigger != "never" or config.warmup.sft_steps > 0
+    return config.guidance.trigger != "never" or config.sft.steps > 0
 
 
 def open_store(config: Config, stack: ExitStack) -> TraceStore | None:

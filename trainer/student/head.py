@@ -1,7 +1,8 @@
-"""Float32 logits from a frozen head in a narrow type, without a float32 copy of it.
+"""Float32 logits of a head in any type: without a float32 copy of a narrow one, on tensor cores where
+allowed.
 
-A head of 152,064 x 3,584 takes 1.1 GB in bfloat16 and 2.2 GB more in float32, which autograd would keep to
-the backward pass. Here it is widened a slice of the vocabulary at a time, forward and backward.
+A head of 152,064 x 3,584 takes 1.1 GB in bfloat16 and 2.2 GB more in float32, which autograd would keep until
+the backward pass. Here a narrow head is widened a slice of the vocabulary at a time, forward and backward.
 """
 
 from __future__ import annotations
@@ -14,61 +15,45 @@ import torch
 from torch import Tensor
 
 VALUES_PER_SLICE = 2**24
-"""Values of the head that are float32 at once: 64 MiB."""
+"""Values of a narrow head that are float32 at once: 64 MiB."""
 
 
-class NarrowHead(torch.autograd.Function):
-    """hidden [N, H] float32, weight [V, H] frozen, in any floating type -> hidden weight^T [N, V] float32."""
+class HeadProduct(torch.autograd.Function):
+    """Returns hidden weight^T [N, V] float32 of hidden [N, H] float32 and weight [V, H] in any floating
+    type."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tensor_cores: bool) -> Tensor:
-        """What a float32 copy of the weight would give."""
-        ctx.save_for_backward(weight)
+        """Computes in float32, a slice of the vocabulary at a time."""
+        ctx.save_for_backward(hidden if weight.requires_grad else None, weight)
         ctx.tensor_cores = tensor_cores
         logits = hidden.new_empty(len(hidden), len(weight))
         with products_on(tensor_cores):
-            for at, wide in _slices(weight):
-                logits[:, at : at + len(wide)] = hidden @ wide.T
+            for start, wide in _slices(weight):
+                torch.mm(hidden, wide.T, out=logits[:, start : start + len(wide)])
         return logits
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """[N, V] -> [N, H]; the weight is frozen and gets none."""
-        (weight,) = ctx.saved_tensors
-        of_hidden = gradients[0].new_zeros(len(gradients[0]), weight.shape[1])
-        with products_on(ctx.tensor_cores):
-            for at, wide in _slices(weight):
-                of_hidden.addmm_(gradients[0][:, at : at + len(wide)], wide)
-        return of_hidden, None, None
-
-
-class TensorCoreHead(torch.autograd.Function):
-    """hidden [N, H], weight [V, H], both float32 -> hidden weight^T [N, V] float32, on tensor cores."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        with products_on(True):
-            return hidden @ weight.T
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """[N, V] -> [N, H] and [V, H], each where it is wanted."""
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Returns the gradients [N, H] of hidden and [V, H] of weight, each where it is wanted."""
         hidden, weight = ctx.saved_tensors
-        of_hidden, of_weight = ctx.needs_input_grad
-        with products_on(True):
-            return (
-                gradients[0] @ weight if of_hidden else None,
-                gradients[0].T @ hidden if of_weight else None,
-            )
+        of_hidden = of_weight = None
+        with products_on(ctx.tensor_cores):
+            if ctx.needs_input_grad[0]:
+                of_hidden = gradients[0].new_zeros(len(gradients[0]), weight.shape[1])
+                for start, wide in _slices(weight):
+                    of_hidden.addmm_(gradients[0][:, start : start + len(wide)], wide)
+            if ctx.needs_input_grad[1]:
+                of_weight = (gradients[0].T @ hidden).to(weight.dtype)
+        return of_hidden, of_weight, None
 
 
 @contextmanager
 def products_on(tensor_cores: bool) -> Iterator[None]:
-    """For the block float32 products on CUDA read 10 bits (TF32); their sums stay float32.
+    """Lets float32 products on CUDA read 10 bits (TF32) in the block; their sums stay float32.
 
-    For the block alone: models make rotary angles by such products too, and 10 bits tell no two positions
-    beyond 2,048 apart.
+    In the block alone: models make rotary angles by such products too, and 10 bits cannot distinguish two
+    positions beyond 2,048.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if tensor_cores else before)
@@ -79,23 +64,20 @@ def products_on(tensor_cores: bool) -> Iterator[None]:
 
 
 def _slices(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows in float32) of a [V, H] weight."""
-    rows = max(1, VALUES_PER_SLICE // weight.shape[1])
-    for at in range(0, len(weight), rows):
-        yield at, weight[at : at + rows].float()
+    """Yields (first row, rows in float32) of a [V, H] weight; a float32 weight is one slice."""
+    rows = len(weight) if weight.dtype == torch.float32 else max(1, VALUES_PER_SLICE // weight.shape[1])
+    for start in range(0, len(weight), rows):
+        yield start, weight[start : start + rows].float()
 
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, tensor_cores: bool = False) -> Tensor:
-    """hidden [N, H], weight [V, H], bias [V] -> [N, V] float32, in float32 arithmetic whatever comes in.
+    """Returns [N, V] float32 logits of hidden [N, H], weight [V, H] and bias [V], in float32 arithmetic.
 
-    `tensor_cores`: products read 10 bits (`products_on`), for hidden states of fewer. With 150,000 tokens
-    full float32 would cost more than the whole body; logits in bfloat16 would be 0.125 apart.
+    `tensor_cores`: products read 10 bits (`products_on`), for hidden states that have fewer. With 150,000
+    tokens full float32 would cost more than the whole body; bfloat16 logits would be 0.125 apart.
     """
     wide_bias = None if bias is None else bias.float()
-    if weight.dtype != torch.float32 and not weight.requires_grad:
-        logits: Tensor = NarrowHead.apply(hidden.float(), weight, tensor_cores)  # type: ignore[no-untyped-call]
-    elif tensor_cores:
-        logits = TensorCoreHead.apply(hidden.float(), weight.float())  # type: ignore[no-untyped-call]
-    else:
-        return torch.nn.functional.linear(hidden.float(), weight.float(), wide_bias)
+    if weight.dtype == torch.float32 and not tensor_cores:
+        return torch.nn.functional.linear(hidden.float(), weight, wide_bias)
+    logits: Tensor = HeadProduct.apply(hidden.float(), weight, tensor_cores)  # type: ignore[no-untyped-call]
     return logits if wide_bias is None else logits + wide_bias

@@ -16,10 +16,9 @@ from precompute.engines.four_bits import check_blocks, nf4_on
 from precompute.problems.prompts import use_template
 from store.errors import EngineError, RunError
 from trainer.config import StudentConfig
-from trainer.method.objective import selective_log_softmax
 from trainer.student.adapters import with_adapters
 from trainer.student.batches import TokenBatch
-from trainer.student.policy import Policy
+from trainer.student.policy import LOGITS_CHUNK_TOKENS, Policy, selective_log_softmax
 
 TEMPLATE_KEY = "student.chat_template"
 
@@ -30,6 +29,7 @@ def load_policy(
     temperature: float,
     weights: Path | None = None,
     place: torch.device | None = None,
+    logits_chunk_tokens: int = LOGITS_CHUNK_TOKENS,
 ) -> Policy:
     """The student on its device, weights that train in float32.
 
@@ -59,7 +59,14 @@ def load_policy(
     if place is None or place.type != "meta":
         _check_head(Policy(model, tokenizer, dtype=torch.float32, temperature=temperature))
     dtype = compute_dtype(config, device)
-    return Policy(model, tokenizer, dtype=dtype, temperature=temperature, device=device)
+    return Policy(
+        model,
+        tokenizer,
+        dtype=dtype,
+        temperature=temperature,
+        device=device,
+        logits_chunk_tokens=logits_chunk_tokens,
+    )
 
 
 def _load_model(
@@ -143,12 +150,12 @@ def _check_head(policy: Policy) -> None:
         .remainder(policy.causal.config.get_text_config().vocab_size)
         .unsqueeze(0)
     )
-    asked = torch.ones_like(ids, dtype=torch.bool)
-    asked[:, 0] = False
-    ours = policy.logprobs(TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids), asked=asked))
+    target_mask = torch.ones_like(ids, dtype=torch.bool)
+    target_mask[:, 0] = False
+    ours = policy.logprobs(TokenBatch(input_ids=ids, target_mask=target_mask))
     with policy.computing():
         logits = policy.model(input_ids=ids).logits
-    theirs = selective_log_softmax(logits[:, :-1].float() / policy.temperature, ids[:, 1:])
+    (theirs,) = selective_log_softmax(logits[:, :-1].float() / policy.temperature, ids[:, 1:])
     difference = float((ours[:, 1:] - theirs).abs().max())
     # A frozen model's own head answers in its narrow type; ours never does.
     narrow = policy.causal.get_output_embeddings().weight.dtype != torch.float32

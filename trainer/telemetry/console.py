@@ -42,7 +42,7 @@ class TrainReporter:
     def started(self, *, run: Path, begins: str, after_step: int, max_steps: int) -> None:
         """Called once, before the first step. `begins`: from where the run goes on, in words."""
 
-    def warmed_up(self, row: dict[str, Any], steps: int) -> None:
+    def sft_stepped(self, row: dict[str, Any], steps: int) -> None:
         """Called after each supervised step with its metrics."""
 
     def stepped(self, row: dict[str, Any], groups: list[Group]) -> None:
@@ -72,7 +72,7 @@ class ConsoleReporter(TrainReporter):
         self.max_steps = 0
         self._progress = progress_bars(console)
         self._sampling: TaskID | None = None
-        self._warmup: TaskID | None = None
+        self._sft: TaskID | None = None
         self._under_heads = False
 
     def __enter__(self) -> Self:
@@ -90,16 +90,14 @@ class ConsoleReporter(TrainReporter):
         self._task = self._progress.add_task("training", total=max_steps, completed=after_step, note="")
         self._say(f"run {run}: {begins}, to step {max_steps}")
 
-    def warmed_up(self, row: dict[str, Any], steps: int) -> None:
-        """The live line of a step of the warm-up."""
-        if self._warmup is None:
-            self._warmup = self._progress.add_task("warm-up", total=steps, note="")
-        self._progress.update(
-            self._warmup, completed=row["sft/step"], visible=row["sft/step"] < steps, note=""
-        )
+    def sft_stepped(self, row: dict[str, Any], steps: int) -> None:
+        """Shows the line of an SFT step."""
+        if self._sft is None:
+            self._sft = self._progress.add_task("SFT", total=steps, note="")
+        self._progress.update(self._sft, completed=row["sft/step"], visible=row["sft/step"] < steps, note="")
         self._say(
-            f"warm-up {row['sft/step']:>{len(str(steps))}}/{steps}  loss {row['sft/loss']:6.3f}  "
-            f"{row['sft/traces']} traces, {row['sft/tokens']} tokens  {row['seconds/warmup']:.1f} s"
+            f"SFT {row['sft/step']:>{len(str(steps))}}/{steps}  loss {row['sft/loss']:6.3f}  "
+            f"{row['sft/traces']} traces, {row['sft/tokens']} tokens  {row['seconds/sft']:.1f} s"
         )
 
     def stepped(self, row: dict[str, Any], groups: list[Group]) -> None:
@@ -213,7 +211,7 @@ def completions_table(step: int, groups: list[Group], problems: int) -> Table:
 
 def _add_row(table: Table, group: Group, sample: Sample, who: str) -> None:
     table.add_row(
-        escape(_clip(group.problem.question)),
+        escape(_clip(group.prompt.problem.question)),
         who,
         escape(_clip_middle(sample.text)),
         "[green]yes[/]" if sample.is_correct else "[red]no[/]",

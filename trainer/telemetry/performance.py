@@ -147,13 +147,13 @@ class PerformanceMeter:
 
 def sampled_lengths(groups: Sequence[Group]) -> list[int]:
     """Prompt and response tokens of every sample of the student."""
-    return [len(group.prompt_ids) + len(sample.token_ids) for group in groups for sample in group.samples]
+    return [len(group.prompt.ids) + len(sample.token_ids) for group in groups for sample in group.samples]
 
 
 def trained_lengths(groups: Sequence[Group], advantages: Tensor) -> list[int]:
     """Prompt and response tokens of every member that carries a gradient; advantages [N, G]."""
     return [
-        len(group.prompt_ids) + len(member.token_ids)
+        len(group.prompt.ids) + len(member.token_ids)
         for group, row in zip(groups, advantages.tolist(), strict=True)
         for member, advantage in zip(group.members, row, strict=True)
         if advantage
@@ -186,16 +186,16 @@ def probe_memory(policy: Policy, optimizer: torch.optim.Optimizer, *, longest: i
         max_tokens: `train.max_tokens_per_microbatch`.
     """
     ids = torch.full((max(1, max_tokens // longest), longest), policy.pad_id, device=policy.device)
-    asked = torch.ones_like(ids, dtype=torch.bool)
-    asked[:, 0] = False
+    target_mask = torch.ones_like(ids, dtype=torch.bool)
+    target_mask[:, 0] = False
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     policy.model.train()
     try:
         # AdamW has no state yet, and will have two values a weight.
         copies = 2 if isinstance(optimizer, torch.optim.AdamW) else 0
         held = [torch.empty_like(weight) for weight in weights for _ in range(copies)]
-        batch = TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids), asked=asked)
-        (policy.statistics(batch).logprobs.sum() * 0.0).backward()  # type: ignore[no-untyped-call]
+        logprobs, entropy = policy.logprobs_and_entropy(TokenBatch(input_ids=ids, target_mask=target_mask))
+        ((logprobs + entropy).sum() * 0.0).backward()  # type: ignore[no-untyped-call]
         del held
     except torch.OutOfMemoryError as error:
         raise TrainingError(
