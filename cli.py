@@ -19,7 +19,7 @@ from lab import cli as lab
 from precompute import cli as precompute
 from store import cli as store
 from store.errors import UserError
-from store.terminal.shared import say_error
+from store.terminal.console import print_error
 from trainer import cli as trainer
 
 app = typer.Typer(
@@ -55,7 +55,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        say_error(error)
+        print_error(error)
         sys.exit(2)
     except BrokenPipeError:
         # `ampo ... | head` closes the pipe; that is the reader's good right.

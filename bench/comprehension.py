@@ -37,7 +37,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from bench.measure import RETURNED_AT_ONCE, alone, peak_growth
 from lab.problems import draw_chain
 from lab.solutions import STYLES
-from store.reports.tables import plain_table
+from store.terminal.tables import plain_table
 from trainer.config import StudentConfig
 from trainer.method.guidance import answer_scores, comprehension_scores
 from trainer.student.load import load_policy, load_tokenizer, pick_device

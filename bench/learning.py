@@ -21,7 +21,7 @@ from rich.table import Table
 
 from precompute.config import load_config
 from precompute.run import pipeline
-from store.reports.tables import plain_table
+from store.terminal.tables import plain_table
 from trainer.config import Config
 from trainer.reports.inspection import curve
 from trainer.reports.plots import plot_runs

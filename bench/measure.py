@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from rich.table import Table
 
-from store.reports.tables import plain_table
+from store.terminal.tables import plain_table
 
 A = TypeVar("A")
 T = TypeVar("T")

@@ -44,7 +44,7 @@ from precompute.run.solve import PreparedTeacher, Solver, fill_prompts, longest_
 from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION, Verifier
 from store.reader import TraceStore
 from store.records import Problem, TeacherRecord
-from store.reports.tables import plain_table
+from store.terminal.tables import plain_table
 from store.writer import StoreWriter
 from trainer.config import Config
 

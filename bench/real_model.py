@@ -30,7 +30,7 @@ from precompute.config import load_config
 from precompute.verify.verifier import Verifier
 from store.reader import TraceStore
 from store.reports.report import store_report
-from store.reports.tables import plain_table
+from store.terminal.tables import plain_table
 from trainer.config import Config
 from trainer.method.groups import Group, Rewarder
 from trainer.method.rollouts import demanded_form

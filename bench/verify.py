@@ -31,7 +31,7 @@ from bench.measure import alone
 from precompute.problems.data_rows import data_rows
 from precompute.verify.final_answer import find_answer
 from precompute.verify.verifier import Verifier
-from store.reports.tables import plain_table
+from store.terminal.tables import plain_table
 
 GOLDS = Path("../shared/data/math/valid.parquet")
 WARMUP = 32

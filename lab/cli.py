@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from store.terminal.console import console_of
 from store.terminal.progress import Meter
-from store.terminal.shared import console_of
 
 app = typer.Typer(no_args_is_help=True, help="The bundled lab of tiny models, and a published one.")
 

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from store.errors import ConfigError, UserError
-from store.terminal.progress import Meter
-from store.terminal.shared import (
+from store.terminal.console import (
     ConfigOption,
     DryRun,
     JsonFlag,
     SetOption,
+    config_in_errors,
     console_of,
     emit_json,
     print_config,
-    told_with_config,
 )
+from store.terminal.progress import Meter
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -229,7 +229,7 @@ def store_refilter(
         )
     settings, console = read_config(config, set_), console_of()
     try:
-        with told_with_config(config), Meter("judging traces") as meter:
+        with config_in_errors(config), Meter("judging traces") as meter:
             path = store or settings.store.path
             reports = refilter(path, settings.filters, teachers=teacher, progress=meter)
     except KeyboardInterrupt:

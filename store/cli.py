@@ -10,23 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from store.errors import UserError
+from store.format.columns import views_help
+from store.terminal.console import CsvFlag, JsonFlag, StorePath, console_of, emit_json, emit_rows, escaped
 from store.terminal.progress import Meter
-from store.terminal.shared import CsvFlag, JsonFlag, StorePath, console_of, emit_json, emit_rows, escaped
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from store.format.parts import DamagedPart
     from store.upkeep.compaction import CompactionReport
-
-SQL_VIEWS = """\
-Views: **traces** (trace_id, problem_id, teacher, sample_index, text, answer, answer_start, n_tokens,
-token_ids, logprobs, finish_reason, verdict, is_correct, seed, generation_fingerprint, created_at,
-verdict_detail, parsed_answer, parsed_gold, filtered, is_usable); **problems** (problem_id, question, answer,
-source, system_prompt); **teachers** (name, model, revision, engine, engine_version, chat_template,
-system_prompt, chat_template_kwargs, sampling, tokenizer_fingerprint, generation_fingerprint); **parts**
-(part, size, mtime_ns, rows, error)."""
-"""store.reports.views.VIEWS in words: a help text must not load what reads Parquet."""
 
 inspect_app = typer.Typer(no_args_is_help=True, help="Look into a store, and what was asked of it.")
 
@@ -80,8 +72,7 @@ def inspect_traces(
     from store.reader import TraceStore
     from store.records import VERDICTS
     from store.reports.report import problem_id_of, trace_rows
-    from store.reports.tables import traces_table
-    from store.reports.why_table import why_table, with_golds
+    from store.reports.tables import traces_table, why_table
 
     if verdict is not None and verdict not in VERDICTS:
         raise UserError(f"--verdict {verdict}: one of {', '.join(VERDICTS)}")
@@ -98,7 +89,8 @@ def inspect_traces(
             limit=limit or None,
         )
         if why:
-            rows = with_golds(opened, rows)
+            golds = {each.problem_id: each.answer for each in opened.problems()}
+            rows = [row | {"gold": golds.get(row["problem_id"])} for row in rows]
     if not emit_rows(rows, json_, csv_):
         console_of().print(why_table(rows) if why else traces_table(rows, full=problem is not None))
 
@@ -134,12 +126,12 @@ def inspect_agreement(store: StorePath = "traces", json_: JsonFlag = False, csv_
     Example: `ampo inspect store agreement traces`
     """
     from store.reader import TraceStore
-    from store.reports.agreement import agreement_rows, agreement_tables, agreements
+    from store.reports.agreement import agreement_table, agreements
 
     with TraceStore(store) as opened:
         pairs = agreements(opened)
-    if not emit_rows(agreement_rows(pairs), json_, csv_):
-        console_of().print(agreement_tables(pairs))
+    if not emit_rows(pairs, json_, csv_):
+        console_of().print(agreement_table(pairs))
 
 
 @inspect_app.command("lengths")
@@ -169,7 +161,7 @@ def inspect_lengths(
         console_of().print(f"drew {png}", highlight=False, soft_wrap=True)
 
 
-@inspect_app.command("sql", epilog=SQL_VIEWS)
+@inspect_app.command("sql", epilog=views_help())
 def inspect_sql(
     query: Annotated[str, typer.Argument(help="One SELECT, in DuckDB's SQL.")],
     store: StorePath = "traces",
@@ -184,23 +176,24 @@ def inspect_sql(
     Example: `ampo inspect store sql "SELECT teacher, avg(n_tokens) FROM traces GROUP BY teacher" traces`
     """
     from store.reader import TraceStore
-    from store.reports.tables import answer_table
-    from store.reports.views import Views
+    from store.reports.sql import StoreSql
+    from store.reports.tables import sql_table
 
     everything = json_ or csv_ or limit == 0
-    with TraceStore(store) as opened, Views(opened) as views:
+    with TraceStore(store) as opened, StoreSql(opened) as views:
         try:
-            answer = views.query(query, limit=None if everything else limit)
+            result = views.query(query, limit=None if everything else limit)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         damaged = len(opened.damaged)
     if damaged:
         typer.echo(f"{damaged} damaged parts are left out; see `ampo store check`", err=True)
-    if emit_rows(answer.dicts(), json_, csv_):
+    if emit_rows(result.dicts(), json_, csv_):
         return
-    console_of().print(answer_table(answer.columns, answer.rows))
-    if answer.more:
-        console_of().print(f"the first {limit:,} rows; --limit 0 shows all")
+    console = console_of()
+    console.print(sql_table(result.columns, result.rows, width=console.width))
+    if result.more:
+        console.print(f"the first {limit:,} rows; --limit 0 shows all")
 
 
 app = typer.Typer(no_args_is_help=True, help="Care for a store.")
@@ -238,7 +231,7 @@ def store_check(
 
     Example: `ampo store check traces --repair`
     """
-    from store.reports.check_table import check_table
+    from store.reports.tables import check_table
     from store.upkeep.checking import check
 
     with Meter("checking parts") as progress:

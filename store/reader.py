@@ -21,15 +21,11 @@ from store.format.manifest import Manifest, read_manifest
 from store.format.part_reader import PartReader
 from store.format.parts import DamagedPart
 from store.format.reading import read_problems, read_teachers
-from store.format.schema import TOKEN_COLUMNS
 from store.records import Problem, TeacherRecord, Trace
 
 _ROWS = f"SELECT {', '.join(ROW_COLUMNS)} FROM idx.rows"
-_TEXT_ROWS = (
-    f"SELECT {', '.join(name for name in ROW_COLUMNS if not name.startswith(TOKEN_COLUMNS))} FROM idx.rows"
-)
 
-# The ids stand in the text, not in a parameter: only then does DuckDB skip row groups by them.
+# The ids are part of the text, not a parameter: only then does DuckDB skip row groups by them.
 _OF_PROBLEMS = """
     WHERE problem IN ({problems})
       AND ($teachers::VARCHAR[] IS NULL OR list_contains($teachers::VARCHAR[], teacher))
@@ -153,20 +149,19 @@ class TraceStore:
             return found
         asked = {"teachers": None if teachers is None else list(teachers)}
         where = _OF_PROBLEMS.format(problems=", ".join(numbers)) + condition
-        # DuckDB would take a millisecond for the order of a few hundred rows.
-        for trace in sorted(
-            self._read(where, asked, tokens=tokens), key=attrgetter("teacher", "sample_index", "trace_id")
-        ):
+        for trace in self._read(where, asked, tokens=tokens):
             found[trace.problem_id].append(trace)
         return found
 
     def _read(self, where: str, parameters: Mapping[str, object], *, tokens: bool) -> list[Trace]:
-        sql = (_ROWS if tokens else _TEXT_ROWS) + where
+        """Returns the traces of a condition, in order of problem, teacher, sample and trace_id."""
+        order = attrgetter("problem_id", "teacher", "sample_index", "trace_id")
         for _ in range(_REFRESHES):
             try:
-                return self._reader.traces(self.index.rows(sql, parameters), tokens=tokens)
+                traces = self._reader.traces(self.index.rows(_ROWS + where, parameters), tokens=tokens)
+                return sorted(traces, key=order)
             except FileNotFoundError:
-                # A compaction put other parts in the place of those that this index knows.
+                # A compaction replaced parts that this index knows.
                 self.refresh()
         raise StoreDamagedError(f"the parts of {self.path} change faster than they can be read; try again")
 

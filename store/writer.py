@@ -46,7 +46,7 @@ from store.format.parts import (
     write_traces,
 )
 from store.format.reading import read_problems, read_teachers
-from store.format.schema import PARQUET_OPTIONS, problems_table, teacher_json
+from store.format.schema import PARQUET_OPTIONS, PROBLEM_SCHEMA, table_of, teacher_json
 from store.records import Problem, TeacherRecord, Trace
 
 
@@ -125,7 +125,7 @@ class StoreWriter:
             if merged == before:
                 return
             with whole_file(self.path / PROBLEMS) as file:
-                pq.write_table(problems_table(list(merged.values())), file, **PARQUET_OPTIONS)
+                pq.write_table(table_of(list(merged.values()), PROBLEM_SCHEMA), file, **PARQUET_OPTIONS)
 
     def register_teacher(self, record: TeacherRecord) -> None:
         """Files the teacher's recipe; traces can be appended under its name from now on.

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from store.errors import UserError
-from store.terminal.shared import (
+from store.terminal.console import (
     ConfigOption,
     CsvFlag,
     DryRun,
     JsonFlag,
     SetOption,
+    config_in_errors,
     console_of,
     emit_json,
     emit_rows,
     print_config,
-    say_error,
-    told_with_config,
+    print_error,
     with_config,
 )
 
@@ -79,7 +79,7 @@ def train(
         with (
             torchrun_world(settings.student.device) as world,
             reporter_of(world, console, settings.run) as reporter,
-            told_with_config(config),
+            config_in_errors(config),
         ):
             outcome = run_training(
                 settings, resume=resume, changed_store=changed_store, reporter=reporter, world=world
@@ -115,7 +115,7 @@ def _show_dry_run(settings: Config, file: str | None, gpu: str, processes: int) 
     print_config(console, toml_of(settings))
     console.print(report)
     for error in missing:
-        say_error(with_config(error, file))
+        print_error(with_config(error, file))
     if missing:
         raise typer.Exit(2)
 

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.text import Text
 
 from store.records import VERDICTS
-from store.reports.tables import plain_table
+from store.terminal.tables import plain_table
 
 
 @dataclass(slots=True)

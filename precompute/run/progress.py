@@ -11,7 +11,7 @@ from typing import Protocol, Self
 from rich.console import Console
 from rich.progress import TaskID
 
-from store.terminal.bars import progress_bars
+from store.terminal.progress import progress_bars
 
 LINE_SECONDS = 5.0
 """Between two lines where there is no terminal."""

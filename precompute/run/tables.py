@@ -13,21 +13,20 @@ from precompute.run.plan import PrecomputePlan, PrecomputeReport, ProblemsSummar
 from precompute.run.probe import Expectation, Probe
 from precompute.run.refilter import RefilterReport
 from precompute.verify.final_answer import closing, find_answer, opening, to_form
-from store.reports.tables import coverage_table, plain_table
-from store.terminal.table_forms import Fitting, fitting
+from store.reports.tables import coverage_table
+from store.terminal.tables import plain_table
 
 
 def report_tables(report: PrecomputeReport) -> Group:
     """Per teacher what it cost and what came of it; then coverage."""
-    table = plain_table(f"traces in {report.store}")
-    table.add_column("teacher", no_wrap=True)
-    table.add_column("engine", no_wrap=True)
-    for name in ("problems", "samples", "verified", "filtered", "tokens", "tokens/s", "time"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = plain_table(
+        f"traces in {report.store}",
+        text=["teacher"],
+        numbers=["problems", "samples", "verified", "filtered", "tokens", "tokens/s", "time"],
+    )
     for teacher in report.teachers:
         table.add_row(
             teacher.name,
-            teacher.engine,
             f"{teacher.problems:,}",
             f"{teacher.samples:,}",
             f"{teacher.verified_share:.1%}",
@@ -36,9 +35,8 @@ def report_tables(report: PrecomputeReport) -> Group:
             f"{teacher.new_tokens / teacher.seconds:,.0f}" if teacher.new_tokens else "-",
             f"{teacher.seconds:.1f} s",
         )
-    shown = fitting(table, ("engine", "problems", "tokens/s", "filtered", "tokens"))
     return Group(
-        Text(problems_line(report.problems)), shown, coverage_table(dict(enumerate(report.coverage)))
+        Text(problems_line(report.problems)), table, coverage_table(dict(enumerate(report.coverage)))
     )
 
 
@@ -58,12 +56,12 @@ def plan_tables(plan: PrecomputePlan, *, student_form: AnswerForm) -> Group:
     return Group(*parts)
 
 
-def _plan_table(plan: PrecomputePlan) -> Fitting:
-    table = plain_table(f"plan for {plan.store}")
-    table.add_column("teacher", no_wrap=True)
-    table.add_column("engine", no_wrap=True)
-    for name in ("samples", "there", "usable", "left", "tokens\nat most", "longest\nprompt", "weights"):
-        table.add_column(name, justify="right", no_wrap=True)
+def _plan_table(plan: PrecomputePlan) -> Table:
+    table = plain_table(
+        f"plan for {plan.store}",
+        text=["teacher", "engine"],
+        numbers=["samples", "there", "usable", "left", "tokens\nat most", "longest\nprompt", "weights"],
+    )
     for teacher in plan.teachers:
         size = "-" if teacher.weight_bytes is None else f"{teacher.weight_bytes / 2**20:,.1f} MiB"
         table.add_row(
@@ -77,7 +75,7 @@ def _plan_table(plan: PrecomputePlan) -> Fitting:
             f"{teacher.longest_prompt:,}",
             size,
         )
-    return fitting(table, ("weights", "engine", "longest\nprompt", "usable"))
+    return table
 
 
 def _probe_tables(plan: PrecomputePlan) -> list[RenderableType]:

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from precompute.verify.verify_file import FileReport, RowVerdict
-from store.reports.tables import plain_table
+from store.terminal.tables import plain_table
 
 SHOWN_CHARS = 80
 

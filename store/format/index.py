@@ -1,20 +1,20 @@
-"""The disposable index: every small column of every trace, and where in the parts the big ones lie.
+"""The disposable index: every small column of every trace, and its row group in its part.
 
     traces(trace_id, problem_id, teacher, sample_index, verdict, is_correct, filtered, is_usable, ...)
     parts(part, size, mtime_ns, rows, error)       error: why a part could not be read; null for a whole one
 
-It is built aside and renamed, and only ever opened for reading after that, so that DuckDB's rule of one
-writer or many readers never reaches anybody. A store that cannot be written gets its index in memory.
+It is built aside, renamed, and opened only for reading, so that DuckDB's rule of one writer or many readers
+affects nobody. A store that cannot be written gets its index in memory.
 
-`traces` is a view: below it ids are numbers, sorted, in row groups so small that their minima and maxima let
-DuckDB skip nearly all of two million rows when 64 problems are asked for.
+`traces` is a view of `rows`, where ids are sorted numbers in row groups so small that their minima and maxima
+let DuckDB skip nearly all of two million rows when 64 problems are queried.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ import duckdb
 import pyarrow as pa
 
 from store.errors import StoreDamagedError, StoreError
+from store.format.columns import BIG_COLUMNS, PART_COLUMNS, TRACE_COLUMNS
 from store.format.files import INDEX_LOCK, FileLock
 from store.format.manifest import INDEX, PARTS, read_manifest
 from store.format.parts import (
@@ -36,7 +37,6 @@ from store.format.parts import (
     one_line,
     part_rows,
 )
-from store.format.schema import BIG_COLUMNS, PLAIN_COLUMNS
 
 Progress = Callable[[int, int], None]
 """Called with (parts done, parts in all)."""
@@ -47,44 +47,47 @@ BUILDING = ".building-index.duckdb"
 REBUILDS = 5
 """Attempts at indexing parts that are being replaced."""
 
-WAY_OUT = "make it anew with `ampo store reindex`"
+WAY_OUT = "make it again with `ampo store reindex`"
 
 ROW_GROUP_ROWS = 2048
-"""DuckDB's smallest: what a look-up scans of the index for each problem."""
+"""DuckDB's smallest: a look-up scans one row group of the index for each problem."""
 
-_PLACES = [f"{column}_{name}" for column in BIG_COLUMNS for name in ("page", "size", "row")]
+_NUMBERS = ("trace_id", "problem_id", "created_at")
+"""Columns that are numbers in the index: `trace`, `problem`, `created_us`."""
 
-ROW_COLUMNS = ["problem", "trace", "created_us", *PLAIN_COLUMNS, "part", *_PLACES]
-"""The columns of `idx.rows`: what store.format.part_reader needs of a trace."""
+_PLAIN = [column for column in TRACE_COLUMNS if column.name not in (*_NUMBERS, *BIG_COLUMNS)]
 
-_TABLES = """
-    CREATE TABLE idx.parts (part VARCHAR, size BIGINT, mtime_ns BIGINT, rows BIGINT, error VARCHAR);
-    CREATE TABLE idx.rows (
-        problem UBIGINT, trace UBIGINT, created_us BIGINT, teacher VARCHAR, sample_index INTEGER,
-        answer VARCHAR, answer_start INTEGER, n_tokens INTEGER, finish_reason VARCHAR, verdict VARCHAR,
-        is_correct BOOLEAN, seed BIGINT, generation_fingerprint VARCHAR, verdict_detail VARCHAR,
-        parsed_answer VARCHAR, parsed_gold VARCHAR, filtered VARCHAR, part VARCHAR,
-        text_page BIGINT, text_size INTEGER, text_row INTEGER,
-        token_ids_page BIGINT, token_ids_size INTEGER, token_ids_row INTEGER,
-        logprobs_page BIGINT, logprobs_size INTEGER, logprobs_row INTEGER);
+PLAIN_COLUMNS = [column.name for column in _PLAIN]
+"""Columns that the index holds as they are in a part."""
+
+ROW_COLUMNS = ["problem", "trace", "created_us", *PLAIN_COLUMNS, "part", "row_group", "row"]
+"""Columns of `idx.rows`: all that store.format.part_reader needs of a trace."""
+
+_PART_COLUMNS = ", ".join(f"{column.name} {column.kind}" for column in PART_COLUMNS)
+
+_TABLES = f"""
+    CREATE TABLE idx.parts ({_PART_COLUMNS});
+    CREATE TABLE idx.rows (problem UBIGINT, trace UBIGINT, created_us BIGINT,
+        {", ".join(f"{column.name} {column.kind}" for column in _PLAIN)},
+        part VARCHAR, row_group INTEGER, row INTEGER);
     CREATE VIEW idx.traces AS SELECT lower(lpad(to_hex(trace), 16, '0')) AS trace_id,
         lower(lpad(to_hex(problem), 16, '0')) AS problem_id, is_correct AND filtered IS NULL AS is_usable,
         make_timestamp(created_us) AS created_at, * EXCLUDE (trace, problem, created_us) FROM idx.rows;
     CREATE TEMP TABLE found AS FROM idx.rows;
 """
 
-# A trace stands twice where parts were copied in by hand, and while old parts make way for compacted ones:
-# the compacted, then the newest part's counts.
+# A trace is in two parts where parts were copied in by hand, and while compacted parts replace old ones: the
+# row of the compacted, then of the newest part counts.
 _SORT = """
     INSERT INTO idx.rows FROM found
     QUALIFY row_number() OVER (PARTITION BY problem, teacher, sample_index
-                               ORDER BY starts_with(part, 'all/') DESC, part DESC, text_page, text_row) = 1
+                               ORDER BY starts_with(part, 'all/') DESC, part DESC, row_group, row) = 1
     ORDER BY problem, teacher, sample_index
 """
 
-# A part that lost a doubled trace is read anew: the part with the other one may be gone.
+# A part that lost a doubled trace is read again: the part with the other one may be gone.
 _REUSABLE = """
-    SELECT part, size, mtime_ns, rows FROM old.parts AS p
+    SELECT part, size, mtime_ns FROM old.parts AS p
     WHERE error IS NULL AND rows = (SELECT count(*) FROM old.rows AS t WHERE t.part = p.part)
 """
 
@@ -95,11 +98,7 @@ class IndexReport:
 
     parts: int
     """Whole parts."""
-    reused: int
-    """Parts among them whose rows came from the index before, unread."""
     traces: int
-    doubled: int
-    """Rows left out because their (problem, teacher, sample_index) stands in an earlier part."""
     damaged: tuple[DamagedPart, ...]
     seconds: float
 
@@ -108,16 +107,16 @@ class Index:
     """An index opened for reading."""
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, name: str) -> None:
-        self._connection = connection
+        self.connection = connection
         self.name = name
 
     def rows(self, sql: str, parameters: Mapping[str, object] | None = None) -> list[dict[str, Any]]:
-        """The rows of a query over `idx.traces` and `idx.parts`, each as column -> value.
+        """Returns the rows of a query over `idx.traces` and `idx.parts`, each as column -> value.
 
         Raises StoreDamagedError when the index file is broken.
         """
         try:
-            result = self._connection.execute(sql, parameters)
+            result = self.connection.execute(sql, parameters)
             names = [column[0] for column in result.description or ()]
             return [dict(zip(names, row, strict=True)) for row in result.fetchall()]
         except duckdb.ProgrammingError:
@@ -127,21 +126,21 @@ class Index:
 
     def add_table(self, name: str, table: pa.Table) -> None:
         """Lets queries read an Arrow table under a name."""
-        self._connection.register(name, table)
+        self.connection.register(name, table)
 
     def stamps(self) -> dict[str, PartStamp]:
-        """The parts, damaged ones too, as they were when the index was built."""
+        """Returns size and time of every part, damaged ones too, as of the building of the index."""
         rows = self.rows("SELECT part, size, mtime_ns FROM idx.parts")
         return {row["part"]: PartStamp(size=row["size"], mtime_ns=row["mtime_ns"]) for row in rows}
 
     def damaged(self) -> tuple[DamagedPart, ...]:
-        """The parts that the index does without."""
+        """Returns the parts that could not be read."""
         rows = self.rows("SELECT part, error FROM idx.parts WHERE error IS NOT NULL ORDER BY part")
         return tuple(DamagedPart(part=row["part"], reason=row["error"]) for row in rows)
 
     def close(self) -> None:
         """Closes the file."""
-        self._connection.close()
+        self.connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -152,21 +151,16 @@ class Index:
         self.close()
 
 
-def reindex(
-    path: str | os.PathLike[str], *, reuse: bool = False, progress: Progress | None = None
-) -> IndexReport:
-    """Builds the index of the store at `path` from its parts alone, whatever index was there; with
-    `reuse` the rows of unaltered parts are taken from the index that is there.
+def reindex(path: str | os.PathLike[str], *, progress: Progress | None = None) -> IndexReport:
+    """Builds the index of the store at `path` from its parts alone.
 
-    Raises StoreMissingError, StoreForeignError, StoreVersionError, and StoreError when the directory
-    cannot be written.
+    Raises what read_manifest raises, and StoreError when the directory cannot be written.
     """
     root = Path(path).absolute()
     read_manifest(root)
     try:
         with FileLock(root / INDEX_LOCK):
-            old = root / INDEX if reuse else None
-            return _replace(root, old=old, progress=progress)
+            return _replace(root, old=None, progress=progress)
     except (OSError, duckdb.IOException) as error:
         raise StoreError(f"cannot write {root / INDEX}: {one_line(error)}") from error
 
@@ -177,13 +171,13 @@ def refresh_index(root: Path) -> None:
 
 
 def open_index(root: Path) -> Index:
-    """An index of exactly the parts that are there now, built first where need be."""
+    """Returns an index of exactly the present parts, building it first where it is missing or stale."""
     index = _open_current(root)
     if index is not None:
         return index
     try:
         with FileLock(root / INDEX_LOCK):
-            # Whoever held the lock before may have built it.
+            # The holder of the lock before may have built it.
             index = _open_current(root)
             if index is None:
                 _replace(root, old=root / INDEX)
@@ -205,7 +199,7 @@ def _open_current(root: Path) -> Index | None:
 
 
 def _attach(path: Path) -> Index | None:
-    """The index at `path`; None when there is none that this version of DuckDB and of ampo can read."""
+    """Returns the index at `path`; None where this version of DuckDB and of ampo can read none."""
     if not path.exists():
         return None
     connection = _connect()
@@ -224,12 +218,12 @@ def _attach(path: Path) -> Index | None:
 
 
 def _connect() -> duckdb.DuckDBPyConnection:
-    # One thread: the look-ups are small, and the trainer next door wants the others.
+    # One thread: the look-ups are small, and the trainer needs the others.
     return duckdb.connect(config={"threads": 1})
 
 
 def quoted(text: object) -> str:
-    """As a string in SQL."""
+    """Returns the text as a string literal of SQL."""
     return "'" + str(text).replace("'", "''") + "'"
 
 
@@ -278,56 +272,52 @@ def _fill(
     """Fills the attached database `idx`. Raises FileNotFoundError when one of the parts is gone."""
     began = time.perf_counter()
     connection.execute(_TABLES)
-    reused = _reuse(connection, parts, old) if old is not None else {}
+    reused = _reuse(connection, parts, old) if old is not None else []
     damaged: list[DamagedPart] = []
-    rows = sum(reused.values())
     for done, (part, stamp) in enumerate(parts.items(), start=1):
         if part not in reused:
             count, error = _add_part(connection, root, part)
-            rows += count
             damaged += [DamagedPart(part=part, reason=error)] if error else []
             values = [part, stamp.size, stamp.mtime_ns, count, error]
             connection.execute("INSERT INTO idx.parts VALUES (?, ?, ?, ?, ?)", values)
         if progress is not None:
             progress(done, len(parts))
     connection.execute(_SORT)
-    kept = _count(connection, "idx.rows")
+    (traces,) = connection.execute("SELECT count(*) FROM idx.rows").fetchone() or (0,)
     return IndexReport(
         parts=len(parts) - len(damaged),
-        reused=len(reused),
-        traces=kept,
-        doubled=rows - kept,
+        traces=traces,
         damaged=tuple(damaged),
         seconds=time.perf_counter() - began,
     )
 
 
-def _reuse(
-    connection: duckdb.DuckDBPyConnection, parts: Mapping[str, PartStamp], old: Path
-) -> dict[str, int]:
-    """Takes the rows of unaltered parts from the old index; returns those parts with their row counts."""
+def _reuse(connection: duckdb.DuckDBPyConnection, parts: Mapping[str, PartStamp], old: Path) -> list[str]:
+    """Takes the rows of unaltered parts from the old index; returns those parts."""
     if not old.exists():
-        return {}
+        return []
     try:
         connection.execute(f"ATTACH {quoted(old)} AS old (READ_ONLY)")
         connection.execute("BEGIN")
         candidates = connection.execute(_REUSABLE).fetchall()
-        same = [row for row in candidates if parts.get(row[0]) == PartStamp(size=row[1], mtime_ns=row[2])]
-        names = [row[0] for row in same]
-        connection.execute("INSERT INTO found FROM old.rows WHERE part IN (SELECT unnest(?))", [names])
-        connection.execute("INSERT INTO idx.parts FROM old.parts WHERE part IN (SELECT unnest(?))", [names])
+        same = [row[0] for row in candidates if parts.get(row[0]) == PartStamp(size=row[1], mtime_ns=row[2])]
+        connection.execute("INSERT INTO found FROM old.rows WHERE part IN (SELECT unnest(?))", [same])
+        connection.execute("INSERT INTO idx.parts FROM old.parts WHERE part IN (SELECT unnest(?))", [same])
         connection.execute("COMMIT")
     except duckdb.Error:
         # An index that cannot be read is as good as none.
         with suppress(duckdb.Error):
             connection.execute("ROLLBACK")
-        return {}
-    return {row[0]: row[3] for row in same}
+        return []
+    return same
 
 
 def _add_part(connection: duckdb.DuckDBPyConnection, root: Path, part: str) -> tuple[int, str | None]:
-    """Adds the rows of one part; returns their number, and why it could not be read. Raises FileNotFoundError
-    for one that is gone: other parts have taken its place, and without them its traces would be missing."""
+    """Adds the rows of one part; returns their number, and the reason why it could not be read.
+
+    Raises FileNotFoundError for a removed part: other parts have replaced it, and without them its traces
+    would be missing.
+    """
     try:
         check_digest(root / PARTS / part)
         table = part_rows(root / PARTS / part)
@@ -338,14 +328,8 @@ def _add_part(connection: duckdb.DuckDBPyConnection, root: Path, part: str) -> t
     connection.register("part_rows", table)
     connection.execute(
         f"""INSERT INTO found SELECT ('0x' || problem_id)::UBIGINT, ('0x' || trace_id)::UBIGINT,
-            epoch_us(created_at), {", ".join(PLAIN_COLUMNS)}, $part, {", ".join(_PLACES)} FROM part_rows""",
+            epoch_us(created_at), {", ".join(PLAIN_COLUMNS)}, $part, row_group, row FROM part_rows""",
         {"part": part},
     )
     connection.unregister("part_rows")
     return table.num_rows, None
-
-
-def _count(connection: duckdb.DuckDBPyConnection, table: str) -> int:
-    row: Sequence[int] | None = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
-    assert row is not None
-    return row[0]

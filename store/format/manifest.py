@@ -67,9 +67,9 @@ def is_fresh(root: Path) -> bool:
     Raises StoreForeignError for a file, or for a directory that holds something else, and StoreError for a
     path with a question mark.
     """
-    if "?" in str(root):
-        # DuckDB puts the suffix of its log before it, which is then in no directory.
-        raise StoreError(f"{root}: no '?' may stand in a store's path (store.path); name another directory")
+    if strange := next((mark for mark in "?*[" if mark in str(root)), None):
+        # To DuckDB they are patterns.
+        raise StoreError(f"{root}: a store's path (store.path) cannot contain {strange!r}; name another")
     if not root.exists():
         return True
     if not root.is_dir():

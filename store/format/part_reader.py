@@ -1,87 +1,76 @@
-"""Reads single traces out of parts, by the byte ranges that the index gives."""
+"""Reads single traces out of parts, by the row groups that the index gives."""
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from store.format.columns import BIG_COLUMNS, TOKEN_COLUMNS
+from store.format.index import PLAIN_COLUMNS
 from store.format.manifest import PARTS
-from store.format.pages import lists_of_page, texts_of_page
-from store.format.parts import damage_named
-from store.format.schema import PLAIN_COLUMNS, TOKEN_COLUMNS
+from store.format.parts import damage_named, open_part
+from store.format.schema import TRACE_SCHEMA
 from store.records import Trace
 
-OPEN_PARTS = 256
-"""Files kept open for reading."""
+OPEN_PARTS = 128
+"""Files kept open for reading, each with its footer in memory."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class PartReader:
-    """Reads single traces out of parts, by the places that the index gives."""
+    """Reads the row groups of parts; keeps the last OPEN_PARTS of them open."""
 
     def __init__(self, root: Path) -> None:
         self._parts = root / PARTS
-        self._open: OrderedDict[str, int] = OrderedDict()
+        self._open: OrderedDict[str, pq.ParquetFile] = OrderedDict()
 
     def traces(self, rows: Sequence[Mapping[str, Any]], *, tokens: bool) -> list[Trace]:
-        """The traces of index rows (store.format.index.ROW_COLUMNS), in their order.
+        """Returns the traces of index rows, in any order.
 
-        Raises StoreDamagedError, naming the part, and FileNotFoundError for a part that is gone.
+        Raises StoreDamagedError, naming the part, and FileNotFoundError for a removed part.
         """
+        rows = sorted(rows, key=_place)
+        table = self.table(rows, BIG_COLUMNS if tokens else ("text",))
         token_ids, logprobs = (
-            [tuple(values.tolist()) for values in self.lists(rows, column)] if tokens else [()] * len(rows)
-            for column in TOKEN_COLUMNS
+            map(tuple, table[name].to_pylist()) if tokens else [()] * len(rows) for name in TOKEN_COLUMNS
         )
-        columns = zip(rows, self.texts(rows), token_ids, logprobs, strict=True)
-        return [_trace(row, text, ids, probs) for row, text, ids, probs in columns]
+        columns = zip(rows, table["text"].to_pylist(), token_ids, logprobs, strict=True)
+        return [_trace(row, text, ids, values) for row, text, ids, values in columns]
 
-    def texts(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        """The texts of index rows."""
-        return self._values(rows, "text", lambda page: [text.decode() for text in texts_of_page(page)])
+    def table(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pa.Table:
+        """Returns columns of index rows, in order of part, row group and row; reads no row group twice."""
+        schema = pa.schema([TRACE_SCHEMA.field(name) for name in columns])
+        pieces = [schema.empty_table()]
+        for (part, group), members in groupby(sorted(rows, key=_place), key=lambda row: _place(row)[:2]):
+            with damage_named(self._parts / part):
+                piece = self._file(part).read_row_group(group, columns=list(columns), use_threads=False)
+                pieces.append(piece.select(list(columns)).cast(schema).take([row["row"] for row in members]))
+        return pa.concat_tables(pieces)
 
-    def lists(self, rows: Sequence[Mapping[str, Any]], column: str) -> list[np.ndarray[Any, Any]]:
-        """The `token_ids` or `logprobs` of index rows."""
-        dtype = "<f4" if column == "logprobs" else "<i4"
-        return self._values(rows, column, lambda page: lists_of_page(page, dtype))
-
-    def _values(
-        self, rows: Sequence[Mapping[str, Any]], column: str, decode: Callable[[bytes], Sequence[Any]]
-    ) -> list[Any]:
-        """Every page is read once, in the order in which pages lie."""
-        page, size, inside = (f"{column}_{name}" for name in ("page", "size", "row"))
-        order = sorted(range(len(rows)), key=lambda number: (rows[number]["part"], rows[number][page]))
-        found: list[Any] = [None] * len(rows)
-        at: tuple[str, int] | None = None
-        decoded: Sequence[Any] = ()
-        for number in order:
-            row = rows[number]
-            if at != (row["part"], row[page]):
-                at = row["part"], row[page]
-                with damage_named(self._parts / row["part"]):
-                    decoded = decode(self._page(row["part"], row[page], row[size]))
-            found[number] = decoded[row[inside]]
-        return found
-
-    def _page(self, part: str, offset: int, size: int) -> bytes:
-        if part in self._open:
-            self._open.move_to_end(part)
-        else:
-            self._open[part] = os.open(self._parts / part, os.O_RDONLY | os.O_CLOEXEC)
+    def _file(self, part: str) -> pq.ParquetFile:
+        if part not in self._open:
+            self._open[part] = open_part(self._parts / part)
             if len(self._open) > OPEN_PARTS:
-                os.close(self._open.popitem(last=False)[1])
-        return os.pread(self._open[part], size, offset)
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(part)
+        return self._open[part]
 
     def close(self) -> None:
         """Closes every open part."""
         while self._open:
-            os.close(self._open.popitem()[1])
+            self._open.popitem()[1].close()
+
+
+def _place(row: Mapping[str, Any]) -> tuple[str, int, int]:
+    return row["part"], row["row_group"], row["row"]
 
 
 def _trace(

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import mmap
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from store.errors import StoreDamagedError
+from store.format.columns import BIG_COLUMNS
 from store.format.files import disk_errors_named, whole_file
 from store.format.manifest import PARTS, PartEntry
-from store.format.pages import pages_of_chunk
-from store.format.schema import BIG_COLUMNS, PART_OPTIONS, SMALL_COLUMNS, TRACE_SCHEMA, traces_table
+from store.format.schema import PART_OPTIONS, TRACE_SCHEMA, table_of
 from store.records import Trace
 
 ALL = "all"
@@ -31,7 +29,7 @@ READ_ERRORS = (OSError, ValueError, TypeError, pa.ArrowException)
 
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 
-_LEAVES = {"text": "text", "token_ids": "token_ids.list.element", "logprobs": "logprobs.list.element"}
+SMALL_COLUMNS = [name for name in TRACE_SCHEMA.names if name not in BIG_COLUMNS]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +67,7 @@ def write_part(root: Path, table: pa.Table) -> tuple[str, PartEntry]:
 
 def write_traces(root: Path, traces: Sequence[Trace]) -> tuple[str, PartEntry]:
     """`write_part` for records."""
-    return write_part(root, traces_table(traces))
+    return write_part(root, table_of(traces, TRACE_SCHEMA))
 
 
 def entry_of(path: Path) -> PartEntry:
@@ -152,44 +150,18 @@ def open_part(path: Path) -> pq.ParquetFile:
 
 
 def part_rows(path: Path) -> pa.Table:
-    """The part's small columns, and where the big ones lie: `text_page`, `text_size`, `text_row` and the same
-    for `token_ids` and `logprobs`. Raises one of READ_ERRORS."""
+    """Returns the part's columns but for the big ones, and each row's `row_group` and `row` in that group.
+
+    Raises one of READ_ERRORS.
+    """
     with open_part(path) as file:
         if not set(TRACE_SCHEMA.names) <= set(file.schema_arrow.names):
             raise ValueError("its columns are not those of a trace")
         table = file.read(columns=SMALL_COLUMNS, use_threads=False)
-        with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            for column in BIG_COLUMNS:
-                places = _places(file.metadata, data, _LEAVES[column], table.num_rows)
-                for name, values in zip(("page", "size", "row"), places, strict=True):
-                    table = table.append_column(f"{column}_{name}", pa.array(values))
-    return table
-
-
-def _places(
-    metadata: pq.FileMetaData, data: mmap.mmap, leaf: str, rows: int
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """(offset of the page, its size, row in it), each [rows]"""
-    pages: list[tuple[int, int, int]] = []
-    with memoryview(data) as view:
-        for group in range(metadata.num_row_groups):
-            chunk = _chunk(metadata.row_group(group), leaf)
-            pages += pages_of_chunk(view, chunk.data_page_offset, chunk.total_compressed_size)
-    counts_of_pages = np.array([page[2] for page in pages], np.int64)
-    if counts_of_pages.sum() != rows:
-        raise ValueError(f"its pages hold {counts_of_pages.sum()} rows of {leaf}, not {rows}")
-    starts = np.repeat(np.cumsum(counts_of_pages) - counts_of_pages, counts_of_pages)
-    offsets = np.repeat(np.array([page[0] for page in pages], np.int64), counts_of_pages)
-    sizes = np.repeat(np.array([page[1] for page in pages], np.int32), counts_of_pages)
-    return offsets, sizes, (np.arange(rows) - starts).astype(np.int32)
-
-
-def _chunk(group: Any, leaf: str) -> Any:
-    for number in range(group.num_columns):
-        column = group.column(number)
-        if column.path_in_schema == leaf:
-            return column
-    raise ValueError(f"no column {leaf} as this version writes it")
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    groups = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    rows = np.concatenate([np.arange(size, dtype=np.int32) for size in [0, *sizes]])
+    return table.append_column("row_group", pa.array(groups)).append_column("row", pa.array(rows))
 
 
 CHECK = "`ampo store check --repair` sets it aside and says how to make its traces again"

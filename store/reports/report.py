@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from store.errors import UserError
+from store.format.columns import TOKEN_COLUMNS
 from store.format.manifest import Manifest
 from store.format.parts import DamagedPart
-from store.format.schema import TOKEN_COLUMNS, problems_table
+from store.format.schema import PROBLEM_SCHEMA, table_of
 from store.reader import TraceStore
 from store.records import Trace
 
@@ -154,7 +155,7 @@ def problem_rows(
 ) -> list[dict[str, Any]]:
     """A row a problem: problem_id, question, answer, source, traces, verified, filtered (of the verified),
     teachers (names with a usable trace). Hardest first; `uncovered`: only those without a usable trace."""
-    store.index.add_table("stored_problems", problems_table(store.problems()))
+    store.index.add_table("stored_problems", table_of(store.problems(), PROBLEM_SCHEMA))
     return store.index.rows(_PROBLEMS, {"uncovered": uncovered, "limit": limit})
 
 

@@ -1,59 +1,61 @@
-"""What `ampo inspect store` and `ampo store` draw: reports in, rich tables out."""
+"""Tables of `ampo inspect store` and `ampo store`: reports in, rich tables out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from store.records import VERDICTS
 from store.reports.report import StoreReport
-from store.terminal.table_forms import Fitting, fitting
+from store.terminal.tables import clipped, plain_table
+from store.upkeep.checking import QUARANTINE, CheckReport
 
+Row = Mapping[str, Any]
 
-def plain_table(title: str | None = None) -> Table:
-    """A table that fits 80 columns where it can: no frame, two blanks between columns."""
-    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+COLUMN_WIDTH = 12
+"""Characters of a column below which `sql_table` puts the cells of a row below each other."""
 
 
 def summary_tables(report: StoreReport) -> Group:
-    """Teachers x verdicts, coverage, totals. `covered`: problems with a usable trace; `filtered`: verified
-    traces that a filter holds back; `tokens`: mean, `-` where they were never counted."""
+    """Returns teachers x verdicts, coverage and totals.
+
+    `covered`: problems with a usable trace; `filtered`: verified traces that a filter excludes; `tokens`:
+    mean, `-` where they were never counted.
+    """
     lines = [_totals(report), *_uncounted(report)]
     return Group(_teachers(report), coverage_table(report.coverage), Text("\n".join(lines)))
 
 
-def _teachers(report: StoreReport) -> Fitting:
+def _teachers(report: StoreReport) -> Table:
     seen = [verdict for verdict in VERDICTS if any(t.verdicts.get(verdict) for t in report.teachers)]
-    held_back = ("filtered",) if report.filtered else ()
-    table = plain_table(f"teachers in {report.path}")
-    table.add_column("teacher", no_wrap=True)
-    for name in ("covered", "traces", "verified", *held_back, *seen, "tokens"):
-        table.add_column(name, justify="right", no_wrap=True)
+    filtered = ["filtered"] if report.filtered else []
+    table = plain_table(f"teachers in {report.path}", text=["teacher"])
+    for name in ("covered", "traces", "verified", *filtered, *seen, "tokens"):
+        table.add_column(name, justify="right", overflow="fold")
     for teacher in report.teachers:
         table.add_row(
             teacher.teacher,
             f"{teacher.covered:,}",
             f"{teacher.traces:,}",
             f"{teacher.verified_share:.1%}",
-            *(f"{getattr(teacher, name):,}" for name in held_back),
+            *(f"{getattr(teacher, name):,}" for name in filtered),
             *(f"{teacher.verdicts.get(verdict, 0):,}" for verdict in seen),
             "-" if teacher.mean_tokens is None else f"{teacher.mean_tokens:.1f}",
         )
-    return fitting(table, ("match", *reversed(seen), "traces", "filtered"))
+    return table
 
 
 def coverage_table(coverage: Mapping[int, int]) -> Table:
-    """How many problems have 0, 1, 2, ... teachers with a usable trace."""
+    """Returns the number of problems with 0, 1, 2, ... teachers that have a usable trace."""
     total = sum(coverage.values())
-    table = plain_table("coverage: teachers with a usable trace")
-    for name in ("teachers", "problems", "share"):
-        table.add_column(name, justify="right")
+    table = plain_table(
+        "coverage: teachers with a usable trace", numbers=["teachers", "problems", "share"], text=()
+    )
     table.add_column("")
     for teachers, problems in sorted(coverage.items()):
         share = problems / total if total else 0.0
@@ -69,12 +71,12 @@ def _totals(report: StoreReport) -> str:
     return (
         f"{report.problems:,} problems, {report.traces:,} traces ({report.verified:,} verified{filtered}), "
         f"{tokens} tokens, {report.parts} parts, {report.bytes / 2**20:.1f} MiB{damaged}; "
-        f"judged by {report.manifest.verifier} {report.manifest.verifier_version}"
+        f"verified by {report.manifest.verifier} {report.manifest.verifier_version}"
     )
 
 
 def _uncounted(report: StoreReport) -> list[str]:
-    """Whose tokens are unknown, and how to have them counted."""
+    """Returns the teachers whose tokens are unknown, and the commands that count them."""
     names = [teacher.teacher for teacher in report.teachers if teacher.uncounted]
     if not names:
         return []
@@ -85,74 +87,134 @@ def _uncounted(report: StoreReport) -> list[str]:
     ]
 
 
-def problems_table(rows: Sequence[Mapping[str, Any]]) -> Fitting:
-    """Hardest first."""
+def problems_table(rows: Sequence[Row]) -> Table:
+    """Returns a row a problem, in the order given."""
     table = plain_table()
     table.add_column("problem_id", no_wrap=True)
     for name, least in (("question", 24), ("answer", 6), ("source", 6)):
         table.add_column(name, overflow="fold", min_width=least)
     table.add_column("verified", justify="right", no_wrap=True)
-    table.add_column("solved by", min_width=9)
+    table.add_column("solved by", overflow="fold")
     for row in rows:
         table.add_row(
             row["problem_id"],
-            escape(_clip(row["question"], 160)),
-            escape(_clip(row["answer"], 40)),
+            escape(clipped(row["question"], 160)),
+            escape(clipped(row["answer"], 40)),
             escape(row["source"]),
             f"{row['verified']}/{row['traces']}",
             ", ".join(row["teachers"]) or "[red]none[/]",
         )
-    return fitting(table, ("source",))
+    return table
 
 
-def traces_table(rows: Sequence[Mapping[str, Any]], *, full: bool) -> Fitting:
-    """Traces side by side; `full` shows their whole text."""
+def traces_table(rows: Sequence[Row], *, full: bool) -> Table:
+    """Returns a row a trace; `full` shows whole texts."""
     table = plain_table()
-    table.add_column("problem_id", no_wrap=True)
-    table.add_column("teacher", no_wrap=True)
-    table.add_column("sample", justify="right", no_wrap=True)
-    for name, least in (("verdict", 8), ("answer", 6)):
+    for name, least in (("problem_id", 8), ("trace", 6), ("verdict", 8), ("answer", 6)):
         table.add_column(name, overflow="fold", min_width=least)
     table.add_column("tokens", justify="right", no_wrap=True)
     table.add_column("text", overflow="fold", min_width=32)
     for row in rows:
-        colour = "green" if row["is_correct"] else "red"
+        filtered = f"\n[yellow]filtered: {escape(row['filtered'])}[/]" if row["filtered"] else ""
         table.add_row(
             row["problem_id"],
-            row["teacher"],
-            str(row["sample_index"]),
-            f"[{colour}]{row['verdict']}[/]{_held_back(row)}",
-            escape(_clip(row["answer"] or "-", 40)),
+            _sample(row),
+            _verdict(row) + filtered,
+            escape(clipped(row["answer"] or "-", 40)),
             str(row["n_tokens"] or "-"),
-            escape(row["text"] if full else _clip(row["text"], 200)),
+            escape(row["text"] if full else clipped(row["text"], 200)),
             end_section=True,
         )
-    return fitting(table, ("sample", "tokens", "problem_id"))
+    return table
 
 
-def _held_back(row: Mapping[str, Any]) -> str:
-    return f"\n[yellow]filtered: {escape(row['filtered'])}[/]" if row["filtered"] else ""
+def why_table(rows: Sequence[Row]) -> Table:
+    """Returns gold and answer of each trace, as written and as the verifier read them, and the reason.
+
+    Args:
+        rows: of `report.trace_rows`, each with the `gold` answer of its problem.
+    """
+    table = plain_table(
+        text=["problem_id", "trace", "verdict", "gold", "read as", "answer", "read as", "why"]
+    )
+    for row in rows:
+        cells = [row[name] for name in ("gold", "parsed_gold", "answer", "parsed_answer")]
+        table.add_row(
+            row["problem_id"],
+            _sample(row),
+            _verdict(row),
+            *("[dim]-[/]" if cell is None else escape(cell[:200]) for cell in cells),
+            escape(_reason(row)),
+            end_section=True,
+        )
+    return table
 
 
-def answer_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Fitting:
-    """The rows of a query, long cells cut; where columns have no room side by side, one below the other."""
+def _sample(row: Row) -> str:
+    return f"{escape(row['teacher'])}/{row['sample_index']}"
+
+
+def _verdict(row: Row) -> str:
+    return f"[{'green' if row['is_correct'] else 'red'}]{row['verdict']}[/]"
+
+
+def _reason(row: Row) -> str:
+    truncated = row["verdict"] == "match" and not row["is_correct"]
+    reasons = (
+        row["verdict_detail"],
+        "not correct because the response was truncated" if truncated else "",
+        f"filtered: {row['filtered']}" if row["filtered"] else "",
+    )
+    return "; ".join(reason for reason in reasons if reason)
+
+
+def sql_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, width: int) -> Table:
+    """Returns the result of a query, long cells clipped; a table of many columns has one line per cell."""
     shown = [
-        ["[dim]null[/]" if cell is None else escape(_clip(str(cell), 80)) for cell in row] for row in rows
+        ["[dim]null[/]" if cell is None else escape(clipped(str(cell), 80)) for cell in row] for row in rows
     ]
-    wide, tall = plain_table(), plain_table()
-    for place, name in enumerate(columns):
-        longest = max(map(len, [name, *(row[place] for row in shown)]))
-        wide.add_column(escape(name), overflow="fold", min_width=min(longest, 12))
-    tall.add_column("column", no_wrap=True)
-    tall.add_column("value", overflow="fold", min_width=12)
+    if len(columns) * COLUMN_WIDTH <= width:
+        table = plain_table(text=[escape(name) for name in columns])
+        for row in shown:
+            table.add_row(*row)
+        return table
+    table = plain_table(text=["column", "value"])
     for row in shown:
-        wide.add_row(*row)
         for name, cell in zip(columns, row, strict=True):
-            tall.add_row(escape(name), cell)
-        tall.add_section()
-    return Fitting(wide, tall)
+            table.add_row(escape(name), cell)
+        table.add_section()
+    return table
 
 
-def _clip(text: str, length: int) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= length else flat[: length - 1] + "…"
+def check_table(report: CheckReport, *, repaired: bool) -> Group:
+    """Returns the findings, the traces lost by teacher, and the commands that restore them."""
+    head = Text(f"{report.path}: {report.parts:,} parts, {report.bytes / 2**20:,.1f} MiB read")
+    blocks: list[RenderableType] = [head]
+    if report.entered:
+        blocks.append(Text(f"entered in the manifest: {', '.join(report.entered)}"))
+    if not report.findings:
+        return Group(*blocks, Text("every part is whole", style="green"))
+    table = plain_table(text=["part", "fault", "detail", "traces lost"])
+    for finding in report.findings:
+        lost = ", ".join(f"{teacher} {count:,}" for teacher, count in finding.traces.items())
+        table.add_row(escape(finding.part), f"[red]{finding.fault}[/]", escape(finding.detail), lost or "-")
+    return Group(*blocks, table, Text("\n".join(_what_to_do(report, repaired))))
+
+
+def _what_to_do(report: CheckReport, repaired: bool) -> list[str]:
+    lost = [
+        f"{teacher}: {count:,} traces ({report.lost_verified.get(teacher, 0):,} verified)"
+        for teacher, count in report.lost.items()
+    ]
+    lines = ["lost: " + "; ".join(lost) if lost else "no trace of this store is lost"]
+    if not repaired:
+        lines.append(f"`ampo store check {report.path} --repair` moves these files to {QUARANTINE}/")
+    elif report.moved:
+        lines.append(f"moved to {report.path}/{QUARANTINE}")
+    if lost:
+        teachers = " ".join(f"--teacher {teacher}" for teacher in report.lost)
+        lines.append(
+            f"`ampo precompute teachers --config ... {teachers}` samples exactly the lost traces again; for "
+            "imported traces, `ampo store import` of the same file"
+        )
+    return lines

@@ -14,21 +14,20 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from store.errors import StoreError
 from store.format.files import disk_errors_named
-from store.format.index import ROW_COLUMNS, Index, open_index, quoted, refresh_index
+from store.format.index import Index, open_index, quoted, refresh_index
 from store.format.manifest import TEACHERS, PartEntry, change_parts, read_manifest
 from store.format.part_reader import PartReader
 from store.format.parts import list_parts, remove_parts, write_part
-from store.format.schema import PLAIN_COLUMNS, TOKEN_COLUMNS, TRACE_SCHEMA
+from store.format.schema import TRACE_SCHEMA
 from store.writer import StoreWriter
 
-PART_TRACES = 8192
-"""Traces of a compacted part: what damage to one can cost at most."""
+PART_TRACES = 2048
+"""Traces of a compacted part: few enough that its footer is read within milliseconds."""
 
 Progress = Callable[[int, int], None]
 """Called with (traces written, traces in all)."""
@@ -105,9 +104,8 @@ def _rewrite(
     written = 0
     with closing(PartReader(root)) as reader, new_parts(root) as new:
         for condition in _ranges(index, chosen, part_traces):
-            table = _table(
-                reader, index.rows(f"SELECT {', '.join(ROW_COLUMNS)} FROM idx.rows WHERE {condition}")
-            )
+            rows = index.rows(f"SELECT part, row_group, row FROM idx.rows WHERE {condition}")
+            table = reader.table(rows, TRACE_SCHEMA.names)
             part, entry = write_part(root, table)
             new[part] = entry
             written += table.num_rows
@@ -149,18 +147,6 @@ def _ranges(index: Index, chosen: str, part_traces: int) -> Iterator[str]:
     for row in rows:
         yield f"{chosen} AND problem > {low} AND problem <= {row['last']}"
         low = row["last"]
-
-
-def _table(reader: PartReader, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """The rows with everything that belongs to them, in TRACE_SCHEMA."""
-    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in PLAIN_COLUMNS}
-    columns["problem_id"] = [f"{row['problem']:016x}" for row in rows]
-    columns["trace_id"] = [f"{row['trace']:016x}" for row in rows]
-    columns["created_at"] = [row["created_us"] for row in rows]
-    columns["text"] = reader.texts(rows)
-    for name in TOKEN_COLUMNS:
-        columns[name] = reader.lists(rows, name)
-    return pa.table([pa.array(columns[field.name], field.type) for field in TRACE_SCHEMA], TRACE_SCHEMA)
 
 
 def _sizes(root: Path) -> tuple[int, int]:

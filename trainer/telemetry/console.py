@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.progress import TaskID
 from rich.table import Table
 
-from store.reports.tables import plain_table
-from store.terminal.bars import progress_bars
+from store.terminal.progress import progress_bars
+from store.terminal.tables import plain_table
 from trainer.config import RunConfig
 from trainer.evaluation import Evaluation
 from trainer.method.groups import Group, Sample

@@ -14,7 +14,8 @@ from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
 from store.errors import StoreError, UserError
 from store.format.manifest import PARTS
 from store.reader import TraceStore
-from store.reports.views import VIEWS, Answer, Views
+from store.format.columns import VIEWS, views_help
+from store.reports.sql import SqlResult, StoreSql
 from store.writer import StoreWriter
 
 
@@ -27,20 +28,18 @@ def root(tmp_path: Path) -> Path:
     )
 
 
-def ask(root: Path, sql: str, limit: int | None = None) -> Answer:
-    with TraceStore(root) as store, Views(store) as views:
+def ask(root: Path, sql: str, limit: int | None = None) -> SqlResult:
+    with TraceStore(root) as store, StoreSql(store) as views:
         return views.query(sql, limit=limit)
 
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_view_has_the_columns_that_the_help_lists(root: Path, view: str, tmp_path: Path) -> None:
-    assert list(ask(root, f"FROM {view}").columns) == list(VIEWS[view])
+    assert list(ask(root, f"FROM {view}").columns) == [column.name for column in VIEWS[view]]
     empty = make_store(tmp_path / "empty", problems=0)
-    assert list(ask(empty, f"FROM {view}").columns) == list(VIEWS[view])
+    assert list(ask(empty, f"FROM {view}").columns) == [column.name for column in VIEWS[view]]
     assert ask(empty, f"FROM {view}").rows == []
-    from store.cli import SQL_VIEWS
-
-    assert f"**{view}** ({', '.join(VIEWS[view])})" in " ".join(SQL_VIEWS.split())
+    assert f"**{view}** (" in views_help()
 
 
 def test_texts_and_lists_are_readable(root: Path) -> None:
@@ -83,13 +82,13 @@ def test_a_limit_says_that_there_is_more(root: Path) -> None:
         ("selec 1", 'SQL: Parser Error: syntax error at or near "selec"'),
         ("SELECT nope FROM traces", 'SQL: Binder Error: Referenced column "nope" not found'),
         ("SELECT now()", r"SQL: a timestamp with a time zone cannot be shown; cast it"),
-        ("", "one SELECT is wanted"),
-        ("SELECT 1; SELECT 2", "one SELECT is wanted"),
-        ("DROP VIEW traces", "one SELECT is wanted"),
-        ("SET threads = 1", "one SELECT is wanted"),
-        ("EXPLAIN ANALYZE COPY (SELECT 1) TO '{part}' (USE_TMP_FILE false)", "one SELECT is wanted"),
-        ("COPY (SELECT 1) TO '{root}/out.parquet'", "one SELECT is wanted"),
-        ("ATTACH '{root}/out.duckdb'", "one SELECT is wanted"),
+        ("", "give one SELECT"),
+        ("SELECT 1; SELECT 2", "give one SELECT"),
+        ("DROP VIEW traces", "give one SELECT"),
+        ("SET threads = 1", "give one SELECT"),
+        ("EXPLAIN ANALYZE COPY (SELECT 1) TO '{part}' (USE_TMP_FILE false)", "give one SELECT"),
+        ("COPY (SELECT 1) TO '{root}/out.parquet'", "give one SELECT"),
+        ("ATTACH '{root}/out.duckdb'", "give one SELECT"),
         ("SELECT * FROM read_text('{root}/manifest.json')", "SQL: Permission Error"),
         ("SELECT * FROM read_text('/etc/hostname')", "SQL: Permission Error"),
         ("SELECT * FROM glob('/*')", "SQL: Permission Error"),
@@ -129,7 +128,7 @@ def test_a_question_mark_in_the_path_is_refused(tmp_path: Path) -> None:
 def test_a_writer_and_the_views_do_not_disturb_each_other(root: Path) -> None:
     with StoreWriter.open(root, **JUDGE) as writer:
         writer.register_teacher(teacher("ada"))
-        with TraceStore(root) as store, Views(store) as views:
+        with TraceStore(root) as store, StoreSql(store) as views:
             writer.append([trace(2, "ada")])
             assert views.query("SELECT count(*) FROM traces").rows == [(4,)]
         assert ask(root, "SELECT count(*) FROM traces").rows == [(5,)]

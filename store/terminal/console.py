@@ -1,4 +1,4 @@
-"""What every command shares: options, the config, output for people and for programs."""
+"""Shared by all commands: options, consoles, output for programs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from store.errors import StoreMissingError, UserError, missing_store
 if TYPE_CHECKING:
     from rich.console import Console
 
-UNFOLDED = 100_000
-"""Characters of a line, where no terminal sets an end to it."""
+PIPE_WIDTH = 100_000
+"""Characters of a line where no terminal limits them."""
+
 ConfigOption = Annotated[
     str | None, typer.Option("--config", "-c", help="A TOML file; without it the defaults alone.")
 ]
@@ -34,42 +35,44 @@ CsvFlag = Annotated[bool, typer.Option("--csv", help="CSV for programs instead o
 StorePath = Annotated[str, typer.Argument(help="The store's directory.")]
 
 
-def print_config(console: Console, toml: str) -> None:
-    console.print("[bold]resolved config[/]")
-    console.print(escaped(toml), highlight=False, soft_wrap=True)
-
-
 def console_of(*, stderr: bool = False) -> Console:
-    """As wide as the terminal, or as COLUMNS says; in a file or a pipe nothing is cut or folded."""
+    """Returns a console as wide as the terminal or COLUMNS; in a file or a pipe no line is folded."""
     from rich.console import Console
 
     console = Console(stderr=stderr)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = UNFOLDED
+        console.width = PIPE_WIDTH
     return console
 
 
 def escaped(text: str) -> str:
+    """Returns the text with rich's markup escaped."""
     from rich.markup import escape
 
     return escape(text)
 
 
-def say_error(error: UserError) -> None:
-    """One line on stderr."""
+def print_config(console: Console, toml: str) -> None:
+    """Prints the resolved config."""
+    console.print("[bold]resolved config[/]")
+    console.print(escaped(toml), highlight=False, soft_wrap=True)
+
+
+def print_error(error: UserError) -> None:
+    """Prints the error as one line on stderr."""
     console_of(stderr=True).print(f"[red]error:[/] {escaped(str(error))}", highlight=False, soft_wrap=True)
 
 
 def with_config(error: UserError, config: str | None) -> UserError:
-    """The error; of a store that is missing, with the config that this command was given in its hint."""
+    """Returns the error; that of a missing store with the command's config in its hint."""
     if isinstance(error, StoreMissingError) and error.root is not None:
         return missing_store(error.root, config)
     return error
 
 
 @contextmanager
-def told_with_config(config: str | None) -> Iterator[None]:
-    """Errors of the block as `with_config` tells them."""
+def config_in_errors(config: str | None) -> Iterator[None]:
+    """Applies `with_config` to errors of the block."""
     try:
         yield
     except StoreMissingError as error:
@@ -77,7 +80,7 @@ def told_with_config(config: str | None) -> Iterator[None]:
 
 
 def emit_rows(rows: Sequence[Mapping[str, Any]], as_json: bool, as_csv: bool) -> bool:
-    """Writes rows for programs where that was asked; says whether it did."""
+    """Writes rows as JSON or CSV where one is requested; returns whether it did."""
     if as_json and as_csv:
         raise UserError("--json and --csv exclude each other: give one of them")
     if as_json:
@@ -91,5 +94,6 @@ def emit_rows(rows: Sequence[Mapping[str, Any]], as_json: bool, as_csv: bool) ->
 
 
 def emit_json(body: Any) -> None:
+    """Writes JSON on stdout."""
     json.dump(body, sys.stdout, indent=2, default=str)
     sys.stdout.write("\n")
