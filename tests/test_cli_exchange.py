@@ -55,7 +55,10 @@ def test_questions_in_tables_json_and_csv(store: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["store", "export", "STORE", "--to", "csv", "--out", "x"], "--to csv: one of verl, luffy, chat, hf"),
+        (
+            ["store", "export", "STORE", "--to", "csv", "--out", "x"],
+            "--to = 'csv': give one of chat, hf, luffy, verl",
+        ),
         (["store", "export", "nowhere", "--to", "verl", "--out", "x.jsonl"], "no trace store at"),
         (["store", "import", "nowhere.parquet"], "no data file at"),
         (["store", "import", "STORE/manifest.json"], "row 1: no JSON on this line"),
@@ -64,7 +67,7 @@ def test_questions_in_tables_json_and_csv(store: Path, tmp_path: Path) -> None:
         (["inspect", "store", "traces", "STORE", "--problem", "zz"], "--problem zz: no problem"),
         (["inspect", "store", "traces", "STORE", "--usable", "--filtered"], "exclude each other"),
         (["inspect", "store", "lengths", "STORE", "--unit", "words"], "--unit words: one of tokens, chars"),
-        (["inspect", "store", "sql", "DELETE FROM traces", "STORE"], "SQL: one SELECT is wanted"),
+        (["inspect", "store", "sql", "DELETE FROM traces", "STORE"], "SQL: give one SELECT"),
         (["inspect", "store", "agreement", "nowhere"], "no trace store at"),
     ],
 )

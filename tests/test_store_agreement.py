@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from store_examples import make_store, trace
 
 from store.reader import TraceStore
 from store.records import Trace
-from store.reports.agreement import agreement_rows, agreement_tables, agreements
+from store.reports.agreement import agreement_table, agreements
 
 
 def wrong(number: int, name: str, answer: str | None, sample_index: int = 0) -> Trace:
@@ -49,32 +48,20 @@ def root(tmp_path: Path) -> Path:
 def test_pairs_are_counted_over_the_problems_that_both_tried(root: Path) -> None:
     with TraceStore(root) as store:
         ada_bob, bob_eve = agreements(store)
-    assert (ada_bob.one, ada_bob.other) == ("ada", "bob")
-    # Both: 0. Only ada: 1. Only bob: 2. Neither: 3.
-    assert (ada_bob.both, ada_bob.only_one, ada_bob.only_other, ada_bob.neither) == (1, 1, 1, 1)
-    # (0 and 3) of 4; 0 among 0, 1, 2.
-    assert (ada_bob.tried, ada_bob.agreement, ada_bob.jaccard) == (4, 0.5, 1 / 3)
-    # Both gave a wrong answer to 1 and 2, the same one to 1; ada gave none to 3.
-    assert (ada_bob.both_wrong, ada_bob.same_wrong, ada_bob.same_wrong_share) == (2, 1, 0.5)
-    assert (bob_eve.one, bob_eve.other, bob_eve.tried, bob_eve.only_other) == ("bob", "eve", 1, 1)
-    assert (bob_eve.agreement, bob_eve.jaccard, bob_eve.same_wrong_share) == (0.0, 0.0, None)
-
-
-def test_rows_and_table_say_it_all(root: Path) -> None:
-    with TraceStore(root) as store:
-        pairs = agreements(store)
-    first = json.loads(json.dumps(agreement_rows(pairs)))[0]
-    assert first == {
+    assert ada_bob == {
+        # Both: 0. Only ada: 1. Only bob: 2. Neither: 3.
         "one": "ada", "other": "bob", "tried": 4, "both": 1, "only_one": 1, "only_other": 1, "neither": 1,
+        # (0 and 3) of 4; 0 among 0, 1, 2. Both gave a wrong answer to 1 and 2, the same one to 1.
         "agreement": 0.5, "jaccard": 1 / 3, "both_wrong": 2, "same_wrong": 1, "same_wrong_share": 0.5,
     }  # fmt: skip
+    assert (bob_eve["one"], bob_eve["other"], bob_eve["tried"], bob_eve["only_other"]) == ("bob", "eve", 1, 1)
+    assert (bob_eve["agreement"], bob_eve["jaccard"], bob_eve["same_wrong_share"]) == (0.0, 0.0, None)
     console = Console(width=80, record=True)
-    console.print(agreement_tables(pairs))
+    console.print(agreement_table([ada_bob, bob_eve]))
     assert "50.0%    33.3%  50.0%" in console.export_text()
 
 
 def test_teachers_without_a_common_problem_are_no_pair(tmp_path: Path) -> None:
     with TraceStore(make_store(tmp_path / "traces", [trace(0, "ada")], [trace(1, "bob")])) as store:
-        pairs = agreements(store)
-    assert pairs == []
-    assert "no two teachers" in str(agreement_tables(pairs))
+        assert agreements(store) == []
+    assert "no two teachers" in str(agreement_table([]))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,8 +13,7 @@ from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
 from store_faults import contents, keyed
 
 from store.errors import StoreDamagedError
-from store.format.pages import lists_of_page, texts_of_page
-from store.format.parts import READ_ERRORS, file_digest, part_rows
+from store.format.parts import file_digest, part_rows
 from store.reader import TraceStore
 from store.upkeep.checking import check
 from store.upkeep.compaction import compact
@@ -31,7 +28,7 @@ ADA = [
         logprobs=tuple(-0.5 * place for place in range(number % 4)),
     )
     for number in range(21)
-]  # three pages of eight, eight and five
+]  # two row groups, of 16 and 5
 BOB = [trace(0, "bob"), wrong(1, "bob", 3), trace(2, "bob", text="")]
 EVERYTHING = keyed([*ADA, *BOB])
 ASKED = [problem(number).problem_id for number in range(0, 21, 3)]
@@ -129,34 +126,6 @@ def make_again(root: Path) -> None:
             writer.register_teacher(teacher(name))
             done = writer.done(name)
             writer.append([each for each in batch if each.sample_index not in done.get(each.problem_id, {})])
-
-
-def pages(root: Path, column: str) -> Iterator[bytes]:
-    for part in parts_of(root):
-        rows = part_rows(part)
-        content = part.read_bytes()
-        places = set(zip(rows[f"{column}_page"].to_pylist(), rows[f"{column}_size"].to_pylist(), strict=True))
-        for start, size in sorted(places):
-            yield content[start : start + size]
-
-
-@pytest.mark.parametrize("column", ["text", "token_ids", "logprobs"])
-def test_every_bit_of_every_page_counts(sound: Path, column: str) -> None:
-    """The body has a checksum; what the header says has none and must fit what the body holds."""
-
-    def decoded(page: bytes) -> list[object]:
-        if column == "text":
-            return list(texts_of_page(page))
-        return [values.tolist() for values in lists_of_page(page, "<f4" if column == "logprobs" else "<i4")]
-
-    for page in pages(sound, column):
-        right = decoded(page)
-        for place in range(len(page)):
-            for bit in range(8):
-                altered = bytearray(page)
-                altered[place] ^= 1 << bit
-                with suppress(*READ_ERRORS):
-                    assert decoded(bytes(altered)) == right, f"bit {bit} of byte {place}"
 
 
 def test_what_is_set_aside_is_never_written_over(root: Path) -> None:

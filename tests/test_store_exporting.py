@@ -15,8 +15,7 @@ from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
 
 from precompute.imports.foreign_rows import ImportColumns, ImportForm, TeacherNames
 from store.errors import StoreError, UserError
-from store.export import exporting
-from store.export.export_forms import FORMS, Solved
+from store.export.export_forms import EXPORT_FORMS, Solved
 from store.export.exporting import WRITERS, ExportOptions, ExportReport, export, in_turns
 from store.reader import TraceStore
 from store.records import Problem
@@ -135,11 +134,11 @@ def test_teachers_take_turns() -> None:
 @pytest.mark.parametrize(
     ("form", "out", "options", "complaint"),
     [
-        ("csv", "x.csv", {}, "--to csv: one of verl, luffy, chat, hf"),
+        ("csv", "x.csv", {}, r"--to = 'csv': give one of chat, hf, luffy, verl, or module:function"),
         ("verl", "x.csv", {}, r"verl needs a file that ends in \.parquet or \.jsonl"),
         ("hf", "x.parquet", {}, r"hf makes a directory, not a \.parquet file"),
-        ("verl", "there.jsonl", {}, "is there already; --overwrite replaces it"),
-        ("hf", "full", {"overwrite": True}, "holds something else than a data set of ours"),
+        ("verl", "there.jsonl", {}, "exists already; --overwrite replaces it"),
+        ("hf", "full", {"overwrite": True}, "is not a data set of this command"),
         ("verl", "x.jsonl", {"teachers": ("eve",)}, "--teacher eve: .* has ada, bob"),
     ],
 )
@@ -185,18 +184,12 @@ def test_a_store_without_a_verified_trace_makes_no_empty_file(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["traces"]
 
 
-def test_datasets_loads_the_directory_and_the_hub_reads_its_card(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_datasets_loads_the_directory_and_the_hub_reads_its_card(root: Path) -> None:
     from datasets import load_dataset
     from huggingface_hub import DatasetCard
 
-    monkeypatch.setattr(exporting, "SHARD_BYTES", 1)
     out = root.parent / "set"
     run(root, out, "hf", everything=True, license="apache-2.0")
-    assert [path.name for path in sorted((out / "data").iterdir())] == [
-        "train-00000-of-00002.parquet", "train-00001-of-00002.parquet",
-    ]  # fmt: skip
     loaded = load_dataset(str(out), cache_dir=str(root.parent / "cache"))
     assert list(loaded) == ["train"]
     rows = loaded["train"].to_list()
@@ -209,7 +202,6 @@ def test_datasets_loads_the_directory_and_the_hub_reads_its_card(
     ]
     card = DatasetCard.load(out / "README.md")
     assert card.data.license == "apache-2.0"
-    assert card.data.size_categories == ["n<1K"]
     # bob: one of two traces is verified.
     assert "| bob | models/bob | 2 | 2 | 50.0% |" in card.text
     for said in ("math-verify 0.9.0", '"temperature": 1.0', teacher("ada").generation_fingerprint):
@@ -219,8 +211,19 @@ def test_datasets_loads_the_directory_and_the_hub_reads_its_card(
 def test_a_card_without_a_licence_says_what_to_look_up(root: Path) -> None:
     run(root, root.parent / "set", "hf")
     text = (root.parent / "set" / "README.md").read_text(encoding="utf-8")
-    assert text.startswith('---\nlicense: "unknown"\n')
+    assert text.startswith("---\nlicense: unknown\n")
     assert "look up the terms of both" in text
+
+
+def test_a_form_of_ones_own_is_a_function_in_a_file(root: Path) -> None:
+    (root.parent / "mine.py").write_text(
+        "def rows(solved):\n    yield {'q': solved.problem.question, 'n': len(solved.traces)}\n"
+    )
+    for suffix in (".parquet", ".jsonl"):
+        run(root, root.parent / f"mine{suffix}", f"{root.parent / 'mine.py'}:rows")
+        assert rows_of(root.parent / f"mine{suffix}") == [
+            {"q": "What is 0 + 0?", "n": 2}, {"q": "What is 1 + 1?", "n": 1},
+        ]  # fmt: skip
 
 
 WORDS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20).filter(
@@ -231,7 +234,7 @@ TRACES = st.lists(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(items=TRACES, questions=st.lists(WORDS, min_size=3, max_size=3, unique=True))
 @pytest.mark.parametrize(
     ("form", "suffix"), [("verl", ".parquet"), ("verl", ".jsonl"), ("luffy", ".parquet")]
@@ -253,7 +256,9 @@ def test_what_is_written_reads_back_the_same(
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / f"out{suffix}"
         with out.open("wb") as file:
-            WRITERS[suffix](file, FORMS[form], (one for one in solved if one.traces))
+            WRITERS[suffix](
+                file, (row for one in solved if one.traces for row in EXPORT_FORMS[form](one)), form
+            )
         read = ImportForm([out], ImportColumns(), TeacherNames(renames={}))
         back = {
             (c.problem.question, c.problem.answer, c.teacher, c.text) for _, row in read.rows() for c in row

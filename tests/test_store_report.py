@@ -12,7 +12,7 @@ from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
 from store.errors import UserError
 from store.reader import TraceStore
 from store.reports.report import problem_id_of, problem_rows, store_report, trace_rows
-from store.reports.tables import summary_tables
+from store.reports.tables import summary_tables, why_table
 from store.writer import StoreWriter
 
 
@@ -145,3 +145,16 @@ def test_a_problem_is_found_by_the_beginning_of_its_id(root: Path) -> None:
             problem_id_of(store, "zzz")
         with pytest.raises(UserError, match=r"--problem : 4 ids begin so \(.*, \.\.\.\); give more of it"):
             problem_id_of(store, "")
+
+
+def test_why_shows_gold_and_answer_as_written_and_as_read(tmp_path: Path) -> None:
+    read = {"parsed_answer": "2*x", "parsed_gold": "2", "verdict_detail": "for a reason"}
+    mismatch = trace(1, "ada", answer="4/2x", verdict="mismatch", is_correct=False, **read)
+    truncated = trace(1, "ada", 1, is_correct=False, finish_reason="length")
+    with TraceStore(make_store(tmp_path / "traces", [mismatch, truncated])) as store:
+        rows = [{**row, "gold": problem(1).answer} for row in trace_rows(store)]
+    console = Console(width=180, record=True)
+    console.print(why_table(rows))
+    first, second = (line for line in console.export_text().splitlines() if "ada/" in line)
+    assert first.split()[1:] == ["ada/0", "mismatch", "2", "2", "4/2x", "2*x", "for", "a", "reason"]
+    assert "not correct because the response was truncated" in second

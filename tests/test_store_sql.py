@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import signal
 import threading
@@ -9,13 +10,15 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
 
 from store.errors import StoreError, UserError
+from store.format.columns import VIEWS, views_help
 from store.format.manifest import PARTS
 from store.reader import TraceStore
-from store.format.columns import VIEWS, views_help
 from store.reports.sql import SqlResult, StoreSql
+from store.reports.tables import sql_table
 from store.writer import StoreWriter
 
 
@@ -107,22 +110,30 @@ def test_whatever_is_no_question_to_the_store_is_refused_in_one_line(
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
 
 
-def test_a_path_that_looks_like_a_pattern_is_a_path(tmp_path: Path) -> None:
-    make_store(tmp_path / "runs-1", [trace(3, "ada")])
-    root = make_store(tmp_path / "runs*[1]", [trace(0, "ada")], [trace(1, "bob")])
-    # The trace of ada stands twice: the index knows by its real path which counts.
-    (part,) = root.glob("parts/ada/part-*.parquet")
-    shutil.copy(part, part.with_name(part.name.replace("000001", "000009")))
-    assert ask(root, "SELECT teacher FROM traces ORDER BY teacher").rows == [("ada",), ("bob",)]
-    assert ask(root, "SELECT count(*) FROM problems").rows == [(4,)]
-
-
-def test_a_question_mark_in_the_path_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"traces\?: no '\?' may stand in a store's path \(store\.path\)"):
-        make_store(tmp_path / "traces?", [trace(0, "ada")])
-    root = make_store(tmp_path / "traces", [trace(0, "ada")]).rename(tmp_path / "moved?")
-    with pytest.raises(StoreError, match="no '\\?' may stand"):
+@pytest.mark.parametrize("mark", ["?", "*", "["])
+def test_a_pattern_as_path_is_refused(tmp_path: Path, mark: str) -> None:
+    with pytest.raises(StoreError, match=r"a store's path \(store\.path\) cannot contain"):
+        make_store(tmp_path / f"traces{mark}", [trace(0, "ada")])
+    root = make_store(tmp_path / "traces", [trace(0, "ada")]).rename(tmp_path / f"moved{mark}")
+    with pytest.raises(StoreError, match="cannot contain"):
         TraceStore(root)
+
+
+def test_answer_form_and_filters_of_teachers_are_in_the_view(tmp_path: Path) -> None:
+    root = make_store(tmp_path / "traces")
+    with StoreWriter.open(root, **JUDGE) as writer:
+        writer.register_teacher(teacher("ada", answer_form="boxed", filters={"max_tokens": 8}))
+    assert ask(root, "SELECT answer_form, filters FROM teachers").rows == [("boxed", '{"max_tokens": 8}')]
+
+
+@pytest.mark.parametrize("width", [80, 300])
+def test_a_result_of_many_columns_is_whole_in_any_terminal(width: int) -> None:
+    columns = [f"column_{n}" for n in range(20)]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(sql_table(columns, [["value"] * 20], width=width))
+    text = console.export_text()
+    assert [name for name in columns if name not in text] == []
+    assert text.count("value") >= 20
 
 
 def test_a_writer_and_the_views_do_not_disturb_each_other(root: Path) -> None:

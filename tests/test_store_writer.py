@@ -108,15 +108,14 @@ def test_problems_merge_by_id_and_keep_their_order(tmp_path: Path) -> None:
         assert store.problems() == [renewed, problem(1), problem(2)]
 
 
-def test_a_part_is_plain_parquet_sorted_by_problem_in_pages_of_eight(tmp_path: Path) -> None:
+def test_a_part_is_plain_parquet_sorted_by_problem_in_row_groups_of_16(tmp_path: Path) -> None:
     root = make_store(tmp_path / "traces", [trace(number, "ada") for number in range(20)])
     (part,) = root.rglob("part-*.parquet")
     file = pq.ParquetFile(part)
     assert file.schema_arrow == TRACE_SCHEMA
     rows = part_rows(part)
-    assert rows["text_row"].to_pylist() == [*range(8), *range(8), *range(4)]
-    assert rows["logprobs_row"].to_pylist() == rows["text_row"].to_pylist()
-    assert len(set(rows["token_ids_page"].to_pylist())) == 3
+    assert rows["row"].to_pylist() == [*range(16), *range(4)]
+    assert rows["row_group"].to_pylist() == [0] * 16 + [1] * 4
     ids = file.read(columns=["problem_id"])["problem_id"].to_pylist()
     assert ids == sorted(ids)
     assert part.relative_to(root).parts[:2] == ("parts", "ada")

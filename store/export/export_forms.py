@@ -1,65 +1,43 @@
-"""The forms that `ampo store export` writes: columns, and a problem's traces as rows of them. Pure.
+"""The forms of `ampo store export`: one function a form, from a problem with its traces to rows. Pure.
 
 verl    a row a problem: prompt, reward_model, ..., target_lst with a {content, source, ...} for each trace
 luffy   a row a trace: the same columns, with target, a list of the one message
-chat    a row a trace: messages of system, user and assistant, as supervised trainers take them
+chat    a row a trace: messages of system, user and assistant, for supervised trainers
 hf      a row a trace: question, answer, teacher, text, verdict, ... for `datasets.load_dataset`
+
+To add a form, add a function and an entry in EXPORT_FORMS, or give `--to` your own as `file.py:function`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import pyarrow as pa
-
+from store.format.columns import PROBLEM_COLUMNS, TOKEN_COLUMNS, TRACE_COLUMNS
 from store.records import Problem, TeacherRecord, Trace
-
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-
-_VERL = [
-    ("data_source", pa.string()),
-    ("prompt", _MESSAGES),
-    ("ability", pa.string()),
-    ("reward_model", pa.struct([("ground_truth", pa.string()), ("style", pa.string())])),
-]
-_TARGET = pa.struct(
-    [
-        ("content", pa.string()),
-        ("source", pa.string()),
-        ("quality_score", pa.float64()),
-        ("is_correct", pa.bool_()),
-    ]
-)
-_EXTRA = [("index", pa.int64()), ("split", pa.string()), ("problem_id", pa.string())]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solved:
-    """A problem with the traces that are to be exported, at least one."""
+    """A problem with the traces to export, at least one."""
 
     index: int
-    """0-based, of the problems exported."""
+    """0-based among the exported problems."""
     problem: Problem
     traces: Sequence[Trace]
     teachers: Mapping[str, TeacherRecord]
     """By name; a teacher whose record is lost is missing."""
     system_prompt: str | None
-    """In the place of every system turn; None: keep each, empty: none at all."""
+    """Replaces every system turn; None: keep each, empty: none at all."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Form:
-    """One form of rows."""
-
-    schema: pa.Schema
-    rows: Callable[[Solved], Iterator[dict[str, Any]]]
+Form = Callable[[Solved], Iterator[dict[str, Any]]]
 
 
 def verl_rows(solved: Solved) -> Iterator[dict[str, Any]]:
-    """One row. The published loader orders a problem's traces by `quality_score`, highest first, and calls
-    that short first: it is the inverse of the length in characters."""
+    """Yields one row. The published loader sorts a problem's traces by `quality_score`, highest first, to get
+    the shortest first: the score is the inverse of the length in characters."""
     targets = [
         {
             "content": trace.text,
@@ -73,7 +51,7 @@ def verl_rows(solved: Solved) -> Iterator[dict[str, Any]]:
 
 
 def luffy_rows(solved: Solved) -> Iterator[dict[str, Any]]:
-    """A row a trace."""
+    """Yields a row a trace."""
     for trace in solved.traces:
         yield {
             **_verl_columns(solved),
@@ -83,7 +61,7 @@ def luffy_rows(solved: Solved) -> Iterator[dict[str, Any]]:
 
 
 def chat_rows(solved: Solved) -> Iterator[dict[str, Any]]:
-    """A row a trace; its system turn is the one that the teacher had."""
+    """Yields a row a trace, with the teacher's system turn."""
     for trace in solved.traces:
         record = solved.teachers.get(trace.teacher)
         turn = solved.problem.system_prompt
@@ -92,19 +70,23 @@ def chat_rows(solved: Solved) -> Iterator[dict[str, Any]]:
         yield {"messages": [*_prompt(solved, turn), {"role": "assistant", "content": trace.text}]}
 
 
+_HF_TRACE = [
+    column
+    for column in TRACE_COLUMNS
+    if column.name not in ("problem_id", "answer", "answer_start", "seed", "created_at", *TOKEN_COLUMNS)
+]
+_FINAL_ANSWER = next(replace(each, name="final_answer") for each in TRACE_COLUMNS if each.name == "answer")
+
+HF_COLUMNS = (*PROBLEM_COLUMNS, _FINAL_ANSWER, *_HF_TRACE)
+"""Columns of the form `hf`."""
+
+
 def hf_rows(solved: Solved) -> Iterator[dict[str, Any]]:
-    """A row a trace, everything but tokens and log-probs."""
-    problem = solved.problem
+    """Yields a row a trace, without tokens and log-probabilities."""
+    problem = {column.name: getattr(solved.problem, column.name) for column in PROBLEM_COLUMNS}
     for trace in solved.traces:
-        yield {
-            "problem_id": problem.problem_id,
-            "question": problem.question,
-            "answer": problem.answer,
-            "source": problem.source,
-            "system_prompt": problem.system_prompt,
-            "final_answer": trace.answer,
-            **{name: getattr(trace, name) for name in _TRACE_COLUMNS},
-        }
+        columns = {column.name: getattr(trace, column.name) for column in _HF_TRACE}
+        yield {**problem, "final_answer": trace.answer, **columns}
 
 
 def _verl_columns(solved: Solved) -> dict[str, Any]:
@@ -126,43 +108,5 @@ def _extra(solved: Solved) -> dict[str, Any]:
     return {"index": solved.index, "split": "train", "problem_id": solved.problem.problem_id}
 
 
-_TRACE_COLUMNS: dict[str, pa.DataType] = {
-    "teacher": pa.string(),
-    "sample_index": pa.int32(),
-    "text": pa.string(),
-    "n_tokens": pa.int32(),
-    "finish_reason": pa.string(),
-    "verdict": pa.string(),
-    "verdict_detail": pa.string(),
-    "is_correct": pa.bool_(),
-    "filtered": pa.string(),
-    "generation_fingerprint": pa.string(),
-    "trace_id": pa.string(),
-}
-
-FORMS = {
-    "verl": Form(
-        schema=pa.schema([*_VERL, ("target_lst", pa.list_(_TARGET)), ("extra_info", pa.struct(_EXTRA))]),
-        rows=verl_rows,
-    ),
-    "luffy": Form(
-        schema=pa.schema(
-            [
-                *_VERL,
-                ("target", _MESSAGES),
-                ("extra_info", pa.struct([*_EXTRA, ("teacher", pa.string())])),
-            ]
-        ),
-        rows=luffy_rows,
-    ),
-    "chat": Form(schema=pa.schema([("messages", _MESSAGES)]), rows=chat_rows),
-    "hf": Form(
-        schema=pa.schema(
-            [(name, pa.string()) for name in ("problem_id", "question", "answer", "source", "system_prompt")]
-            + [("final_answer", pa.string())]
-            + list(_TRACE_COLUMNS.items())
-        ),
-        rows=hf_rows,
-    ),
-}
-"""By the name that `--to` takes; a new form is a new short function here."""
+EXPORT_FORMS: dict[str, Form] = {"verl": verl_rows, "luffy": luffy_rows, "chat": chat_rows, "hf": hf_rows}
+"""By the name that `--to` takes."""

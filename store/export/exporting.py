@@ -1,6 +1,6 @@
-"""`ampo store export`: a store's traces in the forms that other programs read. Whole, or not there.
+"""`ampo store export`: a store's traces in other programs' forms. The output appears whole or not at all.
 
-The store is read a few problems at a time and written as it is read, so memory does not grow with it.
+The store is read a few problems at a time and written meanwhile, so memory does not grow with it.
 """
 
 from __future__ import annotations
@@ -13,40 +13,45 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from store.errors import StoreError, UserError
 from store.export.data_card import data_card
-from store.export.export_forms import FORMS, Form, Solved
+from store.export.export_forms import EXPORT_FORMS, HF_COLUMNS, Form, Solved, hf_rows
 from store.format.files import TMP_MARK, disk_errors_named, sync, whole_file
+from store.format.parts import one_line
+from store.format.schema import schema_of
 from store.reader import TraceStore
-from store.records import Problem, Trace
+from store.records import Trace
+from store.registry import lookup
 
 PROBLEMS_AT_ONCE = 64
 ROWS_AT_ONCE = 256
 """Rows of a Parquet row group."""
-SHARD_BYTES = 256 * 2**20
-"""Characters of text, about, after which a data set's next file begins."""
 
+DATA_FILE = "data/train.parquet"
+"""The traces below a directory of the form `hf`."""
+
+Rows = Iterator[dict[str, Any]]
 Progress = Callable[[int, int], None]
-"""Called with (problems done, problems in all)."""
+"""Called with (problems done, all problems)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """What is exported."""
+    """Selection of traces and their form."""
 
     everything: bool = False
-    """Wrong and filtered traces too; otherwise those alone that may guide a student."""
+    """Wrong and filtered traces too; otherwise usable ones alone."""
     teachers: tuple[str, ...] = ()
     """Empty: all."""
     max_per_problem: int | None = None
     """The teachers take turns: the first trace of each, then the second."""
     system_prompt: str | None = None
-    """In the place of every system turn; None: the problem's (chat: the teacher's), empty: none."""
+    """Replaces every system turn; None: the problem's (chat: the teacher's), empty: none."""
     license: str = "unknown"
     """For a data set's card."""
     overwrite: bool = False
@@ -54,7 +59,7 @@ class ExportOptions:
 
 @dataclass(slots=True, kw_only=True)
 class ExportReport:
-    """What was written."""
+    """Counts of an export."""
 
     path: str
     form: str
@@ -67,7 +72,7 @@ class ExportReport:
 
     @property
     def line(self) -> str:
-        """All of it in one line."""
+        """The report in one line."""
         teachers = ", ".join(f"{name} {count:,}" for name, count in sorted(self.traces.items()))
         return (
             f"wrote {self.path}: {self.form}, {self.rows:,} rows, {self.problems:,} problems, "
@@ -78,86 +83,82 @@ class ExportReport:
 def export(
     store: TraceStore, out: Path, form: str, options: ExportOptions, progress: Progress | None = None
 ) -> ExportReport:
-    """Writes the traces to `out` in one of FORMS: a .parquet or .jsonl file, for `hf` a directory.
+    """Writes the traces to `out` in one of EXPORT_FORMS: a .parquet or .jsonl file, for `hf` a directory.
 
-    Raises UserError when `out` is there or has another suffix, and StoreError for a teacher that the store
-    has not, for nothing to export, or when the disk does not take it; nothing is left at `out` then.
+    Raises ConfigError for an unknown form, UserError when `out` exists or has another suffix, and StoreError
+    for an unknown teacher, for no trace to export, or when the disk is full; nothing is left at `out` then.
     """
     out = out.absolute()
-    check_out(out, form, overwrite=options.overwrite)
+    rows_of = check_out(out, form, overwrite=options.overwrite)
     known = store.teachers()
     for name in options.teachers:
         if name not in known:
             raise StoreError(f"--teacher {name}: {store.path} has {', '.join(known) or 'no teacher'}")
     report = ExportReport(path=str(out), form=form, traces={})
-    solved = _counted(_solved(store, options, progress), report)
-    if form == "hf":
-        _write_directory(out, solved, store, options, report)
-        report.bytes = sum(file.stat().st_size for file in out.rglob("*.parquet"))
+    rows = (row for solved in _solved(store, options, report, progress) for row in rows_of(solved))
+    if rows_of is hf_rows:
+        _write_directory(out, rows, store, options, report)
+        report.bytes = (out / DATA_FILE).stat().st_size
     else:
         with whole_file(out) as file:
-            report.rows = WRITERS[out.suffix](file, FORMS[form], solved)
+            report.rows = WRITERS[out.suffix](file, rows, form)
             _refuse_nothing(report, store)
         report.bytes = out.stat().st_size
     return report
 
 
-def check_out(out: Path, form: str, *, overwrite: bool) -> None:
-    """UserError when the form cannot be written there."""
-    if form not in FORMS:
-        raise UserError(f"--to {form}: one of {', '.join(FORMS)}")
-    if form != "hf" and out.suffix not in WRITERS:
-        raise UserError(f"--out {out}: {form} needs a file that ends in {' or '.join(WRITERS)}")
-    if form == "hf" and out.suffix in WRITERS:
+def check_out(out: Path, form: str, *, overwrite: bool) -> Form:
+    """Returns the form's function. Raises ConfigError for an unknown form, UserError where it cannot be
+    written to `out`."""
+    rows_of = lookup(EXPORT_FORMS, form, key="--to")
+    makes_directory = rows_of is hf_rows
+    if makes_directory and out.suffix in WRITERS:
         raise UserError(f"--out {out}: hf makes a directory, not a {out.suffix} file")
-    if not out.exists():
-        return
-    if not overwrite:
-        raise UserError(f"--out {out} is there already; --overwrite replaces it")
-    if form == "hf" and not _is_ours(out):
-        raise UserError(f"--out {out} holds something else than a data set of ours; name another directory")
-    if form != "hf" and not out.is_file():
-        raise UserError(f"--out {out} is a directory; {form} makes a file")
+    if not makes_directory and out.suffix not in WRITERS:
+        raise UserError(f"--out {out}: {form} needs a file that ends in {' or '.join(WRITERS)}")
+    if out.exists():
+        if not overwrite:
+            raise UserError(f"--out {out} exists already; --overwrite replaces it")
+        if makes_directory and not _is_export(out):
+            raise UserError(f"--out {out} is not a data set of this command; name another directory")
+        if not makes_directory and not out.is_file():
+            raise UserError(f"--out {out} is a directory; {form} makes a file")
+    return rows_of
 
 
-def _is_ours(directory: Path) -> bool:
-    """A directory that --overwrite may throw away: empty, or with nothing but what an export makes."""
-    if not directory.is_dir():
-        return False
-    names = {entry.name for entry in directory.iterdir()}
-    data = [file.name for file in (directory / "data").glob("*")]
-    return names <= {"README.md", "data"} and all(name.startswith("train-") for name in data)
+def _is_export(out: Path) -> bool:
+    """Returns whether --overwrite may remove the directory: it holds nothing but the files of an export."""
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()}
+    return out.is_dir() and files <= {"README.md", DATA_FILE}
 
 
-def _solved(store: TraceStore, options: ExportOptions, progress: Progress | None) -> Iterator[Solved]:
-    """The problems that have a trace to export, in order of arrival."""
-    problems, records, index = store.problems(), store.teachers(), 0
+def _solved(
+    store: TraceStore, options: ExportOptions, report: ExportReport, progress: Progress | None
+) -> Iterator[Solved]:
+    """Yields the problems with a trace to export, in order of arrival; counts them in the report."""
+    problems, records = store.problems(), store.teachers()
+    fetch = store.of_problems if options.everything else store.candidates
     for start in range(0, len(problems), PROBLEMS_AT_ONCE):
-        part = problems[start : start + PROBLEMS_AT_ONCE]
-        found = _traces(store, part, options)
-        for problem in part:
+        batch = problems[start : start + PROBLEMS_AT_ONCE]
+        found = fetch([problem.problem_id for problem in batch], teachers=options.teachers or None)
+        for problem in batch:
             traces = in_turns(found[problem.problem_id])[: options.max_per_problem]
             if traces:
                 yield Solved(
-                    index=index,
+                    index=report.problems,
                     problem=problem,
                     traces=traces,
                     teachers=records,
                     system_prompt=options.system_prompt,
                 )
-                index += 1
+                report.problems += 1
+                report.traces = dict(Counter(report.traces) + Counter(trace.teacher for trace in traces))
         if progress is not None:
-            progress(start + len(part), len(problems))
-
-
-def _traces(store: TraceStore, problems: Sequence[Problem], options: ExportOptions) -> dict[str, list[Trace]]:
-    ids = [problem.problem_id for problem in problems]
-    fetch = store.of_problems if options.everything else store.candidates
-    return fetch(ids, teachers=options.teachers or None)
+            progress(start + len(batch), len(problems))
 
 
 def in_turns(traces: Sequence[Trace]) -> list[Trace]:
-    """Each teacher's first trace, by name of the teacher, then each one's second, and so on."""
+    """Returns each teacher's first trace, by name of the teacher, then each one's second, and so on."""
     seen: Counter[str] = Counter()
     ranked = []
     for trace in sorted(traces, key=lambda trace: (trace.teacher, trace.sample_index)):
@@ -166,49 +167,46 @@ def in_turns(traces: Sequence[Trace]) -> list[Trace]:
     return [trace for _, trace in sorted(ranked, key=lambda pair: (pair[0], pair[1].teacher))]
 
 
-def _counted(solved: Iterator[Solved], report: ExportReport) -> Iterator[Solved]:
-    for one in solved:
-        report.problems += 1
-        for trace in one.traces:
-            report.traces[trace.teacher] = report.traces.get(trace.teacher, 0) + 1
-        yield one
-
-
 def _refuse_nothing(report: ExportReport, store: TraceStore) -> None:
     if not report.problems:
         raise StoreError(f"{store.path} has no trace to export; --all takes wrong and filtered ones too")
 
 
-def _write_parquet(file: BinaryIO, form: Form, solved: Iterator[Solved]) -> int:
-    rows = (row for one in solved for row in form.rows(one))
+def write_parquet(file: BinaryIO, rows: Rows, form: str, schema: pa.Schema | None = None) -> int:
+    """Writes rows as Parquet, by default in the schema of the first ones; returns their number."""
     written = 0
-    with pq.ParquetWriter(file, form.schema, compression="zstd") as writer:
-        while part := list(islice(rows, ROWS_AT_ONCE)):
-            writer.write_table(pa.Table.from_pylist(part, form.schema))
-            written += len(part)
+    with ExitStack() as stack:
+        writer: pq.ParquetWriter | None = None
+        while batch := list(islice(rows, ROWS_AT_ONCE)):
+            try:
+                table = pa.Table.from_pylist(batch, schema)
+            except pa.ArrowException as error:
+                raise UserError(f"--to {form}: rows of different types: {one_line(error)}") from error
+            if writer is None:
+                schema = table.schema
+                writer = stack.enter_context(pq.ParquetWriter(file, schema, compression="zstd"))
+            writer.write_table(table)
+            written += len(batch)
     return written
 
 
-def _write_jsonl(file: BinaryIO, form: Form, solved: Iterator[Solved]) -> int:
+def write_jsonl(file: BinaryIO, rows: Rows, form: str) -> int:
+    """Writes one line a row; returns their number."""
     written = 0
-    for one in solved:
-        for row in form.rows(one):
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            written += 1
+    for row in rows:
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        written += 1
     return written
 
 
-WRITERS: dict[str, Callable[[BinaryIO, Form, Iterator[Solved]], int]] = {
-    ".parquet": _write_parquet,
-    ".jsonl": _write_jsonl,
-}
-"""By the suffix of `--out`; each returns the rows written."""
+WRITERS: dict[str, Callable[[BinaryIO, Rows, str], int]] = {".parquet": write_parquet, ".jsonl": write_jsonl}
+"""By the suffix of `--out`."""
 
 
 def _write_directory(
-    out: Path, solved: Iterator[Solved], store: TraceStore, options: ExportOptions, report: ExportReport
+    out: Path, rows: Rows, store: TraceStore, options: ExportOptions, report: ExportReport
 ) -> None:
-    """Made aside and renamed; what was there goes only when the new one is whole."""
+    """Writes a directory aside and renames it; an earlier one goes only when the new one is whole."""
     aside = out.with_name(f"{TMP_MARK}{out.name}")
     before = out.with_name(f"{TMP_MARK}before-{out.name}")
     with ExitStack() as cleanup:
@@ -216,38 +214,11 @@ def _write_directory(
             shutil.rmtree(leftover, ignore_errors=True)
             cleanup.callback(shutil.rmtree, leftover, ignore_errors=True)
         with disk_errors_named(out):
-            (aside / "data").mkdir(parents=True)
-            report.rows = _write_shards(aside / "data", solved)
-            _refuse_nothing(report, store)
+            with whole_file(aside / DATA_FILE) as file:
+                report.rows = write_parquet(file, rows, "hf", schema_of(HF_COLUMNS))
+                _refuse_nothing(report, store)
             (aside / "README.md").write_text(data_card(store, options, report), encoding="utf-8")
             if out.exists():
                 out.rename(before)
             aside.rename(out)
             sync(out.parent)
-
-
-def _write_shards(directory: Path, solved: Iterator[Solved]) -> int:
-    """`train-00000-of-00002.parquet` and so on; returns the rows."""
-    paths: list[Path] = []
-    rows = 0
-    while (first := next(solved, None)) is not None:
-        path = directory / f"{len(paths)}.parquet"
-        with path.open("wb") as file:
-            rows += _write_parquet(file, FORMS["hf"], _one_shard(first, solved))
-            file.flush()
-        sync(path)
-        paths.append(path)
-    for number, path in enumerate(paths):
-        path.rename(directory / f"train-{number:05d}-of-{len(paths):05d}.parquet")
-    return rows
-
-
-def _one_shard(first: Solved, rest: Iterator[Solved]) -> Iterator[Solved]:
-    size, one = 0, first
-    while True:
-        yield one
-        size += sum(len(trace.text) + len(one.problem.question) for trace in one.traces)
-        following = next(rest, None) if size < SHARD_BYTES else None
-        if following is None:
-            return
-        one = following

@@ -67,9 +67,9 @@ def is_fresh(root: Path) -> bool:
     Raises StoreForeignError for a file, or for a directory that holds something else, and StoreError for a
     path with a question mark.
     """
-    if strange := next((mark for mark in "?*[" if mark in str(root)), None):
+    if mark := next((mark for mark in "?*[" if mark in str(root)), None):
         # To DuckDB they are patterns.
-        raise StoreError(f"{root}: a store's path (store.path) cannot contain {strange!r}; name another")
+        raise StoreError(f"{root}: a store's path (store.path) cannot contain {mark!r}; name another")
     if not root.exists():
         return True
     if not root.is_dir():

@@ -19,7 +19,7 @@ _PAIRS = """
     pairs AS (
         SELECT a.teacher AS one, b.teacher AS other,
                count(*) AS tried,
-               count(*) FILTER (a.solved AND b.solved) AS both,
+               count(*) FILTER (a.solved AND b.solved) AS "both",
                count(*) FILTER (a.solved AND NOT b.solved) AS only_one,
                count(*) FILTER (NOT a.solved AND b.solved) AS only_other,
                count(*) FILTER (NOT a.solved AND NOT b.solved) AS neither,
@@ -27,9 +27,9 @@ _PAIRS = """
                count(*) FILTER (list_has_any(a.wrong, b.wrong)) AS same_wrong
         FROM tried AS a JOIN tried AS b ON a.problem_id = b.problem_id AND a.teacher < b.teacher
         GROUP BY ALL)
-    SELECT one, other, tried, both, only_one, only_other, neither,
-           (both + neither) / tried AS agreement,
-           both / nullif(both + only_one + only_other, 0) AS jaccard,
+    SELECT one, other, tried, "both", only_one, only_other, neither,
+           ("both" + neither) / tried AS agreement,
+           "both" / nullif("both" + only_one + only_other, 0) AS jaccard,
            both_wrong, same_wrong,
            same_wrong / nullif(both_wrong, 0) AS same_wrong_share
     FROM pairs ORDER BY one, other

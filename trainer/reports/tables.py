@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from store.reports.tables import plain_table
+from store.terminal.tables import plain_table
 from trainer.evaluation import COVERAGE, Estimate, Evaluation, Score
 from trainer.reports.inspection import Query, QuerySummary, curve, evaluation_rows
 from trainer.reports.plots import sparkline
