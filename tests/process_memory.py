@@ -41,7 +41,7 @@ def main(model: str, out: str, how: str = "") -> None:
         before = resident()
         place = None if how else initial_device(world)
         student = StudentConfig(model=model, device="cpu")
-        policy = load_policy(student, temperature=1.0, place=place)
+        policy = load_policy(student, temperature=1.0, initial_device=place)
         shard(policy, world)
         took = world.gather({"peak": peak() - before, "stays": resident() - before})
         if world.is_main:

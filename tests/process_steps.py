@@ -63,7 +63,7 @@ def take(case: Case, model: str, world: World) -> dict[str, Any]:
     torch.manual_seed(0)
     student = StudentConfig(model=model, device="cpu", **case.student)
     train = TrainConfig(learning_rate=1e-2, max_grad_norm=1e9, **case.train)
-    policy = load_policy(student, temperature=1.0, place=initial_device(world))
+    policy = load_policy(student, temperature=1.0, initial_device=initial_device(world))
     shard(policy, world)
     updater = updater_of(
         policy,
@@ -100,7 +100,7 @@ def reference(student: StudentConfig, train: TrainConfig, policy: Policy, world:
     if student.use_peft:
         return WithoutAdapters(policy)
     place = initial_device(world)
-    other = load_policy(student, temperature=0.7, place=place)  # so that there is a KL from the beginning
+    other = load_policy(student, temperature=0.7, initial_device=place)  # the KL is not 0
     other.model.requires_grad_(False)
     shard(other, world)
     return other
@@ -116,7 +116,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
 def unusable(model: str, world: World) -> str:
     """What is said of a loss that is no number, whichever process has it."""
     student = StudentConfig(model=model, device="cpu")
-    policy = load_policy(student, temperature=1.0, place=initial_device(world))
+    policy = load_policy(student, temperature=1.0, initial_device=initial_device(world))
     shard(policy, world)
     train = TrainConfig(max_tokens_per_microbatch=1)
     updater = updater_of(policy, train, world=world)
@@ -133,7 +133,7 @@ def unusable(model: str, world: World) -> str:
 def brought(student: StudentConfig, place: Path, world: World) -> dict[str, torch.Tensor]:
     """What a sampler finds in the folder of a student that is dealt out, by name."""
     torch.manual_seed(0)
-    policy = load_policy(student, temperature=1.0, place=initial_device(world))
+    policy = load_policy(student, temperature=1.0, initial_device=initial_device(world))
     shard(policy, world)
     folder = WeightFolder(policy, place / "weights", world)
     if student.use_peft:
@@ -152,7 +152,7 @@ def read(model: str, world: World, **student: Any) -> dict[str, Any]:
     ones, and all its buffers."""
     torch.manual_seed(0)
     config = StudentConfig(model=model, device="cpu", **student)
-    policy = load_policy(config, temperature=1.0, place=initial_device(world))
+    policy = load_policy(config, temperature=1.0, initial_device=initial_device(world))
     shard(policy, world)
     batch = train_batch(sequences(3), pad_id=policy.pad_id, device=policy.device)
     with torch.no_grad():

@@ -87,7 +87,7 @@ def test_what_makes_a_student_without_weights_comes_with_every_install(
 ) -> None:
     monkeypatch.setattr("transformers.integrations.accelerate.is_accelerate_available", lambda: False)
     with pytest.raises(EngineError, match="requires `accelerate`"):
-        load_policy(StudentConfig(model=str(model_dir)), temperature=1.0, place=torch.device("meta"))
+        load_policy(StudentConfig(model=str(model_dir)), temperature=1.0, initial_device=torch.device("meta"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert any(each.startswith("accelerate") for each in project["dependencies"])
 

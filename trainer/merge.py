@@ -19,9 +19,7 @@ from store.errors import RunError
 from store.format.files import sync
 from trainer.config import StudentConfig
 from trainer.run.saved_model import as_saved, check_model, trained_student
-from trainer.sampling.weight_sync import dequantized
-from trainer.student.adapters import with_adapters
-from trainer.student.load import load_policy
+from trainer.student.load import dequantized_weights, load_policy, with_adapters
 from trainer.student.policy import Policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -81,7 +79,7 @@ def _merged(policy: Policy, student: StudentConfig, adapters: Path | None) -> An
         return policy.model.merge_and_unload()
     config = AutoConfig.from_pretrained(student.model, revision=student.revision)
     plain: Any = AutoModelForCausalLM.from_config(config, dtype=policy.dtype)  # type: ignore[no-untyped-call]
-    missing, unexpected = plain.load_state_dict(dequantized(policy), strict=False)
+    missing, unexpected = plain.load_state_dict(dequantized_weights(policy), strict=False)
     plain.tie_weights()
     assert not unexpected, unexpected
     assert set(missing) <= set(plain.all_tied_weights_keys), missing

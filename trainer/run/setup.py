@@ -142,7 +142,7 @@ def load_student(config: Config, world: World, weights: Path | None = None) -> P
         config.student,
         temperature=config.rollout.temperature,
         weights=weights,
-        place=initial_device(world),
+        initial_device=initial_device(world),
         logits_chunk_tokens=config.train.logits_chunk_tokens,
     )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from store.errors import EngineError
 from trainer.parallel.fsdp import full_tensor
 from trainer.parallel.world import ALONE, World
+from trainer.student.load import dequantized_weights
 from trainer.student.policy import Policy
 
 
@@ -47,7 +48,7 @@ class WeightFolder:
 
     def write_base(self) -> None:
         """Writes the frozen weights of a 4-bit student, dequantized and without its adapter."""
-        self._write(lambda: save_file(dequantized(self._policy), self.path / "model.safetensors"))
+        self._write(lambda: save_file(dequantized_weights(self._policy), self.path / "model.safetensors"))
 
     def remove(self) -> None:
         """Removes the folder; harmless when it does not exist."""
@@ -86,14 +87,3 @@ def _tied_names(policy: Policy) -> set[str]:
     """Returns the further names of weights that have several, as a head that is the embedding."""
     every = {name for name, _ in policy.causal.named_parameters(remove_duplicate=False)}
     return every - {name for name, _ in policy.causal.named_parameters()}
-
-
-def dequantized(policy: Policy) -> dict[str, Tensor]:
-    """Returns name -> weight of the model below the adapters, on the CPU, in the type that it computes in."""
-    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-
-    return {
-        name.replace(".base_layer", ""): dequantize_bnb_weight(parameter).to("cpu", policy.dtype)
-        for name, parameter in policy.causal.named_parameters()
-        if ".lora_" not in name
-    }

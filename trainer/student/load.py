@@ -1,4 +1,7 @@
-"""Loads the student: model, tokenizer, adapters, on its device."""
+"""Loads the student: model, LoRA adapters and tokenizer, on its device.
+
+Sources: LoRA arXiv 2106.09685; QLoRA arXiv 2305.14314 (nf4, double quantization, all linear layers).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
@@ -16,7 +19,6 @@ from precompute.engines.four_bits import check_blocks, nf4_on
 from precompute.problems.prompts import use_template
 from store.errors import EngineError, RunError
 from trainer.config import StudentConfig
-from trainer.student.adapters import with_adapters
 from trainer.student.batches import TokenBatch
 from trainer.student.policy import LOGITS_CHUNK_TOKENS, Policy, selective_log_softmax
 
@@ -28,41 +30,41 @@ def load_policy(
     *,
     temperature: float,
     weights: Path | None = None,
-    place: torch.device | None = None,
+    initial_device: torch.device | None = None,
     logits_chunk_tokens: int = LOGITS_CHUNK_TOKENS,
 ) -> Policy:
-    """The student on its device, weights that train in float32.
+    """Loads the student, with weights that train in float32.
 
     Args:
-        weights: a checkpoint to go on from.
-        place: where the weights are to be at first; None: on the student's device. On `meta` there are none,
-            and nothing of them can be checked.
+        weights: a checkpoint to load instead of `student.model`; of adapters, beside it.
+        initial_device: device that holds the weights until `shard` moves them; None: the student's device. On
+            `meta` a model has no weights.
 
-    Raises EngineError when the model cannot be loaded, or its logits are not what its head makes of its
-    hidden states (a head of another make would train on wrong numbers in silence).
+    Raises EngineError when the model cannot be loaded, or when its logits are not head(hidden states), as
+    with an unknown kind of head, which would train on wrong numbers in silence.
     """
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config, weights)
-    model = _load_model(config, device, weights, place or device)
-    # Sampling options that a model ships are not ours, and invalid ones would stop the first checkpoint.
+    on_meta = initial_device is not None and initial_device.type == "meta"
+    model = _load_model(config, device, weights, initial_device or device)
+    # Sampling options of a model have no effect here, and invalid ones would stop the first checkpoint.
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         eos_token_id=model.generation_config.eos_token_id,
         pad_token_id=model.generation_config.pad_token_id,
         bos_token_id=model.generation_config.bos_token_id,
     )
     if config.use_peft:
-        model = with_adapters(model, config, None if place and place.type == "meta" else weights)
+        model = with_adapters(model, config, None if on_meta else weights)
     _switch_dropout_off(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if place is None or place.type != "meta":
+    if not on_meta:
         _check_head(Policy(model, tokenizer, dtype=torch.float32, temperature=temperature))
-    dtype = compute_dtype(config, device)
     return Policy(
         model,
         tokenizer,
-        dtype=dtype,
+        dtype=compute_dtype(config, device),
         temperature=temperature,
         device=device,
         logits_chunk_tokens=logits_chunk_tokens,
@@ -70,23 +72,22 @@ def load_policy(
 
 
 def _load_model(
-    config: StudentConfig, device: torch.device, weights: Path | None, place: torch.device
+    config: StudentConfig, device: torch.device, weights: Path | None, initial_device: torch.device
 ) -> Any:
-    """The model at `place`, to compute on `device`. Under `use_peft` always `student.model`: checkpoints
-    hold adapters alone."""
+    """Loads the model to `initial_device`; under `use_peft` always `student.model`, below the adapters."""
     dtype = compute_dtype(config, device)
-    own = weights is None or config.use_peft
-    source, revision = (config.model, config.revision) if own else (str(weights), None)
+    is_checkpoint = weights is not None and not config.use_peft
+    source, revision = (str(weights), None) if is_checkpoint else (config.model, config.revision)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
             dtype=dtype if config.use_peft else torch.float32,
             **(nf4_on(device, dtype) if config.load_in_4bit else {}),
-            **({"device_map": {"": "meta"}} if place.type == "meta" else {}),
+            **({"device_map": {"": "meta"}} if initial_device.type == "meta" else {}),
         )
         if not config.load_in_4bit:
-            return model.to(place)
+            return model.to(initial_device)
     except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
         raise EngineError(
             f"student.model = {source!r} cannot be loaded: {load_failure(source, error)}"
@@ -95,10 +96,48 @@ def _load_model(
     return model
 
 
-def load_tokenizer(config: StudentConfig, checkpoint: Path | None = None) -> Any:
-    """The student's tokenizer with the config's chat template, or the one that `checkpoint` holds.
+def with_adapters(model: Any, config: StudentConfig, checkpoint: Path | None) -> Any:
+    """Returns the model frozen, with float32 LoRA adapters on every linear layer but the head.
 
-    Raises EngineError when there is none, ConfigError when the template cannot be read, and RunError when
+    `checkpoint` holds the adapters; None starts new ones, which change nothing at first (B = 0). Raises
+    EngineError without peft.
+    """
+    for module in model.modules():
+        # On some CPUs bitsandbytes repacks 4-bit weights at the first forward pass in eval mode, into a form
+        # without gradients: after one rollout nothing below the last layer would learn.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    try:
+        import peft
+    except ImportError:
+        raise EngineError('student.use_peft needs peft: pip install "ampo[qlora]"') from None
+    if checkpoint is not None:
+        return peft.PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
+    lora = peft.LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, lora)
+
+
+def dequantized_weights(policy: Policy) -> dict[str, Tensor]:
+    """Returns name -> weight of the model below the adapters, on the CPU, in the type that it computes in."""
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    return {
+        name.replace(".base_layer", ""): dequantize_bnb_weight(parameter).to("cpu", policy.dtype)
+        for name, parameter in policy.causal.named_parameters()
+        if ".lora_" not in name
+    }
+
+
+def load_tokenizer(config: StudentConfig, checkpoint: Path | None = None) -> Any:
+    """Loads the student's tokenizer with the config's chat template, or the tokenizer of `checkpoint`.
+
+    Raises EngineError without a tokenizer, ConfigError when the template cannot be read, and RunError when
     the checkpoint was trained with another template.
     """
     source, revision = (str(checkpoint), None) if checkpoint else (config.model, config.revision)
@@ -115,27 +154,28 @@ def load_tokenizer(config: StudentConfig, checkpoint: Path | None = None) -> Any
     if checkpoint and tokenizer.chat_template != trained_with:
         raise RunError(
             f"{checkpoint} was trained with another chat template than {TEMPLATE_KEY} = "
-            f"{config.chat_template!r} holds; set it back, or start anew under another run.name"
+            f"{config.chat_template!r} holds; set it back, or start again under another run.name"
         )
     return tokenizer
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one; asking for CUDA where there is none is an EngineError."""
+    """Returns the device of `student.device`; `auto` is CUDA where torch sees it. Raises EngineError for
+    `cuda` where it does not."""
     if name == "cuda" and not torch.cuda.is_available():
         raise EngineError('student.device = "cuda", but torch sees no CUDA device; use "auto" or "cpu"')
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def compute_dtype(config: StudentConfig, device: torch.device) -> torch.dtype:
-    """What the forward pass computes in on that device."""
+    """Returns the type that the forward pass computes in on that device."""
     if config.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
 
 
 def _switch_dropout_off(model: nn.Module) -> None:
-    """Dropout would make the ratio differ from 1 before any update."""
+    """Switches dropout off, which would make the ratio differ from 1 before any update."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -145,11 +185,9 @@ def _switch_dropout_off(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _check_head(policy: Policy) -> None:
-    ids = (
-        torch.arange(1, 9, device=policy.device)
-        .remainder(policy.causal.config.get_text_config().vocab_size)
-        .unsqueeze(0)
-    )
+    """Raises EngineError when the model's own log-probabilities differ from the policy's."""
+    vocabulary = policy.causal.config.get_text_config().vocab_size
+    ids = torch.arange(1, 9, device=policy.device).remainder(vocabulary).unsqueeze(0)  # [1, 8]
     target_mask = torch.ones_like(ids, dtype=torch.bool)
     target_mask[:, 0] = False
     ours = policy.logprobs(TokenBatch(input_ids=ids, target_mask=target_mask))
@@ -157,10 +195,10 @@ def _check_head(policy: Policy) -> None:
         logits = policy.model(input_ids=ids).logits
     (theirs,) = selective_log_softmax(logits[:, :-1].float() / policy.temperature, ids[:, 1:])
     difference = float((ours[:, 1:] - theirs).abs().max())
-    # A frozen model's own head answers in its narrow type; ours never does.
-    narrow = policy.causal.get_output_embeddings().weight.dtype != torch.float32
-    if not difference < (0.5 if narrow else 1e-3):
-        kind = type(policy.causal).__name__
+    # A frozen model's own head may compute in 16 bits; the policy's never does.
+    is_16_bit = policy.causal.get_output_embeddings().weight.dtype != torch.float32
+    if not difference < (0.5 if is_16_bit else 1e-3):
         raise EngineError(
-            f"{kind} is not supported: its logits differ by {difference:.3g} from head(hidden states)"
+            f"{type(policy.causal).__name__} is not supported: "
+            f"its logits differ by {difference:.3g} from head(hidden states)"
         )
