@@ -59,20 +59,20 @@ class StudentConfig(Section):
         return self
 
 
-SETTLED_VLLM_ARGS = {
-    "model": "student.model says it",
-    "revision": "student.revision says it",
-    "dtype": "student.dtype says it",
-    "max_num_seqs": "rollout.batch_size says it",
-    "max_model_len": "the longest prompt and rollout.max_completion_length say it",
-    "gpu_memory_utilization": "rollout.vllm_gpu_memory_utilization says it",
-    "enable_sleep_mode": "rollout.vllm_sleep says it",
-    "enable_lora": "student.use_peft says it",
-    "max_lora_rank": "student.lora_r says it",
+FIXED_VLLM_ARGS = {
+    "model": "set student.model",
+    "revision": "set student.revision",
+    "dtype": "set student.dtype",
+    "max_num_seqs": "set rollout.batch_size",
+    "max_model_len": "it follows from the longest prompt and rollout.max_completion_length",
+    "gpu_memory_utilization": "set rollout.vllm_gpu_memory_utilization",
+    "enable_sleep_mode": "set rollout.vllm_sleep",
+    "enable_lora": "set student.use_peft",
+    "max_lora_rank": "set student.lora_r",
     "logprobs_mode": "training needs those of the sampler",
     "tensor_parallel_size": "rollouts run on the student's device; for more GPUs start servers, base_urls",
 }
-"""Argument of `vllm.LLM` -> what settles it."""
+"""Argument of `vllm.LLM` that vllm_args may not set -> the key that sets it, or the reason."""
 
 
 class RolloutConfig(Section):
@@ -113,9 +113,9 @@ class RolloutConfig(Section):
 
     @field_validator("vllm_args")
     @classmethod
-    def _settled_arguments_are_settled(cls, more: dict[str, Any]) -> dict[str, Any]:
+    def _fixed_arguments_are_not_set(cls, more: dict[str, Any]) -> dict[str, Any]:
         for argument in more:
-            if where := SETTLED_VLLM_ARGS.get(argument):
+            if where := FIXED_VLLM_ARGS.get(argument):
                 raise ValueError(f"{argument} is not set here: {where}")
         return more
 
