@@ -307,6 +307,7 @@ RENAMED = {
     ("warmup", "traces_per_step"): "sft.traces_per_step",
     ("warmup", "learning_rate"): "sft.learning_rate",
     ("train", "format_weight"): "rewards.format (and rewards.correct)",
+    ("train", "offload_optimizer"): 'train.optim = "paged_adamw_8bit"',
     ("guidance", "ratio"): 'guidance.loss ("shaped" or "shaped_ratio")',
 }
 """Former key -> today's, for the error."""
