@@ -48,9 +48,17 @@ class EvalSample:
     text: str
 
 
-_ARROW = {"str": pa.string(), "int": pa.int32(), "bool": pa.bool_()}
-EVAL_SCHEMA = pa.schema([(field.name, _ARROW[str(field.type)]) for field in fields(EvalSample)])
-"""The fields of EvalSample as Parquet columns."""
+_ARROW = {"str": pa.string(), "int": pa.int32(), "bool": pa.bool_(), "float": pa.float64()}
+
+
+def row_schema(record: type) -> pa.Schema:
+    """Returns the fields of a dataclass as Parquet columns."""
+    return pa.schema(
+        [(field.name, _ARROW[str(field.type).removesuffix(" | None")]) for field in fields(record)]
+    )
+
+
+EVAL_SCHEMA = row_schema(EvalSample)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,7 @@ from trainer.run import checkpoint
 from trainer.run.checkpoint import TrainState
 from trainer.run.errors import explain_memory, explain_step
 from trainer.run.resume import check_unchanged, find_whole_start, optimizer_at, resume_state
-from trainer.run.run_dir import Position, RunFiles, UnwrittenRun
+from trainer.run.run_dir import Position, RunFiles
 from trainer.run.setup import Parts, assemble
 from trainer.sampling.samplers import check_sampler_weights
 from trainer.student.optimizer import learning_rate_at, set_learning_rate
@@ -77,8 +77,7 @@ def train(
 
     Raises UserError for everything that a user can mend, before the first step.
     """
-    kind = RunFiles if world.is_main else UnwrittenRun
-    run = kind(Path(config.run.dir).absolute() / config.run.name)
+    run = RunFiles(Path(config.run.dir).absolute() / config.run.name, writes=world.is_main)
     start_from = world.from_main(lambda: find_whole_start(run, config, resume))
     run.check_writable()
     with ExitStack() as stack:

@@ -1,13 +1,13 @@
-"""Checkpoints: whole or not there, and enough to go on as if nothing had happened.
+"""Checkpoints: complete or absent, and sufficient to resume a run to the bit.
 
     checkpoints/step-000050/
       config.json, *.safetensors, tokenizer files     an ordinary transformers model
       optimizer.pt                                    the optimizer's state and torch's generators
-      state.json                                      steps, config, what the problems and the store were,
+      state.json                                      steps, config, fingerprints of problems and store,
                                                       size and checksum of every other file
     checkpoints/sft-000050/                           the same in SFT, with its optimizer
 
-Sampling, order of problems and placement are functions of (seed, step, problem), so no position is needed
+Sampling, order of problems and replacement are functions of (seed, step, problem), so no position is needed
 beyond the step.
 """
 
@@ -62,14 +62,14 @@ A schedule that runs down to max_steps is the exception, see `differences`."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainState:
-    """What a checkpoint says of itself."""
+    """Contents of a checkpoint's state.json."""
 
     done: Position
     config: Mapping[str, Any]
     problems_fingerprint: str
     """Content hash of the training problems, in order."""
     store: Mapping[str, Usable]
-    """teacher -> what may be asked of it; empty where nothing is asked."""
+    """teacher -> its usable traces; empty where the store is not read."""
 
 
 def save(
@@ -81,11 +81,11 @@ def save(
     keep_last: int,
     world: World = ALONE,
 ) -> Path:
-    """Writes `folder/step-N` aside, renames it, then removes all but the last `keep_last`.
+    """Writes `folder/step-N` under another name, renames it, then removes all but the last `keep_last`.
 
-    Every process calls it; weights dealt out over them come together at the first one, which writes.
+    Every rank calls it; sharded weights are gathered in rank 0, which writes.
 
-    Raises RunError when the disk is full or not writable; what was there before stays.
+    Raises RunError when the disk is full or not writable; older checkpoints stay.
     """
     target = folder / state.done.name
     aside = folder / f".tmp-{target.name}"
@@ -93,7 +93,8 @@ def save(
     if not world.is_main:
         return target
     try:
-        clear_leftovers(folder)
+        for remains in folder.glob(".tmp-*"):  # of a killed save or removal
+            shutil.rmtree(remains, ignore_errors=True)
         aside.mkdir(parents=True)
         _write(aside, policy, weights, moments, state)
         if target.exists():
@@ -112,14 +113,8 @@ def save(
     return target
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Removes what a killed save or removal left behind."""
-    for leftover in folder.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
 def _remove(checkpoint: Path) -> None:
-    """Renames first: a removal that is killed half-way must not leave what looks whole."""
+    """Renames first: a removal that is killed half-way must not leave a directory that looks complete."""
     gone = checkpoint.with_name(f".tmp-old-{checkpoint.name}")
     checkpoint.rename(gone)
     shutil.rmtree(gone)
@@ -135,8 +130,10 @@ def _write(
     """`weights`: None for the policy's own; `moments`: the optimizer's state."""
     policy.model.save_pretrained(aside, **({} if weights is None else {"state_dict": weights}))
     policy.tokenizer.save_pretrained(aside)
-    body = {"optimizer": moments, "generators": _generators(policy.device)}
-    torch.save(body, aside / "optimizer.pt")
+    generators = {"cpu": torch.get_rng_state()}
+    if policy.device.type == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(policy.device)
+    torch.save({"optimizer": moments, "generators": generators}, aside / "optimizer.pt")
     described = {
         "step": state.done.step,
         "sft_step": state.done.sft_step,
@@ -156,15 +153,11 @@ def _write(
 def _mark(file: Path) -> list[int | str]:
     """Size in bytes and checksum."""
     with file.open("rb") as opened:
-        return [file.stat().st_size, hashlib.file_digest(opened, _checksum).hexdigest()]
-
-
-def _checksum() -> Any:
-    return hashlib.blake2b(digest_size=16)
+        return [file.stat().st_size, hashlib.file_digest(opened, "sha256").hexdigest()]
 
 
 def check_whole(checkpoint: Path) -> None:
-    """RunError, with the way out, when a file is not what was saved: cut, changed or gone."""
+    """Raises RunError, with the way out, when a file was truncated, changed or removed."""
     reason = _damage(checkpoint)
     if reason is None:
         return
@@ -173,13 +166,13 @@ def check_whole(checkpoint: Path) -> None:
     way_out = (
         f"remove it to go on from {whole}, the last one that is whole"
         if whole
-        else "no older one is whole: start anew under another run.name"
+        else "no older one is whole: start again under another run.name"
     )
     raise RunError(f"{checkpoint} is damaged: {reason}; {way_out}")
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None: nothing."""
+    """The damage of a checkpoint in words; None where there is none."""
     try:
         files = json.loads((checkpoint / "state.json").read_text(encoding="utf-8")).get("files", {})
         for name, (size, checksum) in files.items():
@@ -195,14 +188,6 @@ def _damage(checkpoint: Path) -> str | None:
     return None
 
 
-def _generators(device: torch.device) -> dict[str, torch.Tensor]:
-    """torch's generators of the CPU and of the student's device."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints below `folder`, oldest first."""
     names = (*folder.glob("sft-*"), *folder.glob("step-*"))
@@ -210,7 +195,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def instead_of_run(path: Path) -> str | None:
-    """What to give instead of a run's directory, or of its `checkpoints`; None: `path` is neither."""
+    """The path to give instead of a run's directory or its `checkpoints`; None where `path` is neither."""
     if (path / "config.json").is_file() or (path / "state.json").is_file():
         return None
     for folder in (path / "checkpoints", path):
@@ -221,7 +206,7 @@ def instead_of_run(path: Path) -> str | None:
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    """RunError when the folder is no checkpoint."""
+    """Raises RunError when the directory is not a checkpoint."""
     if not (checkpoint / "state.json").is_file():
         raise RunError(f"no checkpoint at {checkpoint.absolute()}: {_why_no_checkpoint(checkpoint)}")
     try:
@@ -256,33 +241,24 @@ def restore_optimizer(checkpoint: Path, policy: Policy, optimizer: torch.optim.O
         torch.cuda.set_rng_state(generators["cuda"], policy.device)
 
 
-def check_problems(state: TrainState, problems_fingerprint: str, checkpoint: Path) -> None:
-    """RunError when going on with these problems would not be the same run."""
-    if state.problems_fingerprint != problems_fingerprint:
-        raise RunError(
-            f"problems.train holds other problems than {checkpoint} was trained on; "
-            f"give it the same file, or start anew under another run.name"
-        )
-
-
 def check_config(state: TrainState, config: Config, checkpoint: Path) -> None:
-    """RunError, with the difference, when going on with this config would not be the same run."""
+    """Raises RunError, with the difference, when the config would make another run of it."""
     changed = differences(state.config, config)
     if changed:
         raise RunError(
             f"{checkpoint} was trained with {'; '.join(changed)}. "
-            f"Set it back, or start anew under another run.name"
+            f"Set it back, or start again under another run.name"
         )
     if state.done.step > config.train.max_steps:
         raise RunError(
             f"{checkpoint} is at {state.done}, past train.max_steps = {config.train.max_steps}: to go on, "
-            f"set train.max_steps above {state.done.step}; or start anew under another run.name"
+            f"set train.max_steps above {state.done.step}; or start again under another run.name"
         )
     steps = config.sft.steps
     if state.done.sft_step > steps or (state.done.step and state.done.sft_step != steps):
         raise RunError(
             f"{checkpoint} has {state.done.sft_step} SFT steps behind it; set sft.steps = "
-            f"{state.done.sft_step} again, not {steps}, or start anew under another run.name"
+            f"{state.done.sft_step} again, not {steps}, or start again under another run.name"
         )
 
 
@@ -305,7 +281,7 @@ def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
 
 
 def store_differences(saved: Mapping[str, Usable], now: Mapping[str, Usable]) -> list[str]:
-    """What may be asked for now and could not be then, or the other way round, by teacher."""
+    """Differences between the usable traces of two times, in words, by teacher."""
     found = []
     for name in sorted({*saved, *now}):
         before, after = saved.get(name), now.get(name)

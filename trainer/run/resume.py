@@ -19,7 +19,7 @@ def optimizer_at(parts: Parts, done: Position) -> torch.optim.Optimizer:
 
 
 def find_whole_start(run: RunFiles, config: Config, resume: str) -> Path | None:
-    """As `find_start`; RunError when the checkpoint is damaged, or another config trained it."""
+    """Returns `find_start`; RunError when that checkpoint is damaged, or another config trained it."""
     start_from = find_start(run, config, resume)
     if start_from is not None:
         checkpoint.check_whole(start_from)
@@ -36,7 +36,7 @@ def check_unchanged(run: RunFiles, config: Config, resume: str, start_from: Path
 
 
 def find_start(run: RunFiles, config: Config, resume: str) -> Path | None:
-    """The checkpoint to go on from; None: from the beginning. RunError when that would lose something."""
+    """Returns the checkpoint to resume from, None for a new run. RunError when steps would be lost."""
     own = checkpoint.checkpoints(run.checkpoints)
     if resume == "auto":
         if not own:
@@ -59,7 +59,7 @@ def find_start(run: RunFiles, config: Config, resume: str) -> Path | None:
 
 
 def check_same_beginning(run: RunFiles, config: Config) -> None:
-    """A run that stopped before its first checkpoint is done again, but never by another config."""
+    """Raises RunError when a run without a checkpoint was begun with another config."""
     if not (run.root / "config.toml").exists() or not any(
         row["step"] > 0 or "sft/step" in row for row in run.metrics()
     ):
@@ -70,16 +70,21 @@ def check_same_beginning(run: RunFiles, config: Config) -> None:
 
 
 def resume_state(parts: Parts, start_from: Path | None, *, changed_store: bool) -> Position:
-    """Steps done; restores the optimizer."""
+    """Restores the optimizer, and returns the steps that are done."""
     if start_from is None:
         return Position()
     state = checkpoint.read_state(start_from)
-    checkpoint.check_problems(state, parts.problems_fingerprint, start_from)
+    if state.problems_fingerprint != parts.problems_fingerprint:
+        raise RunError(
+            f"problems.train holds other problems than {start_from} was trained on; "
+            "give it the same file, or start again under another run.name"
+        )
     if changed := checkpoint.store_differences(state.store, parts.usable):
         if not changed_store:
             raise RunError(
                 f"the store holds other traces than {start_from} was trained with: {'; '.join(changed)}. "
-                "Give it the same store, start anew under another run.name, or --resume-with-changed-store"
+                "Give it the same store, start again under another run.name, or add "
+                "--resume-with-changed-store"
             )
         parts.reporter.warned(f"the store holds other traces than before: {'; '.join(changed)}")
     checkpoint.restore_optimizer(start_from, parts.policy, optimizer_at(parts, state.done))

@@ -1,13 +1,13 @@
 """A run's directory: everything that a run leaves on disk, and how to read it back.
 
     config.toml  env.json  log.txt  metrics.jsonl
-    rollouts/step-000001.parquet     every sample, and every trace that took a place
-    queries/step-000001.parquet      every candidate of every question
+    rollouts/step-000001.parquet     every sample, and every trace that replaced one
+    queries/step-000001.parquet      every candidate of every queried problem
     evals/step-000010.parquet        every sample of an evaluation
-    failed/step-000012.parquet       the batch whose loss or gradient was no number, where there was one
-    checkpoints/step-000050/         see `checkpoint`; in SFT sft-000050
+    failed/step-000012.parquet       the batch of a non-finite loss or gradient, where there was one
+    checkpoints/step-000050/         see `checkpoint`; sft-000050 for SFT
 
-A step's files are named by the step, so a resumed run writes over what an interrupted one left.
+A step's files are named by the step, so a resumed run overwrites those of an interrupted one.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from precompute.config import load_config, toml_of
 from store.errors import RunError
 from store.format.files import FileLock, whole_file
 from trainer.config import Config
-from trainer.evaluation import EVAL_SCHEMA, EvalSample
-from trainer.method.groups import Group, Sample
+from trainer.evaluation import EVAL_SCHEMA, EvalSample, row_schema
+from trainer.method.groups import Group
 from trainer.method.guidance import QueryRow
 from trainer.student.batches import TrainSequence
 
 logger = logging.getLogger("ampo")
-# Warnings come before a run has its file: Python would repeat them on stderr beside the console's.
+# Before a run has its log file, Python would repeat warnings on stderr.
 logger.addHandler(logging.NullHandler())
 
 ROLLOUT_SCHEMA = pa.schema(
@@ -59,22 +59,10 @@ ROLLOUT_SCHEMA = pa.schema(
         ("text", pa.string()),
     ]
 )
-"""A student sample that a trace replaced stays, with `replaced` true and no advantage; the trace stands
-beside it under the same sample_index."""
+"""A student sample that a trace replaced stays, with `replaced` true and no advantage; the trace has a row of
+its own with the same sample_index."""
 
-QUERY_SCHEMA = pa.schema(
-    [
-        ("step", pa.int32()),
-        ("problem_id", pa.string()),
-        ("trace_id", pa.string()),
-        ("teacher", pa.string()),
-        ("score", pa.float64()),
-        ("n_tokens", pa.int32()),
-        ("rank", pa.int32()),
-        ("selected", pa.bool_()),
-        ("latency_ms", pa.float64()),
-    ]
-)
+QUERY_SCHEMA = row_schema(QueryRow)
 
 FAILED_SCHEMA = pa.schema(
     [
@@ -87,7 +75,7 @@ FAILED_SCHEMA = pa.schema(
         ("sampler_logprobs", pa.list_(pa.float64())),
     ]
 )
-"""Sequences of an optimizer step that was not taken."""
+"""Sequences of a skipped optimizer step."""
 
 PACKAGES = (
     "ampo",
@@ -104,7 +92,7 @@ PACKAGES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Position:
-    """How far a run is; a later one is the greater."""
+    """Progress of a run; ordered."""
 
     step: int = 0
     """Sampling steps done."""
@@ -116,41 +104,46 @@ class Position:
 
     @property
     def name(self) -> str:
-        """Of its checkpoint."""
+        """Name of its checkpoint."""
         return step_name(self.step) if self.step else f"sft-{self.sft_step:06d}"
 
     @classmethod
     def of(cls, checkpoint: Path) -> Self:
-        """What the checkpoint's name says."""
+        """Reads a checkpoint's name."""
         kind, _, number = checkpoint.name.partition("-")
         return cls(step=int(number)) if kind == "step" else cls(sft_step=int(number))
 
 
 class RunFiles:
-    """Writes a run's files; each appears whole."""
+    """Reads a run's files and writes them; each appears whole."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, writes: bool = True) -> None:
+        """`writes`: False for ranks other than 0, whose calls write nothing."""
         self.root = root
+        self.writes = writes
         self.checkpoints = root / "checkpoints"
 
     def check_writable(self) -> None:
-        """RunError, before anything is loaded, when the run could not be written. Touches nothing."""
-        there = self.root
-        while not there.exists():
-            there = there.parent
-        if not there.is_dir():
-            raise RunError(f"run.dir: {there} is a file; give a directory that can be written")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise RunError(f"run.dir: no permission to write {there}")
+        """Raises RunError when the run cannot be written. Creates nothing."""
+        parent = self.root
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir():
+            raise RunError(f"run.dir: {parent} is a file; give a directory that can be written")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise RunError(f"run.dir: no permission to write {parent}")
 
     def start(self, config: Config, *, after: Position, processes: int = 1) -> None:
-        """Writes config and environment, and drops what an interrupted run logged past `after`. What comes
-        between SFT and the first sampling step is past both."""
+        """Writes config and environment, and drops what an interrupted run logged past `after`.
+
+        The evaluation between SFT and the first sampling step is past both, and repeated.
+        """
+        if not self.writes:
+            return
         for folder in ("rollouts", "queries", "evals", "checkpoints"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
         self._text("config.toml", toml_of(config))
         self._text("env.json", json.dumps(environment(processes), indent=2) + "\n")
-        # The evaluation before the first sampling step is done again by whoever has not got past it.
         last = after.step or -1
         kept = [row for row in self.metrics() if _is_before(row, after.sft_step, last)]
         self._text("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
@@ -161,7 +154,10 @@ class RunFiles:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps other trainers out for the block; RunError when one has the run."""
+        """Locks the run for the block; RunError when another process trains it."""
+        if not self.writes:
+            yield
+            return
         self.root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.root / ".train.lock")
         if not lock.acquire(wait=False):
@@ -176,7 +172,10 @@ class RunFiles:
 
     @contextmanager
     def log_to_file(self) -> Iterator[None]:
-        """log.txt gets every line of the `ampo` logger for the block."""
+        """Writes every line of the `ampo` logger to log.txt for the block."""
+        if not self.writes:
+            yield
+            return
         handler = logging.FileHandler(self.root / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
@@ -189,6 +188,8 @@ class RunFiles:
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
         """Appends one step's line. RunError when the disk is full."""
+        if not self.writes:
+            return
         path = self.root / "metrics.jsonl"
         try:
             with path.open("a", encoding="utf-8") as file:
@@ -197,7 +198,7 @@ class RunFiles:
             raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines so far; a last line that a crash cut is left out."""
+        """The lines so far, without a last one that a crash truncated."""
         path = self.root / "metrics.jsonl"
         if not path.exists():
             return []
@@ -209,105 +210,65 @@ class RunFiles:
         rows = [
             row
             for group, values in zip(groups, advantages.tolist(), strict=True)
-            for row in _group_rows(step, group, values)
+            for row in _rollout_rows(step, group, values)
         ]
-        self._table("rollouts", step, rows, ROLLOUT_SCHEMA)
+        self._table("rollouts", step_name(step), rows, ROLLOUT_SCHEMA)
 
     def write_queries(self, step: int, rows: Sequence[QueryRow]) -> None:
-        self._table("queries", step, [asdict(row) for row in rows], QUERY_SCHEMA)
+        self._table("queries", step_name(step), [asdict(row) for row in rows], QUERY_SCHEMA)
 
     def write_evaluation(self, step: int, samples: Sequence[EvalSample]) -> None:
         """The rows of `ampo eval`, with the step."""
         rows = [{"step": step, **asdict(sample)} for sample in samples]
-        self._table("evals", step, rows, EVAL_SCHEMA.insert(0, pa.field("step", pa.int32())))
+        self._table("evals", step_name(step), rows, EVAL_SCHEMA.insert(0, pa.field("step", pa.int32())))
 
     def write_failed_batch(self, step: Position, sequences: Sequence[TrainSequence]) -> Path:
-        """What a step that is no number computed on, a row a sequence; returns the file."""
+        """Writes the sequences of a non-finite step, one a row; returns the file."""
         rows = [{"step": step.step, **asdict(sequence)} for sequence in sequences]
-        path = self._failed_batch(step)
-        path.parent.mkdir(exist_ok=True)
-        with whole_file(path) as file:
-            pq.write_table(pa.Table.from_pylist(rows, schema=FAILED_SCHEMA), file, compression="zstd")
+        return self._table("failed", step.name, rows, FAILED_SCHEMA)
+
+    def _table(self, folder: str, name: str, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> Path:
+        path = self.root / folder / f"{name}.parquet"
+        if self.writes:
+            path.parent.mkdir(exist_ok=True)
+            with whole_file(path) as file:
+                pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), file, compression="zstd")
         return path
-
-    def _failed_batch(self, step: Position) -> Path:
-        return self.root / "failed" / f"{step.name}.parquet"
-
-    def _table(self, folder: str, step: int, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
-        table = pa.Table.from_pylist(list(rows), schema=schema)
-        with whole_file(self.root / folder / f"{step_name(step)}.parquet") as file:
-            pq.write_table(table, file, compression="zstd")
 
     def _text(self, name: str, text: str) -> None:
         with whole_file(self.root / name) as file:
             file.write(text.encode("utf-8"))
 
 
-class UnwrittenRun(RunFiles):
-    """A run whose files another process writes: this one reads them and leaves them alone."""
-
-    def check_writable(self) -> None:
-        """Whoever writes will check."""
-
-    def start(self, config: Config, *, after: Position, processes: int = 1) -> None:
-        """Nothing."""
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """The process that writes holds it."""
-        yield
-
-    @contextmanager
-    def log_to_file(self) -> Iterator[None]:
-        """Nothing."""
-        yield
-
-    def add_metrics(self, row: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def write_failed_batch(self, step: Position, sequences: Sequence[TrainSequence]) -> Path:
-        """Where the other process writes it."""
-        return self._failed_batch(step)
-
-    def _table(self, folder: str, step: int, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
-        pass
-
-
 def _is_before(row: Mapping[str, Any], sft_step: int, step: int) -> bool:
-    """Whether a line of metrics tells of what a run that is so far has behind it."""
+    """Returns whether a line of metrics belongs to the steps that are done."""
     return bool(row["sft/step"] <= sft_step if "sft/step" in row else row["step"] <= step)
 
 
-def _group_rows(step: int, group: Group, advantages: Sequence[float]) -> list[dict[str, Any]]:
-    rows = []
-    for place, sample in enumerate(group.samples):
-        trace = group.guidance.get(place)
-        advantage = advantages[place]
-        rows.append(_sample_row(step, group, place, sample, None if trace else advantage, trace is not None))
-        if trace is not None:
-            rows.append(_sample_row(step, group, place, trace, advantage, False))
-    return rows
-
-
-def _sample_row(
-    step: int, group: Group, place: int, sample: Sample, advantage: float | None, replaced: bool
-) -> dict[str, Any]:
-    return {
-        "step": step,
-        "problem_id": group.problem_id,
-        "sample_index": place,
-        "origin": "teacher" if sample.is_teacher else "student",
-        "trace_id": sample.trace_id,
-        "teacher": sample.teacher,
-        "replaced": replaced,
-        "is_correct": sample.is_correct,
-        "has_format": sample.has_format,
-        "reward": sample.reward,
-        "advantage": advantage,
-        "n_tokens": len(sample.token_ids),
-        "finish_reason": sample.finish_reason,
-        "text": sample.text,
-    }
+def _rollout_rows(step: int, group: Group, advantages: Sequence[float]) -> Iterator[dict[str, Any]]:
+    """The samples of a group, each followed by the trace that replaced it, if any."""
+    for index, sample in enumerate(group.samples):
+        trace = group.guidance.get(index)
+        for member in (sample, trace):
+            if member is None:
+                continue
+            replaced = member is sample and trace is not None
+            yield {
+                "step": step,
+                "problem_id": group.problem_id,
+                "sample_index": index,
+                "origin": "teacher" if member.is_teacher else "student",
+                "trace_id": member.trace_id,
+                "teacher": member.teacher,
+                "replaced": replaced,
+                "is_correct": member.is_correct,
+                "has_format": member.has_format,
+                "reward": member.reward,
+                "advantage": None if replaced else advantages[index],
+                "n_tokens": len(member.token_ids),
+                "finish_reason": member.finish_reason,
+                "text": member.text,
+            }
 
 
 def step_name(step: int) -> str:
@@ -321,7 +282,7 @@ def step_of(path: Path) -> int:
 
 
 def environment(processes: int) -> dict[str, Any]:
-    """What the run ran on: enough to tell why two runs differ."""
+    """Versions and platform, which explain most differences between runs."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -339,7 +300,7 @@ def _version(package: str) -> str | None:
 
 
 def open_run(path: str | Path) -> RunFiles:
-    """An existing run for reading; RunError with the whole path when there is none."""
+    """Opens an existing run for reading; RunError with the absolute path when it does not exist."""
     root = Path(path).absolute()
     if not (root / "config.toml").is_file():
         raise RunError(f"no run at {root} (no config.toml there); `ampo train` makes one")
@@ -347,7 +308,7 @@ def open_run(path: str | Path) -> RunFiles:
 
 
 def latest_run(folder: str | Path) -> Path:
-    """The run below `folder`, at any depth, that was written to last."""
+    """The run below `folder`, at any depth, that was written last."""
     runs = [path.parent for path in Path(folder).glob("**/metrics.jsonl")]
     if not runs:
         raise RunError(f"no run below {Path(folder).absolute()}; `ampo train` makes one")
