@@ -5,8 +5,9 @@
 The answers are made as students make them: each problem has a pass rate of its own, the right answer is
 written in several ways, a wrong one is a slip in a digit, a sign or a factor, and the common slips come
 again and again. Gold answers are those of ../shared/data/math/valid.parquet where that file lies there,
-otherwise made up. Each way runs in a process of its own, after its imports and WARMUP gold answers;
-answers on which both would wait for a timeout are not among them. The last line is JSON.
+otherwise made up. Each way runs in a process of its own, after its imports and two answers to each of as
+many other problems: the parser learns as it reads. Answers on which both would wait for a timeout are not
+among them. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -34,8 +35,6 @@ from precompute.verify.verifier import Verifier
 from store.terminal.tables import plain_table
 
 GOLDS = Path("../shared/data/math/valid.parquet")
-WARMUP = 32
-"""Gold answers that either way reads before the clock starts."""
 SLIPS = 8
 """Wrong answers that a problem tempts to; the n-th is n times as rare as the first."""
 
@@ -61,9 +60,11 @@ class Measured:
 
 def main() -> None:
     options = parse()
-    golds = gold_answers(options.problems)
+    golds = gold_answers(2 * options.problems)
+    golds, others = golds[: options.problems], golds[options.problems :]
     pairs = [pair for group in groups(golds, options.samples, seed=0) for pair in group]
-    plain, ours = alone(plain_loop, pairs), alone(service, pairs)
+    first = [pair for group in groups(others, 2, seed=1) for pair in group]
+    plain, ours = alone(plain_loop, (first, pairs)), alone(service, (first, pairs))
     many = alone(service_over, (golds, options.many))
     console = Console()
     console.print(table({"parse/verify": plain, "ampo Verifier": ours}, len(pairs)))
@@ -84,34 +85,28 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def plain_loop(pairs: Sequence[PairOfTexts]) -> Measured:
+def plain_loop(task: tuple[Sequence[PairOfTexts], Sequence[PairOfTexts]]) -> Measured:
     from math_verify import parse, verify
 
     logging.disable(logging.CRITICAL)
-    for _, gold in pairs[:: len(pairs) // WARMUP]:
-        parse(f"\\boxed{{{gold}}}")
-    started, cpu = time.perf_counter(), cpu_seconds()
-    correct = tuple(verify(parse(f"\\boxed{{{gold}}}"), parse(response)) for response, gold in pairs)
+    for pairs in task:
+        started, cpu = time.perf_counter(), cpu_seconds()
+        correct = tuple(verify(parse(f"\\boxed{{{gold}}}"), parse(response)) for response, gold in pairs)
     return measured(time.perf_counter() - started, cpu_seconds() - cpu, correct)
 
 
-def service(pairs: Sequence[PairOfTexts]) -> Measured:
-    # What two workers cost until they are warm is known only when they have ended.
-    with warm_verifier(pairs):
-        pass
+def service(task: tuple[Sequence[PairOfTexts], Sequence[PairOfTexts]]) -> Measured:
+    first, pairs = task
+    # The CPU time of two workers until they are warm is known only when they have ended.
+    with Verifier(workers=2) as verifier:
+        verifier.verify_all(first)
     starts, own = worker_cpu_seconds(), cpu_seconds()
-    with warm_verifier(pairs) as verifier:
+    with Verifier(workers=2) as verifier:
+        verifier.verify_all(first)
         started = time.perf_counter()
         correct = tuple(verdict.is_correct for verdict in verifier.verify_all(pairs))
         seconds = time.perf_counter() - started
     return measured(seconds, cpu_seconds() - own + worker_cpu_seconds() - 2 * starts, correct)
-
-
-def warm_verifier(pairs: Sequence[PairOfTexts]) -> Verifier:
-    """Two workers that have read WARMUP gold answers."""
-    verifier = Verifier(workers=2)
-    verifier.check_golds(gold for _, gold in pairs[:: len(pairs) // WARMUP])
-    return verifier
 
 
 def cpu_seconds() -> float:

@@ -12,8 +12,8 @@ for to read or to compare what a model wrote may take for ever. How it departs f
 - Numbers agree in six decimals *and* six significant digits; math-verify's absolute rounding takes
   10^{-20} for 10^{-22}.
 
-And so that it is quick: readings are cached, plain numbers bypass the grammar, and a difference that shows
-in numbers needs no `simplify` to be believed.
+And so that it is quick: readings are cached, plain numbers bypass the grammar, the quick mode of the grammar
+comes first, and a difference that shows in numbers needs no `simplify` to be believed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from typing import Any
 
 import mpmath  # type: ignore[import-untyped]
 import sympy  # type: ignore[import-untyped]
+from antlr4.atn.PredictionMode import PredictionMode  # type: ignore[import-untyped]
+from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
 from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
-from math_verify.grader import verify
-from math_verify.parser import parse_latex_cached
+from math_verify.grader import should_treat_as_complex, verify
+from math_verify.parser import get_last_eq
 from sympy.core.function import AppliedUndef  # type: ignore[import-untyped]
 
 from precompute.verify.base import Outcome
@@ -128,7 +130,7 @@ def _read(latex: str) -> Any | None:
     try:
         math_object = plain_number(latex)
         if math_object is None:
-            math_object = parse_latex_cached(normalized(latex))
+            math_object = parse(normalized(latex))
         if not isinstance(math_object, sympy.Basic | sympy.MatrixBase):
             return None
         undefined = math_object.has(sympy.nan, sympy.zoo)
@@ -166,6 +168,36 @@ def plain_number(latex: str) -> Any | None:
     if fraction is None or not int(fraction["below"]):
         return None
     return sympy.Rational(int(fraction["sign"] + fraction["above"]), int(fraction["below"]))
+
+
+class _Reader(_Latex2Sympy):  # type: ignore[misc]
+    """latex2sympy's reader in one of ANTLR's prediction modes."""
+
+    def __init__(self, latex: str, mode: PredictionMode) -> None:
+        super().__init__(is_real=not should_treat_as_complex(latex))
+        self._mode = mode
+
+    def create_parser(self, latex_str: str) -> Any:
+        parser = super().create_parser(latex_str)
+        parser._interp.predictionMode = self._mode
+        return parser
+
+
+def parse(latex: str) -> Any:
+    """Returns math-verify's reading of the whole text, or else of what follows the last equals sign.
+
+    SLL, tried first, "will either return the same parse tree that would be returned with LL, or report a
+    syntax error" (ANTLR's documentation), in half the time. Raises ValueError where nothing can be read.
+    """
+    for text in dict.fromkeys((latex, get_last_eq(latex))):
+        for mode in (PredictionMode.SLL, PredictionMode.LL):
+            try:
+                return _Reader(text, mode).parse(text)
+            except MemoryError:
+                raise
+            except Exception:  # noqa: BLE001  The grammar raises bare Exception, sympy anything at all.
+                continue
+    raise ValueError("no mathematics that the grammar knows")
 
 
 def plain_latex(text: str) -> str:
