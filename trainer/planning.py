@@ -76,10 +76,10 @@ REMEDIES = {
     "activations": "student.gradient_checkpointing=true, train.max_tokens_per_microbatch",
     "logits": "train.max_tokens_per_microbatch",
     "KV cache": "rollout.batch_size, or rollout.engine=vllm",
-    "optimizer": "train.optim=adamw_8bit or paged_adamw_8bit (one GPU), --processes 2, student.use_peft=true",
-    "gradients": "--processes 2, student.use_peft=true",
+    "optimizer": "train.optim=adamw_8bit, paged_adamw_8bit (one GPU), torchrun (more), student.use_peft=true",
+    "gradients": "torchrun (more GPUs), student.use_peft=true",
     "reference": "train.beta=0",
-    "weights": "--processes 2, student.use_peft=true (then student.load_in_4bit=true)",
+    "weights": "torchrun (more GPUs), student.use_peft=true (then student.load_in_4bit=true)",
 }
 """Largest part of the peak -> the keys that reduce it, those that leave the result unchanged first."""
 
@@ -329,12 +329,12 @@ def memory_report(
     at_peak = parts_at_peak(plan)
     peak = sum(at_peak.values())
     table.add_row("peak", "", _mib(peak))
-    lines = [f"most of the peak: {next(iter(at_peak))}"]
+    remedies = [f"  {part}: {REMEDIES[part]}" for part in at_peak if part in REMEDIES]
+    lines = [f"largest part of the peak: {next(iter(at_peak))}"]
     if card_bytes is not None:
         usable = round(USABLE_SHARE * card_bytes)
         table.add_row("usable", "", _mib(usable))
-        remedies = ", or ".join([REMEDIES[part] for part in at_peak if part in REMEDIES][:2])
-        lines.append(f"fits {on}" if peak <= usable else f"does not fit {on}; change {remedies}")
+        lines += [f"fits {on}"] if peak <= usable else [f"does not fit {on}; change:", *remedies[:3]]
     title = Text(f"memory of a step: {shape.parameters:,} parameters on {on}")
     return title, table, Text("\n".join(lines))
 
