@@ -33,12 +33,14 @@ from store.reports.report import store_report
 from store.terminal.tables import plain_table
 from trainer.config import Config
 from trainer.method.groups import Group, Rewarder
+from trainer.method.guidance import score_candidates
 from trainer.method.rollouts import demanded_form
 from trainer.method.teacher_traces import Candidate
 from trainer.reports.inspection import evaluation_rows, group_queries, query_rows, summarize_queries
 from trainer.run.checkpoint import checkpoints
+from trainer.run.prompts import fitting_prompts
 from trainer.run.run_dir import RunFiles, open_run, step_of
-from trainer.run.setup import fitting_prompts, make_guide, usable_problems
+from trainer.run.setup import make_guide, usable_problems
 from trainer.student.batches import fill, pad
 from trainer.student.load import load_policy
 from trainer.student.policy import Policy
@@ -113,7 +115,13 @@ def read_traces(config: Config, model: str) -> list[Reading]:
             for prompt, candidates in guide.traces.all_candidates(prompts)
             for candidate in candidates
         ]
-        answers = guide.score(pairs)
+        answers = score_candidates(
+            policy,
+            guide.traces,
+            pairs,
+            score=config.guidance.score,
+            max_tokens=config.train.max_tokens_per_microbatch,
+        )
         own = trace_logprobs(policy, pairs, config.train.max_tokens_per_microbatch)
     return [
         Reading(problem_id=group.problem_id, teacher=trace.trace.teacher, answer=answer, trace=logprob)

@@ -15,7 +15,7 @@ from precompute.engines import Completion, Request, Sampling
 from precompute.engines.transformers_engine import TransformersEngine
 from precompute.verify.verifier import Verifier
 from store.records import Problem
-from trainer.config import DEFAULT_REWARDS, EvalConfig, RolloutConfig, StudentConfig
+from trainer.config import DEFAULT_REWARDS, Config, EvalConfig, RolloutConfig, StudentConfig
 from trainer.evaluation import (
     Estimate,
     Evaluation,
@@ -27,7 +27,8 @@ from trainer.evaluation import (
     pass_at_k,
 )
 from trainer.method.groups import Prompt, Rewarder
-from trainer.method.rollouts import student_prompts
+from trainer.run.prompts import fitting_prompts
+from trainer.telemetry.console import TrainReporter
 
 PROBLEMS = [Problem(question=f"{n}+{n}", answer=str(2 * n)) for n in range(3)]
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=24)
@@ -80,10 +81,8 @@ def rewarder() -> Iterator[Rewarder]:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
-    found, _ = student_prompts(
-        PROBLEMS, tiny_tokenizer(), StudentConfig(system_prompt=""), max_prompt_length=64
-    )
-    return found
+    config = Config(student=StudentConfig(system_prompt=""))
+    return fitting_prompts(config, PROBLEMS, tiny_tokenizer(), TrainReporter())
 
 
 def random_engine(*, batch_size: int = 64) -> TransformersEngine:

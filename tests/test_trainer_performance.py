@@ -218,6 +218,6 @@ def test_the_probe_changes_nothing_and_names_the_keys_where_memory_is_short(
     def short(batch: Any) -> Any:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(policy, "statistics", short)
+    monkeypatch.setattr(policy, "logprobs_and_entropy", short)
     with pytest.raises(TrainingError, match=r"3 x 30 tokens: lower train.max_tokens_per_microbatch = 100 or"):
         probe_memory(policy, optimizer, longest=30, max_tokens=100)

@@ -18,10 +18,10 @@ from store.errors import RunError, StoreError
 from store.reader import TraceStore
 from trainer.config import Config
 from trainer.method.groups import Prompt
-from trainer.method.rollouts import student_prompts
 from trainer.method.sft import Sft
 from trainer.parallel.world import ALONE
 from trainer.run.checkpoint import checkpoints
+from trainer.run.prompts import fitting_prompts
 from trainer.run.setup import make_sft
 from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
@@ -50,7 +50,7 @@ def store(world: Path) -> Iterator[TraceStore]:
 
 
 def prompts_of(config: Config) -> list[Prompt]:
-    return student_prompts(PROBLEMS, tiny_tokenizer(), config.student, max_prompt_length=100)[0]
+    return fitting_prompts(config, PROBLEMS, tiny_tokenizer(), TrainReporter())
 
 
 def sft_of(world: Path, store: TraceStore, *, temperature: float = 1.0, **changes: Any) -> Sft:

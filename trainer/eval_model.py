@@ -41,8 +41,9 @@ from trainer.evaluation import (
 )
 from trainer.method.groups import Prompt, Rewarder
 from trainer.method.rollouts import demanded_form
+from trainer.run.prompts import fitting_prompts, warn_of_prompts
 from trainer.run.saved_model import ADAPTERS, as_saved, check_model, fingerprint
-from trainer.run.setup import fitting_prompts, usable_problems, warn_of_prompts
+from trainer.run.setup import usable_problems
 from trainer.student.load import load_policy, load_tokenizer
 from trainer.telemetry.console import TrainReporter
 

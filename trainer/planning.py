@@ -34,6 +34,7 @@ from trainer.method.sft import choose_traces
 from trainer.parallel.fsdp import check_shardable
 from trainer.parallel.world import World
 from trainer.run.checkpoint import check_config, read_state
+from trainer.run.prompts import fitting_prompts, warn_of_prompts
 from trainer.run.resume import find_start
 from trainer.run.run_dir import Position, RunFiles
 from trainer.run.saved_model import check_model
@@ -43,11 +44,9 @@ from trainer.run.setup import (
     check_plan,
     check_tokenizers,
     covered,
-    fitting_prompts,
     open_store,
     sft_reader,
     usable_problems,
-    warn_of_prompts,
 )
 from trainer.sampling.samplers import check_sampler
 from trainer.student.load import compute_dtype, load_tokenizer, pick_device

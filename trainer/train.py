@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,14 @@ from trainer.method.update import member_advantages
 from trainer.parallel.fsdp import gathered_weights
 from trainer.parallel.signals import StopRequest, stop_on_signals
 from trainer.parallel.world import ALONE, World
-from trainer.run import checkpoint
-from trainer.run.checkpoint import TrainState
 from trainer.run.errors import explain_memory, explain_step
-from trainer.run.resume import check_unchanged, find_whole_start, optimizer_at, resume_state
+from trainer.run.resume import (
+    TrainReport,
+    check_unchanged,
+    find_whole_start,
+    resume_state,
+    save_checkpoint,
+)
 from trainer.run.run_dir import Position, RunFiles
 from trainer.run.setup import Parts, assemble
 from trainer.sampling.samplers import check_sampler_weights
@@ -38,24 +42,6 @@ from trainer.student.optimizer import learning_rate_at, set_learning_rate
 from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.metrics import step_metrics
 from trainer.timing import StepTimer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainReport:
-    """Result of a call of `train`."""
-
-    run: Path
-    done: Position
-    """Steps taken in all, those before a resume included."""
-    checkpoint: Path | None
-    """The last checkpoint; None without one."""
-    interrupted_by: str | None
-    """`SIGINT` or `SIGTERM`; None when it ran to the end."""
-
-    @property
-    def step(self) -> int:
-        """Sampling steps done in all."""
-        return self.done.step
 
 
 def train(
@@ -119,7 +105,7 @@ def run_sft(
         parts.reporter.sft_stepped(row, last)
         stopped = stop.agreed(parts.world)
         if done.sft_step == last or stopped or done.sft_step % config.run.save_every == 0:
-            saved = save(parts, done)
+            saved = save_checkpoint(parts, done)
     if done.sft_step == last:
         parts.sft.forget()
     return done, saved
@@ -147,7 +133,7 @@ def run_steps(parts: Parts, done: Position, saved: Path | None, stop: StopReques
         done = replace(done, step=step)
         stopped = stop.agreed(world)
         if last or stopped or step % config.run.save_every == 0:
-            saved = save(parts, done)
+            saved = save_checkpoint(parts, done)
     # Stopped after the last supervised step, a run still lacks its first evaluation.
     lacks_evaluation = done.step == 0 and stopped is not None
     last_of_all = Position(step=config.train.max_steps, sft_step=config.sft.steps)
@@ -260,24 +246,3 @@ def log(parts: Parts, row: dict[str, Any]) -> None:
     """Appends a row to metrics.jsonl, and sends it to the trackers of `run.report_to`."""
     parts.run.add_metrics(row)
     parts.trackers.log(row)
-
-
-def save(parts: Parts, done: Position) -> Path:
-    """Saves a checkpoint of the step that was just finished."""
-    state = TrainState(
-        done=done,
-        config=parts.config.model_dump(mode="json"),
-        problems_fingerprint=parts.problems_fingerprint,
-        store=parts.usable,
-    )
-    with explain_memory(f"saving {done} (older checkpoints in {parts.run.checkpoints} are whole)"):
-        path = checkpoint.save(
-            parts.run.checkpoints,
-            parts.policy,
-            optimizer_at(parts, done),
-            state,
-            keep_last=parts.config.run.keep_last,
-            world=parts.world,
-        )
-    parts.reporter.saved(path)
-    return path

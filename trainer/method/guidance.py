@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from store.registry import lookup
 from trainer.config import GuidanceConfig
-from trainer.method.groups import Group, Rewarder, Sample
+from trainer.method.groups import Group, Rewarder
 from trainer.method.rollouts import seed_of
 from trainer.method.teacher_traces import Candidate, TraceReader
 from trainer.student.batches import fill, pad
@@ -86,14 +87,65 @@ def answer_scores(
     return scores
 
 
-class Scorer:
-    """Comprehension scores of a step's candidates, computed when a selector first calls for them: then
-    those of all groups with more candidates than they can use, in few forward passes."""
+def score_candidates(
+    policy: Policy,
+    traces: TraceReader,
+    pairs: Sequence[tuple[Group, Candidate]],
+    *,
+    score: str,
+    max_tokens: int,
+) -> list[float]:
+    """Returns s of each candidate for its group; `score` is a name in SCORES.
 
-    def __init__(self, guide: Guide, groups: Sequence[Group], candidates: dict[str, list[Candidate]]) -> None:
-        self._guide = guide
+    Raises:
+        FloatingPointError: a score is not finite.
+        ValueError: a gold answer has no tokens.
+    """
+    sequences = []
+    for group, candidate in pairs:
+        answer_ids = traces.encode(bare_answer(group.prompt.problem.answer))
+        if not answer_ids:
+            raise ValueError("the gold answer has no tokens")
+        sequences.append(((*group.prompt.ids, *candidate.reasoning_ids, *answer_ids), len(answer_ids)))
+    scores = answer_scores(policy, sequences, score=score, max_tokens=max_tokens)
+    for value, (group, candidate) in zip(scores, pairs, strict=True):
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"comprehension score of trace {candidate.trace.trace_id} ({candidate.trace.teacher}) "
+                f"for problem {group.problem_id} is {value}"
+            )
+    return scores
+
+
+def bare_answer(gold: str) -> str:
+    """Returns the gold answer as it appears inside a box: `$\\frac{7}{4}$` loses its dollar signs."""
+    bare = gold.strip()
+    is_one_formula = len(bare) > 2 and bare[0] == bare[-1] == "$" and "$" not in bare[1:-1]
+    return bare[1:-1].strip() if is_one_formula else bare
+
+
+def guidance_size(group: Group, n_candidates: int, k: int) -> int:
+    """Returns min(k0, |C(q)|, G - 1), and never more than the group's failed samples."""
+    size = len(group.samples)
+    return min(k, n_candidates, size - 1, size - group.n_correct)
+
+
+class Scorer:
+    """Comprehension scores, computed when a selector first asks: then for all groups of the step that have
+    more candidates than they can use, in few forward passes."""
+
+    def __init__(
+        self,
+        score: Callable[[Sequence[tuple[Group, Candidate]]], list[float]],
+        groups: Sequence[Group],
+        candidates: Mapping[str, Sequence[Candidate]],
+        *,
+        k: int,
+    ) -> None:
+        self._score = score
         self._groups = {group.problem_id: group for group in groups}
         self._candidates = candidates
+        self._k = k
         self.known: dict[str, float] = {}
         """trace_id -> s, of the candidates scored so far."""
 
@@ -102,17 +154,17 @@ class Scorer:
         if not candidates:
             return False
         group = self._groups[candidates[0].trace.problem_id]
-        return 0 < guidance_size(group, len(candidates), self._guide.config.k) < len(candidates)
+        return 0 < guidance_size(group, len(candidates), self._k) < len(candidates)
 
     def __call__(self, candidates: Sequence[Candidate]) -> list[float]:
-        """Returns s of each of a group's candidates, the mean log-probability of the gold answer."""
+        """Returns s of each of a group's candidates."""
         if any(candidate.trace.trace_id not in self.known for candidate in candidates):
             needed = [c for found in self._candidates.values() if self.is_needed(found) for c in found]
-            pending = {c.trace.trace_id: c for c in [*needed, *candidates]}
-            for trace_id in self.known:
-                pending.pop(trace_id, None)
-            pairs = [(self._groups[c.trace.problem_id], c) for c in pending.values()]
-            self.known |= dict(zip(pending, self._guide.score(pairs), strict=True))
+            missing = {
+                c.trace.trace_id: c for c in [*needed, *candidates] if c.trace.trace_id not in self.known
+            }
+            scores = self._score([(self._groups[c.trace.problem_id], c) for c in missing.values()])
+            self.known |= dict(zip(missing, scores, strict=True))
         return [self.known[candidate.trace.trace_id] for candidate in candidates]
 
 
@@ -206,117 +258,59 @@ class Guide:
             found = self.traces.query([group.prompt for group in queried])
             latency_ms = (time.perf_counter() - started) * 1000
             candidates = {
-                g.problem_id: self.traces.candidates(g.prompt, found[g.problem_id]) for g in queried
+                group.problem_id: self.traces.candidates(group.prompt, found[group.problem_id])
+                for group in queried
             }
-        guided, rows = {}, []
         with timer("score"):
-            scorer = Scorer(self, queried, candidates)
-            ranked = {
-                group.problem_id: self._select(
-                    group, candidates[group.problem_id], scorer, self._rng("select", step, group)
-                )
-                for group in queried
-            }
-        with timer("place"):
-            chosen = {
-                group.problem_id: ranked[group.problem_id][
-                    : guidance_size(group, len(ranked[group.problem_id]), self.config.k)
-                ]
-                for group in queried
-            }
-            guided = self._replace_samples(queried, chosen, step)
-        rows = [
-            row
-            for group in queried
-            for row in _query_rows(
-                QueryRow(step=step, problem_id=group.problem_id, latency_ms=latency_ms),
-                ranked[group.problem_id],
-                candidates[group.problem_id],
-                n_selected=len(chosen[group.problem_id]),
-                scores=scorer.known,
+            score = partial(
+                score_candidates,
+                self.policy,
+                self.traces,
+                score=self.config.score,
+                max_tokens=self.max_tokens,
             )
-        ]
+            scorer = Scorer(score, queried, candidates, k=self.config.k)
+            ranked = {}
+            for group in queried:
+                rng = Random(seed_of(self.seed, "select", step, group.problem_id))
+                ranked[group.problem_id] = self._select(group, candidates[group.problem_id], scorer, rng)
+        with timer("place"):
+            guided = self._replace_samples(queried, ranked, step)
+        rows = []
+        for group in queried:
+            empty = QueryRow(step=step, problem_id=group.problem_id, latency_ms=latency_ms)
+            used = {trace.trace_id for trace in guided[group.problem_id].guidance.values()}
+            best_first = ranked[group.problem_id]
+            rows += _query_rows(empty, best_first, candidates[group.problem_id], used, scorer.known)
         return [guided.get(group.problem_id, group) for group in groups], rows
 
-    def score(self, pairs: Sequence[tuple[Group, Candidate]]) -> list[float]:
-        """Returns s of each candidate for its group.
-
-        Raises:
-            FloatingPointError: a score is not finite.
-            ValueError: the gold answer has no tokens.
-        """
-        assert self.traces is not None, "there are candidates only where there is a store"
-        sequences = []
-        for group, candidate in pairs:
-            answer_ids = self.traces.encode(bare_answer(group.prompt.problem.answer))
-            if not answer_ids:
-                raise ValueError("the gold answer has no tokens")
-            sequences.append(((*group.prompt.ids, *candidate.reasoning_ids, *answer_ids), len(answer_ids)))
-        scores = answer_scores(self.policy, sequences, score=self.config.score, max_tokens=self.max_tokens)
-        for value, (group, candidate) in zip(scores, pairs, strict=True):
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"comprehension score of trace {candidate.trace.trace_id} ({candidate.trace.teacher}) "
-                    f"for problem {group.problem_id} is {value}"
-                )
-        return scores
-
     def _replace_samples(
-        self, groups: Sequence[Group], chosen: dict[str, list[Candidate]], step: int
+        self, groups: Sequence[Group], ranked: Mapping[str, Sequence[Candidate]], step: int
     ) -> dict[str, Group]:
-        """Returns problem_id -> group with its chosen traces at the indices of failed samples, drawn without
-        replacement. The same verifier and the same rule reward a trace as a sample."""
-        verified = {
-            group.problem_id: [
-                (trace, self.rewarder.verify(group.prompt, trace))
-                for trace in map(as_sample, chosen[group.problem_id])
-            ]
-            for group in groups
-        }
-        guided = {}
+        """Returns problem_id -> group with its best traces at random indices of failed samples.
+        A trace gets the reward that the same verifier and the same rule give it."""
+        verified = []
         for group in groups:
-            traces = [self.rewarder.reward(group.prompt, *each) for each in verified[group.problem_id]]
+            best_first = ranked[group.problem_id]
+            chosen = best_first[: guidance_size(group, len(best_first), self.config.k)]
+            samples = [candidate.as_sample() for candidate in chosen]
+            verified.append([(sample, self.rewarder.verify(group.prompt, sample)) for sample in samples])
+        guided = {}
+        for group, pending in zip(groups, verified, strict=True):
+            traces = [self.rewarder.reward(group.prompt, *each) for each in pending]
             failed = [index for index, sample in enumerate(group.samples) if not sample.is_correct]
-            indices = sorted(self._rng("place", step, group).sample(failed, len(traces)))
+            rng = Random(seed_of(self.seed, "place", step, group.problem_id))
+            indices = sorted(rng.sample(failed, len(traces)))
             guided[group.problem_id] = replace(group, guidance=dict(zip(indices, traces, strict=True)))
         return guided
-
-    def _rng(self, purpose: str, step: int, group: Group) -> Random:
-        return Random(seed_of(self.seed, purpose, step, group.problem_id))
-
-
-def guidance_size(group: Group, n_candidates: int, k: int) -> int:
-    """Returns min(k0, |C(q)|, G - 1), and never more than the group's failed samples."""
-    size = len(group.samples)
-    return min(k, n_candidates, size - 1, size - group.n_correct)
-
-
-def bare_answer(gold: str) -> str:
-    """Returns the gold answer as it appears inside a box: `$\\frac{7}{4}$` loses its dollar signs."""
-    bare = gold.strip()
-    is_one_formula = len(bare) > 2 and bare[0] == bare[-1] == "$" and "$" not in bare[1:-1]
-    return bare[1:-1].strip() if is_one_formula else bare
-
-
-def as_sample(candidate: Candidate) -> Sample:
-    """Returns the candidate as a sample that is not verified yet."""
-    return Sample(
-        token_ids=candidate.token_ids,
-        text=candidate.text,
-        finish_reason=candidate.trace.finish_reason,
-        logprobs=candidate.teacher_logprobs,
-        trace_id=candidate.trace.trace_id,
-        teacher=candidate.trace.teacher,
-    )
 
 
 def _query_rows(
     empty: QueryRow,
     best_first: Sequence[Candidate],
     candidates: Sequence[Candidate],
-    *,
-    n_selected: int,
-    scores: dict[str, float],
+    used: set[str | None],
+    scores: Mapping[str, float],
 ) -> list[QueryRow]:
     ranks = {candidate.trace.trace_id: rank for rank, candidate in enumerate(best_first, start=1)}
     left_out = [candidate for candidate in candidates if candidate.trace.trace_id not in ranks]
@@ -328,7 +322,7 @@ def _query_rows(
             score=scores.get(candidate.trace.trace_id),
             n_tokens=len(candidate.token_ids),
             rank=ranks.get(candidate.trace.trace_id),
-            selected=ranks.get(candidate.trace.trace_id, n_selected + 1) <= n_selected,
+            selected=candidate.trace.trace_id in used,
         )
         for candidate in [*best_first, *left_out]
     ] or [empty]

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from precompute.config import AnswerForm
 from precompute.engines import Engine, Request, Sampling
-from precompute.problems.prompts import answer_form_of, render_prompt, system_turn
+from precompute.problems.prompts import answer_form_of, system_turn
 from store.errors import ProblemsError
 from store.records import Problem, content_hash
 from trainer.config import RolloutConfig, StudentConfig
@@ -23,38 +23,6 @@ from trainer.timing import StepTimer
 T = TypeVar("T")
 SampleIndex = tuple[int, int]
 """(0-based index of the prompt, 0-based index of the sample)"""
-
-
-def student_prompts(
-    problems: Sequence[Problem], tokenizer: Any, student: StudentConfig, *, max_prompt_length: int
-) -> tuple[list[Prompt], int]:
-    """Returns the prompts of all problems that fit, and the number of those that are too long.
-
-    Raises:
-        ProblemsError: none fits.
-    """
-    fitting = []
-    for problem in problems:
-        rendered = render_prompt(
-            tokenizer,
-            problem,
-            system_prompt=student.system_prompt,
-            chat_template_kwargs=student.chat_template_kwargs,
-        )
-        if len(rendered.ids) <= max_prompt_length:
-            fitting.append(
-                Prompt(
-                    problem=problem,
-                    text=rendered.text,
-                    ids=rendered.ids,
-                    opens_think=rendered.opens_think,
-                )
-            )
-    if not fitting:
-        raise ProblemsError(
-            f"no problem has a prompt of at most rollout.max_prompt_length = {max_prompt_length}"
-        )
-    return fitting, len(problems) - len(fitting)
 
 
 def demanded_form(student: StudentConfig, problems: Sequence[Problem]) -> AnswerForm:

@@ -10,7 +10,7 @@ from precompute.config import AnswerForm
 from precompute.verify.final_answer import FinalAnswer, closing, find_answer, to_form
 from store.errors import StoreError
 from store.records import Trace
-from trainer.method.groups import Prompt
+from trainer.method.groups import Prompt, Sample
 
 QUERY_PROBLEMS = 256
 """Problems of one query where traces of all problems are read."""
@@ -41,6 +41,17 @@ class Candidate:
     """z_c, up to and including the opening of the final answer."""
     teacher_logprobs: tuple[float, ...] | None
     """[T] where the guided loss reads them."""
+
+    def as_sample(self) -> Sample:
+        """Returns the trace as a sample that is not verified yet."""
+        return Sample(
+            token_ids=self.token_ids,
+            text=self.text,
+            finish_reason=self.trace.finish_reason,
+            logprobs=self.teacher_logprobs,
+            trace_id=self.trace.trace_id,
+            teacher=self.trace.teacher,
+        )
 
 
 class StudentTokens(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,8 +10,28 @@ import torch
 from store.errors import RunError
 from trainer.config import Config
 from trainer.run import checkpoint
+from trainer.run.checkpoint import TrainState
+from trainer.run.errors import explain_memory
 from trainer.run.run_dir import Position, RunFiles, run_config
 from trainer.run.setup import Parts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainReport:
+    """Result of a call of `train`."""
+
+    run: Path
+    done: Position
+    """Steps taken in all, those before a resume included."""
+    checkpoint: Path | None
+    """The last checkpoint; None without one."""
+    interrupted_by: str | None
+    """`SIGINT` or `SIGTERM`; None when it ran to the end."""
+
+    @property
+    def step(self) -> int:
+        """Sampling steps done in all."""
+        return self.done.step
 
 
 def optimizer_at(parts: Parts, done: Position) -> torch.optim.Optimizer:
@@ -89,3 +110,24 @@ def resume_state(parts: Parts, start_from: Path | None, *, changed_store: bool) 
         parts.reporter.warned(f"the store holds other traces than before: {'; '.join(changed)}")
     checkpoint.restore_optimizer(start_from, parts.policy, optimizer_at(parts, state.done))
     return state.done
+
+
+def save_checkpoint(parts: Parts, done: Position) -> Path:
+    """Saves a checkpoint of the step that was just finished."""
+    state = TrainState(
+        done=done,
+        config=parts.config.model_dump(mode="json"),
+        problems_fingerprint=parts.problems_fingerprint,
+        store=parts.usable,
+    )
+    with explain_memory(f"saving {done} (older checkpoints in {parts.run.checkpoints} are whole)"):
+        path = checkpoint.save(
+            parts.run.checkpoints,
+            parts.policy,
+            optimizer_at(parts, done),
+            state,
+            keep_last=parts.config.run.keep_last,
+            world=parts.world,
+        )
+    parts.reporter.saved(path)
+    return path

@@ -12,7 +12,7 @@ import torch
 
 from precompute.config import AnswerForm
 from precompute.problems.problem_files import load_problems, of_key, split_by_gold
-from precompute.problems.prompts import prompt_warning, tokenizer_fingerprint
+from precompute.problems.prompts import tokenizer_fingerprint
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, ProblemsError, StoreError
 from store.reader import TraceStore, Usable
@@ -23,16 +23,17 @@ from trainer.config import Config
 from trainer.method.groups import REWARDS, Prompt, Rewarder
 from trainer.method.guidance import SELECTORS, TRIGGERS, Guide
 from trainer.method.loss import make_policy_loss
-from trainer.method.rollouts import demanded_form, problems_of_step, student_prompts
+from trainer.method.rollouts import demanded_form, problems_of_step
 from trainer.method.sft import Sft, choose_traces
 from trainer.method.teacher_traces import StudentTokens, TraceReader
 from trainer.method.update import Updater
 from trainer.parallel.fsdp import check_shardable, initial_device, shard
 from trainer.parallel.world import ALONE, World
+from trainer.run.prompts import fitting_prompts, warn_of_prompts
 from trainer.run.run_dir import RunFiles
 from trainer.run.saved_model import check_model
 from trainer.sampling.samplers import Sampler, check_sampler, make_sampler, sampler_warnings
-from trainer.student.load import TEMPLATE_KEY, load_policy
+from trainer.student.load import load_policy
 from trainer.student.optimizer import make_optimizer
 from trainer.student.policy import Policy, Reference, WithoutAdapters
 from trainer.telemetry.console import TrainReporter
@@ -158,17 +159,6 @@ def make_updater(config: Config, policy: Policy, optimizer: torch.optim.Optimize
         reference=_reference(config, policy, world),
         world=world,
     )
-
-
-def warn_of_prompts(
-    config: Config, tokenizer: Any, prompts: Sequence[Prompt], reporter: TrainReporter
-) -> None:
-    """Warns of prompts that are made otherwise than a person may think."""
-    warning = prompt_warning(
-        tokenizer, prompts[0].text, key=TEMPLATE_KEY, template=config.student.chat_template
-    )
-    if warning:
-        reporter.warned(warning)
 
 
 def check_plan(
@@ -340,24 +330,6 @@ def usable_problems(config: Config, which: str, verifier: Verifier, reporter: Tr
     if not usable:
         raise ProblemsError(f"problems.{which}: {path}: no gold answer of its problems can be parsed")
     return list(usable)
-
-
-def fitting_prompts(
-    config: Config, problems: list[Problem], tokenizer: Any, reporter: TrainReporter
-) -> list[Prompt]:
-    """The problems as the student sees them; those whose prompts are too long are reported and left out."""
-    prompts, too_long = student_prompts(
-        problems,
-        tokenizer,
-        config.student,
-        max_prompt_length=config.rollout.max_prompt_length,
-    )
-    if too_long:
-        limit = config.rollout.max_prompt_length
-        reporter.warned(
-            f"{too_long} problems have prompts over rollout.max_prompt_length = {limit}; left out"
-        )
-    return prompts
 
 
 def _reference(config: Config, policy: Policy, world: World) -> Reference | None:
