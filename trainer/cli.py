@@ -65,21 +65,26 @@ def train(
     """
     from trainer.config import read_config
 
-    settings, console = read_config(config, set_), console_of()
+    settings = read_config(config, set_)
     if dry_run:
         _show_dry_run(settings, config, gpu, processes)
         return
     if gpu or processes > 1:
         raise UserError("--gpu and --processes plan a run: they need --dry-run")
+    _train(settings, config, resume=resume, changed_store=changed_store)
+
+
+def _train(settings: Config, file: str | None, *, resume: str, changed_store: bool) -> None:
     from trainer.parallel.world import torchrun_world
     from trainer.telemetry.console import reporter_of
     from trainer.train import train as run_training
 
+    console = console_of()
     try:
         with (
             torchrun_world(settings.student.device) as world,
             reporter_of(world, console, settings.run) as reporter,
-            config_in_errors(config),
+            config_in_errors(file),
         ):
             outcome = run_training(
                 settings, resume=resume, changed_store=changed_store, reporter=reporter, world=world

@@ -73,7 +73,7 @@ NF4_BYTES = 4.127 / 8
 REMEDIES = {
     "vLLM": "rollout.vllm_gpu_memory_utilization, or servers in rollout.base_urls",
     "activations": "student.gradient_checkpointing=true, train.max_tokens_per_microbatch",
-    "logits": "train.max_tokens_per_microbatch",
+    "logits": "train.logits_chunk_tokens",
     "KV cache": "rollout.batch_size, or rollout.engine=vllm",
     "optimizer": "train.optim=adamw_8bit, paged_adamw_8bit (one GPU), torchrun (more), student.use_peft=true",
     "gradients": "torchrun (more GPUs), student.use_peft=true",
