@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from precompute.config import load_config
+from precompute.config_file import load_config
 from precompute.run import pipeline
 from store.terminal.tables import plain_table
 from trainer.config import Config

@@ -31,7 +31,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from precompute.config import load_config
+from precompute.config_file import load_config
 from precompute.engines import Engine
 from precompute.engines.checks import stop_ids_of
 from precompute.engines.registry import load_engine, load_tokenizer

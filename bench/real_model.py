@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from precompute.config import load_config
+from precompute.config_file import load_config
 from precompute.verify.verifier import Verifier
 from store.reader import TraceStore
 from store.reports.report import store_report

@@ -40,7 +40,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from bench.measure import RETURNED_AT_ONCE, Peak, alone, peak_growth, ways_table
-from precompute.config import load_config
+from precompute.config_file import load_config
 from trainer.config import Config
 from trainer.method.groups import Prompt, Sample
 from trainer.run.run_dir import Position, RunFiles

@@ -119,7 +119,7 @@ def _reporting(console: Console, when_interrupted: str) -> Iterator[Reporter]:
 
 
 def _show_plan(console: Console, config: Config, plan: PrecomputePlan) -> None:
-    from precompute.config import toml_of
+    from precompute.config_file import toml_of
     from precompute.run.tables import plan_tables
     from trainer.method.rollouts import demanded_form
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from precompute.config import load_config
+from precompute.config_file import load_config
 from trainer.config import Config
 from trainer.parallel.world import World, torchrun_world
 from trainer.telemetry.console import TrainReporter

@@ -12,7 +12,7 @@ import torch
 from conftest import tiny_tokenizer
 from safetensors.torch import load_file
 
-from precompute.config import load_config
+from precompute.config_file import load_config
 from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION
 from store.records import Problem, TeacherRecord, Trace
 from store.writer import StoreWriter

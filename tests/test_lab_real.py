@@ -14,7 +14,8 @@ from conftest import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lab.real_model import END_OF_TURN, TEMPLATE, build_real_model
-from precompute.config import StoreConfig, load_config
+from precompute.config import StoreConfig
+from precompute.config_file import load_config
 from precompute.imports.foreign_rows import ImportColumns, ImportForm, TeacherNames
 from precompute.imports.import_traces import import_traces
 from precompute.problems.prompts import render_prompt, turn_end

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from precompute.config import PrecomputeConfig, ProblemsConfig, load_config, toml_of
+from precompute.config import PrecomputeConfig, ProblemsConfig
+from precompute.config_file import load_config, toml_of
 from store.errors import ConfigError
 from trainer.config import Config, EvalConfig
 
@@ -105,7 +106,7 @@ def test_teachers_are_reached_by_name_and_must_be_unique(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="'c'"):
         load("teachers.c.samples=4", path=path)
     path.write_text('[[teachers]]\nname = "a"\nmodel = "x"\n[[teachers]]\nname = "a"\nmodel = "y"\n')
-    with pytest.raises(ConfigError, match="stands twice"):
+    with pytest.raises(ConfigError, match="occurs twice"):
         load(path=path)
     path.write_text('[[teachers]]\nname = "a"\n')
     with pytest.raises(ConfigError, match=r"teachers\[0\]\.model is missing"):

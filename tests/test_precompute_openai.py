@@ -17,7 +17,8 @@ import torch
 from openai_examples import KEY, MODEL, SERVED, Proxy, free_port, vllm_server
 from transformers import AutoModelForCausalLM
 
-from precompute.config import PrecomputeConfig, TeacherConfig, load_config, toml_of
+from precompute.config import PrecomputeConfig, TeacherConfig
+from precompute.config_file import load_config, toml_of
 from precompute.engines import Completion, Engine, Request, Sampling
 from precompute.engines.registry import load_engine, load_tokenizer, prepare_engine
 from precompute.problems.problem_files import load_problems

@@ -15,7 +15,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from precompute.config import PrecomputeConfig, load_config
+from precompute.config import PrecomputeConfig
+from precompute.config_file import load_config
 from precompute.run import pipeline
 from precompute.run.backends import Local
 from precompute.run.progress import SilentReporter, TeacherProgress

@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from run_examples import updater_of
 
-from precompute.config import load_config
+from precompute.config_file import load_config
 from store.errors import ConfigError, EngineError
 from trainer.config import Config, StudentConfig, TrainConfig
 from trainer.student.batches import TrainSequence, pad

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from run_examples import make_world, metrics_of, rows_of, settings
 
-from precompute.config import load_config
+from precompute.config_file import load_config
 from trainer.config import Config
 from trainer.telemetry.console import TrainReporter
 from trainer.train import train

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from run_examples import PROBLEMS, config_of, settings, write_problems, write_store
 
-from precompute.config import load_config
+from precompute.config_file import load_config
 from precompute.problems.problem_files import load_problems
 from store.errors import ConfigError, EngineError, RunError
 from trainer.config import Config
@@ -213,7 +213,7 @@ def test_adapters_need_merging_for_other_engines(world: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("engine_args", "said"),
     [
-        ({"tensor_parallel": 2}, "there is no tensor_parallel; known keys: dtype, batch_size"),
+        ({"tensor_parallel": 2}, "unknown key tensor_parallel; known keys: dtype, batch_size"),
         ({"batch_size": 0}, "batch_size"),
         ({"base_urls": ["http://key@host/v1"]}, "a URL carries no key"),
     ],

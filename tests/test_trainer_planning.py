@@ -16,7 +16,7 @@ from transformers import Qwen2Config
 from typer.testing import CliRunner
 
 from cli import app
-from precompute.config import load_config
+from precompute.config_file import load_config
 from store.errors import ConfigError, EngineError, StoreError, UserError
 from store.records import Problem
 from trainer.config import Config, StudentConfig, TrainConfig

@@ -13,7 +13,7 @@ from conftest import tiny_gemma, tiny_model, tiny_tokenizer
 from process_steps import STUDENTS, brought, cases, read, take, unusable
 from processes import ROOT, run_processes
 
-from precompute.config import load_config
+from precompute.config_file import load_config
 from store.errors import ConfigError, EngineError
 from trainer.config import Config, StudentConfig
 from trainer.parallel.fsdp import check_shardable

@@ -32,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 DIES_AFTER_STEP_3 = """
 import os, signal, sys, time
-from precompute.config import load_config
+from precompute.config_file import load_config
 from trainer.telemetry.console import TrainReporter
 from trainer.config import Config
 from trainer.train import train

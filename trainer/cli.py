@@ -112,7 +112,7 @@ def _train(settings: Config, file: str | None, *, resume: str, changed_store: bo
 
 
 def _show_dry_run(settings: Config, file: str | None, gpu: str, processes: int) -> None:
-    from precompute.config import toml_of
+    from precompute.config_file import toml_of
     from trainer.planning import dry_run
 
     report, missing = dry_run(settings, gpu=gpu, processes=processes)

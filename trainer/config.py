@@ -15,11 +15,10 @@ from precompute.config import (
     BaseUrls,
     Positive,
     PrecomputeConfig,
-    Section,
     Share,
     checked_engine_args,
-    load_config,
 )
+from precompute.config_file import Section, load_config
 
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]

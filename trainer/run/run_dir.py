@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from precompute.config import load_config, toml_of
+from precompute.config_file import load_config, toml_of
 from store.errors import RunError
 from store.format.files import FileLock, whole_file
 from trainer.config import Config
