@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from store.errors import UserError
 from store.format.columns import views_help
-from store.terminal.console import CsvFlag, JsonFlag, StorePath, console_of, emit_json, emit_rows, escaped
-from store.terminal.progress import Meter
+from store.terminal.console import (
+    CsvFlag,
+    JsonFlag,
+    StorePath,
+    console_of,
+    emit_json,
+    emit_rows,
+    escaped,
+    print_line,
+)
 
-if TYPE_CHECKING:
-    from rich.console import Console
+ShownRows = Annotated[int, typer.Option("--limit", min=0, help="At most N rows; 0: all.")]
 
-    from store.format.parts import DamagedPart
-    from store.upkeep.compaction import CompactionReport
-
-inspect_app = typer.Typer(no_args_is_help=True, help="Look into a store, and what was asked of it.")
+inspect_app = typer.Typer(no_args_is_help=True, help="Look into a store, and the trainer's queries to it.")
+app = typer.Typer(no_args_is_help=True, help="Check, compact, export or rebuild a store.")
 
 
 @inspect_app.command("summary")
@@ -50,20 +54,19 @@ def inspect_traces(
     teacher: Annotated[str | None, typer.Option(help="Only this teacher.")] = None,
     verdict: Annotated[str | None, typer.Option(help="Only this verdict, e.g. mismatch.")] = None,
     usable: Annotated[
-        bool, typer.Option("--usable", help="Only traces that may guide a student: verified, not filtered.")
+        bool, typer.Option("--usable", help="Only verified traces that are not filtered.")
     ] = False,
     filtered: Annotated[
-        bool, typer.Option("--filtered", help="Only traces that a filter holds back, with the reason.")
+        bool, typer.Option("--filtered", help="Only filtered traces, with the reason.")
     ] = False,
     why: Annotated[
-        bool,
-        typer.Option("--why", help="Show gold and answer as they stand and as the verifier read them."),
+        bool, typer.Option("--why", help="Show gold and answer as written and as the verifier read them.")
     ] = False,
-    limit: Annotated[int, typer.Option(min=0, help="At most N traces; 0: all.")] = 20,
+    limit: ShownRows = 20,
     json_: JsonFlag = False,
     csv_: CsvFlag = False,
 ) -> None:
-    """Read traces side by side; with `--why`, what the verifier read in gold and answer.
+    """Read traces side by side; with `--why`, gold and answer as the verifier read them.
 
     Example: `ampo inspect store traces traces --problem 5f0c1d2e3a4b5c6d`
 
@@ -71,7 +74,7 @@ def inspect_traces(
     """
     from store.reader import TraceStore
     from store.records import VERDICTS
-    from store.reports.report import problem_id_of, trace_rows
+    from store.reports.report import problem_id_of, trace_row
     from store.reports.tables import traces_table, why_table
 
     if verdict is not None and verdict not in VERDICTS:
@@ -79,8 +82,7 @@ def inspect_traces(
     if usable and filtered:
         raise UserError("--usable and --filtered exclude each other: give one of them")
     with TraceStore(store) as opened:
-        rows = trace_rows(
-            opened,
+        traces = opened.traces(
             problem_id=None if problem is None else problem_id_of(opened, problem),
             teacher=teacher,
             verdict=verdict,
@@ -88,6 +90,7 @@ def inspect_traces(
             filtered=filtered,
             limit=limit or None,
         )
+        rows = [trace_row(trace) for trace in traces]
         if why:
             golds = {each.problem_id: each.answer for each in opened.problems()}
             rows = [row | {"gold": golds.get(row["problem_id"])} for row in rows]
@@ -101,7 +104,7 @@ def inspect_problems(
     uncovered: Annotated[
         bool, typer.Option("--uncovered", help="Only those without a usable trace of any teacher.")
     ] = False,
-    limit: Annotated[int, typer.Option(min=0, help="At most N problems; 0: all.")] = 20,
+    limit: ShownRows = 20,
     json_: JsonFlag = False,
     csv_: CsvFlag = False,
 ) -> None:
@@ -121,7 +124,7 @@ def inspect_problems(
 
 @inspect_app.command("agreement")
 def inspect_agreement(store: StorePath = "traces", json_: JsonFlag = False, csv_: CsvFlag = False) -> None:
-    """Show which teachers solve the same problems, pair by pair, and whether they err alike.
+    """Show pair by pair which teachers solve the same problems and share wrong answers.
 
     Example: `ampo inspect store agreement traces`
     """
@@ -138,11 +141,11 @@ def inspect_agreement(store: StorePath = "traces", json_: JsonFlag = False, csv_
 def inspect_lengths(
     store: StorePath = "traces",
     unit: Annotated[str, typer.Option(help="tokens (each teacher's own) or chars.")] = "tokens",
-    png: Annotated[Path | None, typer.Option(help="Draw a histogram a teacher into this PNG.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Plot a histogram a teacher into this PNG.")] = None,
     json_: JsonFlag = False,
     csv_: CsvFlag = False,
 ) -> None:
-    """Show how long the traces are, verified ones and others apart: quantiles, and histograms as a PNG.
+    """Show the lengths of verified and of other traces: quantiles, and histograms as a PNG.
 
     Example: `ampo inspect store lengths traces --png lengths.png`
     """
@@ -158,18 +161,18 @@ def inspect_lengths(
         return
     console_of().print(lengths_table(rows, unit))
     if png is not None:
-        console_of().print(f"drew {png}", highlight=False, soft_wrap=True)
+        print_line(f"plotted {png}")
 
 
 @inspect_app.command("sql", epilog=views_help())
 def inspect_sql(
     query: Annotated[str, typer.Argument(help="One SELECT, in DuckDB's SQL.")],
     store: StorePath = "traces",
-    limit: Annotated[int, typer.Option(min=0, help="The table shows the first N rows; 0: all.")] = 100,
+    limit: ShownRows = 100,
     json_: JsonFlag = False,
     csv_: CsvFlag = False,
 ) -> None:
-    """Ask the store in SQL. Nothing can be written, and no other file read; a writer is not disturbed.
+    """Query the store in SQL, read-only; writers are not disturbed.
 
     `--json` and `--csv` give every row, whole cells.
 
@@ -196,24 +199,20 @@ def inspect_sql(
         console.print(f"the first {limit:,} rows; --limit 0 shows all")
 
 
-app = typer.Typer(no_args_is_help=True, help="Care for a store.")
-
-
 @app.command("reindex")
 def store_reindex(store: StorePath = "traces") -> None:
-    """Make the store's index anew from its parts.
+    """Rebuild the store's index from its parts.
 
     Example: `ampo store reindex traces`
     """
     from store.format.index import reindex
+    from store.terminal.progress import Meter
 
     with Meter("indexing parts") as progress:
         report = reindex(store, progress=progress)
-    console = console_of()
-    console.print(
-        f"indexed {report.traces:,} traces in {report.parts} parts, {report.seconds:.1f} s", highlight=False
-    )
-    _say_left_out(console, report.damaged)
+    print_line(f"indexed {report.traces:,} traces in {report.parts} parts, {report.seconds:.1f} s")
+    for part in report.damaged:
+        print_line(f"[yellow]left out:[/] {escaped(part.part)}: {escaped(part.reason)}")
 
 
 @app.command("check")
@@ -221,17 +220,20 @@ def store_check(
     store: StorePath = "traces",
     repair: Annotated[
         bool,
-        typer.Option("--repair", help="Set aside what is damaged or foreign, so that it can be made again."),
+        typer.Option(
+            "--repair", help="Move damaged and foreign files to quarantine/; resampling fills the gap."
+        ),
     ] = False,
     json_: JsonFlag = False,
 ) -> None:
-    """Read every byte of a store; say what is damaged, what is lost, and how to make exactly that again.
+    """Read every byte of a store; list damaged files, lost traces, and the command that restores them.
 
-    Exit code 1 when something is wrong. `--repair` deletes nothing: what it takes out goes to `quarantine/`.
+    Exit code 1 when something is wrong. `--repair` deletes nothing.
 
     Example: `ampo store check traces --repair`
     """
     from store.reports.tables import check_table
+    from store.terminal.progress import Meter
     from store.upkeep.checking import check
 
     with Meter("checking parts") as progress:
@@ -246,82 +248,55 @@ def store_check(
 
 @app.command("compact")
 def store_compact(store: StorePath = "traces") -> None:
-    """Merge small parts into large ones, sorted by problem, while readers go on reading.
+    """Merge small parts into large ones, sorted by problem; readers are not disturbed.
 
     Example: `ampo store compact traces`
     """
+    from store.terminal.progress import Meter
     from store.upkeep.compaction import compact
 
     with Meter("writing traces") as progress:
         report = compact(store, progress=progress)
-    _say_rewritten(report, nothing="nothing to do: the store is compact")
+    print_line(report.line if report.traces else "nothing to do: the store is compact")
 
 
 @app.command("forget")
 def store_forget(
-    teacher: Annotated[str, typer.Option(help="Whose traces go.")], store: StorePath = "traces"
+    teacher: Annotated[str, typer.Option(help="The teacher to remove.")], store: StorePath = "traces"
 ) -> None:
     """Remove every trace of one teacher, and its record.
 
     Example: `ampo store forget traces --teacher r1-distill`
     """
+    from store.terminal.progress import Meter
     from store.upkeep.compaction import forget
 
     with Meter("writing traces") as progress:
         report = forget(store, teacher, progress=progress)
-    _say_rewritten(report, nothing=f"forgot {teacher}")
+    print_line(report.line if report.traces else f"forgot {teacher}")
 
 
-def _say_left_out(console: Console, damaged: Sequence[DamagedPart]) -> None:
-    for part in damaged:
-        console.print(
-            f"[yellow]left out:[/] {escaped(part.part)}: {escaped(part.reason)}",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
-def _say_rewritten(report: CompactionReport, *, nothing: str) -> None:
-    if not report.traces:
-        console_of().print(nothing, highlight=False)
-        return
-    console_of().print(
-        f"{report.traces:,} traces written anew: {report.parts_before} parts of "
-        f"{report.bytes_before / 2**20:,.1f} MiB are {report.parts_after} of "
-        f"{report.bytes_after / 2**20:,.1f} MiB",
-        highlight=False,
-        soft_wrap=True,
-    )
+_FORMS = (
+    "verl: a row a problem with target_lst; luffy: a row a trace with target; chat: messages for supervised "
+    "training; hf: a directory for datasets.load_dataset, with a data card; or your own file.py:function."
+)
+_SYSTEM = "Replaces every system turn, '' for none; default: the problem's, in chat the teacher's."
 
 
 @app.command("export")
 def store_export(
-    to: Annotated[
-        str,
-        typer.Option(
-            help="verl: a row a problem with target_lst; luffy: a row a trace with target; chat: messages "
-            "for supervised training; hf: a directory for datasets.load_dataset, with a data card."
-        ),
-    ],
+    to: Annotated[str, typer.Option(help=_FORMS)],
     out: Annotated[Path, typer.Option(help="A new .parquet or .jsonl file; for hf a new directory.")],
     store: StorePath = "traces",
     only_verified: Annotated[
         bool,
-        typer.Option(
-            "--only-verified/--all",
-            help="Only traces that may guide a student; or wrong and filtered ones too.",
-        ),
+        typer.Option("--only-verified/--all", help="Only usable traces; or wrong and filtered ones too."),
     ] = True,
     teacher: Annotated[list[str] | None, typer.Option(help="Only this teacher. May be repeated.")] = None,
     max_per_problem: Annotated[
         int | None, typer.Option(min=1, help="At most N traces of a problem; the teachers take turns.")
     ] = None,
-    system_prompt: Annotated[
-        str | None,
-        typer.Option(
-            help="Replaces every system turn, '' for none; default: the problem's, in chat the teacher's."
-        ),
-    ] = None,
+    system_prompt: Annotated[str | None, typer.Option(help=_SYSTEM)] = None,
     license_: Annotated[
         str, typer.Option("--license", help="For the data card of hf, e.g. apache-2.0.")
     ] = "unknown",
@@ -336,6 +311,7 @@ def store_export(
     """
     from store.export.exporting import ExportOptions, check_out, export
     from store.reader import TraceStore
+    from store.terminal.progress import Meter
 
     check_out(out.absolute(), to, overwrite=overwrite)
     options = ExportOptions(
@@ -355,4 +331,4 @@ def store_export(
     if json_:
         emit_json(asdict(report))
     else:
-        console_of().print(report.line, highlight=False, soft_wrap=True)
+        print_line(report.line)

@@ -1,18 +1,18 @@
-"""What can go wrong, in the user's words.
+"""The errors of all packages, in the user's words.
 
-UserError                    anything a user can mend: one line, exit code 2
+UserError                    anything the user can fix: one line, exit code 2
   ConfigError                a config key, value or file
   ProblemsError              a problem file or a row of it
   EngineError                an engine that cannot be used here, or a model that cannot be loaded
   StoreError                 the trace store
     StoreMissingError        no store at that path
-    StoreForeignError        a directory that is no trace store
+    StoreForeignError        a directory that is not a trace store
     StoreVersionError        written by a version of ampo with another schema
     StoreDamagedError        a file of the store cannot be read
     StoreBusyError           another process is writing
     RecipeChangedError       one teacher name, two generation recipes
   RunError                   a run directory: missing, foreign, or not resumable
-  TrainingError              a step that cannot be computed: out of memory, or not a number
+  TrainingError              a step that cannot be computed: out of memory, or non-finite
 
 Every message is one line that names the culprit, its value and what would be right.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Something the user can mend; the command line prints it as one line and exits with 2."""
+    """An error that the user can fix; the command line prints it as one line and exits with 2."""
 
 
 class ConfigError(UserError):
@@ -31,7 +31,7 @@ class ConfigError(UserError):
 
 
 class ProblemsError(UserError):
-    """A problem file that cannot be read, or a row of it that is no problem."""
+    """A problem file that cannot be read, or an invalid row of it."""
 
 
 class EngineError(UserError):
@@ -39,28 +39,28 @@ class EngineError(UserError):
 
 
 class StoreError(UserError):
-    """The trace store cannot do what was asked."""
+    """An operation of the trace store that is not possible."""
 
 
 class StoreMissingError(StoreError):
-    """There is no store at `root`."""
+    """No store at `root`."""
 
     root: Path | None = None
 
 
 def missing_store(root: Path, config: str | None = None) -> StoreMissingError:
-    """The error, with what makes a store; `config`: the file that a command was given."""
+    """Returns the error, with the commands that make a store; `config`: the command's config file."""
     teachers = "ampo precompute teachers" + (f" --config {config}" if config else "")
     error = StoreMissingError(
-        f"no trace store at {root}; make one with `{teachers}`, or with `ampo store import` from traces that "
-        "are there"
+        f"no trace store at {root}; make one with `{teachers}`, or with `ampo store import` from existing "
+        "traces"
     )
     error.root = root
     return error
 
 
 class StoreForeignError(StoreError):
-    """The directory holds something that is no trace store."""
+    """A directory with other content than a trace store."""
 
 
 class StoreVersionError(StoreError):
@@ -72,11 +72,11 @@ class StoreDamagedError(StoreError):
 
 
 class StoreBusyError(StoreError):
-    """Another process holds the store's write lock."""
+    """Another process has the store's write lock."""
 
 
 class RecipeChangedError(StoreError):
-    """The store already holds traces of this teacher name made with another recipe."""
+    """The store already has traces of this teacher name from another recipe."""
 
 
 class RunError(UserError):
@@ -84,4 +84,4 @@ class RunError(UserError):
 
 
 class TrainingError(UserError):
-    """A training step that cannot be computed; the message says what to change and where to go on."""
+    """A training step that cannot be computed; the message names the remedy."""

@@ -1,4 +1,4 @@
-"""The reading side: what the trainer asks, and what `ampo inspect store` shows.
+"""The reading side of a store, for the trainer and `ampo inspect store`.
 
 with TraceStore("traces") as store:
     store.candidates(["5f0c...", "91ab..."])      {"5f0c...": [Trace, Trace], "91ab...": []}
@@ -56,19 +56,18 @@ _CONTENTS = """
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usable:
-    """Which of a teacher's traces may guide a student, in two numbers: equal ones mean the same traces."""
+    """Count and fingerprint of a teacher's usable traces: equal ones mean the same traces."""
 
     traces: int
     fingerprint: str
-    """All trace_ids, exclusive or: in any order, over any parts."""
+    """Exclusive or of all trace_ids: independent of order and parts."""
 
 
 class TraceStore:
     """A store opened for reading; any number of processes may, while one writes.
 
-    It sees the parts that were there when it was opened or last refreshed. One thread at a time.
-    Raises StoreMissingError, StoreForeignError, StoreVersionError or StoreDamagedError. A damaged part is
-    left out and listed in `damaged`.
+    It sees the parts as of its opening or last refresh, without damaged ones. One thread at a time.
+    Raises StoreMissingError, StoreForeignError, StoreVersionError or StoreDamagedError.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -85,32 +84,31 @@ class TraceStore:
     def candidates(
         self, problem_ids: Sequence[str], *, teachers: Sequence[str] | None = None, tokens: bool = False
     ) -> dict[str, list[Trace]]:
-        """The verified traces of each problem that no filter holds back; every asked id is a key, [] where
-        there is none.
+        """Returns the usable traces of each problem, [] for a problem without one.
 
-        In order of teacher, sample_index, trace_id. `teachers`: None for all. Without `tokens` the
-        traces come with empty `token_ids` and `logprobs`, and cost a third of the reading.
-        Raises StoreDamagedError when a part broke since it was indexed.
+        In order of teacher, sample_index, trace_id. `teachers`: None for all. Without `tokens` the traces have
+        empty `token_ids` and `logprobs`, and are read in a third of the time.
+        Raises StoreDamagedError for a part that was damaged after its indexing.
         """
         return self._of_problems(_USABLE, problem_ids, teachers, tokens=tokens)
 
     def of_problems(
         self, problem_ids: Sequence[str], *, teachers: Sequence[str] | None = None, tokens: bool = False
     ) -> dict[str, list[Trace]]:
-        """As `candidates`, but wrong and filtered traces too."""
+        """Returns all traces of each problem, wrong and filtered ones too; else as `candidates`."""
         return self._of_problems("", problem_ids, teachers, tokens=tokens)
 
     def usable(
         self, problem_ids: Sequence[str], *, teachers: Sequence[str] | None = None
     ) -> dict[str, Usable]:
-        """teacher -> which traces `candidates` would find; teachers without one are left out."""
-        asked = {
+        """Summarizes the result of `candidates` by teacher; teachers without a trace are missing."""
+        parameters = {
             "problems": [int(problem_id, 16) for problem_id in problem_ids],
             "teachers": None if teachers is None else list(teachers),
         }
         return {
             row["teacher"]: Usable(traces=row["traces"], fingerprint=f"{row['mark']:016x}")
-            for row in self.index.rows(_CONTENTS, asked)
+            for row in self.index.rows(_CONTENTS, parameters)
         }
 
     def traces(
@@ -124,13 +122,13 @@ class TraceStore:
         limit: int | None = None,
         tokens: bool = False,
     ) -> list[Trace]:
-        """Traces of any verdict, in order of problem_id, teacher, sample_index; None: all of them.
+        """Returns traces of any verdict, in order of problem_id, teacher, sample_index; None: no condition.
 
-        `usable`: only those that may guide a student; `filtered`: only those that a filter holds back.
+        `usable`: only verified traces that are not filtered; `filtered`: only filtered ones.
         """
         if problem_id is not None and not _ID.fullmatch(problem_id):
             return []
-        asked = {
+        parameters = {
             "problem": None if problem_id is None else int(problem_id, 16),
             "teacher": teacher,
             "verdict": verdict,
@@ -138,7 +136,7 @@ class TraceStore:
             "filtered": filtered,
             "limit": limit,
         }
-        return self._read(_TRACES, asked, tokens=tokens)
+        return self._read(_TRACES, parameters, tokens=tokens)
 
     def _of_problems(
         self, condition: str, problem_ids: Sequence[str], teachers: Sequence[str] | None, *, tokens: bool
@@ -147,9 +145,9 @@ class TraceStore:
         numbers = [str(int(problem_id, 16)) for problem_id in found if _ID.fullmatch(problem_id)]
         if not numbers:
             return found
-        asked = {"teachers": None if teachers is None else list(teachers)}
+        parameters = {"teachers": None if teachers is None else list(teachers)}
         where = _OF_PROBLEMS.format(problems=", ".join(numbers)) + condition
-        for trace in self._read(where, asked, tokens=tokens):
+        for trace in self._read(where, parameters, tokens=tokens):
             found[trace.problem_id].append(trace)
         return found
 
@@ -166,15 +164,15 @@ class TraceStore:
         raise StoreDamagedError(f"the parts of {self.path} change faster than they can be read; try again")
 
     def teachers(self) -> dict[str, TeacherRecord]:
-        """Every registered teacher, by name."""
+        """Returns every registered teacher, by name."""
         return read_teachers(self.path)
 
     def problems(self) -> list[Problem]:
-        """Every problem, in order of arrival."""
+        """Returns every problem, in order of arrival."""
         return read_problems(self.path)
 
     def refresh(self) -> None:
-        """Takes up the parts that came, or went, since the store was opened."""
+        """Brings the view of the store up to the present parts."""
         index = open_index(self.path)
         self.close()
         self.index = index

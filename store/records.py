@@ -1,4 +1,4 @@
-"""The records that travel through ampo, on one page.
+"""The records of the whole pipeline, on one page.
 
     Problem --(teacher engine)--> Trace --(store)--> Trace --(trainer)--> guidance
 
@@ -18,33 +18,33 @@ from hashlib import blake2b
 from typing import Any, Literal, Self
 
 VERDICTS = ("match", "mismatch", "no_answer", "gold_unparseable", "timeout", "error")
-"""Every way a verification can end; only `match` is a correct answer."""
+"""All results of a verification; only `match` is a correct answer."""
 
 FINISH_REASONS = ("stop", "length")
-"""`stop`: the model ended by itself with an EOS token; `length`: it was cut."""
+"""`stop`: the model ended by itself with an EOS token; `length`: the response was truncated."""
 
 
 def content_hash(*parts: object) -> str:
-    """16 hex digits of blake2b over the parts; JSON keeps ("a", "bc") and ("ab", "c") apart."""
+    """Returns 16 hex digits of blake2b over the parts as JSON: ("a", "bc") and ("ab", "c") differ."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True)
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """A verifiable problem: a question and the gold answer that decides."""
+    """A verifiable problem: a question and its gold answer."""
 
     question: str
-    """What the user turn of the prompt says, e.g. `What is 2 + 2?`"""
+    """User turn of the prompt, e.g. `What is 2 + 2?`"""
     answer: str
-    """The gold answer as the data gives it, e.g. `\\frac{7}{4}`"""
+    """The gold answer as in the data, e.g. `\\frac{7}{4}`"""
     source: str = ""
-    """Where it comes from, e.g. `aime`; for tables only, no part of the identity."""
+    """Origin, e.g. `aime`; for tables only, no part of the identity."""
     system_prompt: str | None = None
-    """A system turn that came with the data (the verl form embeds one); None when it brought none."""
+    """System turn that came with the data (the verl form embeds one), or None."""
     repeats: int = field(default=1, compare=False)
-    """Rows of its file that state it: how many samples of it an evaluation takes at least; no part of the
-    identity, and not stored."""
+    """Number of its rows in the file: the least number of samples in an evaluation; no part of the identity,
+    and not stored."""
     problem_id: str = field(init=False)
     """Content hash of (question, answer)."""
 
@@ -54,19 +54,19 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """One solution that a teacher wrote, with the verdict on it. Wrong ones are kept too."""
+    """One solution of a teacher, with its verdict. Wrong ones are stored too."""
 
     problem_id: str
     teacher: str
     """The name that the config gives the teacher, e.g. `qwen-math`."""
     sample_index: int
-    """0-based: the how-maniest sample of this (problem, teacher) pair."""
+    """0-based index among the samples of this (problem, teacher) pair."""
     text: str
-    """The completion as the teacher wrote it, special tokens left out."""
+    """The completion as the teacher wrote it, without special tokens."""
     answer: str | None
-    """The final answer found in the text; None when there is none."""
+    """The final answer found in the text, or None."""
     answer_start: int | None
-    """Character offset in `text` at which the answer's content begins: z_c is `text[:answer_start]`."""
+    """Character offset of the answer's content in `text`: z_c is `text[:answer_start]`."""
     n_tokens: int
     """Length in the teacher's tokens, the EOS token included."""
     token_ids: tuple[int, ...]
@@ -78,21 +78,21 @@ class Trace:
     verdict: str
     """One of VERDICTS."""
     is_correct: bool
-    """verdict == "match" and the response was not cut."""
+    """verdict == "match" and the response was not truncated."""
     seed: int
-    """What the sampler was seeded with for this sample alone."""
+    """Seed of this sample."""
     generation_fingerprint: str
-    """Hash of the recipe (model, revision, template, sampling) that made it."""
+    """Hash of the teacher's recipe (model, revision, template, sampling)."""
     created_at: datetime
     """UTC."""
     verdict_detail: str = ""
-    """Why, in words, where the verdict alone does not say it."""
+    """Reason of the verdict, where the verdict alone does not show it."""
     parsed_answer: str | None = None
-    """What the verifier read in `answer`, as sympy writes it; None where it read nothing."""
+    """`answer` as the verifier parsed it, in sympy's notation, or None."""
     parsed_gold: str | None = None
-    """What the verifier read in the problem's gold answer; None where it was not asked."""
+    """The problem's gold answer as the verifier parsed it, or None."""
     filtered: str | None = None
-    """Why a filter keeps the trace from the student, e.g. `repetition: ...`; None: it may be used."""
+    """Reason why a filter excludes the trace, e.g. `repetition: ...`; None: not filtered."""
     trace_id: str = field(init=False)
     """Content hash of (problem_id, teacher, sample_index, text)."""
 
@@ -102,8 +102,8 @@ class Trace:
 
     @classmethod
     def stored(cls, **fields: Any) -> Self:
-        """The trace that a store holds, `trace_id` and every other field given: hashing the texts again
-        would cost as much as reading them, and the page they came from has a checksum."""
+        """Returns a trace of given fields, `trace_id` included: hashing the texts again would cost as much as
+        reading them, and their pages have checksums."""
         trace = object.__new__(cls)
         for name in cls.__dataclass_fields__:
             object.__setattr__(trace, name, fields[name])
@@ -111,13 +111,13 @@ class Trace:
 
     @property
     def is_usable(self) -> bool:
-        """Whether the trace may guide the student: verified, and no filter holds it back."""
+        """True for a trace that may guide the student: verified, and not filtered."""
         return self.is_correct and self.filtered is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherRecord:
-    """How a teacher's traces were made: enough to make them again."""
+    """The model and settings of a teacher's traces: enough to sample them again."""
 
     name: str
     model: str
@@ -135,15 +135,15 @@ class TeacherRecord:
     tokenizer_fingerprint: str
     """Hash of the vocabulary: `ratio = "teacher"` needs the student's to be the same."""
     answer_form: Literal["boxed", "answer_tags"] | None = None
-    """The form in which its answers are looked for; None: as its system turn demands."""
+    """Form in which its answers are searched; None: as its system turn demands."""
     filters: Mapping[str, Any] = field(default_factory=dict)
-    """What holds traces back (config: [filters]). No part of the recipe: what is filtered is settled by the
-    stored text, and settled anew without drawing anything."""
+    """The filters of its traces (config: [filters]). No part of the recipe: they apply to
+    stored texts and may change without sampling."""
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What must not change under one teacher name. The engine is provenance, not recipe:
-        the same model under the same sampling gives the same distribution from either."""
+        """The settings that must not change under one teacher name. The engine is not one of them: the same
+        model under the same sampling gives the same distribution from any engine."""
         return {
             "model": self.model,
             "revision": self.revision,
@@ -152,8 +152,7 @@ class TeacherRecord:
             "chat_template_kwargs": dict(self.chat_template_kwargs),
             "sampling": dict(self.sampling),
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
-            # Absent where it is None: the traces of an older ampo keep their fingerprint.
-            **({} if self.answer_form is None else {"answer_form": self.answer_form}),
+            "answer_form": self.answer_form,
         }
 
     @property

@@ -1,4 +1,4 @@
-"""The one writer of a store: problems, teachers, parts. Whatever it returned from is on disk."""
+"""The one writer of a store: problems, teachers, parts. When a method returns, its data is on disk."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -53,8 +52,8 @@ from store.records import Problem, TeacherRecord, Trace
 class StoreWriter:
     """Appends to a store under an exclusive lock; readers need none and see whole parts only.
 
-    Writers of different shards may share the store: each is sure to be alone in its shard, and keeps out
-    whoever is in none. Their traces must not overlap.
+    Writers of different shards may share the store, each alone in its shard, and exclude a writer without
+    shard. Their traces must not overlap.
     """
 
     def __init__(self, root: Path, manifest: Manifest, locks: Sequence[FileLock] = ()) -> None:
@@ -69,13 +68,12 @@ class StoreWriter:
     def open(
         cls, path: str | os.PathLike[str], *, verifier: str, verifier_version: str, shard: str | None = None
     ) -> Self:
-        """Makes a store at `path`, or opens the one there, and takes its write lock; with `shard`, a name
-        such as `1-of-4`, the lock of that shard alone.
+        """Opens or makes the store at `path` and takes its write lock.
 
-        What a killed writer left half-written is removed; a part that it wrote and did not come to enter in
-        the manifest is entered.
+        With `shard`, a name such as `1-of-4`, it takes the lock of that shard alone. Half-written files of a
+        killed writer are removed; its whole parts are entered in the manifest.
         Raises StoreForeignError, StoreVersionError, StoreDamagedError, StoreBusyError, and
-        StoreError when the directory cannot be written or another verifier judged the traces there.
+        StoreError when the directory cannot be written or its verdicts are of another verifier.
         """
         root = Path(path).absolute()
         is_fresh(root)
@@ -96,16 +94,15 @@ class StoreWriter:
 
     @classmethod
     def reopen(cls, path: str | os.PathLike[str]) -> Self:
-        """The store that is at `path`, whoever judged its traces. Raises what `open` and read_manifest do."""
+        """Opens the existing store at `path`, of any verifier. Raises what `open` and read_manifest do."""
         manifest = read_manifest(Path(path).absolute())
         return cls.open(path, verifier=manifest.verifier, verifier_version=manifest.verifier_version)
 
     @classmethod
     def peek(cls, path: str | os.PathLike[str], *, verifier: str, verifier_version: str) -> Self | None:
-        """For looking only: `done`, `damaged` and `check_recipe` of what `open` would write to, without the
-        lock and without touching anything; None where `open` would make a new store.
+        """Returns a writer without lock for `done`, `damaged` and `check_recipe` alone; touches no file.
 
-        Raises what `open` raises, StoreBusyError apart.
+        None where `open` would make a new store. Raises what `open` raises, except StoreBusyError.
         """
         root = Path(path).absolute()
         if is_fresh(root):
@@ -117,9 +114,8 @@ class StoreWriter:
         return cls(root, manifest)
 
     def write_problems(self, problems: Sequence[Problem]) -> None:
-        """Adds the problems that are not there yet and renews the source and system prompt of those that
-        are; the order of arrival stays."""
-        with FileLock(self.path / MANIFEST_LOCK):  # shards come with the same problems at the same time
+        """Adds new problems, updates source and system prompt of known ones; the order of arrival stays."""
+        with FileLock(self.path / MANIFEST_LOCK):  # shards write the same problems at the same time
             before = {problem.problem_id: problem for problem in read_problems(self.path)}
             merged = before | {problem.problem_id: problem for problem in problems}
             if merged == before:
@@ -128,22 +124,22 @@ class StoreWriter:
                 pq.write_table(table_of(list(merged.values()), PROBLEM_SCHEMA), file, **PARQUET_OPTIONS)
 
     def register_teacher(self, record: TeacherRecord) -> None:
-        """Files the teacher's recipe; traces can be appended under its name from now on.
+        """Stores the teacher's record, which must precede its traces.
 
-        Raises RecipeChangedError when there are traces under this name from another recipe. The same
-        recipe from another engine is fine: the file then names the engine used last.
+        Raises RecipeChangedError for traces of this name from another recipe. The same recipe may come from
+        another engine: the record then names the engine used last.
         """
         if record.name != Path(record.name).name or record.name.startswith("."):
             raise ValueError(f"teacher name {record.name!r} cannot be a file name")
         if record.name == ALL:
-            raise StoreError(f"a teacher cannot be named {ALL!r}: parts/{ALL} holds compacted parts")
+            raise StoreError(f"a teacher cannot be named {ALL!r}: parts/{ALL} is for compacted parts")
         self.check_recipe(record)
         with whole_file(self.path / TEACHERS / f"{record.name}.json") as file:
             file.write((json.dumps(teacher_json(record), indent=2, ensure_ascii=False) + "\n").encode())
         self._fingerprints[record.name] = record.generation_fingerprint
 
     def check_recipe(self, record: TeacherRecord) -> None:
-        """Raises RecipeChangedError when there are traces under this name from another recipe."""
+        """Raises RecipeChangedError for traces of this name from another recipe."""
         made = self._made_with(record.name)
         if made is None or made == record.generation_fingerprint:
             return
@@ -157,23 +153,23 @@ class StoreWriter:
         )
 
     def _made_with(self, teacher: str) -> str | None:
-        """The fingerprint of the traces on disk, from the traces themselves; None without a readable one."""
+        """Returns the fingerprint in the traces themselves; None without a readable one."""
         rows = self._rows(
             "SELECT generation_fingerprint FROM idx.rows WHERE teacher = $teacher LIMIT 1", teacher
         )
         return rows[0]["generation_fingerprint"] if rows else None
 
     def append(self, traces: Sequence[Trace]) -> Path | None:
-        """Writes one part with the traces, which must be of one registered teacher and not yet in the
-        store (`done` tells); returns its path, or None when there is nothing to write.
+        """Writes one part; returns its path, or None without traces.
 
-        The part is durable and visible to readers on return; before, nothing of it is.
+        The traces must be of one registered teacher and new to the store (see `done`). The part is durable
+        and visible to readers on return, and invisible before.
         """
         if not traces:
             return None
         names = sorted({trace.teacher for trace in traces})
         if len(names) > 1:
-            raise ValueError(f"a part holds one teacher's traces, not those of {', '.join(names)}")
+            raise ValueError(f"a part is of one teacher, not of {', '.join(names)}")
         fingerprint = self._fingerprints.get(names[0])
         for trace in traces:
             if trace.generation_fingerprint != fingerprint:
@@ -186,9 +182,9 @@ class StoreWriter:
         return self.path / PARTS / part
 
     def done(self, teacher: str) -> dict[str, dict[int, bool]]:
-        """What the parts hold: for each problem_id, sample_index -> is_usable.
+        """Returns the stored samples: problem_id -> sample_index -> is_usable.
 
-        A damaged part counts as not there, so that its traces are made again; `damaged` names it.
+        Traces of a damaged part are missing, so that they are sampled again; `damaged` names it.
         """
         found: dict[str, dict[int, bool]] = {}
         sql = "SELECT problem_id, sample_index, is_usable FROM idx.traces WHERE teacher = $teacher"
@@ -197,14 +193,12 @@ class StoreWriter:
         return found
 
     def damaged(self, teacher: str) -> list[DamagedPart]:
-        """The parts with traces of the teacher that cannot be read, or that the manifest names and nobody
-        finds."""
-        parts = read_manifest(self.path).parts
+        """Returns the unreadable and the missing parts with traces of the teacher."""
+        entries, present = read_manifest(self.path).parts, list_parts(self.path)
         with open_index(self.path) as index:
             broken = list(index.damaged())
-        there = list_parts(self.path)
-        broken += [DamagedPart(part=part, reason="it is missing") for part in parts if part not in there]
-        return [each for each in broken if _may_hold(each.part, parts, teacher)]
+        broken += [DamagedPart(part=part, reason="it is missing") for part in entries if part not in present]
+        return [each for each in broken if _may_contain(each.part, entries, teacher)]
 
     def _rows(self, sql: str, teacher: str) -> list[dict[str, Any]]:
         with open_index(self.path) as index:
@@ -227,8 +221,7 @@ class StoreWriter:
 
 
 def _enter_parts(root: Path, manifest: Manifest) -> None:
-    """Enters parts that arrived and whose writer was killed before their entry. Only a part whose content
-    fits the checksum in its name is taken."""
+    """Enters parts without an entry, from killed writers, if they match the checksum in their name."""
     arrived = {}
     for part in list_parts(root):
         if part not in manifest.parts:
@@ -240,19 +233,19 @@ def _enter_parts(root: Path, manifest: Manifest) -> None:
         change_parts(root, add=arrived)
 
 
-def _may_hold(part: str, parts: Mapping[str, PartEntry], teacher: str) -> bool:
+def _may_contain(part: str, parts: Mapping[str, PartEntry], teacher: str) -> bool:
     return teacher in parts[part].traces if part in parts else part.startswith((f"{teacher}/", f"{ALL}/"))
 
 
 def take_locks(root: Path, shard: str | None) -> list[FileLock]:
-    """The locks of a writer of the whole store, or of one shard. Raises StoreBusyError and StoreError."""
+    """Takes the locks of a writer of the store or of one shard. Raises StoreBusyError and StoreError."""
     locks = [FileLock(root / WRITE_LOCK, shared=shard is not None)]
     if shard is not None:
         locks.append(FileLock(root / shard_lock(shard)))
     with ExitStack() as undo:
         for lock in locks:
             if not _acquire(lock, root):
-                raise StoreBusyError(_who_writes(root, lock))
+                raise StoreBusyError(_busy_message(root, lock))
             undo.callback(lock.release)
         undo.pop_all()
     return locks
@@ -266,8 +259,8 @@ def _acquire(lock: FileLock, root: Path) -> bool:
         raise StoreError(f"cannot write to the store at {root}: {error.strerror}") from error
 
 
-def _who_writes(root: Path, lock: FileLock) -> str:
-    # Shards share one lock, and its file names the last that came: one that may have gone.
+def _busy_message(root: Path, lock: FileLock) -> str:
+    # Shards share one lock, and its file names the last one, which may have ended.
     others = [FileLock(path) for path in sorted(root.glob(shard_lock("*")))]
     pid = next((pid for each in (lock, *others) if (pid := each.holder())), None)
     return (
@@ -283,16 +276,15 @@ def _check_writable(root: Path) -> None:
 
 
 def _check_verifier(root: Path, manifest: Manifest, verifier: str, version: str) -> None:
-    # Verdicts of two judges in one store would be the same lie as two recipes under one name.
     if (manifest.verifier, manifest.verifier_version) != (verifier, version):
         raise StoreError(
-            f"{root} holds verdicts of {manifest.verifier} {manifest.verifier_version}, this is "
+            f"{root} has verdicts of {manifest.verifier} {manifest.verifier_version}, this is "
             f"{verifier} {version}; install that version, or set store.path to a new directory"
         )
 
 
 def recipe_changes(old: Mapping[str, Any], new: Mapping[str, Any], under: str = "") -> list[str]:
-    """`sampling.temperature 0.7 -> 1.0` for every field that differs, cut to where it differs."""
+    """Returns `sampling.temperature 0.7 -> 1.0` for every changed field, long texts cut to the difference."""
     changes = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
@@ -303,15 +295,14 @@ def recipe_changes(old: Mapping[str, Any], new: Mapping[str, Any], under: str = 
     return changes
 
 
-def _excerpts(before: object, after: object, width: int = 40) -> tuple[str, str]:
-    """Both values as reprs, long ones cut to a window around the first character that differs."""
+def _excerpts(before: object, after: object, width: int = 40) -> list[str]:
+    """Returns both values as reprs, long texts cut to a window around the first difference."""
     if not (isinstance(before, str) and isinstance(after, str)):
-        return repr(before), repr(after)
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False)))
-    start = max(0, same - width // 4) if max(len(before), len(after)) > width else 0
-
-    def cut(text: str) -> str:
-        end = start + width
-        return f"{'...' if start else ''}{text[start:end]!r}{'...' if end < len(text) else ''}"
-
-    return cut(before), cut(after)
+        return [repr(before), repr(after)]
+    pairs = zip(before, after, strict=False)
+    common = next((at for at, (one, other) in enumerate(pairs) if one != other), 0)
+    start = max(0, common - width // 4) if max(len(before), len(after)) > width else 0
+    return [
+        f"{'...' if start else ''}{text[start : start + width]!r}{'...' if start + width < len(text) else ''}"
+        for text in (before, after)
+    ]

@@ -64,7 +64,7 @@ def test_questions_in_tables_json_and_csv(store: Path, tmp_path: Path) -> None:
         (["store", "import", "STORE/manifest.json"], "row 1: no JSON on this line"),
         (["store", "import", "x.jsonl", "--rename", "ada"], "--rename ada: write OLD=NEW"),
         (["store", "import", "x.jsonl", "--teacher-prefix", "a/"], "--teacher-prefix a/"),
-        (["inspect", "store", "traces", "STORE", "--problem", "zz"], "--problem zz: no problem"),
+        (["inspect", "store", "traces", "STORE", "--problem", "zz"], "--problem zz: no problem_id"),
         (["inspect", "store", "traces", "STORE", "--usable", "--filtered"], "exclude each other"),
         (["inspect", "store", "lengths", "STORE", "--unit", "words"], "--unit words: one of tokens, chars"),
         (["inspect", "store", "sql", "DELETE FROM traces", "STORE"], "SQL: give one SELECT"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -11,9 +12,13 @@ from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
 
 from store.errors import UserError
 from store.reader import TraceStore
-from store.reports.report import problem_id_of, problem_rows, store_report, trace_rows
+from store.reports.report import problem_id_of, problem_rows, store_report, trace_row
 from store.reports.tables import summary_tables, why_table
 from store.writer import StoreWriter
+
+
+def trace_rows(store: TraceStore, **options: Any) -> list[dict[str, Any]]:
+    return [trace_row(each) for each in store.traces(**options)]
 
 
 @pytest.fixture
@@ -141,9 +146,9 @@ def test_a_problem_is_found_by_the_beginning_of_its_id(root: Path) -> None:
     ids = sorted(problem(number).problem_id for number in range(4))
     with TraceStore(root) as store:
         assert [problem_id_of(store, problem_id[:8]) for problem_id in ids] == ids
-        with pytest.raises(UserError, match=r"--problem zzz: no problem in .* has an id that begins so"):
+        with pytest.raises(UserError, match=r"--problem zzz: no problem_id in .* begins with it"):
             problem_id_of(store, "zzz")
-        with pytest.raises(UserError, match=r"--problem : 4 ids begin so \(.*, \.\.\.\); give more of it"):
+        with pytest.raises(UserError, match=r"4 problem_ids begin with it \(.*, \.\.\.\); give more of it"):
             problem_id_of(store, "")
 
 

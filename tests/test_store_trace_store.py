@@ -133,7 +133,7 @@ def test_a_missing_store_is_named_with_the_way_to_one(
             TraceStore(path)
         assert str(error.value) == (
             f"no trace store at {tmp_path / path}; make one with `ampo precompute teachers`, "
-            "or with `ampo store import` from traces that are there"
+            "or with `ampo store import` from existing traces"
         )
 
 

@@ -308,7 +308,7 @@ def test_another_verifier_is_refused(tmp_path: Path) -> None:
 
 def test_a_foreign_directory_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(StoreForeignError, match=r"holds thesis\.tex but no manifest\.json"):
+    with pytest.raises(StoreForeignError, match=r"contains thesis\.tex but no manifest\.json"):
         StoreWriter.open(tmp_path, **JUDGE)
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(StoreForeignError, match="is a file"):

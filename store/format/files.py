@@ -15,7 +15,7 @@ from typing import BinaryIO, Self
 from store.errors import StoreError
 
 TMP_MARK = ".tmp-"
-"""Begins the name of every file that is still being written; no reader looks at such a file."""
+"""Prefix of the name of every half-written file; no reader opens such a file."""
 
 WRITE_LOCK = ".write.lock"
 INDEX_LOCK = ".index.lock"
@@ -23,14 +23,13 @@ MANIFEST_LOCK = ".manifest.lock"
 
 
 def shard_lock(shard: str) -> str:
-    """The name of the lock that keeps two writers of one shard apart."""
+    """Returns the name of the lock that excludes a second writer of the shard."""
     return f".shard-{shard}.lock"
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes its place at `path` when the block ends, durable, or never; its
-    directory is made where need be.
+    """Yields a file that is renamed to `path`, durable, when the block ends, or never; makes its directory.
 
     Raises StoreError when the disk is full or the directory may not be written.
     """
@@ -51,7 +50,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def disk_errors_named(path: Path) -> Iterator[None]:
-    """Turns what a full, read-only or failing disk raises into a StoreError that names what was written."""
+    """Turns an OSError of a full, read-only or failing disk into a StoreError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -69,7 +68,7 @@ def make_directory(directory: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Makes a file's content durable, or a directory's names: else a rename may be lost with the power."""
+    """Makes a file's content durable, or a directory's names: otherwise a power cut may lose a rename."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -78,8 +77,7 @@ def sync(path: Path) -> None:
 
 
 def remove_orphans(root: Path) -> list[Path]:
-    """Removes what killed writers left half-written below `root`; only the holder of the write lock may.
-    Raises OSError."""
+    """Removes half-written files of killed writers below `root`; requires the write lock. Raises OSError."""
     orphans = sorted(root.rglob(f"{TMP_MARK}*"))
     for orphan in orphans:
         orphan.unlink(missing_ok=True)
@@ -87,15 +85,15 @@ def remove_orphans(root: Path) -> list[Path]:
 
 
 def is_bookkeeping(name: str) -> bool:
-    """Whether a store that was never finished being created may hold this file already."""
+    """Returns whether the file may exist before the manifest: a lock or a half-written file."""
     return name.startswith(".") and (name.endswith(".lock") or name.startswith(TMP_MARK))
 
 
 class FileLock:
-    """A lock on a file, by flock: the kernel drops it when the process dies, however it dies. `shared`: any
-    number may hold it, but nobody beside them exclusively.
+    """A lock on a file, by flock: the kernel releases it when the process ends, however it ends.
 
-    A forked child (a verifier's worker, say) does not hold it: else a killed parent would leave it behind.
+    `shared`: any number of processes may have it, but none exclusively meanwhile. Forked children (e.g.
+    workers of the verifier) do not keep it, so that it ends with the parent.
     """
 
     def __init__(self, path: Path, *, shared: bool = False) -> None:
@@ -104,7 +102,7 @@ class FileLock:
         self._descriptor: int | None = None
 
     def acquire(self, *, wait: bool) -> bool:
-        """True once it is held; False when somebody else has it and `wait` is off. Raises OSError."""
+        """Returns True with the lock; False where another has it and `wait` is off. Raises OSError."""
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         with ExitStack() as undo:
             undo.callback(os.close, descriptor)
@@ -120,12 +118,12 @@ class FileLock:
         return True
 
     def holder(self) -> int | None:
-        """The pid of the process that took it last; None when that wrote none yet or has ended since."""
+        """Returns the pid of the last process that took it; None when it has ended."""
         text = self.path.read_text().strip()
-        return int(text) if text.isdecimal() and _lives(int(text)) else None
+        return int(text) if text.isdecimal() and _is_running(int(text)) else None
 
     def release(self) -> None:
-        """Lets go; harmless when not held."""
+        """Releases the lock; does nothing without it."""
         if self._descriptor in _HELD:
             _HELD.discard(self._descriptor)
             os.close(self._descriptor)
@@ -142,7 +140,7 @@ class FileLock:
         self.release()
 
 
-def _lives(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except PermissionError:
@@ -155,10 +153,10 @@ def _lives(pid: int) -> bool:
 _HELD: set[int] = set()
 
 
-def _let_go_in_child() -> None:
+def _release_in_child() -> None:
     for descriptor in _HELD:
         os.close(descriptor)
     _HELD.clear()
 
 
-os.register_at_fork(after_in_child=_let_go_in_child)
+os.register_at_fork(after_in_child=_release_in_child)

@@ -1,12 +1,12 @@
-"""What makes a directory a store: `manifest.json`, and the places of everything else.
+"""`manifest.json`, which makes a directory a store, and the names of the other files.
 
     {"schema_version": 2, "verifier": "math-verify", "verifier_version": "0.9.0+ampo.1",
      "created": "2026-...",
      "parts": {"ada/part-000001-47aa77ca00112233.parquet": {"bytes": 3863, "blake2b": "47aa77ca...",
                                                             "traces": {"ada": 3}, "verified": {"ada": 2}}}}
 
-A part carries the beginning of its own checksum in its name, so the manifest can be completed after a crash
-between the part's arrival and its entry; what the manifest alone can tell is that a part is missing.
+A part has the beginning of its checksum in its name, so the manifest can be completed after a crash between
+the part's rename and its entry. The manifest alone shows that a part is missing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ INDEX = "index.duckdb"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartEntry:
-    """What the manifest knows of a part."""
+    """A part in the manifest."""
 
     bytes: int
     blake2b: str
@@ -44,12 +44,12 @@ class PartEntry:
     traces: Mapping[str, int]
     """teacher -> traces in the part."""
     verified: Mapping[str, int]
-    """teacher -> verified traces among them; teachers without one are left out."""
+    """teacher -> verified traces among them; teachers without one are missing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Who judged the traces, in which form they are written, and the checksum of every part."""
+    """The verifier of the traces, the schema, and the checksum of every part."""
 
     schema_version: int
     verifier: str
@@ -62,10 +62,10 @@ class Manifest:
 
 
 def is_fresh(root: Path) -> bool:
-    """Whether a store may be made at `root`: nothing is there, or an empty directory.
+    """Returns whether a store may be made at `root`: nothing exists there, or an empty directory.
 
-    Raises StoreForeignError for a file, or for a directory that holds something else, and StoreError for a
-    path with a question mark.
+    Raises StoreForeignError for a file or a directory with other content, and StoreError for a path with a
+    character of patterns.
     """
     if mark := next((mark for mark in "?*[" if mark in str(root)), None):
         # To DuckDB they are patterns.
@@ -79,7 +79,7 @@ def is_fresh(root: Path) -> bool:
     strange = sorted(entry.name for entry in root.iterdir() if not is_bookkeeping(entry.name))
     if strange:
         raise StoreForeignError(
-            f"{root} is no trace store: it holds {strange[0]} but no {MANIFEST}; "
+            f"{root} is not a trace store: it contains {strange[0]} but no {MANIFEST}; "
             "set store.path to a store, or to a new directory"
         )
     return True
@@ -119,7 +119,7 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def create_manifest(root: Path, *, verifier: str, verifier_version: str) -> None:
-    """Makes `root` a store, now, unless another writer has done so meanwhile."""
+    """Makes `root` a store, unless another writer has done so meanwhile."""
     with FileLock(root / MANIFEST_LOCK):
         if is_fresh(root):
             created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -135,13 +135,13 @@ def create_manifest(root: Path, *, verifier: str, verifier_version: str) -> None
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """The whole file anew; the caller holds the manifest's lock."""
+    """Writes the whole file; requires the manifest's lock."""
     with whole_file(root / MANIFEST) as file:
         file.write((json.dumps(asdict(manifest), indent=1) + "\n").encode())
 
 
 def change_parts(root: Path, *, add: Mapping[str, PartEntry], drop: Collection[str] = ()) -> None:
-    """Enters parts and strikes others out, at one moment; safe among several writers."""
+    """Adds and removes parts at one moment; safe among several writers."""
     with FileLock(root / MANIFEST_LOCK):
         manifest = read_manifest(root)
         kept = {part: entry for part, entry in manifest.parts.items() if part not in drop}

@@ -1,4 +1,4 @@
-"""The part files: written whole, listed by name. Reading single traces: store/format/part_reader.py."""
+"""The part files: written whole, listed by name. store/format/part_reader.py reads single traces."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ from store.format.schema import PART_OPTIONS, TRACE_SCHEMA, table_of
 from store.records import Trace
 
 ALL = "all"
-"""The directory of parts with the traces of several teachers: what compaction writes. No teacher has it as
-its name."""
+"""Directory of compacted parts, with traces of several teachers; no teacher may have this name."""
 
 READ_ERRORS = (OSError, ValueError, TypeError, pa.ArrowException)
-"""What a cut or altered Parquet file raises, by the place where it was hit."""
+"""The exceptions of truncated and altered Parquet files."""
 
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 
@@ -34,7 +33,7 @@ SMALL_COLUMNS = [name for name in TRACE_SCHEMA.names if name not in BIG_COLUMNS]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartStamp:
-    """What tells a part from an altered one without reading it."""
+    """Size and time of a part: they differ in an altered one."""
 
     size: int
     mtime_ns: int
@@ -42,7 +41,7 @@ class PartStamp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DamagedPart:
-    """A part that cannot be read; the store does without it."""
+    """A part that cannot be read and is left out."""
 
     part: str
     """Its path below `parts/`."""
@@ -50,8 +49,10 @@ class DamagedPart:
 
 
 def write_part(root: Path, table: pa.Table) -> tuple[str, PartEntry]:
-    """One part with the rows of TRACE_SCHEMA, sorted by problem, teacher and sample; it appears whole or not
-    at all. Returns its path below `parts/` and its entry for the manifest."""
+    """Writes one part with rows of TRACE_SCHEMA, sorted by problem, teacher and sample.
+
+    It appears whole or not at all. Returns its path below `parts/` and its entry for the manifest.
+    """
     table = table.sort_by([(name, "ascending") for name in ("problem_id", "teacher", "sample_index")])
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, **PART_OPTIONS)
@@ -66,12 +67,12 @@ def write_part(root: Path, table: pa.Table) -> tuple[str, PartEntry]:
 
 
 def write_traces(root: Path, traces: Sequence[Trace]) -> tuple[str, PartEntry]:
-    """`write_part` for records."""
+    """Writes one part with the traces; see `write_part`."""
     return write_part(root, table_of(traces, TRACE_SCHEMA))
 
 
 def entry_of(path: Path) -> PartEntry:
-    """The manifest's entry for a file, from its content. Raises one of READ_ERRORS."""
+    """Returns the manifest's entry for a file, from its content. Raises one of READ_ERRORS."""
     digest = file_digest(path)
     with open_part(path) as file:
         table = file.read(columns=["teacher", "is_correct"], use_threads=False)
@@ -80,7 +81,7 @@ def entry_of(path: Path) -> PartEntry:
 
 
 def file_digest(path: Path) -> str:
-    """32 hex digits of blake2b over a file's bytes."""
+    """Returns 32 hex digits of blake2b over a file's bytes."""
     digest = blake2b(digest_size=16)
     with path.open("rb") as file:
         while chunk := file.read(2**20):
@@ -89,25 +90,27 @@ def file_digest(path: Path) -> str:
 
 
 def check_digest(path: Path) -> None:
-    """Raises ValueError when a part's bytes do not fit the checksum in its name; a name without one, somebody
-    else's, is let pass. The footer and the headers of pages have no other checksum."""
+    """Raises ValueError when a part's bytes differ from the checksum in its name; a name without one passes.
+
+    The footer and the headers of pages have no other checksum.
+    """
     expected = digest_in_name(path.name)
     if _DIGEST.fullmatch(expected) and not file_digest(path).startswith(expected):
-        raise ValueError("its checksum is not the one that its name carries")
+        raise ValueError("its checksum is not the one in its name")
 
 
 def digest_in_name(part: str) -> str:
-    """The beginning of the checksum that a part's name carries."""
+    """Returns the beginning of the checksum in a part's name."""
     return part.removesuffix(".parquet").rpartition("-")[2]
 
 
 def verified_of(table: pa.Table) -> dict[str, int]:
-    """teacher -> verified rows."""
+    """Returns teacher -> verified rows."""
     return counts(table.filter(table["is_correct"])["teacher"])
 
 
 def counts(column: pa.ChunkedArray) -> dict[str, int]:
-    """value -> occurrences, by value."""
+    """Returns value -> occurrences, sorted by value."""
     found = {row["values"]: row["counts"] for row in column.value_counts().to_pylist()}
     return dict(sorted(found.items()))
 
@@ -118,16 +121,16 @@ def _next_number(directory: Path) -> int:
 
 
 def remove_parts(root: Path, parts: Iterable[str]) -> None:
-    """Removes part files; those that are gone already are no matter. Raises StoreError."""
+    """Removes part files, if they exist. Raises StoreError."""
     for part in parts:
         with disk_errors_named(root / PARTS / part):
             (root / PARTS / part).unlink(missing_ok=True)
 
 
 def list_parts(root: Path) -> dict[str, PartStamp]:
-    """Every whole part, by its path below `parts/`, in order of the path."""
-    # A listing reads one directory after the other. Did a compaction come in between, it may have seen
-    # neither the new part in the first nor the old one in the second.
+    """Returns every renamed part, by its path below `parts/`, in order of the path."""
+    # A listing reads one directory after the other. A compaction in between may hide the new part in the
+    # first and the old one in the second.
     before, now = _listed(root), _listed(root)
     while before.keys() - now.keys():
         before, now = now, _listed(root)
@@ -145,7 +148,7 @@ def _listed(root: Path) -> dict[str, PartStamp]:
 
 
 def open_part(path: Path) -> pq.ParquetFile:
-    """The part for reading whole columns; page checksums are verified. Raises one of READ_ERRORS."""
+    """Opens a part; page checksums are verified. Raises one of READ_ERRORS."""
     return pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
 
 
@@ -164,13 +167,13 @@ def part_rows(path: Path) -> pa.Table:
     return table.append_column("row_group", pa.array(groups)).append_column("row", pa.array(rows))
 
 
-CHECK = "`ampo store check --repair` sets it aside and says how to make its traces again"
+CHECK = "`ampo store check --repair` moves it away and names the command that samples its traces again"
 
 
 @contextmanager
 def damage_named(path: Path, way_out: str = CHECK) -> Iterator[None]:
-    """Turns what a broken Parquet file raises into a StoreDamagedError that names it and the way out; a file
-    that is gone is no damage."""
+    """Turns READ_ERRORS of the block into a StoreDamagedError that names the file and the way out;
+    FileNotFoundError passes."""
     try:
         yield
     except FileNotFoundError:
@@ -180,5 +183,5 @@ def damage_named(path: Path, way_out: str = CHECK) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what an exception says."""
+    """Returns the first line of an exception's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,7 +15,7 @@ MAKE_AGAIN = "remove it and run `ampo precompute teachers` (or `ampo store impor
 
 
 def read_problems(root: Path) -> list[Problem]:
-    """Every problem, in order of arrival; [] before the first was written. Raises StoreDamagedError."""
+    """Returns every problem, in order of arrival. Raises StoreDamagedError."""
     path = root / PROBLEMS
     if not path.exists():
         return []
@@ -24,7 +24,7 @@ def read_problems(root: Path) -> list[Problem]:
 
 
 def read_teachers(root: Path) -> dict[str, TeacherRecord]:
-    """Every registered teacher by name, in order of the name. Raises StoreDamagedError."""
+    """Returns every registered teacher, in order of the name. Raises StoreDamagedError."""
     records = {}
     for path in sorted((root / TEACHERS).glob("*.json")):
         try:

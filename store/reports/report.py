@@ -1,4 +1,4 @@
-"""What a store holds, in numbers: plain records for `ampo inspect store` to print."""
+"""Counts of a store: plain records for `ampo inspect store`."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ class TeacherReport:
     teacher: str
     model: str | None
     """None when the teacher's record is missing."""
-    problems: int
+    problems: int = 0
     """Problems with at least one trace of it."""
-    covered: int
-    """Problems with at least one usable trace of it: verified, and not held back by a filter."""
-    traces: int
-    verified: int
-    filtered: int
-    """Of the verified: held back by a filter."""
+    covered: int = 0
+    """Problems with at least one usable trace of it."""
+    traces: int = 0
+    verified: int = 0
+    filtered: int = 0
+    """Verified traces that a filter excludes."""
     verdicts: Mapping[str, int]
-    """verdict -> traces; verdicts that do not occur are left out. A cut response may be a `match` that
+    """verdict -> traces; verdicts that do not occur are left out. A truncated response may be a `match` that
     is not verified."""
-    tokens: int
-    """In the teacher's own tokens, all traces together but those that were not counted."""
-    verified_tokens: int
-    uncounted: int
-    """Traces whose tokens nobody counted: imports without a tokenizer."""
+    tokens: int = 0
+    """Sum over all counted traces, in the teacher's own tokens."""
+    verified_tokens: int = 0
+    uncounted: int = 0
+    """Traces without a count of tokens: imports without a tokenizer."""
 
     @property
     def verified_share(self) -> float:
@@ -46,14 +46,14 @@ class TeacherReport:
 
     @property
     def mean_tokens(self) -> float | None:
-        """Tokens of a trace; None where none were counted."""
+        """Mean tokens of a counted trace; None without one."""
         counted = self.traces - self.uncounted
         return self.tokens / counted if counted else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreReport:
-    """The whole store."""
+    """Counts of the whole store."""
 
     path: str
     manifest: Manifest
@@ -61,13 +61,13 @@ class StoreReport:
     traces: int
     verified: int
     filtered: int
-    """Of the verified: held back by a filter."""
+    """Verified traces that a filter excludes."""
     tokens: int
     parts: int
     bytes: int
-    """Of the whole parts."""
+    """Size of the readable parts."""
     teachers: tuple[TeacherReport, ...]
-    """Registered ones without a trace included; by name."""
+    """By name; registered ones without a trace included."""
     coverage: Mapping[int, int]
     """Number of teachers with a usable trace, 0 to T -> problems; sums to `problems`."""
     damaged: tuple[DamagedPart, ...]
@@ -103,7 +103,7 @@ _PROBLEMS = """
 
 
 def store_report(store: TraceStore) -> StoreReport:
-    """Counts per teacher and verdict, tokens, coverage."""
+    """Returns counts per teacher and verdict, tokens, coverage."""
     teachers = _teacher_reports(store)
     covering = [len(row["teachers"]) for row in problem_rows(store)]
     parts = store.index.rows(_PARTS)[0]
@@ -129,20 +129,9 @@ def _teacher_reports(store: TraceStore) -> tuple[TeacherReport, ...]:
     verdicts: dict[str, dict[str, int]] = {}
     for row in store.index.rows(_VERDICTS):
         verdicts.setdefault(row["teacher"], {})[row["verdict"]] = row["traces"]
-    counted = (
-        "problems",
-        "covered",
-        "traces",
-        "verified",
-        "filtered",
-        "tokens",
-        "verified_tokens",
-        "uncounted",
-    )
-    none = dict.fromkeys(counted, 0)
     return tuple(
         TeacherReport(
-            **{**none, **counts.get(name, {}), "teacher": name},
+            **counts.get(name, {"teacher": name}),
             model=records[name].model if name in records else None,
             verdicts=verdicts.get(name, {}),
         )
@@ -153,48 +142,27 @@ def _teacher_reports(store: TraceStore) -> tuple[TeacherReport, ...]:
 def problem_rows(
     store: TraceStore, *, uncovered: bool = False, limit: int | None = None
 ) -> list[dict[str, Any]]:
-    """A row a problem: problem_id, question, answer, source, traces, verified, filtered (of the verified),
-    teachers (names with a usable trace). Hardest first; `uncovered`: only those without a usable trace."""
+    """Returns a row a problem, hardest first.
+
+    Columns: problem_id, question, answer, source, traces, verified, filtered (of the verified), teachers
+    (with a usable trace). `uncovered`: only problems without a usable trace.
+    """
     store.index.add_table("stored_problems", table_of(store.problems(), PROBLEM_SCHEMA))
     return store.index.rows(_PROBLEMS, {"uncovered": uncovered, "limit": limit})
 
 
-def trace_rows(
-    store: TraceStore,
-    *,
-    problem_id: str | None = None,
-    teacher: str | None = None,
-    verdict: str | None = None,
-    usable: bool = False,
-    filtered: bool = False,
-    limit: int | None = None,
-) -> list[dict[str, Any]]:
-    """A row a trace, for tables and JSON: every column but the token ones, `created_at` in ISO 8601.
-
-    `usable`: only those that may guide a student; `filtered`: only those that a filter holds back.
-    """
-    traces = store.traces(
-        problem_id=problem_id,
-        teacher=teacher,
-        verdict=verdict,
-        usable=usable,
-        filtered=filtered,
-        limit=limit,
-    )
-    return [_trace_row(trace) for trace in traces]
-
-
-def _trace_row(trace: Trace) -> dict[str, Any]:
+def trace_row(trace: Trace) -> dict[str, Any]:
+    """Returns a row for tables and JSON: every column but the token ones, `created_at` in ISO 8601."""
     row = {name: value for name, value in asdict(trace).items() if name not in TOKEN_COLUMNS}
     return row | {"created_at": trace.created_at.isoformat()}
 
 
 def problem_id_of(store: TraceStore, beginning: str) -> str:
-    """The one problem_id of the store that begins so. UserError when there is none, or more than one."""
-    ids = sorted({p.problem_id for p in store.problems() if p.problem_id.startswith(beginning)})
+    """Returns the one problem_id of the store with this beginning; UserError for none or more than one."""
+    ids = sorted(p.problem_id for p in store.problems() if p.problem_id.startswith(beginning))
     if len(ids) == 1:
         return ids[0]
     if not ids:
-        raise UserError(f"--problem {beginning}: no problem in {store.path} has an id that begins so")
+        raise UserError(f"--problem {beginning}: no problem_id in {store.path} begins with it")
     shown = ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
-    raise UserError(f"--problem {beginning}: {len(ids)} ids begin so ({shown}); give more of it")
+    raise UserError(f"--problem {beginning}: {len(ids)} problem_ids begin with it ({shown}); give more of it")

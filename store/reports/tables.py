@@ -132,7 +132,7 @@ def why_table(rows: Sequence[Row]) -> Table:
     """Returns gold and answer of each trace, as written and as the verifier read them, and the reason.
 
     Args:
-        rows: of `report.trace_rows`, each with the `gold` answer of its problem.
+        rows: of `report.trace_row`, each with the `gold` answer of its problem.
     """
     table = plain_table(
         text=["problem_id", "trace", "verdict", "gold", "read as", "answer", "read as", "why"]

@@ -52,6 +52,11 @@ def escaped(text: str) -> str:
     return escape(text)
 
 
+def print_line(markup: str) -> None:
+    """Prints one line on stdout."""
+    console_of().print(markup, highlight=False, soft_wrap=True)
+
+
 def print_config(console: Console, toml: str) -> None:
     """Prints the resolved config."""
     console.print("[bold]resolved config[/]")

@@ -1,9 +1,8 @@
-"""Rewriting parts: merging small ones, and leaving a teacher out.
+"""Rewriting of parts: merging small ones, and removing a teacher.
 
-Traces are written anew in order of problem, those of all teachers together, so that whoever asks for a
-problem finds its traces in one page. The new parts are entered in the manifest at the same moment at which
-the old ones are struck out; before it the old ones count, after it the new. A reader that still knows the old
-ones takes up the new ones by itself.
+Traces of all teachers are sorted by problem, so that those of one problem are in one row group. The manifest
+replaces the old parts by the new ones at one moment: before it the old ones count, after it the new. A reader
+of the old ones opens the new ones by itself.
 """
 
 from __future__ import annotations
@@ -30,20 +29,29 @@ PART_TRACES = 2048
 """Traces of a compacted part: few enough that its footer is read within milliseconds."""
 
 Progress = Callable[[int, int], None]
-"""Called with (traces written, traces in all)."""
+"""Called with (traces written, all traces)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompactionReport:
-    """What a rewriting did."""
+    """Counts of a rewriting."""
 
     traces: int
-    """Written anew; 0 when nothing was to be done."""
+    """Traces written; 0: nothing to do."""
     parts_before: int
     parts_after: int
     bytes_before: int
+    """Size of all parts."""
     bytes_after: int
-    """Of the parts."""
+
+    @property
+    def line(self) -> str:
+        """The report in one line."""
+        return (
+            f"{self.traces:,} traces rewritten: {self.parts_before} parts of "
+            f"{self.bytes_before / 2**20:,.1f} MiB are {self.parts_after} of "
+            f"{self.bytes_after / 2**20:,.1f} MiB"
+        )
 
 
 def compact(
@@ -51,7 +59,7 @@ def compact(
 ) -> CompactionReport:
     """Merges all parts of the store at `path` into parts of `part_traces` traces, sorted by problem.
 
-    Readers go on reading. Damaged parts stay as they are. A store that is compact by now is left alone.
+    Readers are not disturbed. Damaged parts stay as they are, and so does a compact store.
     Raises what StoreWriter.open raises, and StoreError when the disk is full: the store is then as before.
     """
     with StoreWriter.reopen(path) as writer, open_index(writer.path) as index:
@@ -64,13 +72,13 @@ def compact(
 def forget(
     path: str | os.PathLike[str], teacher: str, *, progress: Progress | None = None
 ) -> CompactionReport:
-    """Removes every trace of a teacher, and its record; parts with others' traces are rewritten without.
+    """Removes every trace of a teacher, and its record; parts with traces of others are rewritten without.
 
-    Raises StoreError for a teacher that the store does not know, else what `compact` raises.
+    Raises StoreError for an unknown teacher, else what `compact` raises.
     """
     with StoreWriter.reopen(path) as writer, open_index(writer.path) as index:
         record = writer.path / TEACHERS / f"{teacher}.json"
-        # The index does not tell: a part whose traces all stand in another too has no row in it.
+        # From the manifest: a part whose traces are all in another part too has no row in the index.
         damaged = {broken.part for broken in index.damaged()}
         entries = read_manifest(writer.path).parts
         parts = [part for part, entry in entries.items() if teacher in entry.traces and part not in damaged]
@@ -86,7 +94,7 @@ def forget(
 
 
 def _is_compact(parts: Sequence[str], index: Index, part_traces: int) -> bool:
-    """In parts that do not overlap, and no more of them than need be."""
+    """Returns whether the parts do not overlap and are no more than necessary."""
     rows = index.rows(
         "SELECT min(problem) AS low, max(problem) AS high FROM idx.rows GROUP BY part ORDER BY low"
     )
@@ -98,17 +106,16 @@ def _is_compact(parts: Sequence[str], index: Index, part_traces: int) -> bool:
 def _rewrite(
     root: Path, index: Index, parts: Sequence[str], chosen: str, part_traces: int, progress: Progress | None
 ) -> CompactionReport:
-    """Writes the traces for which the SQL condition `chosen` holds anew, then drops their `parts`."""
+    """Rewrites the traces for which the SQL condition `chosen` is true, then removes their `parts`."""
     before = _sizes(root)
     total = index.rows(f"SELECT count(*) AS traces FROM idx.rows WHERE {chosen}")[0]["traces"]
     written = 0
     with closing(PartReader(root)) as reader, new_parts(root) as new:
         for condition in _ranges(index, chosen, part_traces):
             rows = index.rows(f"SELECT part, row_group, row FROM idx.rows WHERE {condition}")
-            table = reader.table(rows, TRACE_SCHEMA.names)
-            part, entry = write_part(root, table)
+            part, entry = write_part(root, reader.table(rows, TRACE_SCHEMA.names))
             new[part] = entry
-            written += table.num_rows
+            written += len(rows)
             if progress is not None:
                 progress(written, total)
     swap_parts(root, old=parts, new=new)
@@ -117,7 +124,7 @@ def _rewrite(
 
 @contextmanager
 def new_parts(root: Path) -> Iterator[dict[str, PartEntry]]:
-    """For parts that are written before any of them counts: all are removed when the block does not end."""
+    """Collects parts that are written before any of them counts, and removes them when the block fails."""
     new: dict[str, PartEntry] = {}
     try:
         yield new
@@ -127,7 +134,7 @@ def new_parts(root: Path) -> Iterator[dict[str, PartEntry]]:
 
 
 def swap_parts(root: Path, *, old: Sequence[str], new: Mapping[str, PartEntry]) -> None:
-    """Puts parts that are written by now in the place of others, whose files go. Raises StoreError."""
+    """Replaces parts by others that are already written, and removes their files. Raises StoreError."""
     gone = [part for part in old if part not in new]
     change_parts(root, add=new, drop=gone)
     remove_parts(root, gone)
@@ -135,8 +142,7 @@ def swap_parts(root: Path, *, old: Sequence[str], new: Mapping[str, PartEntry]) 
 
 
 def _ranges(index: Index, chosen: str, part_traces: int) -> Iterator[str]:
-    """SQL conditions that cut the chosen rows by problem into about `part_traces` each; a problem is never
-    cut in two."""
+    """Yields SQL conditions that split the chosen rows between problems into about `part_traces` each."""
     rows = index.rows(
         f"""SELECT max(problem) AS last FROM (
                 SELECT problem, (sum(count(*)) OVER (ORDER BY problem) - 1) // {part_traces} AS chunk
