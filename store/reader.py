@@ -86,8 +86,8 @@ class TraceStore:
     ) -> dict[str, list[Trace]]:
         """Returns the usable traces of each problem, [] for a problem without one.
 
-        In order of teacher, sample_index, trace_id. `teachers`: None for all. Without `tokens` the traces have
-        empty `token_ids` and `logprobs`, and are read in a third of the time.
+        In order of teacher, sample_index, trace_id. `teachers`: None for all. Without `tokens` the traces
+        have empty `token_ids` and `logprobs`, and are read in a third of the time.
         Raises StoreDamagedError for a part that was damaged after its indexing.
         """
         return self._of_problems(_USABLE, problem_ids, teachers, tokens=tokens)

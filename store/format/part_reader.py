@@ -19,7 +19,7 @@ from store.format.parts import damage_named, open_part
 from store.format.schema import TRACE_SCHEMA
 from store.records import Trace
 
-OPEN_PARTS = 128
+OPEN_PARTS = 512
 """Files kept open for reading, each with its footer in memory."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -47,12 +47,20 @@ class PartReader:
 
     def table(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pa.Table:
         """Returns columns of index rows, in order of part, row group and row; reads no row group twice."""
-        schema = pa.schema([TRACE_SCHEMA.field(name) for name in columns])
+        names = list(columns)
+        schema = pa.schema([TRACE_SCHEMA.field(name) for name in names])
         pieces = [schema.empty_table()]
         for (part, group), members in groupby(sorted(rows, key=_place), key=lambda row: _place(row)[:2]):
             with damage_named(self._parts / part):
-                piece = self._file(part).read_row_group(group, columns=list(columns), use_threads=False)
-                pieces.append(piece.select(list(columns)).cast(schema).take([row["row"] for row in members]))
+                piece = self._file(part).read_row_group(group, columns=names, use_threads=False).select(names)
+                if piece.schema != schema:
+                    raise ValueError("its columns are not those of a trace")
+                inside = [row["row"] for row in members]
+                first, count = inside[0], len(inside)
+                if inside[-1] - first == count - 1:  # neighbours: no copy
+                    pieces.append(piece.slice(first, count))
+                else:
+                    pieces.append(piece.take(inside))
         return pa.concat_tables(pieces)
 
     def _file(self, part: str) -> pq.ParquetFile:
