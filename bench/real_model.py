@@ -33,7 +33,7 @@ from store.reports.report import store_report
 from store.terminal.tables import plain_table
 from trainer.config import Config
 from trainer.method.groups import Group, Rewarder
-from trainer.method.guidance import score_candidates
+from trainer.method.guidance import answer_scores, bare_answer
 from trainer.method.rollouts import demanded_form
 from trainer.method.teacher_traces import Candidate
 from trainer.reports.inspection import evaluation_rows, group_queries, query_rows, summarize_queries
@@ -115,10 +115,13 @@ def read_traces(config: Config, model: str) -> list[Reading]:
             for prompt, candidates in guide.traces.all_candidates(prompts)
             for candidate in candidates
         ]
-        answers = score_candidates(
+        gold = [guide.traces.encode(bare_answer(group.prompt.problem.answer)) for group, _ in pairs]
+        answers = answer_scores(
             policy,
-            guide.traces,
-            pairs,
+            [
+                ((*group.prompt.ids, *candidate.reasoning_ids, *ids), len(ids))
+                for (group, candidate), ids in zip(pairs, gold, strict=True)
+            ],
             score=config.guidance.score,
             max_tokens=config.train.max_tokens_per_microbatch,
         )

@@ -111,14 +111,14 @@ def guide_of(store: Any, rewarder: Rewarder, *, max_length: int = 200, **changes
         Policy(tiny_model(), tiny_tokenizer(), dtype=torch.float32),
     )
     traces = TraceReader(
-        store,
-        policy,
-        rewarder.answer_form,
+        store=store,
+        student=policy,
+        form=rewarder.answer_form,
         teachers=config.teachers,
         max_length=max_length,
         own_ids=config.reads_teacher_logprobs,
     )
-    return Guide(config, traces, policy, rewarder, max_tokens_per_microbatch=120, seed=0)
+    return Guide(config, traces, policy, rewarder, max_tokens=120, seed=0)
 
 
 def test_only_groups_in_which_all_failed_are_queried(store: TraceStore, rewarder: Rewarder) -> None:
@@ -213,7 +213,7 @@ def test_nothing_is_scored_where_every_candidate_is_placed_or_none(
         ("bob", None, 1, True),
     ]
     assert [len(each.guidance) for each in guided] == [3, 1]
-    guide._is_triggered = lambda n_correct, size: True
+    guide.config = GuidanceConfig(k=3, trigger="always")
     _, rows = guide.guide([group(PROBLEMS[0], (True,) * 4)], step=1)
     assert {row.selected for row in rows} == {False}
     assert not passes
@@ -354,7 +354,7 @@ def test_a_trigger_of_the_users_own(store: TraceStore, rewarder: Rewarder) -> No
 @pytest.mark.parametrize("key", ["trigger", "select"])
 def test_an_unknown_name_is_refused_with_the_known_ones(rewarder: Rewarder, key: str) -> None:
     with pytest.raises(ConfigError, match=rf"guidance\.{key} = 'typo': give one of .*, or module:function"):
-        guide_of(None, rewarder, **{key: "typo"})
+        guide_of(None, rewarder, **{key: "typo"}).guide([group(PROBLEMS[0])], step=1)
 
 
 @pytest.mark.parametrize(

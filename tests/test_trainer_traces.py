@@ -22,7 +22,7 @@ def trace_of(text: str, answer: str = "2") -> Trace:
 
 def candidate(policy: Policy, form: AnswerForm = "boxed", *, opens_think: bool = False) -> Candidate:
     store: Any = None
-    reader = TraceReader(store, policy, form, max_length=100)
+    reader = TraceReader(store=store, student=policy, form=form, max_length=100)
     return reader.candidate(trace_of("so \\boxed{2}"), opens_think=opens_think)
 
 

@@ -18,7 +18,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from random import Random
 
 import torch
@@ -75,8 +74,8 @@ SCORES = {"mean_logprob": comprehension_scores, "mean_prob": mean_probability_sc
 def answer_scores(
     policy: Policy, sequences: Sequence[tuple[Sequence[int], int]], *, score: str, max_tokens: int
 ) -> list[float]:
-    """Returns the score of each (ids, number of answer ids at their end), in few forward passes: by length,
-    at most `max_tokens` a pass."""
+    """Returns the score of each (ids, number of answer ids at their end), in few forward passes of at most
+    `max_tokens`."""
     scores = [0.0] * len(sequences)
     for indices in fill([len(ids) for ids, _ in sequences], max_tokens):
         rows, answers = zip(*(sequences[index] for index in indices), strict=True)
@@ -87,34 +86,58 @@ def answer_scores(
     return scores
 
 
-def score_candidates(
-    policy: Policy,
-    traces: TraceReader,
-    pairs: Sequence[tuple[Group, Candidate]],
-    *,
-    score: str,
-    max_tokens: int,
-) -> list[float]:
-    """Returns s of each candidate for its group; `score` is a name in SCORES.
+class Scorer:
+    """Comprehension scores, computed when a selector first calls it: then for all groups of the step with
+    more candidates than they can use, in few forward passes."""
 
-    Raises:
-        FloatingPointError: a score is not finite.
-        ValueError: a gold answer has no tokens.
-    """
-    sequences = []
-    for group, candidate in pairs:
-        answer_ids = traces.encode(bare_answer(group.prompt.problem.answer))
-        if not answer_ids:
-            raise ValueError("the gold answer has no tokens")
-        sequences.append(((*group.prompt.ids, *candidate.reasoning_ids, *answer_ids), len(answer_ids)))
-    scores = answer_scores(policy, sequences, score=score, max_tokens=max_tokens)
-    for value, (group, candidate) in zip(scores, pairs, strict=True):
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"comprehension score of trace {candidate.trace.trace_id} ({candidate.trace.teacher}) "
-                f"for problem {group.problem_id} is {value}"
+    def __init__(
+        self, guide: Guide, groups: Sequence[Group], candidates: Mapping[str, Sequence[Candidate]]
+    ) -> None:
+        self._guide = guide
+        self._groups = {group.problem_id: group for group in groups}
+        self._candidates = candidates
+        self.known: dict[str, float] = {}
+        """trace_id -> s, of the candidates scored so far."""
+
+    def is_needed(self, candidates: Sequence[Candidate]) -> bool:
+        """Returns False where all of a group's candidates, or none, will be used."""
+        if not candidates:
+            return False
+        group = self._groups[candidates[0].trace.problem_id]
+        return 0 < guidance_size(group, len(candidates), self._guide.config.k) < len(candidates)
+
+    def __call__(self, candidates: Sequence[Candidate]) -> list[float]:
+        """Returns s of each of a group's candidates.
+
+        Raises:
+            FloatingPointError: a score is not finite.
+        """
+        if any(candidate.trace.trace_id not in self.known for candidate in candidates):
+            needed = [c for found in self._candidates.values() if self.is_needed(found) for c in found]
+            missing = {
+                c.trace.trace_id: c for c in [*needed, *candidates] if c.trace.trace_id not in self.known
+            }
+            scores = answer_scores(
+                self._guide.policy,
+                [self._sequence(candidate) for candidate in missing.values()],
+                score=self._guide.config.score,
+                max_tokens=self._guide.max_tokens,
             )
-    return scores
+            for (trace_id, candidate), score in zip(missing.items(), scores, strict=True):
+                if not math.isfinite(score):
+                    raise FloatingPointError(
+                        f"comprehension score of trace {trace_id} ({candidate.trace.teacher}) for problem "
+                        f"{candidate.trace.problem_id} is {score}"
+                    )
+                self.known[trace_id] = score
+        return [self.known[candidate.trace.trace_id] for candidate in candidates]
+
+    def _sequence(self, candidate: Candidate) -> tuple[tuple[int, ...], int]:
+        """Returns ids of prompt, z_c and gold answer, and the number of the answer's."""
+        prompt, traces = self._groups[candidate.trace.problem_id].prompt, self._guide.traces
+        assert traces is not None, "there are candidates only where there is a store"
+        answer_ids = traces.encode(bare_answer(prompt.problem.answer))
+        return (*prompt.ids, *candidate.reasoning_ids, *answer_ids), len(answer_ids)
 
 
 def bare_answer(gold: str) -> str:
@@ -128,44 +151,6 @@ def guidance_size(group: Group, n_candidates: int, k: int) -> int:
     """Returns min(k0, |C(q)|, G - 1), and never more than the group's failed samples."""
     size = len(group.samples)
     return min(k, n_candidates, size - 1, size - group.n_correct)
-
-
-class Scorer:
-    """Comprehension scores, computed when a selector first asks: then for all groups of the step that have
-    more candidates than they can use, in few forward passes."""
-
-    def __init__(
-        self,
-        score: Callable[[Sequence[tuple[Group, Candidate]]], list[float]],
-        groups: Sequence[Group],
-        candidates: Mapping[str, Sequence[Candidate]],
-        *,
-        k: int,
-    ) -> None:
-        self._score = score
-        self._groups = {group.problem_id: group for group in groups}
-        self._candidates = candidates
-        self._k = k
-        self.known: dict[str, float] = {}
-        """trace_id -> s, of the candidates scored so far."""
-
-    def is_needed(self, candidates: Sequence[Candidate]) -> bool:
-        """Returns False where all of a group's candidates, or none, will be used."""
-        if not candidates:
-            return False
-        group = self._groups[candidates[0].trace.problem_id]
-        return 0 < guidance_size(group, len(candidates), self._k) < len(candidates)
-
-    def __call__(self, candidates: Sequence[Candidate]) -> list[float]:
-        """Returns s of each of a group's candidates."""
-        if any(candidate.trace.trace_id not in self.known for candidate in candidates):
-            needed = [c for found in self._candidates.values() if self.is_needed(found) for c in found]
-            missing = {
-                c.trace.trace_id: c for c in [*needed, *candidates] if c.trace.trace_id not in self.known
-            }
-            scores = self._score([(self._groups[c.trace.problem_id], c) for c in missing.values()])
-            self.known |= dict(zip(missing, scores, strict=True))
-        return [self.known[candidate.trace.trace_id] for candidate in candidates]
 
 
 Selector = Callable[[Group, Sequence[Candidate], Scorer, Random], list[Candidate]]
@@ -219,28 +204,18 @@ class QueryRow:
     """Time of the one store query of this step."""
 
 
+@dataclass(slots=True, eq=False)
 class Guide:
     """Queries, selects and replaces."""
 
-    def __init__(
-        self,
-        config: GuidanceConfig,
-        traces: TraceReader | None,
-        policy: Policy,
-        rewarder: Rewarder,
-        *,
-        max_tokens_per_microbatch: int,
-        seed: int,
-    ) -> None:
-        """`traces`: None where the trigger never queries."""
-        self.config = config
-        self.traces = traces
-        self.policy = policy
-        self.rewarder = rewarder
-        self.max_tokens = max_tokens_per_microbatch
-        self.seed = seed
-        self._is_triggered = lookup(TRIGGERS, config.trigger, key="guidance.trigger")
-        self._select = lookup(SELECTORS, config.select, key="guidance.select")
+    config: GuidanceConfig
+    traces: TraceReader | None
+    """None where the trigger never queries."""
+    policy: Policy
+    rewarder: Rewarder
+    max_tokens: int
+    """Tokens of one forward pass that scores."""
+    seed: int
 
     def guide(
         self, groups: Sequence[Group], *, step: int, timer: StepTimer | None = None
@@ -250,7 +225,9 @@ class Guide:
         `timer` gets `query` (the store, and traces into the student's tokens), `score` and `place`.
         """
         timer = timer or StepTimer()
-        queried = [g for g in groups if self._is_triggered(g.n_correct, len(g.samples))]
+        is_triggered = lookup(TRIGGERS, self.config.trigger, key="guidance.trigger")
+        select = lookup(SELECTORS, self.config.select, key="guidance.select")
+        queried = [group for group in groups if is_triggered(group.n_correct, len(group.samples))]
         if not queried or self.traces is None:
             return list(groups), []
         with timer("query"):
@@ -262,26 +239,30 @@ class Guide:
                 for group in queried
             }
         with timer("score"):
-            score = partial(
-                score_candidates,
-                self.policy,
-                self.traces,
-                score=self.config.score,
-                max_tokens=self.max_tokens,
-            )
-            scorer = Scorer(score, queried, candidates, k=self.config.k)
+            scorer = Scorer(self, queried, candidates)
             ranked = {}
             for group in queried:
                 rng = Random(seed_of(self.seed, "select", step, group.problem_id))
-                ranked[group.problem_id] = self._select(group, candidates[group.problem_id], scorer, rng)
+                ranked[group.problem_id] = select(group, candidates[group.problem_id], scorer, rng)
         with timer("place"):
             guided = self._replace_samples(queried, ranked, step)
         rows = []
         for group in queried:
-            empty = QueryRow(step=step, problem_id=group.problem_id, latency_ms=latency_ms)
+            left_out = [c for c in candidates[group.problem_id] if c not in ranked[group.problem_id]]
             used = {trace.trace_id for trace in guided[group.problem_id].guidance.values()}
-            best_first = ranked[group.problem_id]
-            rows += _query_rows(empty, best_first, candidates[group.problem_id], used, scorer.known)
+            empty = QueryRow(step=step, problem_id=group.problem_id, latency_ms=latency_ms)
+            rows += [
+                replace(
+                    empty,
+                    trace_id=candidate.trace.trace_id,
+                    teacher=candidate.trace.teacher,
+                    score=scorer.known.get(candidate.trace.trace_id),
+                    n_tokens=len(candidate.token_ids),
+                    rank=rank if candidate not in left_out else None,
+                    selected=candidate.trace.trace_id in used,
+                )
+                for rank, candidate in enumerate([*ranked[group.problem_id], *left_out], start=1)
+            ] or [empty]
         return [guided.get(group.problem_id, group) for group in groups], rows
 
     def _replace_samples(
@@ -303,26 +284,3 @@ class Guide:
             indices = sorted(rng.sample(failed, len(traces)))
             guided[group.problem_id] = replace(group, guidance=dict(zip(indices, traces, strict=True)))
         return guided
-
-
-def _query_rows(
-    empty: QueryRow,
-    best_first: Sequence[Candidate],
-    candidates: Sequence[Candidate],
-    used: set[str | None],
-    scores: Mapping[str, float],
-) -> list[QueryRow]:
-    ranks = {candidate.trace.trace_id: rank for rank, candidate in enumerate(best_first, start=1)}
-    left_out = [candidate for candidate in candidates if candidate.trace.trace_id not in ranks]
-    return [
-        replace(
-            empty,
-            trace_id=candidate.trace.trace_id,
-            teacher=candidate.trace.teacher,
-            score=scores.get(candidate.trace.trace_id),
-            n_tokens=len(candidate.token_ids),
-            rank=ranks.get(candidate.trace.trace_id),
-            selected=candidate.trace.trace_id in used,
-        )
-        for candidate in [*best_first, *left_out]
-    ] or [empty]

@@ -93,15 +93,8 @@ MicroLoss = Callable[[LossInputs, StepCounts], tuple[Tensor, Sums]]
 def clipped_surrogate(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, eps_low: float, eps_high: float
 ) -> Tensor:
-    """Returns min(rho * A, clip(rho, 1 - eps_low, 1 + eps_high) * A), to maximise.
-
-    Args:
-        logprobs, old_logprobs: [B, T], of the current and of the sampling policy.
-        advantages: [B, 1].
-
-    Returns:
-        [B, T].
-    """
+    """Returns [B, T] min(rho * A, clip(rho, 1 - eps_low, 1 + eps_high) * A), to maximise, of the current and
+    the sampling policy's logprobs [B, T] and of advantages [B, 1]."""
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1.0 - eps_low, 1.0 + eps_high)
     return torch.minimum(ratio * advantages, clipped * advantages)
@@ -142,18 +135,10 @@ OBJECTIVES: dict[str, Callable[[LossInputs, TrainConfig], Terms]] = {"clip": cli
 def shaped_guidance(
     logprobs: Tensor, advantages: Tensor, *, gamma: float, teacher_logprobs: Tensor | None = None
 ) -> Tensor:
-    """Returns f(x) * A with f(x) = x / (x + gamma), to maximise.
+    """Returns [B, T] f(x) * A, to maximise, of the current policy's logprobs [B, T] and of advantages [B, 1].
 
     f lifts tokens that the student finds unlikely: their plain gradient would vanish with their probability.
-
-    Args:
-        logprobs: [B, T], of the current policy on the teacher's tokens.
-        advantages: [B, 1].
-        gamma: above 0.
-        teacher_logprobs: [B, T]; given, x = pi_theta / pi_teacher (equation 7), else x = pi_theta.
-
-    Returns:
-        [B, T].
+    With `teacher_logprobs` [B, T], x = pi_theta / pi_teacher (equation 7), else x = pi_theta.
     """
     log_x = logprobs if teacher_logprobs is None else logprobs - teacher_logprobs
     # x / (x + gamma) = 1 / (1 + gamma / x): the sigmoid form neither over- nor underflows.
@@ -167,19 +152,12 @@ def shaped(inputs: LossInputs, guidance: GuidanceConfig) -> Terms:
 
 def shaped_ratio(inputs: LossInputs, guidance: GuidanceConfig) -> Terms:
     """x = pi_theta / pi_teacher: the paper's equation 7."""
-    terms = shaped_guidance(
-        inputs.logprobs,
-        inputs.advantages,
-        gamma=guidance.gamma,
-        teacher_logprobs=inputs.teacher_logprobs,
-    )
-    return terms, {}
+    logprobs, teacher = inputs.logprobs, inputs.teacher_logprobs
+    return shaped_guidance(logprobs, inputs.advantages, gamma=guidance.gamma, teacher_logprobs=teacher), {}
 
 
-GUIDED_LOSSES: dict[str, Callable[[LossInputs, GuidanceConfig], Terms]] = {
-    "shaped": shaped,
-    "shaped_ratio": shaped_ratio,
-}
+GuidedLoss = Callable[[LossInputs, GuidanceConfig], Terms]
+GUIDED_LOSSES: dict[str, GuidedLoss] = {"shaped": shaped, "shaped_ratio": shaped_ratio}
 """`guidance.loss`: terms of the guided tokens, those of teacher traces."""
 
 
@@ -209,12 +187,8 @@ def grpo(lengths: Tensor, is_teacher: Tensor, counts: StepCounts) -> Tensor:
     return 1.0 / (counts.sequences * lengths)
 
 
-REDUCTIONS: dict[str, Callable[[Tensor, Tensor, StepCounts], Tensor]] = {
-    "ampo": ampo,
-    "dr_grpo": dr_grpo,
-    "dapo": dapo,
-    "grpo": grpo,
-}
+Reduction = Callable[[Tensor, Tensor, StepCounts], Tensor]
+REDUCTIONS: dict[str, Reduction] = {"ampo": ampo, "dr_grpo": dr_grpo, "dapo": dapo, "grpo": grpo}
 """`train.loss_type`: (lengths [B], is_teacher [B], counts) -> [B], the weight of every token of a
 sequence."""
 

@@ -64,34 +64,20 @@ class StudentTokens(Protocol):
     """The id that ends a trace."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TraceReader:
     """Reads traces from the store as candidates; nothing is cut."""
 
-    def __init__(
-        self,
-        store: CandidateStore,
-        student: StudentTokens,
-        form: AnswerForm,
-        *,
-        teachers: Sequence[str] = (),
-        max_length: int,
-        own_ids: bool = False,
-    ) -> None:
-        """
-        Args:
-            form: form in which the student must answer.
-            teachers: teachers whose traces are read; empty: all.
-            max_length: most student tokens of a candidate; half a solution is no solution, so a longer trace
-                is left out.
-            own_ids: keep the teacher's own tokens and log-probabilities; StoreError where the tokens are not
-                the student's.
-        """
-        self.store = store
-        self.student = student
-        self.form = form
-        self.teachers = teachers
-        self.max_length = max_length
-        self.own_ids = own_ids
+    store: CandidateStore
+    student: StudentTokens
+    form: AnswerForm
+    """Form in which the student must answer."""
+    teachers: Sequence[str] = ()
+    """Teachers whose traces are read; empty: all."""
+    max_length: int
+    """Most student tokens of a candidate; half a solution is no solution, so a longer trace is left out."""
+    own_ids: bool = False
+    """Keeps the teacher's own tokens and log-probs; StoreError where the tokens are not the student's."""
 
     def query(self, prompts: Sequence[Prompt]) -> Mapping[str, Sequence[Trace]]:
         """Returns problem_id -> its verified traces, by one query of the store."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,27 +35,17 @@ class NonFiniteError(FloatingPointError):
         """The micro-batch with the loss; the whole optimizer step where only the gradient is non-finite."""
 
 
+@dataclass(slots=True, eq=False)
 class Updater:
     """Turns groups into optimizer steps."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        optimizer: torch.optim.Optimizer,
-        train: TrainConfig,
-        loss: MicroLoss,
-        *,
-        max_completion_length: int,
-        reference: Reference | None = None,
-        world: World = ALONE,
-    ) -> None:
-        self.policy = policy
-        self.optimizer = optimizer
-        self.train = train
-        self.loss = loss
-        self.max_completion_length = max_completion_length
-        self.reference = reference
-        self.world = world
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    train: TrainConfig
+    loss: MicroLoss
+    max_completion_length: int
+    reference: Reference | None = None
+    world: World = ALONE
 
     def update(self, groups: Sequence[Group], advantages: Tensor) -> dict[str, float]:
         """Takes one optimizer step for each mini-batch of `mini_batch_problems` groups; returns the metrics.
@@ -79,17 +69,11 @@ class Updater:
         as the rank with the most has. Empty where no sequence carries one."""
         regularised = bool(self.train.entropy_coef or self.reference)
         trained = [s for s in sequences if s.advantage != 0 or (regularised and not s.is_teacher)]
-        shares = [
-            [trained[i] for i in share]
-            for share in split_over_ranks([s.length for s in trained], self.world.size)
-        ]
-        cuts = [
-            [
-                [share[i] for i in part]
-                for part in fill([s.length for s in share], self.train.max_tokens_per_microbatch)
-            ]
-            for share in shares
-        ]
+        cuts = []
+        for indices in split_over_ranks([s.length for s in trained], self.world.size):
+            share = [trained[i] for i in indices]
+            parts = fill([s.length for s in share], self.train.max_tokens_per_microbatch)
+            cuts.append([[share[i] for i in part] for part in parts])
         own = cuts[self.world.rank]
         return own + [[IDLE]] * (max(map(len, cuts)) - len(own))
 
@@ -107,50 +91,39 @@ class Updater:
         counts = count(sequences, self.max_completion_length)
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.model.train()
-        loss, sums = self._gradient(micro_batches or self.micro_batches(sequences), counts)
-        norm = self._clip()
+        loss, means = self._gradient(micro_batches or self.micro_batches(sequences), counts)
+        weights = [weight for weight in self.policy.model.parameters() if weight.requires_grad]
+        norm = full_tensor(torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None]))
+        torch.nn.utils.clip_grads_with_norm_(weights, self.train.max_grad_norm, norm)
         if not torch.isfinite(norm):
             raise NonFiniteError(f"gradient norm {float(norm)} at a loss of {loss:.4g}", sequences)
         self.optimizer.step()
         # Freed now, since sampling needs no gradients.
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.model.eval()
-        return {"loss": loss, "grad_norm": float(norm)} | sums
+        return {"loss": loss, "grad_norm": float(norm)} | means
 
     def _gradient(
         self, micro_batches: Sequence[Sequence[TrainSequence]], counts: StepCounts
     ) -> tuple[float, dict[str, float]]:
-        """Leaves the gradient in the weights; returns the loss and the means of its metrics, over all
-        ranks."""
-        found: list[tuple[float, Sums]] = []
-        failed: list[tuple[float, Sequence[TrainSequence]]] = []
-        tokens = 0
+        """Leaves the gradient in the weights; returns the loss and its metrics' means, over all ranks."""
+        found: list[tuple[float, Sums, int, Sequence[TrainSequence] | None]] = []
         for sequences in micro_batches:
             loss, sums = self.loss(self._inputs(sequences), counts)
             loss.backward()  # type: ignore[no-untyped-call]
-            found.append((float(loss.detach()), sums))
-            tokens += sum(len(sequence.response_ids) for sequence in sequences)
-            if not math.isfinite(found[-1][0]):
-                failed.append((found[-1][0], sequences))
-        shares = self.world.gather((found, failed, tokens))
-        for value, sequences in (each for _, others, _ in shares for each in others):
-            raise NonFiniteError(f"loss {value} of a micro-batch", sequences)
-        parts = [part for mine, _, _ in shares for part in mine]
-        names = dict.fromkeys(name for _, sums in parts for name in sums)
-        totals = {name: [sums[name] for _, sums in parts if name in sums] for name in names}
-        means = {
-            name: sum(value for value, _ in each) / count
-            for name, each in totals.items()
-            if (count := sum(n for _, n in each))
-        }
-        return sum(value for value, _ in parts), means | {"train_tokens": sum(n for _, _, n in shares)}
-
-    def _clip(self) -> Tensor:
-        """Scales the gradient down to max_grad_norm; returns the norm before, over all ranks."""
-        parameters = [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad]
-        norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        torch.nn.utils.clip_grads_with_norm_(parameters, self.train.max_grad_norm, norm)
-        return norm
+            value, tokens = float(loss.detach()), sum(len(s.response_ids) for s in sequences)
+            found.append((value, sums, tokens, None if math.isfinite(value) else sequences))
+        parts = [part for share in self.world.gather(found) for part in share]
+        totals: dict[str, tuple[float, int]] = {}
+        for value, sums, _, failed in parts:
+            if failed is not None:
+                raise NonFiniteError(f"loss {value} of a micro-batch", failed)
+            for name, (total, n) in sums.items():
+                before = totals.get(name, (0.0, 0))
+                totals[name] = before[0] + total, before[1] + n
+        means = {name: total / n for name, (total, n) in totals.items() if n}
+        tokens = sum(tokens for _, _, tokens, _ in parts)
+        return sum(value for value, *_ in parts), means | {"train_tokens": tokens}
 
     def _inputs(self, sequences: Sequence[TrainSequence]) -> LossInputs:
         batch = train_batch(sequences, pad_id=self.policy.pad_id, device=self.policy.device)
@@ -238,9 +211,6 @@ def mean_metrics(steps: Iterable[dict[str, float]]) -> dict[str, float]:
     """Returns the mean over the optimizer steps that have the metric; `train_tokens` is their sum."""
     rows = list(steps)
     names = dict.fromkeys(name for row in rows for name in row)
-    means = {name: _mean([row[name] for row in rows if name in row]) for name in names}
-    return means | {"train_tokens": sum(row["train_tokens"] for row in rows), "optimizer_steps": len(rows)}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    found = {name: [row[name] for row in rows if name in row] for name in names}
+    means = {name: sum(values) / len(values) for name, values in found.items()}
+    return means | {"train_tokens": sum(found.get("train_tokens", [])), "optimizer_steps": len(rows)}

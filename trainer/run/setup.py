@@ -233,9 +233,9 @@ def trace_reader(
 ) -> TraceReader:
     """Returns the reader of the store's traces; `own_ids`: in the teachers' own tokens."""
     return TraceReader(
-        store,
-        student,
-        form,
+        store=store,
+        student=student,
+        form=form,
         teachers=config.guidance.teachers,
         max_length=config.rollout.max_completion_length,
         own_ids=own_ids,
@@ -250,7 +250,7 @@ def make_guide(config: Config, store: TraceStore | None, policy: Policy, rewarde
         None if store is None else trace_reader(config, store, policy, rewarder.answer_form, own_ids=own_ids),
         policy,
         rewarder,
-        max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
+        max_tokens=config.train.max_tokens_per_microbatch,
         seed=config.train.seed,
     )
 
