@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
-from precompute.config import load_config
+from precompute.config_file import load_config
 from trainer.config import Config
 from trainer.run.run_dir import Position, RunFiles
 from trainer.run.setup import assemble
