@@ -123,17 +123,6 @@ def test_samples_depend_on_no_other_problem_and_on_no_batch(
     assert texts_of(fewer) == [texts_of(whole)[0][:2]]
 
 
-def test_lengths_and_cuts_are_those_of_the_samples(rewarder: Rewarder, prompts: list[Prompt]) -> None:
-    found = evaluate(random_engine(), rewarder, prompts, SAMPLING, samples=16, k=(1,), seed=0)
-    lengths = [sample.n_tokens for sample in found.samples]
-    assert len(lengths) == 48
-    assert found.overall.mean_length == pytest.approx(sum(lengths) / 48)
-    cut = [sample for sample in found.samples if sample.finish_reason == "length"]
-    assert all(sample.n_tokens == 24 for sample in cut)
-    assert found.overall.cut_share == pytest.approx(len(cut) / 48)
-    assert 0 < found.overall.cut_share < 1
-
-
 class Reciting:
     """An engine with a fixed answer for each sample of each problem."""
 
@@ -177,22 +166,6 @@ def test_an_evaluation_by_hand(rewarder: Rewarder, prompts: list[Prompt]) -> Non
             "eval/cut_share": 1 / 12,
         }
     )
-
-
-def test_progress_counts_every_sample_up_to_the_whole(rewarder: Rewarder, prompts: list[Prompt]) -> None:
-    seen: list[tuple[int, int]] = []
-    engine = Reciting(["no"] * 2, ["no"] * 2, ["no"] * 2)
-    evaluate(
-        engine,
-        rewarder,
-        prompts,
-        SAMPLING,
-        samples=2,
-        k=(1,),
-        seed=0,
-        on_sample=lambda done, total: seen.append((done, total)),
-    )
-    assert seen == [(done, 6) for done in range(1, 7)]  # 3 problems x 2 samples
 
 
 def test_intervals_by_hand() -> None:

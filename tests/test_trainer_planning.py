@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from cli import app
 from precompute.config_file import load_config
-from store.errors import ConfigError, EngineError, StoreError, UserError
+from store.errors import ConfigError, StoreError, UserError
 from store.records import Problem
 from trainer.config import Config, StudentConfig, TrainConfig
 from trainer.planning import (
@@ -122,26 +122,15 @@ def test_parameters_are_counted_exactly(tmp_path: Path, tied: bool) -> None:
     assert (found.layers, found.hidden, found.kv_width) == (3, 64, 32)  # 2 heads of 64 / 4 = 16
 
 
-def test_a_missing_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=str(tmp_path / "none")):
-        shape_at(tmp_path / "none")
-
-
 def test_memory_that_depends_on_the_parameters_alone() -> None:
     plan = planned(HALF_A_BILLION)
     # float32 weights and gradients: 4 bytes each. AdamW: two float32 values per weight.
     assert plan["always"] == {"weights": 2_000_000_000, "optimizer": 4_000_000_000}
     assert plan["update"]["gradients"] == 2_000_000_000
     assert planned(HALF_A_BILLION, train__beta=0.1)["always"]["reference"] == 2_000_000_000
-
-
-@pytest.mark.parametrize(
-    ("optim", "saved"),
-    # 500 M weights: 8 bytes each for AdamW, 2 in 8 bits, none that has to stay where pages can move.
-    [("adamw_8bit", 3_000_000_000), ("paged_adamw_8bit", 4_000_000_000)],
-)
-def test_smaller_optimizer_state_lowers_the_peak(optim: str, saved: int) -> None:
-    assert peak(planned(HALF_A_BILLION)) - peak(planned(HALF_A_BILLION, train__optim=optim)) == saved
+    # In 8 bits 2 bytes per weight; none that has to stay where pages can move.
+    assert planned(HALF_A_BILLION, train__optim="adamw_8bit")["always"]["optimizer"] == 1_000_000_000
+    assert planned(HALF_A_BILLION, train__optim="paged_adamw_8bit")["always"]["optimizer"] == 0
 
 
 def test_adapters_and_four_bits() -> None:
@@ -201,17 +190,17 @@ def test_vllm_takes_its_share_of_the_card_and_servers_nothing() -> None:
 
 @pytest.mark.parametrize(
     "student",
-    [{}, {"gradient_checkpointing": True, "dtype": "bfloat16"}, {"use_peft": True, "dtype": "bfloat16"}],
+    [{}, {"use_peft": True, "gradient_checkpointing": True, "dtype": "bfloat16"}],
     ids=lambda student: "+".join(student) or "plain",
 )
 def test_the_plan_is_what_a_step_allocates(student: dict[str, Any], tmp_path: Path) -> None:
     tiny_model(
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=8,
-        num_attention_heads=8,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=4000,
+        vocab_size=2000,
         max_position_embeddings=1024,
         initializer_range=0.02,
     ).save_pretrained(tmp_path)
