@@ -22,8 +22,8 @@ from trainer.parallel.fsdp import full_tensor, gathered_weights, initial_device,
 from trainer.parallel.world import World, torchrun_world
 from trainer.sampling.weight_sync import WeightFolder
 from trainer.student.batches import TrainSequence, train_batch
-from trainer.student.load import load_policy
-from trainer.student.policy import Policy, WithoutAdapters
+from trainer.student.load import WithoutAdapters, load_policy
+from trainer.student.policy import Policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

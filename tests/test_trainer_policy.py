@@ -12,8 +12,9 @@ from conftest import tiny_model, tiny_tokenizer, token_logprobs
 from store.errors import EngineError, RunError
 from trainer.config import StudentConfig
 from trainer.student.batches import pad
+from trainer.student.head import log_softmax_and_entropy
 from trainer.student.load import load_policy
-from trainer.student.policy import Policy, log_softmax_and_entropy
+from trainer.student.policy import Policy
 
 ROWS = [(2, 10, 11, 12, 13, 1), (2, 20, 21, 1)]
 CPU = torch.device("cpu")

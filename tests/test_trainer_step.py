@@ -20,9 +20,9 @@ from trainer.method.groups import Group, Sample
 from trainer.method.loss import REDUCTIONS
 from trainer.method.update import NonFiniteError, Updater, mean_metrics, member_advantages, sequences_of
 from trainer.student.batches import TrainSequence, train_batch
-from trainer.student.load import load_policy
+from trainer.student.load import WithoutAdapters, load_policy
 from trainer.student.optimizer import make_optimizer
-from trainer.student.policy import Policy, WithoutAdapters
+from trainer.student.policy import Policy
 
 PROBLEM = Problem(question="2+2", answer="4")
 

@@ -68,7 +68,7 @@ def tracked(world: Path, model_dir: Path) -> Path:
             command, env=environment, cwd=world, capture_output=True, text=True, timeout=240, check=False
         )
         assert done.returncode == status, done.stderr
-    assert "going on after step 2" in done.stdout
+    assert "resuming after step 2" in done.stdout
     return world / "runs" / "run"
 
 

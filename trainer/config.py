@@ -31,8 +31,8 @@ class StudentConfig(Section):
     """A directory or a hub name."""
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the forward pass computes in; auto: bfloat16 on CUDA, float32 elsewhere. Weights that train are
-    kept in float32, for steps of 1e-6 vanish in bfloat16; frozen ones (use_peft) in this type."""
+    """Type that the forward pass computes in; auto: bfloat16 on CUDA, float32 elsewhere. Weights that train
+    are float32, since steps of 1e-6 vanish in bfloat16; frozen ones (use_peft) have this type."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     use_peft: bool = False
     """Trains LoRA adapters on all linear layers and keeps the model itself frozen."""
@@ -43,13 +43,13 @@ class StudentConfig(Section):
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward pass: about a third slower, far less memory."""
     system_prompt: str | None = BOXED_INSTRUCTION
-    """None: the problem's own system turn, where it brought one. An empty string: no system turn."""
+    """None: the problem's own system turn, if any. An empty string: no system turn."""
     chat_template: str | None = None
-    """A file with a Jinja chat template; checkpoints carry it. None: the tokenizer's own; a model that has
-    none gets plain text behind its BOS token."""
+    """A file with a Jinja chat template; checkpoints include it. None: the tokenizer's own; without one, the
+    prompt is plain text after the BOS token."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     answer_form: Literal["auto", "boxed", "answer_tags"] = "auto"
-    """How the student must mark its final answer; auto: read off the system prompt."""
+    """Form in which the student must mark its final answer; auto: read off the system prompt."""
 
     @model_validator(mode="after")
     def _frozen_weights_need_adapters(self) -> Self:
@@ -130,8 +130,8 @@ class RolloutConfig(Section):
         return self
 
     max_refills: Count = 0
-    """Rounds in which other problems stand in for groups that train nothing, all solved or all failed without
-    a trace, until the step is full (DAPO's dynamic sampling); 0: off."""
+    """Rounds in which other problems replace groups that train nothing (all solved, or all failed without a
+    trace) until the step is full (DAPO's dynamic sampling); 0: off."""
 
 
 class GuidanceConfig(Section):
@@ -145,11 +145,11 @@ class GuidanceConfig(Section):
     select: str = "comprehension"
     """comprehension, random or shortest."""
     k: Positive = 2
-    """k0: the most traces that enter a group."""
+    """k0: most traces that replace samples of a group."""
     score: Literal["mean_logprob", "mean_prob"] = "mean_logprob"
-    """mean_logprob: the paper's section 3.3. mean_prob: what the published code averages."""
+    """mean_logprob: the paper's section 3.3. mean_prob: as in the published code."""
     gamma: Annotated[float, Field(gt=0)] = 0.1
-    """f(x) = x / (x + gamma) shapes a teacher token's weight."""
+    """gamma in f(x) = x / (x + gamma), the weight of a teacher's token."""
     loss: str = "shaped"
     """Loss of a teacher's tokens. shaped: x = pi_theta (the published runs). shaped_ratio: x = pi_theta /
     pi_teacher (equation 7)."""
@@ -182,20 +182,20 @@ class TrainConfig(Section):
     """Reduction over tokens and sequences: ampo, dr_grpo, dapo, grpo, or module:function of your own."""
     scale_rewards: Literal["none", "group"] = "none"
     importance_sampling_level: Literal["token", "sequence"] = "token"
-    """What is clipped: each token's ratio, or a response's, the geometric mean of its tokens' (GSPO)."""
+    """Ratio that is clipped: each token's, or the geometric mean over a response (GSPO)."""
     eps_low: NotNegative = 0.2
     eps_high: NotNegative = 0.2
     """Above eps_low: clip-higher (DAPO)."""
     dual_clip: NotNegative = 0.0
-    """The largest ratio that counts where the advantage is negative, 3.0 say; 0: off."""
+    """Largest ratio that counts where the advantage is negative, e.g. 3.0; 0: off."""
     is_cap: NotNegative = 2.0
-    """The largest weight pi_trainer / pi_sampler of a token, for what its sampler computed otherwise;
+    """Largest weight pi_trainer / pi_sampler of a token, which corrects for another engine's arithmetic;
     0: no correction."""
     mask_truncated_completions: bool = False
-    """Samples cut at rollout.max_completion_length count for their group's mean and train nothing."""
+    """Samples cut at rollout.max_completion_length count in their group's mean and train nothing."""
     entropy_coef: NotNegative = 0.001
     beta: NotNegative = 0.0
-    """Weight of the KL to the student as it was before training; 0 keeps no reference model."""
+    """Weight of the KL to the student before training; 0 keeps no reference model."""
     optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     """adamw_8bit and paged_adamw_8bit are bitsandbytes', for one process. The paged one moves its state to
     host memory when the GPU is full."""
@@ -251,8 +251,8 @@ class EvalConfig(Section):
     top_p: Share = 1.0
     k: tuple[Positive, ...] = (1, 8)
     engine: Literal["auto", "vllm", "transformers", "openai"] = "auto"
-    """Of `ampo eval`; while training, what draws the rollouts draws evaluations too. auto: vllm where it is
-    installed and there is an accelerator."""
+    """Engine of `ampo eval`; during training the rollouts' engine samples evaluations, too. auto: vllm
+    where it is installed and an accelerator is available."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Keys of a [[teachers]] table for vllm and openai under `ampo eval`, e.g. {tensor_parallel_size = 2} or
     {base_urls = ["http://127.0.0.1:8000/v1"]}."""
@@ -277,7 +277,7 @@ class EvalConfig(Section):
 
 
 class RunConfig(Section):
-    """[run]: what is kept."""
+    """[run]: the run's directory, checkpoints and logs."""
 
     dir: str = "runs"
     name: str = "ampo"
@@ -289,7 +289,7 @@ class RunConfig(Section):
     """Steps between tables of sample completions; 0: never."""
     num_completions_to_print: Positive = 4
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Who is told the metrics beside metrics.jsonl; each needs `ampo[NAME]`."""
+    """Trackers that get the metrics beside metrics.jsonl; each needs `ampo[NAME]`."""
 
     @field_validator("name")
     @classmethod

@@ -1,4 +1,4 @@
-"""Where a step's time goes: one timer, and each second counted in one phase alone."""
+"""A timer of a step's phases: each second counts in exactly one of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 
 PHASES = ("sample", "verify", "query", "score", "place", "update", "sync")
-"""In the order of a step. `verify` is what sampling had to wait for verdicts, which mostly come beside it;
-`sync` is what the sampler takes to make room and to get the new weights."""
+"""In the order of a step. `verify` is the wait for verdicts after sampling, most of which arrive meanwhile;
+`sync` is the sampler's time to free memory and to get the new weights."""
 
 
 class StepTimer:
@@ -55,7 +55,7 @@ class StepTimer:
         return self._clock() - self._began
 
     def _charge(self) -> None:
-        """What passed since the last call belongs to the innermost open phase."""
+        """Adds the time since the last call to the innermost open phase."""
         self._settle()
         now = self._clock()
         if self._open:

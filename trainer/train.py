@@ -85,7 +85,7 @@ def train(
         )
         stack.enter_context(run.log_to_file())
         stop = stack.enter_context(stop_on_signals(prints=world.is_main))
-        begins = "from the start" if done == Position() else f"going on after {done}"
+        begins = "from the start" if done == Position() else f"resuming after {done}"
         reporter.started(run=run.root, begins=begins, after_step=done.step, max_steps=config.train.max_steps)
         done, saved = run_sft(parts, done, start_from, stop)
         return run_steps(parts, done, saved, stop)

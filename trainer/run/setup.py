@@ -33,9 +33,9 @@ from trainer.run.prompts import fitting_prompts, warn_of_prompts
 from trainer.run.run_dir import RunFiles
 from trainer.run.saved_model import check_model
 from trainer.sampling.samplers import Sampler, check_sampler, make_sampler, sampler_warnings
-from trainer.student.load import load_policy
+from trainer.student.load import WithoutAdapters, load_policy
 from trainer.student.optimizer import make_optimizer
-from trainer.student.policy import Policy, Reference, WithoutAdapters
+from trainer.student.policy import Policy, Reference
 from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.performance import PerformanceMeter, probe_memory
 from trainer.telemetry.trackers import Trackers

@@ -20,7 +20,8 @@ from precompute.problems.prompts import use_template
 from store.errors import EngineError, RunError
 from trainer.config import StudentConfig
 from trainer.student.batches import TokenBatch
-from trainer.student.policy import LOGITS_CHUNK_TOKENS, Policy, selective_log_softmax
+from trainer.student.head import selective_log_softmax
+from trainer.student.policy import LOGITS_CHUNK_TOKENS, Policy
 
 TEMPLATE_KEY = "student.chat_template"
 
@@ -202,3 +203,15 @@ def _check_head(policy: Policy) -> None:
             f"{type(policy.causal).__name__} is not supported: "
             f"its logits differ by {difference:.3g} from head(hidden states)"
         )
+
+
+class WithoutAdapters:
+    """The frozen model under a policy's adapters: a reference that takes no memory of its own."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def logprobs(self, batch: TokenBatch) -> Tensor:
+        """Returns the same as Policy.logprobs, of the frozen model."""
+        with self.policy.model.disable_adapter():
+            return self.policy.logprobs(batch)

@@ -18,7 +18,7 @@ from precompute.engines.checks import eos_ids
 from precompute.problems.prompts import turn_end
 from trainer.config import TrainConfig
 from trainer.student.batches import TokenBatch
-from trainer.student.head import head_logits
+from trainer.student.head import head_logits, log_softmax_and_entropy, selective_log_softmax
 
 LOGITS_CHUNK_TOKENS: int = TrainConfig().logits_chunk_tokens
 
@@ -141,32 +141,3 @@ class Policy:
             logits = softcap * torch.tanh(logits / softcap)
         # At temperature 1 the division would only copy.
         return of_logits(logits if self.temperature == 1 else logits / self.temperature, targets)
-
-
-class WithoutAdapters:
-    """The frozen model under a policy's adapters: a reference that takes no memory of its own."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-
-    def logprobs(self, batch: TokenBatch) -> Tensor:
-        """Returns the same as Policy.logprobs, of the frozen model."""
-        with self.policy.model.disable_adapter():
-            return self.policy.logprobs(batch)
-
-
-def selective_log_softmax(logits: Tensor, chosen: Tensor) -> tuple[Tensor]:
-    """Returns ([...],): log softmax of logits [..., V] at `chosen` [...], indices into V."""
-    return (logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits, dim=-1),)
-
-
-def log_softmax_and_entropy(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns ([...], [...]): log softmax at `chosen`, and the entropy of each distribution in nats.
-
-    Args as `selective_log_softmax`.
-    """
-    log_total = torch.logsumexp(logits, dim=-1)
-    probabilities = torch.exp(logits - log_total.unsqueeze(-1))
-    # -inf logits (masked tokens) have probability 0 and add nothing: 0 * -inf would be nan.
-    expected = (probabilities * logits.masked_fill(probabilities == 0, 0.0)).sum(dim=-1)
-    return logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) - log_total, log_total - expected
