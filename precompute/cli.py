@@ -141,7 +141,7 @@ def verify(
         Literal["any", "boxed", "answer_tags"],
         typer.Option(help="Where the final answer stands: `\\boxed{}`, `<answer>` tags, or either."),
     ] = "any",
-    failed: Annotated[int, typer.Option(min=0, help="Show the first N rows that are no match.")] = 20,
+    failed: Annotated[int, typer.Option(min=0, help="Show the first N rows that do not match.")] = 20,
     out: Annotated[
         Path | None, typer.Option(help="Write every row's verdict to this .parquet or .jsonl file.")
     ] = None,

@@ -46,6 +46,9 @@ class ProblemsConfig(Section):
     """None: the first of `question`, `problem`, `prompt` that the file has."""
     answer_column: str | None = None
     """None: the first of `answer`, `gold`, `reward_model.ground_truth` that the file has."""
+    form: str = "any"
+    """The form of a row: a name in precompute.problems.problem_files.PROBLEM_FORMS, a function of yours as
+    `module:function` or `file.py:function`, or any: the first that fits."""
 
 
 class StoreConfig(Section):

@@ -61,7 +61,7 @@ def test_questions_in_tables_json_and_csv(store: Path, tmp_path: Path) -> None:
         ),
         (["store", "export", "nowhere", "--to", "verl", "--out", "x.jsonl"], "no trace store at"),
         (["store", "import", "nowhere.parquet"], "no data file at"),
-        (["store", "import", "STORE/manifest.json"], "row 1: no JSON on this line"),
+        (["store", "import", "STORE/manifest.json"], "row 1: this line is not JSON"),
         (["store", "import", "x.jsonl", "--rename", "ada"], "--rename ada: write OLD=NEW"),
         (["store", "import", "x.jsonl", "--teacher-prefix", "a/"], "--teacher-prefix a/"),
         (["inspect", "store", "traces", "STORE", "--problem", "zz"], "--problem zz: no problem_id"),

@@ -25,7 +25,7 @@ from precompute.imports.import_report import ImportCounts, ImportReport
 from precompute.imports.import_traces import import_traces
 from precompute.run.refilter import refilter
 from precompute.verify.verifier import Verifier
-from store.errors import ConfigError, EngineError, ProblemsError, RecipeChangedError
+from store.errors import ConfigError, EngineError, ProblemsError, RecipeChangedError, StoreError
 from store.export.exporting import ExportOptions, export
 from store.reader import TraceStore
 from store.records import Problem, Trace
@@ -50,13 +50,14 @@ def bring(
     prefix: str = "",
     renames: dict[str, str] | None = None,
     part_traces: int = 512,
+    verifier: Verifier | None = None,
     **options: Any,
 ) -> ImportReport:
     names = TeacherNames(default=teacher, prefix=prefix, renames=renames or {})
     return import_traces(
         ImportForm(files_at(file), columns or ImportColumns(), names),
         store=StoreConfig(path=str(store), part_traces=part_traces),
-        verifier=shared_verifier(),
+        verifier=verifier or shared_verifier(),
         **options,
     )
 
@@ -148,6 +149,20 @@ def test_a_gold_that_cannot_be_parsed_earns_nothing_and_says_why(tmp_path: Path)
     assert (trace.verdict, trace.is_correct) == ("gold_unparseable", False)
 
 
+def test_a_users_verifier_decides_and_its_name_and_hash_are_recorded(tmp_path: Path) -> None:
+    code = "def same_city(answer, gold, **_):\n    return answer.lower() == gold.lower()\n"
+    (tmp_path / "cities.py").write_text(code)
+    rows = [PLAIN | {"answer": "Paris", "text": f"\\boxed{{{city}}}"} for city in ("PARIS", "Rome")]
+    file = jsonl(tmp_path / "cities.jsonl", *rows)
+    with Verifier(workers=1, kind=f"{tmp_path / 'cities.py'}:same_city") as verifier:
+        bring(file, tmp_path / "traces", verifier=verifier)
+    assert [trace.is_correct for trace in traces_of(tmp_path / "traces")] == [True, False]
+    with TraceStore(tmp_path / "traces") as store:
+        assert store.manifest.verifier == "cities.py:same_city"
+    with pytest.raises(StoreError, match=r"holds verdicts of cities\.py:same_city .*, this is math-verify"):
+        bring(file, tmp_path / "traces")
+
+
 def test_samples_are_numbered_by_their_place_and_equal_texts_are_one(tmp_path: Path) -> None:
     texts = ["first \\boxed{4}", "second \\boxed{4}", "first \\boxed{4}", "", "third \\boxed{4}"]
     file = jsonl(tmp_path / "plain.jsonl", *(PLAIN | {"text": text} for text in texts))
@@ -211,8 +226,8 @@ def test_a_directory_is_read_as_one_file(tmp_path: Path) -> None:
     ("rows", "options", "complaint"),
     [
         ([PLAIN | {"teacher": None, "text": "x"}], {}, r"row 1: the trace names no teacher; give --teacher"),
-        ([PLAIN | {"text": 5}], {}, "row 1: text is neither a text nor a list: 5"),
-        ([PLAIN | {"text": [{"content": {"a": 1}, "source": "x"}]}], {}, "text holds something that is no"),
+        ([PLAIN | {"text": 5}], {}, "row 1: text is neither a text nor a list of messages: 5"),
+        ([PLAIN | {"text": [{"content": {"a": 1}, "source": "x"}]}], {}, "text has a message that is not"),
         ([PLAIN | {"text": "x"}, {"question": "?"}], {}, "row 2: the column 'answer' is missing"),
         ([PLAIN | {"words": "x"}], {}, "none of the columns target_lst, .*; set --text-column"),
         ([PLAIN | {"text": "x"}], {"columns": ImportColumns(teacher="who")}, r"'who' \(--teacher-column\)"),

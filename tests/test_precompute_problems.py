@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from precompute.problems.problem_files import ProblemSet, load_problems, split_by_gold
 from precompute.problems.prompts import answer_form_of
 from precompute.verify.verifier import Verifier
-from store.errors import ProblemsError
+from store.errors import ConfigError, ProblemsError
 from store.records import Problem
 
 SHARED_PROBLEMS = Path(__file__).parents[2] / "shared/data/math/valid.parquet"
@@ -78,6 +78,31 @@ def test_a_number_for_an_answer_becomes_text(tmp_path: Path, cell: Any, text: st
     assert problem.answer == text
 
 
+FORMS = """
+from store.records import Problem
+def gsm8k(row, columns):
+    if "####" not in row["solution"]:
+        return None
+    return Problem(question=row["task"], answer=row["solution"].rpartition("####")[2].strip())
+"""
+
+
+def test_a_form_of_the_users_reads_rows_of_any_shape(tmp_path: Path) -> None:
+    (tmp_path / "forms.py").write_text(FORMS)
+    form = f"{tmp_path / 'forms.py'}:gsm8k"
+    rows = [{"task": "2 + 2?", "solution": "Two and two. #### 4", "source": "gsm8k"}, {"solution": "four"}]
+    (problem,) = load_problems(jsonl(tmp_path, rows[0]), form=form).problems
+    assert (problem.question, problem.answer, problem.source) == ("2 + 2?", "4", "gsm8k")
+    with pytest.raises(ProblemsError, match=r"row 2: problems\.form does not fit this row: .*'four'"):
+        load_problems(jsonl(tmp_path, *rows), form=form)
+    with pytest.raises(ProblemsError, match="row 1: the column 'task' is missing"):
+        load_problems(jsonl(tmp_path, {"solution": "#### 4"}), form=form)
+    with pytest.raises(
+        ConfigError, match=r"problems\.form = 'gsm': give one of chat, plain, or module:function"
+    ):
+        load_problems(jsonl(tmp_path, SUM), form="gsm")
+
+
 def test_equal_rows_are_one_problem_and_are_counted(tmp_path: Path) -> None:
     other = SUM | {"answer": "5"}
     loaded = load_problems(jsonl(tmp_path, SUM, other, SUM | {"source": "again"}))
@@ -106,9 +131,9 @@ def test_blank_lines_and_other_scripts_are_no_trouble(tmp_path: Path) -> None:
     ("row", "complaint"),
     [
         ({"question": "", "answer": "4"}, "row 2: question holds no text: ''"),
-        ({"question": "?", "answer": None}, "row 2: answer holds no text: None"),
-        ({"question": "?", "answer": True}, "row 2: answer holds no text: True"),
-        ({"question": "?", "answer": float("nan")}, "row 2: answer holds no text: nan"),
+        ({"question": "?", "answer": None}, "row 2: answer holds no text: ''"),
+        ({"question": "?", "answer": True}, "row 2: answer is neither a text nor a number: True"),
+        ({"question": "?", "answer": float("nan")}, "row 2: answer is neither a text nor a number: nan"),
         ({"question": "?"}, "row 2: the column 'answer' is missing"),
         ({"question": 5, "answer": "4"}, "row 2: question is neither a text nor a list of messages: 5"),
         ({"question": [{"role": "system", "content": "x"}], "answer": "4"}, "no message of the role 'user'"),
@@ -133,8 +158,8 @@ def test_a_bad_file_is_named_with_its_whole_path(tmp_path: Path, monkeypatch: py
         "none.jsonl": "no problem file at",
         "none.parquet": "no problem file at",
         "empty.jsonl": "holds no problem",
-        "cut.jsonl": "row 1: no JSON on this line",
-        "cut.parquet": "is no readable Parquet file",
+        "cut.jsonl": "row 1: this line is not JSON",
+        "cut.parquet": "is not a readable Parquet file",
         "folder.jsonl": "is a directory",
         "table.csv": "ends in '.csv'",
     }.items():

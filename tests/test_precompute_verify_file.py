@@ -1,4 +1,4 @@
-"""`ampo verify`: anybody's (response, gold) pairs, judged as a stream."""
+"""`ampo verify`: anybody's (response, gold) pairs, verified as a stream."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,6 @@ from precompute.verify.verify_file import (
     BATCH_ROWS,
     FileReport,
     PairFile,
-    gold_text,
-    response_text,
     verify_file,
 )
 from store.errors import ProblemsError, UserError
@@ -63,9 +62,9 @@ VERDICTS = [
 
 
 @pytest.fixture(scope="module")
-def judge() -> Iterator[Verifier]:
-    with Verifier(workers=1, timeout=20.0) as verifier:
-        yield verifier
+def verifier() -> Iterator[Verifier]:
+    with Verifier(workers=1, timeout=20.0) as shared:
+        yield shared
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -73,13 +72,13 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def judged(judge: Verifier, file: Path, **options: Any) -> FileReport:
+def verified(verifier: Verifier, file: Path, **options: Any) -> FileReport:
     pairs = PairFile(file, options.pop("response_column", None), options.pop("gold_column", None))
-    return verify_file(pairs, judge, failed=options.pop("failed", 20), progress=lambda *_: None, **options)
+    return verify_file(pairs, verifier, failed=options.pop("failed", 20), progress=lambda *_: None, **options)
 
 
-def test_counts_rows_by_verdict_and_keeps_the_first_that_failed(judge: Verifier, tmp_path: Path) -> None:
-    report = judged(judge, write_jsonl(tmp_path / "rows.jsonl", ROWS), failed=3)
+def test_counts_rows_by_verdict_and_keeps_the_first_that_failed(verifier: Verifier, tmp_path: Path) -> None:
+    report = verified(verifier, write_jsonl(tmp_path / "rows.jsonl", ROWS), failed=3)
     counts = {verdict: VERDICTS.count(verdict) for verdict in set(VERDICTS)}
     assert {verdict: rows for verdict, rows in report.verdicts.items() if rows} == counts
     assert (report.rows, report.matches) == (9, 3)
@@ -93,10 +92,10 @@ def test_counts_rows_by_verdict_and_keeps_the_first_that_failed(judge: Verifier,
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_every_verdict_is_written_in_the_order_of_the_rows(
-    judge: Verifier, tmp_path: Path, suffix: str
+    verifier: Verifier, tmp_path: Path, suffix: str
 ) -> None:
     out = tmp_path / "new" / f"verdicts{suffix}"
-    judged(judge, write_jsonl(tmp_path / "rows.jsonl", ROWS), out=out)
+    verified(verifier, write_jsonl(tmp_path / "rows.jsonl", ROWS), out=out)
     if suffix == ".parquet":
         rows = pq.read_table(out).to_pylist()
     else:
@@ -109,24 +108,24 @@ def test_every_verdict_is_written_in_the_order_of_the_rows(
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
-def test_a_parquet_file_in_the_verl_form_needs_no_option(judge: Verifier, tmp_path: Path) -> None:
+def test_a_parquet_file_in_the_verl_form_needs_no_option(verifier: Verifier, tmp_path: Path) -> None:
     rows = [
         {"response": f"\\boxed{{{n}}}", "reward_model": {"ground_truth": str(n % 3), "style": "rule"}}
         for n in range(BATCH_ROWS + 10)
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "verl.parquet")
     out = tmp_path / "verdicts.parquet"
-    report = judged(judge, tmp_path / "verl.parquet", out=out)
+    report = verified(verifier, tmp_path / "verl.parquet", out=out)
     assert report.gold_column == "reward_model.ground_truth"
     # Only 0, 1 and 2 are their own remainders by 3.
     assert report.verdicts["match"] == 3
     assert pq.read_table(out).num_rows == BATCH_ROWS + 10
 
 
-def test_the_form_decides_where_the_answer_stands(judge: Verifier, tmp_path: Path) -> None:
+def test_the_form_decides_where_the_answer_stands(verifier: Verifier, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", [{"text": "<answer>5</answer> \\boxed{6}", "gold": "5"}])
     found = {
-        form: judged(judge, file, form=form).verdicts["match"] for form in ("boxed", "answer_tags", None)
+        form: verified(verifier, file, form=form).verdicts["match"] for form in ("boxed", "answer_tags", None)
     }
     assert found == {"boxed": 0, "answer_tags": 1, None: 0}
 
@@ -139,51 +138,58 @@ def test_the_form_decides_where_the_answer_stands(judge: Verifier, tmp_path: Pat
         ([{"text": "x"}], {}, "none of the columns gold.*set --gold-column"),
         ([{"text": "x", "gold": "5"}], {"gold_column": "nope"}, "no column 'nope' .--gold-column"),
         ([{"text": "x", "gold": "5"}, {"text": "x"}], {}, "row 2: the column 'gold' is missing"),
-        ([{"text": "x", "gold": [5]}], {}, "row 1: a gold answer is text or a number, not"),
-        ([{"text": 3, "gold": "5"}], {}, "row 1: a response is text or a list of chat turns, not 3"),
+        ([{"text": "x", "gold": [5, 6]}], {}, "row 1: gold is neither a text nor a number: "),
+        ([{"text": "x", "gold": True}], {}, "row 1: gold is neither a text nor a number: True"),
+        ([{"text": 3, "gold": "5"}], {}, "row 1: text is neither a text nor a list of messages: 3"),
     ],
 )
 def test_a_file_that_is_no_file_of_pairs_is_one_clear_line(
-    judge: Verifier, tmp_path: Path, rows: list[dict[str, Any]], options: dict[str, Any], says: str
+    verifier: Verifier, tmp_path: Path, rows: list[dict[str, Any]], options: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(ProblemsError, match=says):
-        judged(judge, write_jsonl(tmp_path / "rows.jsonl", rows), **options)
+        verified(verifier, write_jsonl(tmp_path / "rows.jsonl", rows), **options)
 
 
-def test_out_is_refused_where_it_would_be_lost_or_destroy(judge: Verifier, tmp_path: Path) -> None:
+def test_out_is_refused_where_it_would_be_lost_or_destroy(verifier: Verifier, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(UserError, match=r"ends in \.parquet or \.jsonl"):
-        judged(judge, file, out=tmp_path / "verdicts.csv")
+        verified(verifier, file, out=tmp_path / "verdicts.csv")
     with pytest.raises(UserError, match="the file to verify"):
-        judged(judge, file, out=tmp_path / "." / "rows.jsonl")
+        verified(verifier, file, out=tmp_path / "." / "rows.jsonl")
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_a_bad_row_leaves_an_older_file_of_verdicts_as_it_was(
-    judge: Verifier, tmp_path: Path, suffix: str
+    verifier: Verifier, tmp_path: Path, suffix: str
 ) -> None:
     out = tmp_path / f"verdicts{suffix}"
     out.write_text("older")
     file = write_jsonl(tmp_path / "rows.jsonl", [*ROWS, {"completion": "x"}])
     with pytest.raises(ProblemsError, match="row 10"):
-        judged(judge, file, out=out)
+        verified(verifier, file, out=out)
     assert out.read_text() == "older"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", out.name]
 
 
-def test_cells_are_texts_chats_and_numbers() -> None:
-    assert response_text([{"role": "assistant", "content": None}]) == ""
-    assert (gold_text(None), gold_text(5), gold_text(0.5), gold_text("x")) == ("", "5", "0.5", "x")
-    with pytest.raises(ValueError, match="not True"):
-        gold_text(True)
+def test_cells_are_read_as_in_problem_files(verifier: Verifier, tmp_path: Path) -> None:
+    rows = [
+        {"text": [{"role": "assistant", "content": "\\boxed{2.50}"}], "gold": Decimal("2.5")},
+        {"text": ["a first try", "\\boxed{2.5}"], "gold": Decimal("2.5")},
+    ]
+    for number, row in enumerate(rows):
+        file = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.Table.from_pylist([row]), file)
+        assert verified(verifier, file).matches == 1
+    file = write_jsonl(tmp_path / "listed.jsonl", [{"text": "\\boxed{5}", "gold": ["5"]}])
+    assert verified(verifier, file).matches == 1
 
 
-def test_the_tables_say_what_failed(judge: Verifier, tmp_path: Path) -> None:
-    report = judged(judge, write_jsonl(tmp_path / "rows.jsonl", ROWS))
+def test_the_tables_say_what_failed(verifier: Verifier, tmp_path: Path) -> None:
+    report = verified(verifier, write_jsonl(tmp_path / "rows.jsonl", ROWS))
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(verify_tables(report))
     text = console.export_text()
-    assert "the first 6 of 6 rows that are no match" in text
+    assert "the first 6 of 6 rows that do not match" in text
     assert "33.3%" in text
     assert "500" in text
 

@@ -1,4 +1,4 @@
-"""What an import does and did, in numbers and as a table."""
+"""Counts of an import, and their table."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from store.terminal.tables import plain_table
 
 @dataclass(slots=True)
 class ImportCounts:
-    """How far an import is."""
+    """Progress of an import."""
 
     total: int
     """Traces in the files."""
     done: int = 0
-    """Taken from the files so far."""
+    """Traces read so far."""
     judged: int = 0
-    """New ones with a verdict."""
+    """New traces with a verdict."""
     verified: int = 0
 
     @property
@@ -31,13 +31,13 @@ class ImportCounts:
 
 @dataclass(slots=True)
 class TeacherImport:
-    """What became of one teacher's traces."""
+    """Counts of one teacher's traces."""
 
     teacher: str
     source: str
-    """As the files call it."""
+    """The files' name for it."""
     found: int = 0
-    """In the files."""
+    """Traces in the files."""
     empty: int = 0
     """Without a text; left out."""
     repeated: int = 0
@@ -46,25 +46,25 @@ class TeacherImport:
     """In the store before."""
     new: int = 0
     verdicts: dict[str, int] = field(default_factory=dict)
-    """Of the new ones; a verdict that does not occur is missing."""
+    """Number of new traces by verdict; a verdict that does not occur is missing."""
     filtered: int = 0
-    """Of the new verified ones: held back by a filter."""
+    """Number of new verified traces that a filter keeps from the student."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportReport:
-    """What an import did."""
+    """Result of an import."""
 
     store: str
     files: tuple[str, ...]
     problems: int
-    """Different ones in the files."""
+    """Number of different problems in the files."""
     teachers: tuple[TeacherImport, ...]
     seconds: float
 
 
 def import_tables(report: ImportReport) -> Group:
-    """Per teacher what became of its traces, with the verdicts on the new ones."""
+    """Returns a row per teacher, with the verdicts on the new traces."""
     seen = [verdict for verdict in VERDICTS if any(verdict in t.verdicts for t in report.teachers)]
     left_out = [name for name in ("empty", "repeated") if any(getattr(t, name) for t in report.teachers)]
     table = plain_table(f"imported into {report.store}")

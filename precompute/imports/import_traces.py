@@ -1,14 +1,14 @@
-"""`ampo store import`: other people's traces into a store, each judged anew by our verifier.
+"""`ampo store import`: other people's traces into a store, each verified again by our verifier.
 
-Nothing that the file says about right and wrong is believed. A trace's place is (problem, teacher, n), n
-counting the pair's different texts in order of appearance, so that the same file again changes nothing and
-an import that was stopped goes on. What made the traces is not known here: a teacher's record has the engine
-`import`, the file's name for it as the model and the files' content hash as the revision, so that another
-file under the same name is another recipe and is refused.
+A verdict in the file is ignored. A trace is identified by (problem, teacher, sample_index), the index
+counting the pair's different texts in order of appearance: the same file again changes nothing, and an import
+that was stopped goes on. A teacher's record has the engine `import`, the file's name for it as the model and
+the files' content hash as the revision, so that another file under the same name is another recipe and is
+refused.
 
-Unknown too are seeds (-1) and log-probs (none), and the texts count as complete (`stop`). Without a tokenizer
-a trace has no token ids and `n_tokens` is 0. The trainer reads neither: it tokenises the text with the
-student's tokenizer, but under `guidance.loss = "shaped_ratio"`, which refuses imported traces.
+Seeds (-1) and log-probs (none) are unknown, and the texts count as complete (`stop`). Without a tokenizer a
+trace has no token ids and `n_tokens` is 0. The trainer reads neither: it tokenises the text with the
+student's tokenizer, except under `guidance.ratio = "teacher"`, which refuses imported traces.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from precompute.config import FiltersConfig, StoreConfig, TeacherConfig
-from precompute.imports.foreign_rows import Candidate, ImportForm
+from precompute.imports.foreign_rows import ForeignTrace, ImportForm
 from precompute.imports.import_report import ImportCounts, ImportReport, TeacherImport
 from precompute.problems.prompts import demanded_form
 from precompute.run.filters import why_filtered
@@ -35,9 +35,9 @@ from store.records import Problem, TeacherRecord, Trace
 from store.writer import StoreWriter
 
 IN_FLIGHT = 256
-"""Traces at most that wait for their verdicts; their texts are in memory."""
+"""Largest number of traces that wait for their verdicts; their texts are in memory."""
 HELD_TRACES = 4096
-"""Judged traces at most, of all teachers together, that wait to be written."""
+"""Largest number of verified traces, of all teachers, that wait to be written."""
 UNKNOWN_SEED = -1
 
 Progress = Callable[[ImportCounts], None]
@@ -46,11 +46,11 @@ Progress = Callable[[ImportCounts], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Survey:
-    """What the files hold, texts apart."""
+    """Contents of the files without the texts."""
 
     problems: Mapping[str, Problem]
     sources: Mapping[str, str]
-    """The store's name of a teacher -> the files'."""
+    """The store's name of a teacher -> the files' name."""
     traces: int
 
 
@@ -63,12 +63,12 @@ def import_traces(
     tokenizer: str | None = None,
     progress: Progress | None = None,
 ) -> ImportReport:
-    """Judges the traces of the form's files into the store at `store.path`, which is made where need be.
+    """Verifies the traces of the form's files into the store at `store.path`, which is created if missing.
 
     The files are read twice, a few rows at a time; problems stay in memory, texts do not. `tokenizer`: a
-    directory or hub name, for token ids and counts, without which `min_tokens` and `max_tokens` hold nothing
-    back. Raises UserErrors before anything is written, but for a row that cannot be read; KeyboardInterrupt
-    after writing what was judged: the same call goes on.
+    directory or hub name, for token ids and counts, without which `min_tokens` and `max_tokens` filter
+    nothing. Raises UserErrors before anything is written, except for a row that cannot be read, and
+    KeyboardInterrupt after writing what was verified: the same call goes on.
     """
     began = time.monotonic()
     survey = _survey(form)
@@ -93,12 +93,12 @@ def _survey(form: ImportForm) -> _Survey:
     traces = 0
     for problem, row in form.rows(texts=False):
         problems.setdefault(problem.problem_id, problem)
-        for candidate in row:
-            known = sources.setdefault(candidate.teacher, candidate.source)
-            if known != candidate.source:
+        for trace in row:
+            known = sources.setdefault(trace.teacher, trace.source)
+            if known != trace.source:
                 raise ConfigError(
-                    f"{known!r} and {candidate.source!r} would both be {candidate.teacher!r} in the store; "
-                    f"tell them apart with --rename {candidate.source}=NAME"
+                    f"{known!r} and {trace.source!r} would both be {trace.teacher!r} in the store; "
+                    f"distinguish them with --rename {trace.source}=NAME"
                 )
             traces += 1
     if not traces:
@@ -109,7 +109,7 @@ def _survey(form: ImportForm) -> _Survey:
 def _records(
     form: ImportForm, survey: _Survey, tokenizer_fingerprint: str, filters: FiltersConfig
 ) -> dict[str, TeacherRecord]:
-    """By the store's names."""
+    """Returns the teachers' records by the store's names."""
     content = content_of(form.files)
     named = form.files[0].name if len(form.files) == 1 else f"{len(form.files)} files"
     return {
@@ -131,7 +131,7 @@ def _records(
 
 
 def content_of(files: Sequence[Path]) -> str:
-    """16 hex digits of blake2b over the files' bytes, one after the other."""
+    """Returns 16 hex digits of blake2b over the files' bytes, one after the other."""
     digest = blake2b(digest_size=8)
     for path in files:
         with path.open("rb") as file:
@@ -141,7 +141,7 @@ def content_of(files: Sequence[Path]) -> str:
 
 
 def _register(writer: StoreWriter, survey: _Survey, records: Mapping[str, TeacherRecord]) -> None:
-    """Every recipe is checked before anything is written."""
+    """Checks every recipe before anything is written."""
     for record in records.values():
         check_filters(writer, record)
         try:
@@ -167,13 +167,13 @@ class _Tokens:
 
             try:
                 self._tokenizer = load_tokenizer(TeacherConfig(name="import", model=model))
-            except EngineError as error:  # nobody wrote of such a teacher
+            except EngineError as error:  # the config has no teacher "import"
                 reason = str(error).removeprefix("teacher 'import': model ")
                 raise EngineError(f"--tokenizer {reason}") from error
             self.fingerprint = tokenizer_fingerprint(self._tokenizer)
 
-    def of(self, text: str) -> tuple[int, ...]:
-        """With the EOS id at the end, as if the teacher had written it."""
+    def ids(self, text: str) -> tuple[int, ...]:
+        """Returns the text's ids and the EOS id, as if the teacher had generated it."""
         if self._tokenizer is None:
             return ()
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -182,15 +182,15 @@ class _Tokens:
 
 
 @dataclass(frozen=True, slots=True)
-class _Placed:
+class _Indexed:
     """A trace that the store lacks."""
 
-    candidate: Candidate
+    trace: ForeignTrace
     sample_index: int
 
 
 class _Import:
-    """The second reading: places, verdicts, parts."""
+    """The second reading: sample indices, verdicts, parts."""
 
     def __init__(
         self,
@@ -214,17 +214,17 @@ class _Import:
         self._config = config
         self._progress = progress or (lambda counts: None)
         self._all = ImportCounts(survey.traces)
-        self._waiting: deque[tuple[_Placed, Future[Verdict]]] = deque()
+        self._waiting: deque[tuple[_Indexed, Future[Verdict]]] = deque()
         self._ready: dict[str, list[Trace]] = {}
         self._written = time.monotonic()
 
     def run(self, form: ImportForm) -> None:
-        """Reads, judges, writes. What is judged when the user interrupts is written."""
+        """Reads, verifies, writes; also what was verified when the user interrupts."""
         try:
-            for placed in self._lacking(form):
-                candidate = placed.candidate
-                verdict = self._verifier.submit(candidate.text, candidate.problem.answer)
-                self._waiting.append((placed, verdict))
+            for indexed in self._lacking(form):
+                trace = indexed.trace
+                verdict = self._verifier.submit(trace.text, trace.problem.answer)
+                self._waiting.append((indexed, verdict))
                 while len(self._waiting) >= IN_FLIGHT or (self._waiting and self._waiting[0][1].done()):
                     self._take()
             while self._waiting:
@@ -234,38 +234,38 @@ class _Import:
             raise
         self._write_all()
 
-    def _lacking(self, form: ImportForm) -> Iterator[_Placed]:
+    def _lacking(self, form: ImportForm) -> Iterator[_Indexed]:
         for _, row in form.rows():
-            for candidate in row:
-                placed = self._place(candidate)
+            for trace in row:
+                indexed = self._index(trace)
                 self._all.done += 1
-                if placed is not None:
-                    yield placed
+                if indexed is not None:
+                    yield indexed
             self._progress(self._all)
 
-    def _place(self, candidate: Candidate) -> _Placed | None:
-        """Where the trace belongs; None where there is nothing to judge."""
-        counts = self.counts[candidate.teacher]
+    def _index(self, trace: ForeignTrace) -> _Indexed | None:
+        """Returns the trace with its index; None where there is nothing to verify."""
+        counts = self.counts[trace.teacher]
         counts.found += 1
-        if not candidate.text.strip():
+        if not trace.text.strip():
             counts.empty += 1
             return None
-        problem_id = candidate.problem.problem_id
-        texts = self._seen.setdefault((problem_id, candidate.teacher), [])
-        text = blake2b(candidate.text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        problem_id = trace.problem.problem_id
+        texts = self._seen.setdefault((problem_id, trace.teacher), [])
+        text = blake2b(trace.text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         if text in texts:
             counts.repeated += 1
             return None
         texts.append(text)
-        if len(texts) - 1 in self._done[candidate.teacher].get(problem_id, {}):
+        if len(texts) - 1 in self._done[trace.teacher].get(problem_id, {}):
             counts.there += 1
             return None
-        return _Placed(candidate, len(texts) - 1)
+        return _Indexed(trace, len(texts) - 1)
 
     def _take(self) -> None:
-        """The oldest that waits becomes a trace."""
-        placed, verdict = self._waiting.popleft()
-        trace = self._trace(placed, verdict.result())
+        """Turns the oldest waiting verdict into a stored trace."""
+        indexed, verdict = self._waiting.popleft()
+        trace = self._trace(indexed, verdict.result())
         counts = self.counts[trace.teacher]
         counts.new += 1
         counts.verdicts[trace.verdict] = counts.verdicts.get(trace.verdict, 0) + 1
@@ -279,15 +279,15 @@ class _Import:
         elif sum(map(len, self._ready.values())) >= HELD_TRACES or self._is_late():
             self._write_all()
 
-    def _trace(self, placed: _Placed, verdict: Verdict) -> Trace:
-        candidate = placed.candidate
-        token_ids = self._tokens.of(candidate.text)
-        record = self._records[candidate.teacher]
+    def _trace(self, indexed: _Indexed, verdict: Verdict) -> Trace:
+        trace = indexed.trace
+        token_ids = self._tokens.ids(trace.text)
+        record = self._records[trace.teacher]
         return Trace(
-            problem_id=candidate.problem.problem_id,
-            teacher=candidate.teacher,
-            sample_index=placed.sample_index,
-            text=candidate.text,
+            problem_id=trace.problem.problem_id,
+            teacher=trace.teacher,
+            sample_index=indexed.sample_index,
+            text=trace.text,
             answer=verdict.answer,
             answer_start=verdict.answer_start,
             n_tokens=len(token_ids),
@@ -304,9 +304,9 @@ class _Import:
             parsed_gold=verdict.parsed_gold,
             filtered=why_filtered(
                 self._filters,
-                text=candidate.text,
+                text=trace.text,
                 n_tokens=len(token_ids),
-                form=demanded_form(record, candidate.problem),
+                form=demanded_form(record, trace.problem),
                 opens_think=False,
             ),
         )

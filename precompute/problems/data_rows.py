@@ -1,11 +1,16 @@
-"""Rows of anybody's Parquet or JSON-lines files, one at a time, and their cells by dotted names."""
+"""Rows of anybody's Parquet or JSON-lines files, one at a time, and what their cells hold.
+
+One rule for text, chat and gold cells serves problem files, imported traces and `ampo verify`.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,18 +25,26 @@ READ_BYTES = 1 << 20
 
 Row = Mapping[str, Any]
 Leaf = tuple[str, ...]
-"""Where a value lies in a Parquet schema, from the outside in, e.g. ("reward_model", "ground_truth")."""
+"""Path of a value in a Parquet schema, from the outside in, e.g. ("reward_model", "ground_truth")."""
+
+
+class Turn(NamedTuple):
+    """A text in a cell, with what its entry tells about it."""
+
+    text: str
+    """Empty where there is none."""
+    role: str | None = None
+    source: str | None = None
 
 
 def data_rows(
     file: Path, *, kind: str = "data file", skip: Callable[[Leaf], bool] | None = None
 ) -> Iterator[tuple[int, Row]]:
-    """(row number from 1, row) of a .parquet file, or of a .jsonl, .ndjson or .json file with an object a
-    line, whose row number is the line's.
+    """Yields (row number from 1, row) of a .parquet file, or of a .jsonl, .ndjson or .json file with an
+    object a line, whose row number is the line's.
 
-    `skip` says of a Parquet file's leaves which need not be read; they are then missing from the rows, but
-    every column keeps one at least.
-    Raises ProblemsError, calling the file a `kind`.
+    `skip` chooses a Parquet file's leaves that need not be read: they are missing from the rows, but every
+    column keeps at least one. Raises ProblemsError, calling the file a `kind`.
     """
     if file.suffix not in SUFFIXES:
         raise ProblemsError(f"{file} ends in {file.suffix!r}; a {kind} ends in {', '.join(SUFFIXES)}")
@@ -55,11 +68,13 @@ def _parquet_rows(file: Path, skip: Callable[[Leaf], bool] | None) -> Iterator[t
                     number += 1
                     yield number, row
     except pa.ArrowException as error:
-        raise ProblemsError(f"{file} is no readable Parquet file: {' '.join(str(error).split())}") from None
+        raise ProblemsError(
+            f"{file} is not a readable Parquet file: {' '.join(str(error).split())}"
+        ) from None
 
 
 def _wanted(schema: Any, skip: Callable[[Leaf], bool] | None) -> list[str]:
-    """The leaves to read; no column goes without any."""
+    """Returns the leaves to read, at least one of each column."""
     leaves = [tuple(schema.column(index).path.split(".")) for index in range(len(schema))]
     wanted = [leaf for leaf in leaves if skip is None or not skip(leaf)]
     whole = {leaf[0] for leaf in leaves} - {leaf[0] for leaf in wanted}
@@ -74,16 +89,16 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Row]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ProblemsError(f"{file}, row {number}: no JSON on this line: {error}") from None
+                raise ProblemsError(f"{file}, row {number}: this line is not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise ProblemsError(f"{file}, row {number}: a row is a JSON object, not {short(row)}")
             yield number, row
 
 
 def find_column(file: Path, row: Row, wanted: str | None, known: tuple[str, ...], option: str) -> str:
-    """The column `wanted`, or for None the first of `known` that the row has.
+    """Returns the column `wanted`, or for None the first of `known` that the row has.
 
-    Raises ProblemsError that names the columns there are, and the `option` that chooses.
+    Raises ProblemsError that names the row's columns, and the `option` that chooses.
     """
     for name in (wanted,) if wanted else known:
         if has_cell(row, name):
@@ -97,7 +112,7 @@ def find_column(file: Path, row: Row, wanted: str | None, known: tuple[str, ...]
 
 
 def column_names(row: Row, above: str = "") -> Iterator[str]:
-    """Every column by its dotted name."""
+    """Yields every column by its dotted name."""
     for name, cell in row.items():
         if isinstance(cell, Mapping):
             yield from column_names(cell, f"{above}{name}.")
@@ -106,7 +121,7 @@ def column_names(row: Row, above: str = "") -> Iterator[str]:
 
 
 def has_cell(row: Row, name: str) -> bool:
-    """Whether the row has the column, be it empty."""
+    """Returns whether the row has the column, which may be empty."""
     try:
         cell_of(row, name)
     except ValueError:
@@ -115,7 +130,7 @@ def has_cell(row: Row, name: str) -> bool:
 
 
 def cell_of(row: Row, name: str) -> Any:
-    """The content of a column, `reward_model.ground_truth` from the outside in. ValueError without it."""
+    """Returns the content of a column, e.g. of `reward_model.ground_truth`. ValueError without it."""
     if name in row:
         return row[name]
     cell: Any = row
@@ -126,7 +141,42 @@ def cell_of(row: Row, name: str) -> Any:
     return cell
 
 
+def turns_of(cell: Any, column: str) -> list[Turn]:
+    """Returns the texts of a cell: a text, a list of texts, or a list of {content, role, source}.
+
+    ValueError when it holds something else.
+    """
+    if cell is None:
+        return []
+    if isinstance(cell, str):
+        return [Turn(cell)]
+    if not isinstance(cell, list):
+        raise ValueError(f"{column} is neither a text nor a list of messages: {short(cell)}")
+    turns = []
+    for entry in cell:
+        turn = entry if isinstance(entry, Mapping) else {"content": entry}
+        text = turn.get("content")
+        if not isinstance(text, str | None):
+            raise ValueError(f"{column} has a message that is not text: {short(text)}")
+        turns.append(Turn(text or "", turn.get("role"), turn.get("source")))
+    return turns
+
+
+def gold_of(cell: Any, column: str) -> str:
+    """Returns the gold answer in a cell: text, or a number as it is written, alone or as a list's only entry.
+
+    Empty where the cell is. ValueError when it holds something else.
+    """
+    if isinstance(cell, list) and len(cell) == 1:
+        cell = cell[0]
+    if isinstance(cell, int | float | Decimal) and not isinstance(cell, bool) and math.isfinite(cell):
+        return str(cell)
+    if not isinstance(cell, str | None):
+        raise ValueError(f"{column} is neither a text nor a number: {short(cell)}")
+    return cell or ""
+
+
 def short(value: Any) -> str:
-    """A value in an error message: its repr, cut to 60 characters."""
+    """Returns a value for an error message: its repr, cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,32 +1,73 @@
-"""Reads problems from Parquet or JSONL and recognises by content those that stand twice (DESIGN 3).
+"""Reads problems from Parquet or JSONL and recognises repeated ones by content (DESIGN 3).
 
-Two forms, told apart by what the question cell holds:
+The built-in forms of a row:
 
-    {"question": "What is 2 + 2?", "answer": "4"}                           a text
-    {"prompt": [{"role": "system", "content": "..."},                       messages (verl)
+    {"question": "What is 2 + 2?", "answer": "4"}                           plain
+    {"prompt": [{"role": "system", "content": "..."},                       chat (verl)
                 {"role": "user", "content": "What is 2 + 2?"}],
      "reward_model": {"ground_truth": "4"}, "data_source": "aime"}
+
+To add a form, write a ProblemForm and enter it in PROBLEM_FORMS; or name your own function in the config,
+`[problems] form = "forms.py:gsm8k"`.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from precompute.problems.data_rows import cell_of, data_rows, find_column, short
+from precompute.problems.data_rows import Row, cell_of, data_rows, find_column, gold_of, short, turns_of
 from precompute.verify.verifier import Verifier
 from store.errors import ProblemsError
 from store.records import Problem
+from store.registry import lookup
 
 QUESTION_COLUMNS = ("question", "problem", "prompt")
 ANSWER_COLUMNS = ("answer", "gold", "reward_model.ground_truth")
 SOURCE_COLUMNS = ("data_source", "source")
+ANY_FORM = "any"
+"""The form of each row is the first of PROBLEM_FORMS that knows it."""
+
+
+class Columns(NamedTuple):
+    """Columns of a file, named from the outside in, e.g. `reward_model.ground_truth`; empty: not found."""
+
+    question: str
+    answer: str
+
+
+ProblemForm = Callable[[Row, Columns], Problem | None]
+"""Returns the problem that a row states; None when the row has another form, ValueError when it is wrong."""
+
+
+def plain(row: Row, columns: Columns) -> Problem | None:
+    """Reads a row whose question is a text."""
+    question = cell_of(row, columns.question)
+    if not isinstance(question, str):
+        return None
+    return Problem(question=_filled(question, columns.question), answer=_answer(row, columns))
+
+
+def chat(row: Row, columns: Columns) -> Problem | None:
+    """Reads a row whose question is a list of messages: the last user turn, and the system turn."""
+    cell = cell_of(row, columns.question)
+    if isinstance(cell, str):
+        return None
+    turns = {turn.role: turn.text for turn in turns_of(cell, columns.question)}
+    if "user" not in turns:
+        raise ValueError(f"{columns.question} has no message of the role 'user': {short(cell)}")
+    return Problem(
+        question=_filled(turns["user"], f"{columns.question}: user"),
+        answer=_answer(row, columns),
+        system_prompt=turns.get("system") or None,
+    )
+
+
+PROBLEM_FORMS: Mapping[str, ProblemForm] = {"plain": plain, "chat": chat}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +84,7 @@ class ProblemSet:
 
 @contextmanager
 def of_key(key: str) -> Iterator[None]:
-    """A ProblemsError of the block begins with the config's key that named the file."""
+    """Puts the config key that named the file before a ProblemsError of the block."""
     try:
         yield
     except ProblemsError as error:
@@ -51,78 +92,90 @@ def of_key(key: str) -> Iterator[None]:
 
 
 def load_problems(
-    path: str | Path, *, question_column: str | None = None, answer_column: str | None = None
+    path: str | Path,
+    *,
+    question_column: str | None = None,
+    answer_column: str | None = None,
+    form: str = ANY_FORM,
 ) -> ProblemSet:
-    """The problems of a .parquet file, or of a .jsonl, .ndjson or .json file with an object a line.
+    """Reads a .parquet file, or a .jsonl, .ndjson or .json file with an object a line.
 
     A column is named from the outside in, `reward_model.ground_truth`; None takes the first of
     QUESTION_COLUMNS and ANSWER_COLUMNS that the file has. Raises ProblemsError.
     """
     file = Path(path).absolute()
+    reader = ProblemReader(question_column, answer_column, form=form)
     unique: dict[str, Problem] = {}
-    stated: Counter[str] = Counter()
-    rows = 0
-    question = answer = ""
+    repeats: Counter[str] = Counter()
     for number, row in data_rows(file, kind="problem file"):
-        if not rows:
-            question = find_column(file, row, question_column, QUESTION_COLUMNS, "problems.question_column")
-            answer = find_column(file, row, answer_column, ANSWER_COLUMNS, "problems.answer_column")
-        rows += 1
+        problem = reader.problem(file, number, row)
+        unique.setdefault(problem.problem_id, problem)
+        repeats[problem.problem_id] += 1
+    if not unique:
+        raise ProblemsError(f"{file} holds no problem")
+    problems = tuple(replace(problem, repeats=repeats[each]) for each, problem in unique.items())
+    rows = repeats.total()
+    return ProblemSet(problems=problems, rows=rows, duplicates=rows - len(unique))
+
+
+class ProblemReader:
+    """Reads the problems of rows; the first row settles the columns."""
+
+    def __init__(
+        self,
+        question_column: str | None,
+        answer_column: str | None,
+        *,
+        form: str = ANY_FORM,
+        options: tuple[str, str] = ("problems.question_column", "problems.answer_column"),
+    ) -> None:
+        """`options` choose the columns, for errors. Raises ConfigError for an unknown form."""
+        built_in = form == ANY_FORM or form in PROBLEM_FORMS
+        self._forms = (
+            PROBLEM_FORMS.values() if form == ANY_FORM else [lookup(PROBLEM_FORMS, form, key="problems.form")]
+        )
+        names = (QUESTION_COLUMNS, ANSWER_COLUMNS) if built_in else ((), ())
+        self._wanted = tuple(zip((question_column, answer_column), names, options, strict=True))
+        self._columns: Columns | None = None
+
+    def problem(self, file: Path, number: int, row: Row) -> Problem:
+        """Returns the problem that a row states. Raises ProblemsError that names file and row."""
+        if self._columns is None:
+            self._columns = Columns(
+                *(find_column(file, row, *each) if each[0] or each[1] else "" for each in self._wanted)
+            )
         try:
-            problem = problem_of_row(row, question, answer)
+            problem = self._formed(row, self._columns)
+        except KeyError as error:
+            raise ProblemsError(f"{file}, row {number}: the column {error} is missing") from None
         except ValueError as error:
             raise ProblemsError(f"{file}, row {number}: {error}") from None
-        unique.setdefault(problem.problem_id, problem)
-        stated[problem.problem_id] += 1
-    if not rows:
-        raise ProblemsError(f"{file} holds no problem")
-    problems = tuple(replace(problem, repeats=stated[each]) for each, problem in unique.items())
-    return ProblemSet(problems=problems, rows=rows, duplicates=rows - len(unique))
+        sources = (row.get(name) for name in SOURCE_COLUMNS)
+        return replace(
+            problem, source=next((each for each in sources if isinstance(each, str)), problem.source)
+        )
+
+    def _formed(self, row: Row, columns: Columns) -> Problem:
+        for form in self._forms:
+            if (problem := form(row, columns)) is not None:
+                return problem
+        raise ValueError(f"problems.form does not fit this row: {short(row)}")
 
 
 def split_by_gold(
     problems: Sequence[Problem], verifier: Verifier
 ) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
-    """(usable, unparseable): a problem whose gold answer cannot be parsed could never earn a reward."""
+    """Returns (usable, unparseable): a problem whose gold answer cannot be parsed never earns a reward."""
     parses = verifier.check_golds(problem.answer for problem in problems)
     pairs = list(zip(problems, parses, strict=True))
     return tuple(p for p, fine in pairs if fine), tuple(p for p, fine in pairs if not fine)
 
 
-def problem_of_row(row: Mapping[str, Any], question_column: str, answer_column: str) -> Problem:
-    """The problem that a row states. ValueError when a column is missing or holds no text."""
-    system_prompt, question = _question(cell_of(row, question_column), question_column)
-    sources = (row.get(name) for name in SOURCE_COLUMNS)
-    return Problem(
-        question=question,
-        answer=_answer(cell_of(row, answer_column), answer_column),
-        source=next((source for source in sources if isinstance(source, str)), ""),
-        system_prompt=system_prompt,
-    )
+def _answer(row: Row, columns: Columns) -> str:
+    return _filled(gold_of(cell_of(row, columns.answer), columns.answer), columns.answer)
 
 
-def _question(cell: Any, column: str) -> tuple[str | None, str]:
-    """(system turn, question) of a text or of messages."""
-    if isinstance(cell, str):
-        return None, _text(cell, column)
-    if not isinstance(cell, Sequence) or not all(isinstance(message, Mapping) for message in cell):
-        raise ValueError(f"{column} is neither a text nor a list of messages: {short(cell)}")
-    turns = {str(message.get("role")): message.get("content") for message in cell}
-    if "user" not in turns:
-        raise ValueError(f"{column} has no message of the role 'user': {short(cell)}")
-    system = turns.get("system")
-    return (_text(system, f"{column}: system") if system else None), _text(turns["user"], f"{column}: user")
-
-
-def _answer(cell: Any, column: str) -> str:
-    if isinstance(cell, list) and len(cell) == 1:
-        return _answer(cell[0], column)
-    if isinstance(cell, int | float | Decimal) and not isinstance(cell, bool) and math.isfinite(cell):
-        return str(cell)
-    return _text(cell, column)
-
-
-def _text(cell: Any, column: str) -> str:
-    if not isinstance(cell, str) or not cell.strip():
-        raise ValueError(f"{column} holds no text: {short(cell)}")
-    return cell
+def _filled(text: str, column: str) -> str:
+    if not text.strip():
+        raise ValueError(f"{column} holds no text: {text!r}")
+    return text

@@ -194,6 +194,7 @@ def read_problems(
             config.problems.train,
             question_column=config.problems.question_column,
             answer_column=config.problems.answer_column,
+            form=config.problems.form,
         )
     chosen = found.problems[:limit] if shard is None else shard.of(found.problems[:limit])
     parseable: list[Problem] = []

@@ -1,4 +1,4 @@
-"""What `ampo verify` draws."""
+"""Tables of `ampo verify`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHOWN_CHARS = 80
 
 
 def verify_tables(report: FileReport) -> Group:
-    """Counts by verdict, then the failed rows that were kept."""
+    """Returns the counts by verdict, and the failed rows that were kept."""
     tables = [counts_table(report)]
     if report.failed:
         tables.append(failed_table(report.failed, report.rows - report.matches))
@@ -23,7 +23,7 @@ def verify_tables(report: FileReport) -> Group:
 
 
 def counts_table(report: FileReport) -> Table:
-    """Verdicts that occur, with their share."""
+    """Returns the verdicts that occur, with their share."""
     table = plain_table(
         f"{report.rows:,} rows of {report.file}: {report.response_column} / {report.gold_column}"
     )
@@ -38,8 +38,8 @@ def counts_table(report: FileReport) -> Table:
 
 
 def failed_table(rows: Sequence[RowVerdict], total: int) -> Table:
-    """What was wanted and what was given, row by row."""
-    table = plain_table(f"the first {len(rows):,} of {total:,} rows that are no match")
+    """Returns gold and answer, row by row."""
+    table = plain_table(f"the first {len(rows):,} of {total:,} rows that do not match")
     table.add_column("row", justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for name in ("gold", "answer", "detail"):

@@ -1,15 +1,16 @@
 """Verdicts on anybody's (response, gold) pairs: a Parquet or JSON-lines file in, one verdict a row out.
 
-Rows are read, judged and written as a stream, so that a file may be larger than memory.
+Rows are read, verified and written as a stream, so that a file may be larger than memory.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from precompute.config import AnswerForm
-from precompute.problems.data_rows import cell_of, data_rows, find_column, short
-from precompute.verify.verifier import Verdict, Verifier
+from precompute.problems.data_rows import cell_of, data_rows, find_column, gold_of, turns_of
+from precompute.verify.verifier import Verifier
 from store.errors import ProblemsError, UserError
 from store.format.files import whole_file
 from store.records import VERDICTS
@@ -65,7 +66,7 @@ class RowVerdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileReport:
-    """What came out over a whole file."""
+    """Verdicts over a whole file."""
 
     file: str
     response_column: str
@@ -74,21 +75,21 @@ class FileReport:
     verdicts: Mapping[str, int]
     """Rows by verdict; every verdict is a key."""
     failed: Sequence[RowVerdict]
-    """The first rows that are no match, as many as were asked for."""
+    """The first rows that do not match, up to the number that was requested."""
 
     @property
     def matches(self) -> int:
-        """Rows whose answer is the gold answer."""
+        """Number of rows whose answer is the gold answer."""
         return self.verdicts["match"]
 
 
 Progress = Callable[[int, int, str], None]
-"""(rows judged, rows of the file, a note)."""
-Sink = Callable[[RowVerdict], None]
+"""(rows verified, rows of the file, a note)."""
+Sink = Callable[[RowVerdict], object]
 
 
 class PairFile:
-    """A file of (response, gold) pairs. ProblemsError when it is none.
+    """A file of (response, gold) pairs. ProblemsError when it is not one.
 
     A column given by name may be nested, e.g. `reward_model.ground_truth`; None takes the first of
     RESPONSE_COLUMNS or GOLD_COLUMNS that the first row has. A response is text or a chat, whose last turn is
@@ -105,42 +106,24 @@ class PairFile:
         self.gold = find_column(file, first[1], gold_column, golds, "--gold-column")
 
     def rows(self) -> Iterator[tuple[int, str, str]]:
-        """(row number from 1, response, gold)."""
+        """Yields (row number from 1, response, gold)."""
         wanted = (f"{self.response}.", f"{self.gold}.")
         for number, row in data_rows(
             self.file, skip=lambda leaf: not f"{'.'.join(leaf)}.".startswith(wanted)
         ):
             try:
-                yield number, response_text(cell_of(row, self.response)), gold_text(cell_of(row, self.gold))
+                turns = turns_of(cell_of(row, self.response), self.response)
+                gold = gold_of(cell_of(row, self.gold), self.gold)
             except ValueError as error:
                 raise ProblemsError(f"{self.file}, row {number}: {error}") from None
+            yield number, turns[-1].text if turns else "", gold
 
     def count(self) -> int:
-        """Rows, without reading what is in them; blank lines are counted, too."""
+        """Number of rows, without reading what is in them; blank lines are counted, too."""
         with self.file.open("rb") as handle:
             if self.file.suffix == ".parquet":
                 return int(pq.ParquetFile(handle).metadata.num_rows)
             return sum(piece.count(b"\n") for piece in iter(lambda: handle.read(COUNT_BYTES), b"")) or 1
-
-
-def response_text(cell: Any) -> str:
-    """The response in a cell; nothing at all is an empty one. ValueError when it is no text and no chat."""
-    if isinstance(cell, list) and cell and isinstance(cell[-1], Mapping):
-        cell = cell[-1].get("content")
-    if cell is None:
-        return ""
-    if not isinstance(cell, str):
-        raise ValueError(f"a response is text or a list of chat turns, not {short(cell)}")
-    return cell
-
-
-def gold_text(cell: Any) -> str:
-    """The gold answer in a cell, a number as it is written. ValueError when it is neither."""
-    if cell is None:
-        return ""
-    if isinstance(cell, bool) or not isinstance(cell, str | int | float):
-        raise ValueError(f"a gold answer is text or a number, not {short(cell)}")
-    return str(cell)
 
 
 def verify_file(
@@ -152,7 +135,7 @@ def verify_file(
     out: Path | None = None,
     progress: Progress,
 ) -> FileReport:
-    """Judges every row; keeps the first `failed` rows that are no match, and writes all of them to `out`.
+    """Verifies every row; keeps the first `failed` rows that do not match, and writes all of them to `out`.
 
     `out` appears whole, at the end, or not at all. Raises UserError for a wrong file or `out`.
     """
@@ -175,68 +158,57 @@ def verify_file(
 
 
 def row_verdicts(pairs: PairFile, verifier: Verifier, form: AnswerForm | None) -> Iterator[RowVerdict]:
-    """The verdicts in the order of the rows."""
-    asked: deque[tuple[int, str]] = deque()
-
-    def ask() -> Iterator[tuple[str, str]]:
-        for number, response, gold in pairs.rows():
-            asked.append((number, gold))
-            yield response, gold
-
-    for verdict in verifier.stream(ask(), form):
-        yield _row_verdict(*asked.popleft(), verdict)
-
-
-def _row_verdict(row: int, gold: str, verdict: Verdict) -> RowVerdict:
-    return RowVerdict(
-        row=row,
-        verdict=verdict.reason,
-        is_correct=verdict.is_correct,
-        gold=_storable(gold),
-        answer=None if verdict.answer is None else _storable(verdict.answer),
-        parsed_gold=verdict.parsed_gold,
-        parsed_answer=verdict.parsed_answer,
-        n_answers=verdict.n_answers,
-        detail=verdict.detail,
-    )
+    """Yields the verdicts in the order of the rows."""
+    rows, again = tee(pairs.rows())
+    verdicts = verifier.stream(((response, gold) for _, response, gold in rows), form)
+    for verdict, (number, _, gold) in zip(verdicts, again, strict=False):
+        yield RowVerdict(
+            row=number,
+            verdict=verdict.reason,
+            is_correct=verdict.is_correct,
+            gold=_storable(gold),
+            answer=None if verdict.answer is None else _storable(verdict.answer),
+            parsed_gold=verdict.parsed_gold,
+            parsed_answer=verdict.parsed_answer,
+            n_answers=verdict.n_answers,
+            detail=verdict.detail,
+        )
 
 
 def _storable(text: str) -> str:
-    """Lone surrogates, which JSON may hold and UTF-8 may not, become question marks."""
+    """Turns lone surrogates, which JSON may hold and UTF-8 may not, into question marks."""
     return text.encode("utf-8", "replace").decode()
 
 
-def _sink(file: Path, out: Path | None) -> AbstractContextManager[Sink]:
+@contextmanager
+def _sink(file: Path, out: Path | None) -> Iterator[Sink]:
     if out is None:
-        return _nowhere()
+        yield lambda row: None
+        return
     if out.suffix not in OUT_SUFFIXES:
         raise UserError(f"--out {out}: a file of verdicts ends in {' or '.join(OUT_SUFFIXES)}")
     if out.resolve() == file.resolve():
         raise UserError(f"--out {out}: that is the file to verify; give another name")
-    return _parquet(out) if out.suffix == ".parquet" else _json_lines(out)
+    with whole_file(out) as handle:
+        if out.suffix == ".jsonl":
+            yield lambda row: handle.write(json.dumps(asdict(row)).encode() + b"\n")
+        else:
+            with pq.ParquetWriter(handle, SCHEMA, compression="zstd") as writer, _batched(writer) as write:
+                yield write
 
 
 @contextmanager
-def _nowhere() -> Iterator[Sink]:
-    yield lambda row: None
-
-
-@contextmanager
-def _json_lines(out: Path) -> Iterator[Sink]:
-    with whole_file(out) as file:
-        yield lambda row: (file.write(json.dumps(asdict(row)).encode() + b"\n"), None)[1]
-
-
-@contextmanager
-def _parquet(out: Path) -> Iterator[Sink]:
+def _batched(writer: pq.ParquetWriter) -> Iterator[Sink]:
     waiting: list[dict[str, Any]] = []
-    with whole_file(out) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
 
-        def write(row: RowVerdict) -> None:
-            waiting.append(asdict(row))
-            if len(waiting) == BATCH_ROWS:
-                writer.write_batch(pa.RecordBatch.from_pylist(waiting, schema=SCHEMA))
-                waiting.clear()
-
-        yield write
+    def flush() -> None:
         writer.write_batch(pa.RecordBatch.from_pylist(waiting, schema=SCHEMA))
+        waiting.clear()
+
+    def write(row: RowVerdict) -> None:
+        waiting.append(asdict(row))
+        if len(waiting) == BATCH_ROWS:
+            flush()
+
+    yield write
+    flush()

@@ -321,6 +321,7 @@ def usable_problems(config: Config, which: str, verifier: Verifier, reporter: Tr
             path,
             question_column=config.problems.question_column,
             answer_column=config.problems.answer_column,
+            form=config.problems.form,
         )
     usable, unparseable = split_by_gold(loaded.problems, verifier)
     for problem in unparseable:
