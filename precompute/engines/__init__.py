@@ -1,11 +1,9 @@
-"""Engines: anything that turns prompt ids into sampled completions.
+"""Engines: they turn prompt ids into sampled completions.
 
     requests (prompt ids, a seed each)  --generate-->  completions, in the order in which they finish
 
-Engines are fed: they take the next request when they have room for one, so that what is asked next may
-depend on what came back.
-
-One Protocol, one file an engine; each heavy import lives in its engine's file alone.
+An engine takes the next request when it has room for it, so that a request may depend on earlier completions.
+Each engine has a file of its own, the only one with its heavy import; registry.py has them by name.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from typing import Literal, Protocol
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn."""
+    """Parameters of sampling."""
 
     temperature: float
     """0: greedy."""
@@ -26,36 +24,36 @@ class Sampling:
     """0: off."""
     max_tokens: int
     logprobs: Literal["model", "sampler"] = "model"
-    """What a completion's are. model: the model's own, at temperature 1, before top_p and top_k (what a store
-    keeps). sampler: of the very distribution that the token was drawn from."""
+    """Kind of a completion's log-probabilities. model: the model's own, at temperature 1, before top_p and
+    top_k (a store keeps these). sampler: of the very distribution that the token was sampled from."""
 
     @property
     def is_plain(self) -> bool:
-        """Draws from the model's own distribution: both kinds of log-probabilities are the same."""
+        """True if both kinds of log-probabilities are equal."""
         return self.temperature == 1 and self.top_p == 1 and self.top_k == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One sample to draw. The same request gives the same completion in any batch."""
+    """One sample to take. The same request gives the same completion in any batch."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
-    """[P], special tokens and generation prompt included: ids in, ids out."""
+    """[P], special tokens and generation prompt included."""
     seed: int
-    """Below 2**31, and its own for each sample: a shared seed gives n identical samples."""
+    """Below 2**31, different for each sample: a shared seed gives n identical samples."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What an engine drew for one request."""
+    """The sample of one request."""
 
     request_id: str
     token_ids: tuple[int, ...]
     """[T], without the prompt; ends with the EOS id when finish_reason is `stop`."""
     logprobs: tuple[float, ...]
-    """[T], log-probability of each token, of the kind that `Sampling.logprobs` asks for; empty where the
-    engine cannot know it."""
+    """[T], log-probability of each token, of the kind that `Sampling.logprobs` names; empty where the engine
+    cannot know it."""
     finish_reason: str
     """`stop` or `length` (store.records.FINISH_REASONS)."""
     text: str
@@ -63,11 +61,11 @@ class Completion:
 
 
 Requests = Iterable[Request | None]
-"""What an engine draws. None: nothing right now, more may come; the end of the iterable: no more."""
+"""Requests for an engine. None: nothing right now, more may come; the end of the iterable: no more."""
 
 
 class Engine(Protocol):
-    """Draws completions. A caller may stop iterating at any time; `close` frees the model."""
+    """Samples completions. A caller may stop iterating at any time."""
 
     name: str
     version: str
@@ -76,8 +74,8 @@ class Engine(Protocol):
         """Yields one completion a request, in the order in which they finish.
 
         Takes requests as it has room for them, in the thread that iterates; at a None it goes on with what
-        runs and asks again later. Raises EngineError for a request that does not fit: at once where
-        `requests` is a sequence, else when it is taken.
+        runs and looks again later. Raises EngineError for a request that does not fit: at once in a sequence,
+        else when it is taken.
         """
         ...
 

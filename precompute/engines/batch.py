@@ -1,4 +1,4 @@
-"""The rows of a running batch: left-padded ids, their key-value cache, and who joins and leaves."""
+"""Rows of a running batch: left-padded ids and their key-value cache; rows join and leave."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from precompute.engines.seeded_sampler import SeededSampler
 
 
 class Rows:
-    """Requests at work together.
+    """Requests that are sampled together.
 
-    `ids` and `mask` are [B, L] and grow on the right; the cache holds all columns but the last, or is None
-    for a model that keeps another kind of state: such rows can leave, and nobody can join them.
+    `ids` and `mask` are [B, L] and grow on the right. The cache has all columns but the last. It is None for
+    a model with another kind of state: such rows can leave, and no others can join.
     """
 
     def __init__(
@@ -39,19 +39,19 @@ class Rows:
 
     @property
     def can_be_joined(self) -> bool:
-        """Every layer keeps all columns, or the last ones: rows of another length can be put beside these."""
+        """True if every layer keeps all columns, or the last ones: then rows of another length can join."""
         return self.cache is not None and all(
             type(layer) in {DynamicLayer, DynamicSlidingWindowLayer} for layer in self.cache.layers
         )
 
     def grow(self, ids: torch.Tensor) -> None:
-        """[B, L] -> [B, L + n]: tokens were drawn."""
+        """Sets the ids [B, L + n] after n further tokens."""
         self.mask = torch.nn.functional.pad(self.mask, (0, ids.shape[1] - self.mask.shape[1]), value=1)
         self.ids = ids
 
-    def drawn(self) -> list[tuple[list[int], list[float]]]:
-        """[B], each row's tokens and their log-probabilities so far, padding behind its end included."""
-        counts = self.sampler.drawn
+    def sampled(self) -> list[tuple[list[int], list[float]]]:
+        """Returns [B], each row's tokens and log-probabilities so far, padding after its end included."""
+        counts = self.sampler.counts
         tokens = self.ids[:, self.ids.shape[1] - max(counts) :].tolist()
         logprobs = self.sampler.logprobs[:, : max(counts)].tolist()
         return [
@@ -60,7 +60,7 @@ class Rows:
         ]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Goes on with these rows alone, and without the columns that pad all of them."""
+        """Drops all other rows, and the columns that pad all of these."""
         index = torch.tensor(rows, dtype=torch.long, device=self.ids.device)
         self.requests = [self.requests[row] for row in rows]
         self.ids, self.mask = self.ids[index], self.mask[index]
@@ -72,7 +72,7 @@ class Rows:
             self._cut_padding(int(self.mask.argmax(-1).min()))
 
     def join(self, others: Rows) -> None:
-        """Puts `others`, of which a token each is drawn, below these."""
+        """Appends rows that have one token each."""
         if not others.requests:
             return
         width = max(self.ids.shape[1], others.ids.shape[1])
@@ -93,26 +93,26 @@ class Rows:
         left = self.ids.shape[1] - 1
         for layer in self.cache.layers:
             cut = layer.keys.shape[2] - _kept(layer, left)
-            # A copy, for a view would keep what is cut in memory.
+            # A copy: a view would keep the cut columns in memory.
             _hold(layer, layer.keys[:, :, cut:].clone(), layer.values[:, :, cut:].clone(), left)
 
 
 def _kept(layer: DynamicLayer, columns: int) -> int:
-    """How many of `columns` columns a layer keeps: all, or the last that its window reaches."""
+    """Returns how many of `columns` columns a layer keeps: all, or the last ones in its window."""
     if isinstance(layer, DynamicSlidingWindowLayer):
         return min(columns, int(layer.sliding_window) - 1)
     return columns
 
 
 def _hold(layer: DynamicLayer, keys: torch.Tensor, values: torch.Tensor, columns: int) -> None:
-    """Gives a layer these keys and values, what it keeps of `columns` columns."""
+    """Sets a layer's keys and values, which it keeps of `columns` columns."""
     layer.keys, layer.values = keys, values
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = columns
 
 
 def left_padded(rows: Sequence[Sequence[int]], *, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask, both [B, P]: `generate` appends on the right, so padding goes to the left."""
+    """Returns ids and attention mask, both [B, P]; padding is on the left, for `generate` appends."""
     width = max(len(row) for row in rows)
     ids = [[pad_id] * (width - len(row)) + list(row) for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
@@ -120,7 +120,7 @@ def left_padded(rows: Sequence[Sequence[int]], *, pad_id: int) -> tuple[torch.Te
 
 
 def _widened(tensor: torch.Tensor, width: int, dim: int) -> torch.Tensor:
-    """Zeros on the left of `dim`, up to `width` columns."""
+    """Pads `dim` with zeros on the left, up to `width` columns."""
     shape = list(tensor.shape)
     shape[dim] = width - shape[dim]
     return torch.cat([tensor.new_zeros(shape), tensor], dim=dim)

@@ -1,4 +1,4 @@
-"""What engines settle before they draw: where a completion ends, what fits, why a model failed to load."""
+"""Ends of completions, lengths of requests, and reasons why a model cannot be loaded."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from store.errors import EngineError
 
 
 def eos_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Every id that ends a completion, ascending: the generation config may list several, and chat models
-    often end a turn with one that the tokenizer does not name.
+    """Returns every id that ends a completion, ascending.
 
-    Raises EngineError when there is none: no completion could ever end by itself.
+    The generation config may list several: chat models often end a turn with one that the tokenizer does not
+    name. Raises EngineError without any: no completion could ever end by itself.
     """
     listed = getattr(generation_config, "eos_token_id", None)
     ids = {listed} if isinstance(listed, int) else set(listed or ())
@@ -26,13 +26,13 @@ def eos_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def stop_ids_of(model: str, revision: str | None, tokenizer: Any) -> tuple[int, ...]:
-    """The EOS ids of a model that is loaded elsewhere. EngineError when there is no such model."""
+    """Returns the EOS ids of a model that is loaded elsewhere. EngineError if there is no such model."""
     from transformers import AutoConfig, GenerationConfig
 
     try:
         return eos_ids(GenerationConfig.from_pretrained(model, revision=revision or "main"), tokenizer)
     except OSError:
-        pass  # the file is optional: the model's config says the same
+        pass  # the file is optional; the model's config has the ids as well
     try:
         return eos_ids(AutoConfig.from_pretrained(model, revision=revision), tokenizer)
     except (OSError, ValueError, KeyError) as error:
@@ -40,7 +40,7 @@ def stop_ids_of(model: str, revision: str | None, tokenizer: Any) -> tuple[int, 
 
 
 def check_lengths(requests: Sequence[Request], sampling: Sampling, context_length: int | None) -> None:
-    """Raises EngineError when a request does not fit into `context_length` positions (None: no limit)."""
+    """Raises EngineError if a request does not fit into `context_length` positions (None: no limit)."""
     longest = max((len(request.prompt_ids) for request in requests), default=0)
     if context_length is not None and longest + sampling.max_tokens > context_length:
         raise EngineError(
@@ -53,18 +53,18 @@ def check_lengths(requests: Sequence[Request], sampling: Sampling, context_lengt
 
 
 def cannot_load(model: str, error: BaseException | str) -> EngineError:
-    """One line that names the model, out of a library error that runs over many."""
+    """Returns an error of one line that names the model, from a library error of many lines."""
     return EngineError(f"model {model!r} cannot be loaded: {load_failure(model, error)}")
 
 
 def load_failure(model: str, error: BaseException | str) -> str:
-    """Why a model cannot be loaded, in one line. A path that is not there is said to be just that: the
-    library takes it for a hub name and says what is wrong with the name."""
+    """Returns why a model cannot be loaded, in one line. A missing directory is reported as such: the library
+    takes its path for a hub name and complains about the name."""
     return missing_directory(model) or (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def missing_directory(model: str) -> str | None:
-    """That there is no such directory, where `model` looks like a path and no hub would have it."""
+    """Returns a complaint if `model` looks like a path, which no hub would have, and does not exist."""
     looks_like_a_path = model.startswith((".", "/", "~")) or model.count("/") > 1
     if looks_like_a_path and not Path(model).exists():
         return f"there is no directory {Path(model).absolute()}"

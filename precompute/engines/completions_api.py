@@ -1,9 +1,8 @@
-"""OpenAI's completions API: what is asked of a server, and how its answers are read.
+"""Calls of OpenAI's completions API and their answers.
 
-Ids in, ids out where the server is vLLM: it takes the prompt's ids, and returns the completion's with their
-log-probabilities. Of any other server the text is all that is sure: it is tokenised again with the teacher's
-tokenizer (no EOS behind it), and `logprobs` stays empty, so that `guidance.loss = "shaped_ratio"` refuses its
-traces.
+Servers that are vLLM take the prompt's ids, and return the completion's with their log-probabilities. Of any
+other server only the text is sure: it is tokenized again with the teacher's tokenizer (no EOS behind it), and
+`logprobs` stays empty, so that `guidance.loss = "shaped_ratio"` refuses its traces.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from store.errors import EngineError
 
 
 def plain_call(request: Request, sampling: Sampling, model: str) -> dict[str, Any]:
-    """The arguments of one call: the API's own, and top_k, which many servers know, where it is on."""
+    """Returns the API's own arguments, and top_k, which many servers know, where it is on."""
     call = {
         "model": model,
         "prompt": list(request.prompt_ids),
@@ -30,7 +29,7 @@ def plain_call(request: Request, sampling: Sampling, model: str) -> dict[str, An
 def vllm_call(
     request: Request, sampling: Sampling, model: str, *, stop_ids: tuple[int, ...]
 ) -> dict[str, Any]:
-    """The same for vLLM: ids are to come back, and no default of the server's own has a say."""
+    """Returns the arguments for vLLM: it shall return ids, and apply no sampling default of its own."""
     more = {
         "top_k": sampling.top_k,
         "min_p": 0.0,
@@ -38,13 +37,12 @@ def vllm_call(
         "stop_token_ids": list(stop_ids),
         "return_token_ids": True,
     }
-    # 0: the drawn token's log-probability alone; vLLM gives it at temperature 1.
+    # logprobs = 0: of the sampled token alone; vLLM gives it at temperature 1.
     return plain_call(request, sampling, model) | {"logprobs": 0, "extra_body": more}
 
 
 def completion_of(request: Request, answer: Any, tokenizer: Any, *, url: str) -> Completion | None:
-    """None: the server broke it off, and it is no sample. Raises EngineError for what is no completion of
-    this prompt."""
+    """Returns the completion; None if the server broke it off. EngineError if it is of another prompt."""
     choices = getattr(answer, "choices", None)
     if not choices:
         raise EngineError(f"{url} answers with something that is no completion")
@@ -53,7 +51,11 @@ def completion_of(request: Request, answer: Any, tokenizer: Any, *, url: str) ->
         return None
     ids = getattr(choice, "token_ids", None)
     if ids is not None:
-        _check_prompt(request, getattr(choice, "prompt_token_ids", None), url)
+        read = getattr(choice, "prompt_token_ids", None)
+        if read is not None and tuple(read) != request.prompt_ids:
+            raise EngineError(
+                f"{url} was sent a prompt of {len(request.prompt_ids)} tokens and read another of {len(read)}"
+            )
         logprobs, text = _logprobs(choice, len(ids)), tokenizer.decode(ids, skip_special_tokens=True)
     else:
         text, logprobs = choice.text, ()
@@ -62,20 +64,13 @@ def completion_of(request: Request, answer: Any, tokenizer: Any, *, url: str) ->
         request_id=request.request_id,
         token_ids=tuple(ids),
         logprobs=logprobs,
-        # Whatever else cut it short, it did not end by itself.
+        # Any other reason is a cut as well.
         finish_reason="stop" if choice.finish_reason == "stop" else "length",
         text=text,
     )
 
 
-def _check_prompt(request: Request, read: list[int] | None, url: str) -> None:
-    if read is not None and tuple(read) != request.prompt_ids:
-        raise EngineError(
-            f"{url} was sent a prompt of {len(request.prompt_ids)} tokens and read another of {len(read)}"
-        )
-
-
 def _logprobs(choice: Any, count: int) -> tuple[float, ...]:
-    """[T]; empty unless there is one for every token."""
+    """Returns [T]; empty unless every token has one."""
     found = getattr(choice.logprobs, "token_logprobs", None) or []
     return tuple(found) if len(found) == count and None not in found else ()

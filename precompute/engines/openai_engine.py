@@ -1,11 +1,12 @@
 """Servers that speak OpenAI's completions API, several for one model; the one file that imports openai.
 
-What is asked and how the answers are read stands in completions_api.py. The key is read from the environment
-when a client is made, and goes nowhere else.
+The calls and their answers are in completions_api.py. The key is read from the environment when a client is
+made, and goes nowhere else.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,40 +16,44 @@ import openai
 
 from precompute.config import TeacherConfig
 from precompute.engines import Completion, Request, Requests, Sampling
-from precompute.engines.calls import Calls
 from precompute.engines.checks import stop_ids_of
 from precompute.engines.completions_api import completion_of, plain_call, vllm_call
 from precompute.engines.feed import PAUSE, Feed
 from store.errors import EngineError
 
 CONNECT_SECONDS = 10.0
-"""Until a server counts as one that cannot be reached."""
+"""Longest wait for a connection."""
 IMPATIENT = {"timeout": CONNECT_SECONDS, "max_retries": 2}
-"""For questions that cost a server nothing."""
+"""Options of calls that cost a server nothing."""
 UNKNOWN = "unknown"
 NO_KEY = "none"
 """The client insists on a key; without one the header that would carry it is left out."""
 
 GONE = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)
-"""What the client tries again. Once it has tried often enough, the server is given up."""
+"""Errors after which the client tries again; after `max_retries` the server is given up."""
+
+
+Tasks = set[asyncio.Task[Completion]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
-    """What a teacher's servers say of themselves."""
+    """Answers of a teacher's servers about themselves."""
 
     version: str
     vllm_urls: frozenset[str]
-    """Those that are vLLM: they return ids."""
+    """Servers that are vLLM: they return ids."""
     max_length: int | None
-    """The fewest positions that one of them has; None where none says it."""
+    """Fewest positions of any server; None where no server states it."""
     gone: dict[str, str]
     """url -> why it cannot be used."""
 
 
 def survey(teacher: TeacherConfig) -> Survey:
-    """Asks every server for its models. Raises EngineError when none answers, and when one that does lacks
-    the model or refuses the key."""
+    """Asks every server for its models.
+
+    Raises EngineError when none answers, and when one that does lacks the model or refuses the key.
+    """
     models: dict[str, Any] = {}
     versions: set[str] = set()
     gone: dict[str, str] = {}
@@ -83,25 +88,22 @@ def _served_model(client: openai.OpenAI, teacher: TeacherConfig, url: str) -> An
 
 
 def _version(client: openai.OpenAI, teacher: TeacherConfig, url: str) -> str:
-    """What vLLM answers beside its API; of others there is no common way to know."""
+    """Returns vLLM's version, which it gives beside its API; other servers have no common way."""
+    path = url.rstrip("/").removesuffix("/v1") + "/version"
     try:
-        answer: Any = client.get(
-            url.rstrip("/").removesuffix("/v1") + "/version",
-            cast_to=object,
-            options={"headers": _headers(teacher)},
-        )
+        answer: Any = client.get(path, cast_to=object, options={"headers": _headers(teacher)})
     except openai.APIError:
         return UNKNOWN
     return str(answer.get("version", UNKNOWN)) if isinstance(answer, dict) else UNKNOWN
 
 
 def served_name(teacher: TeacherConfig) -> str:
-    """The model's name at the servers."""
+    """Returns the model's name at the servers."""
     return teacher.served_model_name or teacher.model
 
 
 class Server:
-    """One server, while requests are under way."""
+    """One server during a `generate` call."""
 
     def __init__(self, teacher: TeacherConfig, url: str, *, is_vllm: bool) -> None:
         self.url = url
@@ -112,78 +114,70 @@ class Server:
 
 
 class OpenAIEngine:
-    """Draws completions from servers, `batch_size` at once over all of them together."""
+    """Samples from servers, `batch_size` requests at once over all of them together."""
 
     name = "openai"
 
     def __init__(
-        self,
-        teacher: TeacherConfig,
-        tokenizer: Any,
-        found: Survey,
-        *,
-        report: Callable[[str], None],
+        self, teacher: TeacherConfig, tokenizer: Any, *, max_length: int, report: Callable[[str], None]
     ) -> None:
-        self.version = found.version
+        """Asks the servers for the model, with room for `max_length` tokens of prompt and completion.
+
+        `report` receives a line for every server that is given up. Raises EngineError.
+        """
         self._teacher = teacher
         self._tokenizer = tokenizer
-        self._found = found
-        self._gone = dict(found.gone)
-        self._stop_ids = _stop_ids(teacher, tokenizer)
         self._report = report
-
-    @classmethod
-    def load(
-        cls, teacher: TeacherConfig, tokenizer: Any, *, max_length: int, report: Callable[[str], None]
-    ) -> OpenAIEngine:
-        """Asks the servers whether they have the model, with room for `max_length` tokens of prompt and
-        completion. Raises EngineError."""
-        found = survey(teacher)
-        if found.max_length is not None and max_length > found.max_length:
+        self._found = survey(teacher)
+        if self._found.max_length is not None and max_length > self._found.max_length:
             raise EngineError(
-                f"the longest prompt and max_tokens = {teacher.max_tokens} need {max_length} positions and "
-                f"a server has {found.max_length}; start it with --max-model-len {max_length}"
+                f"the longest prompt and max_tokens = {teacher.max_tokens} need {max_length} positions and a "
+                f"server has {self._found.max_length}; start it with --max-model-len {max_length}"
             )
-        engine = cls(teacher, tokenizer, found, report=report)
-        for url, reason in found.gone.items():
-            engine._report_gone(url, reason)
-        return engine
+        self.version = self._found.version
+        self._gone = dict(self._found.gone)
+        self._stop_ids = _stop_ids(teacher, tokenizer)
+        for url in self._gone:
+            self._report_gone(url)
 
     def generate(self, requests: Requests, sampling: Sampling) -> Iterator[Completion]:
         """Yields one completion a request, as they come back.
 
-        Raises EngineError when the last server is given up, and for what no further try can mend.
+        Raises EngineError when the last server is given up, and for errors that no further try can mend.
         """
         return self._generate(Feed(requests, sampling, self._found.max_length), sampling)
 
     def close(self) -> None:
-        """Nothing is held between two `generate`."""
+        """Frees nothing: no connection outlives `generate`."""
 
     def _generate(self, feed: Feed, sampling: Sampling) -> Iterator[Completion]:
+        """Runs the event loop while it is iterated: at other times the answers wait in their sockets."""
+        most = self._teacher.batch_size
         servers = [
             Server(self._teacher, url, is_vllm=url in self._found.vllm_urls)
             for url in self._teacher.base_urls
             if url not in self._gone
         ]
+        running: Tasks = set()
+        with asyncio.Runner() as runner:
+            try:
+                while not feed.ended or running:
+                    for request in feed.take(most - len(running)):
+                        sample = self._sample(request, sampling, servers)
+                        running.add(runner.get_loop().create_task(sample))
+                    patience = None if feed.ended or len(running) == most else PAUSE
+                    if running:
+                        for task in runner.run(_ended(running, patience)):
+                            completion = task.result()
+                            running.remove(task)
+                            yield completion
+                    elif not feed.ended:
+                        feed.wait()
+            finally:
+                runner.run(_close(running, servers))
 
-        async def close() -> None:
-            for server in servers:
-                await server.client.close()
-
-        most = self._teacher.batch_size
-        with Calls[Completion](close) as calls:
-            while True:
-                for request in feed.take(most - calls.running):
-                    calls.start(self._draw(request, sampling, servers))
-                if calls.running:
-                    yield from calls.take(None if feed.ended or calls.running == most else PAUSE)
-                elif feed.ended:
-                    return
-                else:
-                    feed.wait()
-
-    async def _draw(self, request: Request, sampling: Sampling, servers: list[Server]) -> Completion:
-        """From the server with the least to do; from another when that one has to be given up."""
+    async def _sample(self, request: Request, sampling: Sampling, servers: list[Server]) -> Completion:
+        """Samples from the server with the least to do, and from another if that one is given up."""
         while True:
             alive = [server for server in servers if server.url not in self._gone]
             if not alive:
@@ -199,7 +193,9 @@ class OpenAIEngine:
                 )
                 completion = completion_of(request, answer, self._tokenizer, url=server.url)
                 if completion is not None:
-                    return completion if _tells(sampling) else replace(completion, logprobs=())
+                    # Servers give the log-probabilities of the model alone.
+                    known = sampling.logprobs == "model" or sampling.is_plain
+                    return completion if known else replace(completion, logprobs=())
                 self._give_up(server, servers, "it broke a completion off")
             except GONE as error:
                 self._give_up(server, servers, _reason(error, self._teacher))
@@ -219,19 +215,28 @@ class OpenAIEngine:
             return
         self._gone[server.url] = reason
         if any(other.url not in self._gone for other in servers):
-            self._report_gone(server.url, reason)
+            self._report_gone(server.url)
 
-    def _report_gone(self, url: str, reason: str) -> None:
-        self._report(f"{self._teacher.name}: {url} is given up ({reason}); the other servers go on")
+    def _report_gone(self, url: str) -> None:
+        self._report(f"{self._teacher.name}: {url} is given up ({self._gone[url]}); the other servers go on")
 
 
-def _tells(sampling: Sampling) -> bool:
-    """Servers give the model's own log-probabilities."""
-    return sampling.logprobs == "model" or sampling.is_plain
+async def _ended(tasks: Tasks, patience: float | None) -> Tasks:
+    """Returns the tasks that have ended, as soon as there is one; after `patience` seconds at the latest."""
+    ended, _ = await asyncio.wait(tasks, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+    return ended
+
+
+async def _close(tasks: Tasks, servers: list[Server]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    for server in servers:
+        await server.client.close()
 
 
 def _client_options(teacher: TeacherConfig, url: str) -> dict[str, Any]:
-    """Of a client, the key included: to be passed on at once and never kept."""
+    """Returns a client's options, the key included: to be passed on at once and never kept."""
     key = os.environ[teacher.api_key_env] if teacher.api_key_env else NO_KEY
     return {
         "base_url": url,
@@ -242,12 +247,13 @@ def _client_options(teacher: TeacherConfig, url: str) -> dict[str, Any]:
 
 
 def _headers(teacher: TeacherConfig) -> dict[str, Any]:
-    """Of every call: without a key of the config's none is sent, whatever else stands in the environment."""
+    """Returns the headers of every call: without `api_key_env` no key is sent, whatever is in the
+    environment."""
     return {} if teacher.api_key_env else {"Authorization": openai.Omit()}
 
 
 def _stop_ids(teacher: TeacherConfig, tokenizer: Any) -> tuple[int, ...]:
-    """The model's EOS ids where it is at hand, else the tokenizer's; the server knows its own in any case."""
+    """Returns the EOS ids of the model if it is here, else the tokenizer's; the server adds its own."""
     try:
         return stop_ids_of(teacher.model, teacher.revision, tokenizer)
     except EngineError:
@@ -255,7 +261,7 @@ def _stop_ids(teacher: TeacherConfig, tokenizer: Any) -> tuple[int, ...]:
 
 
 def _refused(url: str, error: openai.APIStatusError, teacher: TeacherConfig) -> EngineError:
-    """What no further try can mend, and what to do about it."""
+    """Returns an error that no further try can mend, with the way out."""
     hints = {
         401: f"the key in {teacher.api_key_env} is not accepted"
         if teacher.api_key_env
@@ -267,28 +273,19 @@ def _refused(url: str, error: openai.APIStatusError, teacher: TeacherConfig) -> 
 
 
 def _reason(error: openai.APIError, teacher: TeacherConfig) -> str:
-    """One line, and never with the key in it: some servers repeat what they were sent."""
+    """Returns one line without the key: some servers repeat what they were sent."""
     if isinstance(error, openai.APITimeoutError):
-        said = "no answer in time"
+        reason = "no answer in time"
     elif isinstance(error, openai.APIStatusError):
-        said = f"{error.status_code} {_message(error)}"
+        body = error.body.get("message", error.body) if isinstance(error.body, dict) else error.body
+        reason = f"{error.status_code} {body or error.response.reason_phrase}"
     else:
-        said = _root(error)
+        root: BaseException = error
+        while root.__cause__ is not None and not isinstance(root.__cause__, BaseExceptionGroup):
+            root = root.__cause__
+        reason = str(root) or type(root).__name__
     key = os.environ.get(teacher.api_key_env or "")
-    return " ".join((said.replace(key, "***") if key else said).split())[:300]
-
-
-def _root(error: BaseException) -> str:
-    """What the system said, below what was made of it."""
-    while error.__cause__ is not None and not isinstance(error.__cause__, BaseExceptionGroup):
-        error = error.__cause__
-    return str(error) or type(error).__name__
-
-
-def _message(error: openai.APIStatusError) -> str:
-    body = error.body
-    said = body.get("message", body) if isinstance(body, dict) else body
-    return str(said or error.response.reason_phrase)
+    return " ".join((reason.replace(key, "***") if key else reason).split())[:300]
 
 
 def _listed(gone: dict[str, str]) -> str:

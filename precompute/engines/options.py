@@ -1,4 +1,4 @@
-"""Keys of a teacher that an engine can or cannot honour here: told before a model is loaded."""
+"""Keys of a teacher that an engine cannot honour on this machine, found before a model is loaded."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from store.errors import EngineError
 
 BITSANDBYTES = "bitsandbytes"
 CPU_QUANTIZATION = ("awq", "auto_awq", "gptq", "auto_gptq", "compressed-tensors", "inc", "int8")
-"""How the names of those begin that vllm can draw with on a CPU."""
+"""Beginnings of the names of quantizations that vllm computes on a CPU."""
 
 
 def check_options(teacher: TeacherConfig, engine_name: str) -> None:
     """Raises EngineError with one line for a key that the resolved engine cannot honour on this machine."""
-    {"vllm": _check_vllm, "openai": _check_openai, "transformers": _check_transformers}[engine_name](teacher)
+    checks = {"vllm": _check_vllm, "openai": _check_openai, "transformers": _check_transformers}
+    if engine_name in checks:
+        checks[engine_name](teacher)
 
 
 def _check_transformers(teacher: TeacherConfig) -> None:

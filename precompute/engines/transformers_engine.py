@@ -1,11 +1,11 @@
-"""transformers' own `generate`, with draws that depend on a row's seed alone (drawing.py).
+"""transformers' own `generate`, with samples that depend on a row's seed alone (seeded_sampler.py).
 
 `generate` samples a batch from one random stream, so that a row's tokens depend on its neighbours. Here a
-logits processor draws instead: each row brings its own uniforms and the token is the inverse CDF at the
-row's next one. The same request gives the same completion in any batch, up to float noise.
+logits processor samples instead: each row has its own uniforms, and the token is the inverse CDF at the row's
+next one. The same request gives the same completion in any batch, up to float noise.
 
-Rows that have ended leave the batch: the key-value cache is cut, others take their places (rows.py), and
-`generate` goes on.
+Rows that have ended leave the batch: the key-value cache is cut, other rows join (batch.py), and `generate`
+goes on.
 """
 
 from __future__ import annotations
@@ -38,16 +38,15 @@ from precompute.engines.four_bits import check_blocks, nf4_on
 from store.errors import EngineError
 
 REFILL_SHARE = 1 / 4
-"""Others join a running batch once this share of its places is free."""
+"""Share of a running batch that has to be free before others join."""
 DRY_TOKENS = 16
-"""Tokens between two looks at a feed that had nothing."""
+"""Tokens between two looks at a feed that was dry."""
 
 
 class TransformersEngine:
-    """Draws completions from a causal language model that is already in memory.
+    """Samples from a causal language model in memory.
 
-    The model may be one that is being trained: it is put into eval mode for the time of a batch and given
-    back as it was.
+    The model may be in training: it is in eval mode during a batch, and as before afterwards.
     """
 
     name = "transformers"
@@ -78,31 +77,34 @@ class TransformersEngine:
         """Loads the model onto `device` (auto: CUDA where there is one).
 
         `dtype = "auto"` is the checkpoint's own on an accelerator and float32 on the CPU;
-        `quantization = "bitsandbytes"` puts the linear layers into 4 bits (nf4). Raises EngineError that
-        names the model when it cannot be loaded.
+        `quantization = "bitsandbytes"` loads the linear layers in 4 bits (nf4). Raises EngineError that names
+        the model if it cannot be loaded.
         """
-        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        kind = "float32" if dtype == "auto" and place.type == "cpu" else dtype
-        computing = torch.float32 if place.type == "cpu" else torch.bfloat16
-        narrow = nf4_on(place, computing) if quantization else {}
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        target = torch.device(device)
+        on_cpu = target.type == "cpu"
+        options = nf4_on(target, torch.float32 if on_cpu else torch.bfloat16) if quantization else {}
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it would cross ours
         try:
-            with _no_bars():
-                model: Any = AutoModelForCausalLM.from_pretrained(
-                    model_path, revision=revision, dtype=kind, **narrow
-                )
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                model_path,
+                revision=revision,
+                dtype="float32" if dtype == "auto" and on_cpu else dtype,
+                **options,
+            )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
             raise cannot_load(model_path, error) from error
         if quantization is None:
-            model = model.to(place)
-        else:  # it stands there already
-            check_blocks(model, place, named=f"model {model_path!r}", instead="leave quantization out")
+            model = model.to(target)
+        else:
+            check_blocks(model, target, named=f"model {model_path!r}", instead="leave quantization out")
         return cls(model, tokenizer, batch_size=batch_size)
 
     def generate(self, requests: Requests, sampling: Sampling) -> Iterator[Completion]:
-        """Yields one completion a request; those of a sequence are begun short prompts first.
+        """Yields one completion a request; a sequence begins with its short prompts.
 
-        Raises EngineError for a prompt that together with `max_tokens` exceeds the model's positions: at
-        once where `requests` is a sequence.
+        Raises EngineError for a prompt that together with `max_tokens` exceeds the model's positions.
         """
         if isinstance(requests, Sequence):
             given: list[Request] = [request for request in requests if request is not None]
@@ -111,21 +113,21 @@ class TransformersEngine:
         return self._generate(Feed(requests, sampling, self._context_length), sampling)
 
     def close(self) -> None:
-        """Lets go of the model; its memory is free once nobody else holds it."""
+        """Drops the model, which frees its memory unless it is in use elsewhere."""
         self._model = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _generate(self, feed: Feed, sampling: Sampling) -> Iterator[Completion]:
-        """Draws until enough rows have ended, hands those over, and puts others in their places: one long
-        completion does not keep the whole batch at work."""
+        """Samples until enough rows have ended, yields those, and lets others join: one long completion does
+        not hold up the whole batch."""
         rows: Rows | None = None
         while True:
             if fresh := feed.take(self._room(rows)):
                 joining = self._rows(fresh, sampling)
                 if rows is not None:
-                    # A prompt's columns are computed apart from the rows that run already.
+                    # Prompts are computed apart from the rows that already run.
                     yield from self._advance(joining, count=1, most=1)
                     rows.join(joining)
                 else:
@@ -147,7 +149,7 @@ class TransformersEngine:
         return rows
 
     def _read_prompts(self, rows: Rows) -> None:
-        """Computes what rows with the same prompt share once; without such rows, nothing."""
+        """Computes a prompt that several rows have only once; does nothing if all are different."""
         distinct = {request.prompt_ids: row for row, request in reversed(list(enumerate(rows.requests)))}
         if len(distinct) == len(rows) or rows.ids.shape[1] == 1:
             return
@@ -161,21 +163,21 @@ class TransformersEngine:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        places = {prompt: place for place, prompt in enumerate(distinct)}
+        row_of = {prompt: row for row, prompt in enumerate(distinct)}
         rows.cache.batch_select_indices(
-            torch.tensor([places[request.prompt_ids] for request in rows.requests], device=rows.ids.device)
+            torch.tensor([row_of[request.prompt_ids] for request in rows.requests], device=rows.ids.device)
         )
 
     def _room(self, rows: Rows | None) -> int:
-        """How many requests to take; none for a few free places, for a refill is a pass of its own."""
+        """Returns how many requests to take; 0 while few rows are free, for a refill is a pass of its own."""
         if rows is None:
             return self._batch_size
         free = self._batch_size - len(rows)
         return free if rows.can_be_joined and free >= self._batch_size * REFILL_SHARE else 0
 
     def _pace(self, rows: Rows, feed: Feed, sampling: Sampling) -> tuple[int, int]:
-        """How many rows have to end, or how many tokens are drawn, before the next look at the feed."""
-        most = sampling.max_tokens - max(rows.sampler.drawn)
+        """Returns (rows that end, tokens) after which the feed is looked at again, whichever comes first."""
+        most = sampling.max_tokens - max(rows.sampler.counts)
         half = (len(rows) + 1) // 2
         if rows.cache is None:
             return len(rows), most
@@ -187,7 +189,7 @@ class TransformersEngine:
         return min(max(missing, 1), half), most
 
     def _advance(self, rows: Rows, *, count: int, most: int) -> Iterator[Completion]:
-        """Draws until `count` rows have ended or `most` tokens are drawn; then the ended ones leave."""
+        """Samples until `count` rows have ended or all have `most` further tokens; yields the ended ones."""
         with _lent(self._model):
             ids = self._model.generate(
                 input_ids=rows.ids,
@@ -196,12 +198,12 @@ class TransformersEngine:
                 generation_config=self._generation_config(most),
                 logits_processor=LogitsProcessorList([rows.sampler]),
                 stopping_criteria=StoppingCriteriaList([EnoughEnded(self._eos, rows.ids, count)]),
-                # Of several processes each draws at its own pace.
+                # Every rank samples at its own pace.
                 synced_gpus=False,
             )
         rows.grow(ids)
         going, completions = [], []
-        for row, (tokens, logprobs) in enumerate(rows.drawn()):
+        for row, (tokens, logprobs) in enumerate(rows.sampled()):
             if len(tokens) == rows.sampler.max_tokens or not self._eos_set.isdisjoint(tokens):
                 completions.append(self._completion(rows.requests[row], tokens, logprobs))
             else:
@@ -210,13 +212,13 @@ class TransformersEngine:
         yield from completions
 
     def _new_cache(self) -> DynamicCache | None:
-        """A key-value cache from which rows can be taken; None for models that keep another kind of state."""
+        """Returns a key-value cache whose rows can be removed; None for models with another kind of state."""
         cache = DynamicCache(config=_base_model(self._model).config.get_text_config(decoder=True))
         return cache if all(isinstance(layer, DynamicLayer) for layer in cache.layers) else None
 
     def _generation_config(self, max_new_tokens: int) -> GenerationConfig:
-        """Greedy over scores in which the sampler has left one token; what the model's own config says about
-        sampling stays out."""
+        """Returns greedy decoding over scores in which the sampler left one token, without any of the model's
+        own sampling defaults."""
         return GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=False,
             use_cache=True,
@@ -226,13 +228,13 @@ class TransformersEngine:
         )
 
     def _completion(self, request: Request, tokens: list[int], logprobs: list[float]) -> Completion:
-        """Cuts a row of the batch behind its first EOS: what follows is padding, whichever id pads."""
+        """Cuts a row after its first EOS; the rest is padding."""
         ends = [tokens.index(eos) for eos in self._eos if eos in tokens]
         length = min(ends) + 1 if ends else len(tokens)
         if not all(logprob > -torch.inf for logprob in logprobs[:length]):
             raise EngineError(
                 f"the model's logits are not finite (request {request.request_id}); "
-                f'dtype = "{self._model.dtype}" may be too narrow for it: try dtype = "float32"'
+                f'dtype = "{self._model.dtype}" may be too small for it: try dtype = "float32"'
             )
         return Completion(
             request_id=request.request_id,
@@ -252,33 +254,20 @@ class EnoughEnded(StoppingCriteria):
         self._count = count
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """[B, L] -> [B], the same for all rows."""
+        """[B, L] -> [B], equal for all rows."""
         self._ended |= torch.isin(input_ids[:, -1], self._eos)
         return (self._ended.sum() >= self._count).expand(len(self._ended))
 
 
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """transformers' progress bars would be drawn across ours."""
-    if not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
 def _base_model(model: Any) -> Any:
-    """The transformers model inside a peft wrapper, or the model itself."""
+    """Returns the transformers model inside a peft wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager
 def _lent(model: Any) -> Iterator[None]:
-    """The model in eval mode and without its own generation defaults, for `generate` fills every option that
-    is left open from them (a repetition penalty, say)."""
+    """The model in eval mode and without its own generation defaults, from which `generate` would fill every
+    open option (such as a repetition penalty)."""
     base = _base_model(model)
     was_training, defaults = model.training, base.generation_config
     model.eval()

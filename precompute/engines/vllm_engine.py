@@ -1,8 +1,8 @@
-"""vLLM's offline engine, in a process of its own (precompute/engines/vllm_process.py).
+"""vLLM's offline engine, in a process of its own (vllm_process.py).
 
-A process of its own because nothing else gives back all of a model's memory before the next teacher comes,
-keeps vLLM's environment, thread pinning and global seeds to itself, and dies with its parent however the
-parent dies: vLLM's own engine process outlives a parent that was killed.
+Only the end of a process frees all of a model's memory for the next teacher. The process also keeps vLLM's
+environment, thread pinning and global seeds to itself, and ends with its parent however the parent ends:
+vLLM's own engine process outlives a killed parent.
 """
 
 from __future__ import annotations
@@ -25,18 +25,21 @@ from precompute.config import TeacherConfig
 from precompute.engines import Completion, Requests, Sampling
 from precompute.engines.checks import cannot_load, stop_ids_of
 from precompute.engines.feed import PAUSE, Feed
-from precompute.engines.vllm_messages import END, STOP, Call, Failure, Finished
+from precompute.engines.vllm_process import END, STOP, Call, Failure, Finished
 from store.errors import EngineError, UserError
 
 DEFAULT_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-"""What holds unless the environment says otherwise; the first in GiB."""
+"""Defaults for the environment; the first is in GiB."""
+
+PROGRAM = "from precompute.engines.vllm_process import main; main()"
+"""With -m the module would be `__main__`, and its classes could not be unpickled here."""
 
 HANDFUL = 8
 """Requests sent to the process at a time."""
 
 
 class VllmEngine:
-    """Draws completions from a model that vLLM has loaded."""
+    """Samples from a model that vLLM has loaded."""
 
     name = "vllm"
 
@@ -50,7 +53,7 @@ class VllmEngine:
         batch_size: int,
         logprobs: Literal["model", "sampler"] = "model",
     ) -> None:
-        """`logprobs`: the kind that the process was loaded for (`logprobs_mode`)."""
+        """`logprobs`: the kind that the process was loaded with (`logprobs_mode`)."""
         self.version = vllm_version()
         self._process = process
         self._tokenizer = tokenizer
@@ -63,8 +66,8 @@ class VllmEngine:
     def load(cls, teacher: TeacherConfig, tokenizer: Any, *, max_length: int) -> VllmEngine:
         """Starts vLLM with room for `max_length` tokens of prompt and completion.
 
-        On the CPU `dtype = "auto"` is float32. Raises EngineError that names the model when it cannot be
-        loaded (a `max_length` beyond its positions is one reason).
+        On the CPU `dtype = "auto"` is float32. Raises EngineError that names the model if it cannot be loaded
+        (one reason is a `max_length` beyond its positions).
         """
         stop_ids = stop_ids_of(teacher.model, teacher.revision, tokenizer)
         process = VllmProcess()
@@ -76,8 +79,7 @@ class VllmEngine:
     def generate(self, requests: Requests, sampling: Sampling) -> Iterator[Completion]:
         """Yields one completion a request, each as soon as it is finished.
 
-        Raises EngineError for a prompt that together with `max_tokens` exceeds `max_length`: at once where
-        `requests` is a sequence.
+        Raises EngineError for a prompt that together with `max_tokens` exceeds `max_length`.
         """
         feed = Feed(requests, sampling, self._max_length)
         known = sampling.is_plain or sampling.logprobs == self._logprobs
@@ -85,27 +87,27 @@ class VllmEngine:
         return (self._completion(each, has_logprobs=known) for each in finished)
 
     def load_weights(self, folder: Path) -> None:
-        """Puts the weights of a transformers directory of the same model in place of those that are there.
+        """Replaces the weights by those of a transformers directory of the same model.
 
-        This and the next three raise EngineError, with the process ended, for what vllm cannot do.
+        This and the next three methods raise EngineError, with the process ended, if vllm cannot do it.
         """
         self._process.call("load_weights", str(folder))
 
     def load_adapter(self, folder: Path, number: int) -> None:
-        """Draws with the LoRA adapter of a peft directory from now on; `number` is new each time."""
+        """Samples with the LoRA adapter of a peft directory from now on; `number` is new each time."""
         self._process.call("load_adapter", str(folder), number)
 
     def sleep(self, level: int) -> None:
-        """Frees the GPU's memory. Level 1 keeps the weights in the host's; 2 forgets them: before anything
-        is drawn they have to be loaded anew, between `wake("weights")` and `wake("kv_cache")`."""
+        """Frees the GPU's memory. Level 1 keeps the weights in host memory. Level 2 drops them: they have to
+        be loaded between `wake("weights")` and `wake("kv_cache")`."""
         self._process.call("sleep", level)
 
     def wake(self, *what: str) -> None:
-        """Gives `weights` and `kv_cache` their memory back."""
+        """Allocates the memory of `weights` and `kv_cache` again."""
         self._process.call("wake", what)
 
     def close(self) -> None:
-        """Ends the process, and with it all that the model took."""
+        """Ends the process, which frees the model's memory."""
         self._process.close()
 
     def _completion(self, finished: Finished, *, has_logprobs: bool) -> Completion:
@@ -120,23 +122,15 @@ class VllmEngine:
 
 
 class VllmProcess:
-    """The process that holds the model, seen from the parent."""
+    """The parent's side of the process with the model."""
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
-        """`environment`: what the process sees instead of this one's."""
+        """`environment`: replaces that of this process."""
         ours, theirs = socket.socketpair()
         self._connection: Connection[Any, Any] = Connection(ours.detach())
         # A session of its own keeps the terminal's Ctrl-C away from it.
         self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-W",
-                "ignore",
-                "-m",
-                "precompute.engines.vllm_process",
-                str(theirs.fileno()),
-            ],
+            [sys.executable, "-P", "-W", "ignore", "-c", PROGRAM, str(theirs.fileno())],
             stdin=subprocess.PIPE,
             stdout=_log(),
             stderr=_log(),
@@ -148,17 +142,17 @@ class VllmProcess:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Id of the process."""
         return self._process.pid
 
     def load(
         self, options: dict[str, Any], *, given: Mapping[str, Any] | None = None, named: str = "vllm_args"
     ) -> None:
-        """Returns when the model is loaded; EngineError, with the process ended, when it cannot be.
+        """Returns when the model is loaded. EngineError, with the process ended, if it cannot be.
 
         Args:
-            given: those of `options` that the user wrote under the key `named`; where vllm's words name one,
-                or its value, it is the culprit.
+            given: the options that the user wrote under the key `named`; an error that names one of them, or
+                its value, is reported under that key.
         """
         try:
             self._exchange(options)
@@ -168,7 +162,7 @@ class VllmProcess:
             raise cannot_load(options["model"], str(error)) from None
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """What a method of vllm_process.Served returns. EngineError when it fails: the process has ended."""
+        """Returns the result of a method of vllm_process.Served. EngineError ends the process."""
         try:
             return self._exchange(Call(method, arguments))
         except VllmError as error:
@@ -177,13 +171,15 @@ class VllmProcess:
     def generate(
         self, feed: Feed, sampling: Sampling, stop_ids: list[int], *, ahead: int
     ) -> Iterator[Finished]:
-        """What finishes, as it finishes, with up to `ahead` requests in the process at a time. Left early, it
-        clears the scheduler."""
+        """Yields completions as they finish, with at most `ahead` requests in the process at a time.
+
+        If the iteration ends early, the process drops the requests that are left.
+        """
         self._send((sampling, stop_ids))
         try:
             yield from self._pump(feed, ahead)
         except VllmError as error:
-            raise EngineError(f"vllm cannot go on drawing: {error}") from None
+            raise EngineError(f"vllm cannot go on sampling: {error}") from None
         except (GeneratorExit, UserError):
             if not self._connection.closed:
                 self._send(STOP)
@@ -191,23 +187,23 @@ class VllmProcess:
                     pass
             raise
         except BaseException:
-            # Ctrl-C may have cut a message in two: nothing more can be read from this process.
+            # Ctrl-C may have cut a message in two: this process cannot be read from any more.
             self.close()
             raise
 
     def _pump(self, feed: Feed, ahead: int) -> Iterator[Finished]:
-        running, told = 0, False
+        running, end_sent = 0, False
         while True:
-            # A handful at a time: the first step need not wait for all requests.
+            # A few at a time: the first step does not wait for all requests.
             while not feed.ended and (taken := feed.take(min(ahead - running, HANDFUL))):
                 self._send(taken)
                 running += len(taken)
-            if feed.ended and not told:
+            if feed.ended and not end_sent:
                 self._send(END)
-                told = True
-            if not running and not told:
+                end_sent = True
+            if not running and not end_sent:
                 feed.wait()
-            elif running == ahead or told or self._connection.poll(PAUSE):
+            elif running == ahead or end_sent or self._connection.poll(PAUSE):
                 if (finished := self._receive()) is None:
                     return
                 running -= 1
@@ -222,7 +218,7 @@ class VllmProcess:
             raise
 
     def close(self) -> None:
-        """Ends the process at once. Harmless when it has ended."""
+        """Ends the process at once. Does nothing if it has ended."""
         self._process.kill()
         self._process.wait()
         self._connection.close()
@@ -255,18 +251,18 @@ class VllmProcess:
 
 
 class VllmError(EngineError):
-    """vLLM's own words for what it could not do."""
+    """An error in vLLM's own words."""
 
 
 def _culprit(reason: str, given: Mapping[str, Any]) -> str | None:
-    """`argument = value` of what vllm complains of: by its name, or else by its value under another name."""
+    """Returns the `argument = value` that an error of vllm names: by argument, or else by value."""
     named = [key for key in given if re.search(rf"\b{re.escape(key)}\b", reason)]
     valued = [key for key, value in given.items() if f" = {value!r}: " in reason]
     return next((f"{key} = {given[key]!r}" for key in (*named, *valued)), None)
 
 
 def llm_options(teacher: TeacherConfig, *, max_length: int) -> dict[str, Any]:
-    """The arguments of `vllm.LLM`."""
+    """Returns the arguments of `vllm.LLM`."""
     on_cpu = not torch.cuda.is_available()
     return {
         "model": teacher.model,
@@ -285,25 +281,25 @@ def llm_options(teacher: TeacherConfig, *, max_length: int) -> dict[str, Any]:
 
 
 def vllm_version() -> str:
-    """The version of vLLM, whichever build of it is installed."""
+    """Returns the version of vLLM, whichever build is installed."""
     with suppress(PackageNotFoundError):
         return version("vllm")
     return version("vllm-cpu")
 
 
 def _environment(given: Mapping[str, str]) -> dict[str, str]:
-    """That and this process's import path: the working directory plays no part."""
+    """Returns the given environment with this process's import path, independent of the directory."""
     return (
         DEFAULT_ENVIRONMENT
         | dict(given)
         | {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            # vLLM in that very process: a further one of its own would outlive a parent that is killed.
+            # vLLM in that very process: one of its own would outlive a killed parent.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
     )
 
 
 def _log() -> int | None:
-    """vLLM talks a lot; who sets its log level wants to hear it."""
+    """Returns DEVNULL, unless the user has set vLLM's log level."""
     return None if "VLLM_LOGGING_LEVEL" in os.environ else subprocess.DEVNULL

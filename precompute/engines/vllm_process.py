@@ -1,16 +1,18 @@
-"""vLLM in a process of its own: the one file that imports vllm. precompute/engines/vllm_engine.py starts it.
+"""vLLM in a process of its own, started by vllm_engine.py; the one file that imports vllm.
 
-    -> load options                                      <- None
-    -> (sampling, stop ids): a generation begins
-    -> [request, ...], as often as there are some        <- (id, token ids, logprobs, finish reason), as they
-    -> END: no more of them                                 finish, and None behind the last one
-    -> STOP, at any time: forget what is left
-    -> Call(method of Served, arguments)                 <- its result
-                                                         <- Failure, in the place of any answer: it is over
+The parent sends to the left, the process answers to the right:
 
-A thread reads what comes, whatever the model does: neither side ever waits for the other to read. Objects
-travel pickled over the socket whose descriptor is the argument. Standard input carries nothing: it
-ends when the parent ends, however that came about, and this process with it.
+    load options                                    None
+    (sampling, stop ids), begins a generation
+    [request, ...], repeatedly                      (id, token ids, logprobs, finish reason) of each that ends
+    END, after the last request                     None, after the last completion
+    STOP, at any time: drop the generation          None
+    Call(method of Served, arguments)               its result
+                                                    Failure, instead of any answer: the process ends
+
+A thread reads whatever arrives, so that neither side ever waits for the other to read. Objects are pickled;
+the argument is the descriptor of the socket. Standard input carries nothing: it closes when the parent ends,
+however that happens, and the process ends with it.
 """
 
 from __future__ import annotations
@@ -21,13 +23,19 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
 from precompute.engines import Sampling
-from precompute.engines.vllm_messages import END, STOP, Call, Failure, Finished
+
+END = "end"
+STOP = "stop"
+
+Finished = tuple[str, tuple[int, ...], tuple[float, ...], str]
+"""(request id, token ids [T], log-probabilities [T], finish reason)"""
 
 Inbox: TypeAlias = "queue.SimpleQueue[Any]"
 
@@ -41,7 +49,23 @@ TROUBLE = (
     AttributeError,
     AssertionError,
 )
-"""What vllm raises when it cannot do what it is asked: memory that is full is a RuntimeError."""
+"""Errors of vllm for what it cannot do; running out of memory is a RuntimeError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A method of `Served`, to be called between two generations."""
+
+    method: str
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The last message of the process."""
+
+    reason: str
+    """One line."""
 
 
 def main() -> None:
@@ -60,7 +84,7 @@ def main() -> None:
 
 
 def _trouble() -> tuple[type[Exception], ...]:
-    """TROUBLE and vllm's own errors, which are of no common kind with it."""
+    """Returns TROUBLE and vllm's own errors, which have no class in common with it."""
     try:
         from vllm.exceptions import VLLMError
     except TROUBLE:
@@ -69,10 +93,10 @@ def _trouble() -> tuple[type[Exception], ...]:
 
 
 def _serve(connection: Connection[Any, Any], served: Served, inbox: Inbox) -> None:
-    """One generation or one call."""
+    """Serves one generation or one call."""
     begin = inbox.get()
     if begin == STOP:
-        return  # it crossed the end of what it was to stop
+        return  # it was sent while the generation ended by itself
     if isinstance(begin, Call):
         connection.send(getattr(served, begin.method)(*begin.arguments))
         return
@@ -82,37 +106,36 @@ def _serve(connection: Connection[Any, Any], served: Served, inbox: Inbox) -> No
 
 
 def _read(connection: Connection[Any, Any], inbox: Inbox) -> None:
-    with suppress(EOFError, OSError):  # the parent is gone, and this process goes with it
+    with suppress(EOFError, OSError):  # the parent has ended, and this process ends with it
         while True:
             inbox.put(connection.recv())
 
 
 def _end_with_parent() -> None:
-    # Blocks until the other end is closed. Nothing is worth finishing then; os._exit skips vLLM's teardown.
+    # Blocks until the other end is closed. os._exit skips vLLM's teardown: nothing is worth finishing then.
     os.read(sys.stdin.fileno(), 1)
     os._exit(0)
 
 
 class Served:
-    """The model, and what can be done to it while it is up."""
+    """The loaded model and its operations."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         from vllm import LLM
 
         self.llm: Any = LLM(**options)
         self.adapter: Any = None
-        """The LoRARequest of all that is drawn; None: the model itself."""
+        """LoRARequest of the samples; None samples from the model itself."""
 
     def load_weights(self, folder: str) -> None:
-        """The weights of a transformers directory take the places of those that are there, and no adapter
-        changes them."""
+        """Replaces the weights by those of a transformers directory, and drops the adapter."""
         self.adapter = None
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         self.llm.apply_model(_pack_tied_heads)
         self._forget_prefixes()
 
     def load_adapter(self, folder: str, number: int) -> None:
-        """The LoRA adapter of a peft directory, instead of the one before; `number` is new each time."""
+        """Replaces the LoRA adapter by that of a peft directory; `number` is new each time."""
         from vllm.lora.request import LoRARequest
 
         self.adapter = LoRARequest(str(number), number, folder)
@@ -120,22 +143,22 @@ class Served:
         self._forget_prefixes()
 
     def sleep(self, level: int) -> None:
-        """Frees the device's memory; level 1 keeps the weights in the host's, level 2 forgets them."""
+        """Frees the device's memory. Level 1 keeps the weights in host memory, level 2 drops them."""
         self.llm.sleep(level=level)
 
     def wake(self, what: Sequence[str]) -> None:
-        """`weights` and `kv_cache` get their memory back."""
+        """Allocates the memory of `weights` or `kv_cache` again."""
         self.llm.wake_up(tags=list(what))
 
     def _forget_prefixes(self) -> None:
-        """Keys and values of prompts that the old weights have read are worth nothing now."""
+        """Drops the keys and values that the old weights computed."""
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("its prefix cache is in use while weights change")
 
 
 def _pack_tied_heads(model: Any) -> None:
-    """On the CPU an output head is a packed copy of its weight; one that is tied to the embedding gets no
-    weights of its own, and vllm's reload leaves the old copy in place."""
+    """Packs tied output heads again: on the CPU a head is a packed copy of its weight, and vllm's reload does
+    not renew the copy of a head that is tied to the embedding."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     for module in model.modules():
@@ -144,7 +167,7 @@ def _pack_tied_heads(model: Any) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """In one line; of a pydantic error the first thing that is wrong, without its long heading."""
+    """Returns one line: of a pydantic error the first complaint without its long heading."""
     if not isinstance(error, ValidationError):
         return " ".join(str(error).split())[:400] or type(error).__name__
     first = error.errors()[0]
@@ -154,7 +177,7 @@ def _reason(error: Exception) -> str:
 
 
 def _generate(served: Served, inbox: Inbox, sampling: Sampling, stop_ids: list[int]) -> Iterator[Finished]:
-    """Gives the scheduler what comes, between two steps; the parent sees to it that it is never too much."""
+    """Adds arriving requests between two steps of the scheduler; the parent limits their number."""
     engine = served.llm.llm_engine
     running: dict[str, str] = {}  # vLLM's id -> ours
     ended = False
@@ -179,7 +202,7 @@ def _generate(served: Served, inbox: Inbox, sampling: Sampling, stop_ids: list[i
 
 
 def _messages(inbox: Inbox, *, wait: bool) -> Iterator[Any]:
-    """What has come; with `wait` one message at least."""
+    """Yields the messages that have arrived; with `wait` at least one."""
     if wait:
         yield inbox.get()
     with suppress(queue.Empty):
@@ -198,22 +221,14 @@ def _sampling_params(sampling: Sampling, seed: int, stop_ids: Sequence[int]) -> 
         max_tokens=sampling.max_tokens,
         seed=seed,
         stop_token_ids=list(stop_ids),
-        logprobs=0,  # the drawn token's alone, of the kind that `logprobs_mode` has been told
+        logprobs=0,  # of the sampled token alone, of the kind that `logprobs_mode` names
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
 def _finished(output: Any) -> Finished:
-    (drawn,) = output.outputs
-    tokens = tuple(drawn.token_ids)
-    return output.request_id, tokens, _logprobs(drawn.logprobs, tokens), drawn.finish_reason
-
-
-def _logprobs(steps: Any, tokens: Sequence[int]) -> tuple[float, ...]:
-    """[T], each token's own."""
-    return tuple(step[token].logprob for step, token in zip(steps, tokens, strict=True))
-
-
-if __name__ == "__main__":
-    main()
+    (sample,) = output.outputs
+    tokens = tuple(sample.token_ids)
+    logprobs = tuple(step[token].logprob for step, token in zip(sample.logprobs, tokens, strict=True))
+    return output.request_id, tokens, logprobs, sample.finish_reason

@@ -93,7 +93,7 @@ class VllmServers:
         servers = self._servers
         if self._adapter:
             servers = servers.model_copy(update={"served_model_name": self._adapter})
-        return OpenAIEngine.load(servers, self._tokenizer, max_length=self._max_length, report=self._report)
+        return OpenAIEngine(servers, self._tokenizer, max_length=self._max_length, report=self._report)
 
     def _post(self, url: str, path: str, body: dict[str, Any], *, hint: str) -> None:
         """Raises EngineError that names the server; `hint` is for a server that does not know the path."""
