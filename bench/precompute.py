@@ -39,7 +39,7 @@ from precompute.engines.vllm_engine import DEFAULT_ENVIRONMENT, llm_options, vll
 from precompute.problems.problem_files import load_problems
 from precompute.problems.prompts import tokenizer_fingerprint
 from precompute.run import pipeline
-from precompute.run.progress import SilentReporter
+from precompute.run.progress import Reporter
 from precompute.run.solve import PreparedTeacher, Solver, fill_prompts, longest_prompt, sample_seed
 from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION, Verifier
 from store.reader import TraceStore
@@ -152,7 +152,7 @@ def measure_overhead(options: argparse.Namespace, directory: Path) -> dict[str, 
     import psutil  # type: ignore[import-untyped]  # comes with vLLM
 
     config, job, problems = overhead_job(options)
-    filled = fill_prompts(job, problems, SilentReporter())
+    filled = fill_prompts(job, problems, Reporter())
     prompts = [
         {"ids": list(prompt.ids), "seed": sample_seed(problem_id, job.name, index)}
         for problem_id, prompt in filled.items()
@@ -220,7 +220,7 @@ def ours(
             writer.write_problems(problems)
             writer.register_teacher(job.record)
             solver = Solver(
-                job, problems, {}, verifier=verifier, filters=config.filters, reporter=SilentReporter()
+                job, problems, {}, verifier=verifier, filters=config.filters, reporter=Reporter()
             )
             solver.fill_prompts()
             solver.run(engine, writer.append, config.store)

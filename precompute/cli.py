@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from precompute.run.plan import PrecomputePlan
-    from precompute.run.progress import Reporter
-    from precompute.verify.verify_file import FileReport
     from trainer.config import Config
 
 app = typer.Typer(no_args_is_help=True, help="The offline stage: teachers fill the store.")
@@ -45,9 +43,9 @@ def precompute_teachers(
     engine: Annotated[
         str | None,
         typer.Option(
-            help="auto, vllm, transformers or openai; default: what each teacher's table says. ray: the "
-            "teachers' own engines on the workers of a Ray cluster, the one at RAY_ADDRESS or the one that "
-            "`ray start` started on this machine; see [ray] in the config."
+            help="auto, vllm, transformers, openai, or module:function (your own); default: each teacher's. "
+            "ray: the teachers' own engines on the workers of a Ray cluster, the one at RAY_ADDRESS or the "
+            "one that `ray start` started on this machine; see [ray] in the config."
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N problems.")] = None,
@@ -63,8 +61,8 @@ def precompute_teachers(
         int,
         typer.Option(
             min=0,
-            help="Draw one sample of N problems of each teacher, keep nothing, and show what a run would "
-            "take: tokens, hours, disk. Implies --dry-run.",
+            help="Let each teacher take one sample of N problems, keep nothing, and show the cost of a run: "
+            "tokens, hours, disk. Implies --dry-run.",
         ),
     ] = 0,
 ) -> None:
@@ -77,6 +75,7 @@ def precompute_teachers(
     On many machines with a common directory: `ampo precompute teachers --config F --shard 3/16`
     """
     from precompute.run import pipeline
+    from precompute.run.progress import ConsoleReporter
     from precompute.run.shard import Shard
     from precompute.run.tables import report_tables
     from trainer.config import read_config
@@ -85,7 +84,7 @@ def precompute_teachers(
     settings, console = read_config(config, set_), console_of()
     names = list(teacher) if teacher else None
     if dry_run or probe:
-        with _reporting(console, "nothing was kept") as reporter:
+        with _on_interrupt("nothing was kept"), ConsoleReporter(console) as reporter:
             plan = pipeline.plan(
                 settings,
                 teachers=names,
@@ -98,7 +97,10 @@ def precompute_teachers(
         _show_plan(console, settings, plan)
         return
     kept = "what the workers wrote" if engine == "ray" else "every verified trace"
-    with _reporting(console, f"{kept} is kept. Go on with the same command") as reporter:
+    with (
+        _on_interrupt(f"{kept} is kept. Go on with the same command"),
+        ConsoleReporter(console) as reporter,
+    ):
         report = pipeline.run(
             settings, teachers=names, engine=engine, limit=limit, shard=part, reporter=reporter
         )
@@ -106,15 +108,12 @@ def precompute_teachers(
 
 
 @contextmanager
-def _reporting(console: Console, when_interrupted: str) -> Iterator[Reporter]:
-    """Ctrl-C leaves with a line that says what became of the work."""
-    from precompute.run.progress import ConsoleReporter
-
+def _on_interrupt(message: str, *, stderr: bool = False) -> Iterator[None]:
+    """On Ctrl-C prints a line about the work so far and exits with code 130."""
     try:
-        with ConsoleReporter(console) as reporter:
-            yield reporter
+        yield
     except KeyboardInterrupt:
-        console.print(f"\ninterrupted; {when_interrupted}.")
+        console_of(stderr=stderr).print(f"\ninterrupted; {message}.")
         raise typer.Exit(130) from None
 
 
@@ -139,7 +138,7 @@ def verify(
     ] = None,
     form: Annotated[
         Literal["any", "boxed", "answer_tags"],
-        typer.Option(help="Where the final answer stands: `\\boxed{}`, `<answer>` tags, or either."),
+        typer.Option(help="How the final answer is marked: `\\boxed{}`, `<answer>` tags, or either."),
     ] = "any",
     failed: Annotated[int, typer.Option(min=0, help="Show the first N rows that do not match.")] = 20,
     out: Annotated[
@@ -149,56 +148,34 @@ def verify(
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Judge the final answers of responses against their gold answers, as the trainer would.
+    """Verify the final answers of responses against their gold answers, as the trainer does.
 
     Counts by verdict, and the rows that failed. `--set verify.workers=8` takes more processes,
     `--set verify.timeout=20` gives each answer more seconds.
 
     Example: `ampo verify samples.jsonl --gold-column answer --failed 50 --out verdicts.parquet`
     """
+    from precompute.verify.tables import verify_tables
+    from precompute.verify.verifier import Verifier
+    from precompute.verify.verify_file import PairFile, verify_file
     from trainer.config import read_config
 
     settings = read_config(config, set_)
-    try:
-        report = _judge(settings, file, response_column, gold_column, form, failed, out)
-    except KeyboardInterrupt:
-        console_of(stderr=True).print(f"\ninterrupted; {f'{out} was not' if out else 'nothing was'} written.")
-        raise typer.Exit(130) from None
+    with _on_interrupt(f"{out or 'nothing'} was {'not ' if out else ''}written", stderr=True):
+        pairs = PairFile(file, response_column, gold_column)
+        with Meter("verifying") as progress, Verifier.configured(settings.verify) as verifier:
+            report = verify_file(
+                pairs,
+                verifier,
+                form=None if form == "any" else form,
+                failed=failed,
+                out=out,
+                progress=progress,
+            )
     if json_:
-        _emit(report)
+        emit_json(asdict(report))
     else:
-        from precompute.verify.tables import verify_tables
-
         console_of().print(verify_tables(report))
-
-
-def _judge(
-    settings: Config,
-    file: Path,
-    response_column: str | None,
-    gold_column: str | None,
-    form: Literal["any", "boxed", "answer_tags"],
-    failed: int,
-    out: Path | None,
-) -> FileReport:
-    from precompute.verify.verifier import Verifier
-    from precompute.verify.verify_file import PairFile, verify_file
-    from store.terminal.progress import Meter
-
-    pairs = PairFile(file, response_column, gold_column)
-    with Meter("verifying") as progress, Verifier.configured(settings.verify) as verifier:
-        return verify_file(
-            pairs,
-            verifier,
-            form=None if form == "any" else form,
-            failed=failed,
-            out=out,
-            progress=progress,
-        )
-
-
-def _emit(report: FileReport) -> None:
-    emit_json(asdict(report))
 
 
 def store_refilter(
@@ -211,10 +188,10 @@ def store_refilter(
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Judge the stored traces by the config's [filters]; nothing is drawn or verified again.
+    """Apply the config's [filters] to the stored traces; nothing is sampled or verified again.
 
-    What a filter holds back stays in the store with the reason, and never reaches the student. Without
-    `--config` the filters must be named: `--set filters.max_tokens=4096`, or `=none` to lift all of them.
+    A filtered trace stays in the store with the reason, and never reaches the student. Without `--config` the
+    filters must be named: `--set filters.max_tokens=4096`, or `=none` to lift all of them.
 
     Example: `ampo store refilter --config configs/lab.toml --set filters.max_tokens=4096`
     """
@@ -228,13 +205,13 @@ def store_refilter(
             "by --set, e.g. --set filters.max_tokens=4096 (--set filters.max_tokens=none lifts all)"
         )
     settings, console = read_config(config, set_), console_of()
-    try:
-        with config_in_errors(config), Meter("judging traces") as meter:
-            path = store or settings.store.path
-            reports = refilter(path, settings.filters, teachers=teacher, progress=meter)
-    except KeyboardInterrupt:
-        console.print("\ninterrupted; nothing is lost. Go on with the same command.")
-        raise typer.Exit(130) from None
+    with (
+        _on_interrupt("nothing is lost. Go on with the same command"),
+        config_in_errors(config),
+        Meter("filtering traces") as meter,
+    ):
+        path = store or settings.store.path
+        reports = refilter(path, settings.filters, teachers=teacher, progress=meter)
     console.print(refilter_table(reports))
 
 
@@ -246,11 +223,11 @@ def store_import(
         str | None, typer.Argument(help="The store's directory; default: the config's store.path.")
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="The teacher of the traces that name none themselves.")
+        str | None, typer.Option(help="The teacher of traces without a teacher's name.")
     ] = None,
     rename: Annotated[
         list[str] | None,
-        typer.Option(help="OLD=NEW: files the teacher that the file calls OLD under NEW. May be repeated."),
+        typer.Option(help="OLD=NEW: the file's teacher OLD is NEW in the store. May be repeated."),
     ] = None,
     teacher_prefix: Annotated[str, typer.Option(help="Put before every teacher's name.")] = "",
     question_column: Annotated[
@@ -277,8 +254,8 @@ def store_import(
     set_: SetOption = None,
     json_: JsonFlag = False,
 ) -> None:
-    """Take traces from elsewhere into a store; each is verified anew, wrong ones are kept with their verdict,
-    and those that the config's [filters] hold back with the reason.
+    """Import traces from elsewhere into a store; each is verified again. Wrong ones are kept with their
+    verdict, and those that the config's [filters] reject with the reason.
 
     Reads AMPO's form (a row a problem, `target_lst` of {content, source}), LUFFY's (`target`), and plain rows
     of question, answer, teacher and text. The same file again changes nothing; stopped at any moment, the
@@ -301,21 +278,19 @@ def store_import(
     )
     form = ImportForm(files_at(file), columns, names)
     console_of(stderr=True).print(f"reading {file}", highlight=False, soft_wrap=True)
-    with Verifier.configured(settings.verify) as verifier, Meter("importing") as meter:
-        try:
-            report = import_traces(
-                form,
-                store=settings.store,
-                verifier=verifier,
-                filters=settings.filters,
-                tokenizer=tokenizer,
-                progress=lambda counts: meter(counts.done, counts.total, counts.note),
-            )
-        except KeyboardInterrupt:
-            console_of(stderr=True).print(
-                "\ninterrupted; what was judged is kept. Go on with the same command."
-            )
-            raise typer.Exit(130) from None
+    with (
+        _on_interrupt("what was verified is kept. Go on with the same command", stderr=True),
+        Verifier.configured(settings.verify) as verifier,
+        Meter("importing") as meter,
+    ):
+        report = import_traces(
+            form,
+            store=settings.store,
+            verifier=verifier,
+            filters=settings.filters,
+            tokenizer=tokenizer,
+            progress=lambda counts: meter(counts.done, counts.total, counts.note),
+        )
     if json_:
         emit_json(asdict(report))
     else:

@@ -100,7 +100,7 @@ def test_ctrl_c_keeps_what_was_judged_and_says_how_to_go_on(tmp_path: Path) -> N
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
-    assert "interrupted; what was judged is kept. Go on with the same command." in said
+    assert "interrupted; what was verified is kept. Go on with the same command." in said
     assert "Traceback" not in said
     kept = ampo(
         "inspect", "store", "sql", "SELECT count(*) AS n FROM traces", "traces", "--json", cwd=tmp_path

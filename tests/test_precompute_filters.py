@@ -1,4 +1,4 @@
-"""What filters hold back, by numbers counted by hand."""
+"""Filters, by numbers counted by hand."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def test_lengths_are_inclusive_and_in_the_teachers_tokens() -> None:
 
 
 def test_repetition_is_the_share_of_ngrams_that_stood_there_before() -> None:
-    # Pieces a b a b a b: the 2-grams ab ba ab ba ab are 5, of which 3 stood there before.
+    # Pieces a b a b a b: the 2-grams ab ba ab ba ab are 5, of which 3 are repeated.
     assert repetition("a b a b a b", 2) == pytest.approx(3 / 5)
-    # 2 + 2 = 4 . twice is 12 pieces: 11 2-grams, of which 5 stood there before (.2 did not).
+    # 2 + 2 = 4 . twice is 12 pieces: 11 2-grams, of which 5 are repeated (.2 is not).
     assert repetition("2+2=4. 2+2=4.", 2) == pytest.approx(5 / 11)
     assert repetition("a b c d e f", 2) == 0.0
     # Five pieces hold no 6-gram.
     assert repetition("a a a a a", 6) == 0.0
     said = why("a b a b a b", max_repetition=0.5, repetition_ngram=2)
-    assert said == "max_repetition: 0.600 of its 2-grams stood there before, more than 0.5"
+    assert said == "max_repetition: 0.600 of its 2-grams are repeated, more than 0.5"
     assert why("a b a b a b", max_repetition=0.6, repetition_ngram=2) is None
 
 

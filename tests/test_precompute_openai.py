@@ -23,7 +23,7 @@ from precompute.engines.registry import load_engine, load_tokenizer, prepare_eng
 from precompute.problems.problem_files import load_problems
 from precompute.problems.prompts import render_prompt
 from precompute.run import pipeline
-from precompute.run.progress import SilentReporter
+from precompute.run.progress import Reporter
 from store.errors import ConfigError, EngineError
 from store.reader import TraceStore
 from trainer.config import Config
@@ -268,7 +268,7 @@ def test_a_server_that_is_killed_is_named_and_the_next_one_goes_on(tmp_path: Pat
     port = free_port()
     with vllm_server(tmp_path / "log.txt", port) as server:
 
-        class Killer(SilentReporter):
+        class Killer(Reporter):
             def progress(self, progress: Any) -> None:
                 if progress.new == 20:
                     os.killpg(server.pid, signal.SIGKILL)

@@ -19,7 +19,7 @@ from rich.console import Console
 from precompute.config import PrecomputeConfig
 from precompute.run import pipeline
 from precompute.run.plan import PrecomputeReport
-from precompute.run.progress import ConsoleReporter, SilentReporter, TeacherProgress
+from precompute.run.progress import ConsoleReporter, Reporter, TeacherProgress
 from precompute.run.solve import sample_seed
 from precompute.verify.verifier import verify_answer
 from store.errors import ConfigError, EngineError, ProblemsError, RecipeChangedError
@@ -242,14 +242,14 @@ def run_and_die(store: str, samples: int, limit: int, die_at: int | None) -> Non
     """In a process of its own. With `die_at` the user presses Ctrl-C when that many samples are judged."""
     torch.set_num_threads(1)
     teachers = (GOOD | {"samples": samples, "batch_size": 8}, POOR | {"batch_size": 8})
-    reporter = Interrupting(die_at) if die_at else SilentReporter()
+    reporter = Interrupting(die_at) if die_at else Reporter()
     try:
         pipeline.run(config(Path(store), *teachers, part_traces=3), limit=limit, reporter=reporter)
     except KeyboardInterrupt:
         os._exit(130)
 
 
-class Interrupting(SilentReporter):
+class Interrupting(Reporter):
     def __init__(self, at: int) -> None:
         self._at = at
 

@@ -19,7 +19,7 @@ from precompute.config import PrecomputeConfig
 from precompute.config_file import load_config
 from precompute.run import pipeline
 from precompute.run.backends import Local
-from precompute.run.progress import SilentReporter, TeacherProgress
+from precompute.run.progress import Reporter, TeacherProgress
 from precompute.run.ray_worker import BlockWorker, WorkerSetup, block_shard, wait_until_free
 from precompute.run.shard import Shard
 from precompute.verify.verifier import Verifier
@@ -297,13 +297,13 @@ def test_an_engine_for_workers_is_chosen_by_what_they_have(config_file: Path, tm
     (teacher,) = config.teachers
     plain = RayBackend(config.ray, [{"CPU": 4.0}])
     rich = RayBackend(config.ray, [{"CPU": 4.0, "GPU": 2.0}])
-    assert (str(plain.needs(teacher)), plain.engine_of(teacher)) == ("1 CPU and 0 GPU", "transformers")
+    assert (str(plain.needs(teacher)), plain.engine_of(teacher)[0]) == ("1 CPU and 0 GPU", "transformers")
     assert str(rich.needs(teacher)) == "1 CPU and 2 GPU"
-    assert rich.engine_of(teacher) == ("vllm" if find_spec("vllm") else "transformers")
+    assert rich.engine_of(teacher)[0] == ("vllm" if find_spec("vllm") else "transformers")
     with pytest.raises(
         EngineError, match="no machine of the cluster has room for a worker of 1 CPU and 2 GPU"
     ):
-        RayBackend(config.ray, [{"CPU": 4.0, "GPU": 1.0}] * 2).version_of(teacher, "transformers")
+        RayBackend(config.ray, [{"CPU": 4.0, "GPU": 1.0}] * 2).engine_of(teacher)
     served = teacher.model_copy(update={"engine": "openai"})
     with pytest.raises(EngineError, match="teacher 'totals': its servers sample"):
         plain.engine_of(served)
@@ -370,7 +370,7 @@ def test_the_sum_over_blocks_in_numbers_worked_out_by_hand(config_file: Path, tm
     config = settings(config_file, tmp_path / "traces")
     (teacher,) = pipeline.prepare_teachers(config, None, Local(None, None))
     with Verifier.configured(config.verify) as verifier:
-        problems, _ = pipeline.read_problems(config, 5, None, verifier, SilentReporter())
+        problems, _ = pipeline.read_problems(config, 5, None, verifier, Reporter())
     ids = [problem.problem_id for problem in problems]
     progress = ClusterProgress(teacher, problems, {ids[0]: {0: True}, ids[4]: {0: True, 1: False}})
     # Two samples of five problems; three are stored: 3 of 10.

@@ -82,8 +82,8 @@ def test_judged_anew_a_store_is_as_if_it_had_been_drawn_so(store: Path, tmp_path
     reports = refilter.refilter(store, FiltersConfig(**SHORT))
     assert reasons(store) == reasons(drawn)
     held = sum(trace.is_correct and trace.filtered is not None for trace in traces_of(store))
-    assert sum(report.held_now for report in reports) == held > 0
-    assert [(report.traces, report.held_before) for report in reports] == [(24, 0), (24, 0)]
+    assert sum(report.filtered_now for report in reports) == held > 0
+    assert [(report.traces, report.filtered_before) for report in reports] == [(24, 0), (24, 0)]
     # The run under these filters has nothing left to do; the one under the old ones is refused.
     assert [t.new_samples for t in pipeline.run(config(store, **SHORT), limit=12).teachers] == [0, 0]
     with pytest.raises(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from precompute.config import FiltersConfig, StoreConfig, TeacherConfig
 from precompute.engines import Completion, Request, Sampling
 from precompute.problems.prompts import Prompt
-from precompute.run.progress import SilentReporter
+from precompute.run.progress import Reporter
 from precompute.run.solve import Done, PreparedTeacher, Solver, next_samples, samples_left
 from precompute.verify.verifier import Verdict, Verifier
 from store.errors import EngineError, StoreError
@@ -119,7 +119,7 @@ def solve(
         {problem: dict(samples) for problem, samples in done.items()},
         verifier=cast(Verifier, Judge(answers)),
         filters=FiltersConfig(),
-        reporter=SilentReporter(),
+        reporter=Reporter(),
     )
     solver.prompts = {p.problem_id: Prompt(text="", ids=(1,), opens_think=False) for p in problems}
     traces: list[Trace] = []

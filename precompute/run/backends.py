@@ -32,12 +32,8 @@ class Backend(Protocol):
         """Name of the shard that the store's writer is opened for."""
         ...
 
-    def engine_of(self, teacher: TeacherConfig) -> str:
-        """Returns the resolved engine. Raises EngineError."""
-        ...
-
-    def version_of(self, teacher: TeacherConfig, engine: str) -> str:
-        """Returns the engine's version. Raises EngineError for keys that it cannot honour."""
+    def engine_of(self, teacher: TeacherConfig) -> tuple[str, str]:
+        """Returns (resolved engine, its version). Raises EngineError for keys that it cannot honour."""
         ...
 
     def solve(
@@ -82,13 +78,10 @@ class Local:
     """Overrides the teachers' own."""
     shard: str | None
 
-    def engine_of(self, teacher: TeacherConfig) -> str:
-        """Returns the engine for this machine."""
-        return resolve_engine(self.engine or teacher.engine)
-
-    def version_of(self, teacher: TeacherConfig, engine: str) -> str:
-        """Returns the engine's version after all checks that need no model."""
-        return prepare_engine(teacher, engine)
+    def engine_of(self, teacher: TeacherConfig) -> tuple[str, str]:
+        """Makes all checks that need no model."""
+        engine = resolve_engine(self.engine or teacher.engine)
+        return engine, prepare_engine(teacher, engine)
 
     def solve(
         self,

@@ -1,7 +1,7 @@
-"""Which traces are kept from the student however right they are: too long, repetitive, in another script, ...
+"""Filters: reasons to keep a verified trace from the student, e.g. its length, repetition or script.
 
-Pure functions of what the store holds of a trace, linear in its text. What they say is stored with the trace
-(`filtered`), so that what was held back can be counted and looked at.
+Pure functions of a stored trace, linear in its text. The reason is stored with the trace (`filtered`), so
+that filtered traces can be counted and inspected.
 """
 
 from __future__ import annotations
@@ -20,22 +20,35 @@ _PIECE = re.compile(r"\w+|[^\w\s]")
 def why_filtered(
     filters: FiltersConfig, *, text: str, n_tokens: int, form: AnswerForm, opens_think: bool
 ) -> str | None:
-    """`key: reason` for the first filter that holds the trace back, where key is the config's; None when it
-    may be used. `n_tokens` are the teacher's, 0 where nobody counted them; `form` and `opens_think` are
-    those of `find_answer`."""
-    return (
-        _too_short(filters.min_tokens, n_tokens)
-        or _too_long(filters.max_tokens, n_tokens)
-        or _repetitive(filters.max_repetition, filters.repetition_ngram, text)
-        or _foreign(filters.scripts, filters.max_other_letters, text)
-        or _ill_formed(filters.format, text, form, opens_think)
-    )
+    """Returns `key: reason` for the first filter that rejects the trace; None if it is usable.
+
+    Args:
+        n_tokens: in the teacher's tokens; 0 if they were never counted.
+        form: as for `find_answer`, like `opens_think`.
+    """
+    least, most, n = filters.min_tokens, filters.max_tokens, filters.repetition_ngram
+    if least is not None and 0 < n_tokens < least:
+        return f"min_tokens: {n_tokens} tokens, fewer than {least}"
+    if most is not None and n_tokens > most:
+        return f"max_tokens: {n_tokens} tokens, more than {most}"
+    limit = filters.max_repetition
+    if limit is not None and (share := repetition(text, n)) > limit:
+        return f"max_repetition: {share:.3f} of its {n}-grams are repeated, more than {limit:g}"
+    limit = filters.max_other_letters
+    if filters.scripts and (share := other_letters(text, filters.scripts)) > limit:
+        scripts = " or ".join(filters.scripts)
+        return f"scripts: {share:.3f} of its letters are not {scripts}, more than {limit:g}"
+    if filters.format:
+        found = find_answer(text, form=form, opens_think=opens_think)
+        if found.answer is None or found.count != 1 or found.broken:
+            return f"format: {found.count} final answers and {found.broken} broken ones in the form {form}"
+    return None
 
 
 def repetition(text: str, n: int) -> float:
-    """The share of n-grams, in words and single symbols, that stood in the text before: 0 where none did.
+    """Returns the share of n-grams, in words and single symbols, that occur earlier in the text.
 
-    A text that says one thing of n pieces over and over comes near 1.
+    0 without any; near 1 for a text that repeats n pieces over and over.
     """
     pieces = _PIECE.findall(text)
     total = len(pieces) - n + 1
@@ -45,10 +58,10 @@ def repetition(text: str, n: int) -> float:
 
 
 def other_letters(text: str, scripts: Collection[str]) -> float:
-    """The share of letters that belong to none of the scripts, in [0, 1]; digits and symbols are no letters.
+    """Returns the share of letters of other scripts, in [0, 1]; digits and symbols are not letters.
 
-    A letter's script is the first word of its Unicode name once it is normalised (NFKC), so that a
-    mathematical bold a is Latin. Scripts, not languages: French passes for "latin" as English does.
+    A letter's script is the first word of its Unicode name after normalisation (NFKC): a mathematical bold a
+    is Latin. Scripts are not languages: French is "latin" as English is.
     """
     letters = {letter: count for letter, count in Counter(text).items() if letter.isalpha()}
     others = sum(count for letter, count in letters.items() if script_of(letter) not in scripts)
@@ -56,41 +69,6 @@ def other_letters(text: str, scripts: Collection[str]) -> float:
 
 
 def script_of(letter: str) -> str:
-    """`latin`, `greek`, `cjk`, ... (precompute.config.Script has those that can be asked for)."""
+    """Returns `latin`, `greek`, `cjk`, ... (the config accepts those of precompute.config.Script)."""
     name = unicodedata.name(unicodedata.normalize("NFKC", letter)[0], "")
     return name.split(" ", 1)[0].lower()
-
-
-def _too_short(least: int | None, n_tokens: int) -> str | None:
-    if least is None or n_tokens >= least or not n_tokens:
-        return None
-    return f"min_tokens: {n_tokens} tokens, fewer than {least}"
-
-
-def _too_long(most: int | None, n_tokens: int) -> str | None:
-    if most is None or n_tokens <= most:
-        return None
-    return f"max_tokens: {n_tokens} tokens, more than {most}"
-
-
-def _repetitive(most: float | None, n: int, text: str) -> str | None:
-    share = 0.0 if most is None else repetition(text, n)
-    if most is None or share <= most:
-        return None
-    return f"max_repetition: {share:.3f} of its {n}-grams stood there before, more than {most:g}"
-
-
-def _foreign(scripts: tuple[str, ...], most: float, text: str) -> str | None:
-    share = other_letters(text, scripts) if scripts else 0.0
-    if not scripts or share <= most:
-        return None
-    return f"scripts: {share:.3f} of its letters are not {' or '.join(scripts)}, more than {most:g}"
-
-
-def _ill_formed(wanted: bool, text: str, form: AnswerForm, opens_think: bool) -> str | None:
-    if not wanted:
-        return None
-    solution = find_answer(text, form=form, opens_think=opens_think)
-    if solution.answer is not None and solution.count == 1 and not solution.broken:
-        return None
-    return f"format: {solution.count} final answers and {solution.broken} broken ones in the form {form}"

@@ -27,7 +27,7 @@ from precompute.run.plan import (
     stored_counts,
 )
 from precompute.run.probe import expect, run_probe
-from precompute.run.progress import Reporter, SilentReporter
+from precompute.run.progress import Reporter
 from precompute.run.refilter import check_filters, filter_settings
 from precompute.run.shard import Shard
 from precompute.run.solve import (
@@ -65,7 +65,7 @@ def run(
         limit: the number of problems, taken from the front; None takes all.
         shard: only this share of the problems, which may be empty.
     """
-    reporter = reporter or SilentReporter()
+    reporter = reporter or Reporter()
     outcomes = []
     with ExitStack() as stack:
         backend = stack.enter_context(open_backend(config, engine, shard, reporter))
@@ -107,7 +107,7 @@ def plan(
     Raises what `run` would raise before a model is loaded. With `probe` every teacher is loaded and takes one
     sample of that many problems, to estimate tokens, time and disk.
     """
-    reporter = reporter or SilentReporter()
+    reporter = reporter or Reporter()
     if probe and engine == RAY:
         raise ConfigError("--probe measures this machine alone; leave --engine ray out")
     with open_backend(config, engine, shard, reporter) as backend:
@@ -156,8 +156,8 @@ def prepare_teachers(
 
 
 def _prepared(teacher: TeacherConfig, backend: Backend, filters: Mapping[str, Any]) -> PreparedTeacher:
-    engine = backend.engine_of(teacher)
     tokenizer = load_tokenizer(teacher)
+    engine, version = backend.engine_of(teacher)
     template = tokenizer.chat_template
     sampling = {key: getattr(teacher, key) for key in ("temperature", "top_p", "top_k", "max_tokens")}
     if teacher.quantization:  # quantized weights are another model's
@@ -167,7 +167,7 @@ def _prepared(teacher: TeacherConfig, backend: Backend, filters: Mapping[str, An
         model=teacher.model,
         revision=teacher.revision,
         engine=engine,
-        engine_version=backend.version_of(teacher, engine),
+        engine_version=version,
         # A tokenizer may have no template, or several by name.
         chat_template=template if isinstance(template, str) else content_hash(template),
         system_prompt=teacher.system_prompt,

@@ -6,7 +6,7 @@ import threading
 import time
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import TaskID
@@ -53,43 +53,23 @@ class TeacherProgress:
         return (self.total - self.done) * self.seconds / self.new if self.new else None
 
 
-class Reporter(Protocol):
-    """Receives what happens, from any thread."""
+class Reporter:
+    """Receives what happens, from any thread; this one drops it."""
 
     def message(self, text: str) -> None:
         """Receives a line for the user."""
-        ...
 
     def stage(self, label: str, done: int, total: int) -> None:
         """Receives how far a preparation is that takes a while."""
-        ...
 
     def progress(self, progress: TeacherProgress) -> None:
         """Receives a teacher's progress after every sample."""
-        ...
 
     def finished(self, progress: TeacherProgress) -> None:
         """Receives the last progress of a teacher."""
-        ...
 
 
-class SilentReporter:
-    """A reporter that drops everything."""
-
-    def message(self, text: str) -> None:
-        """Drops it."""
-
-    def stage(self, label: str, done: int, total: int) -> None:
-        """Drops it."""
-
-    def progress(self, progress: TeacherProgress) -> None:
-        """Drops it."""
-
-    def finished(self, progress: TeacherProgress) -> None:
-        """Drops it."""
-
-
-class ConsoleReporter:
+class ConsoleReporter(Reporter):
     """Prints on a rich console. A context manager."""
 
     def __init__(self, console: Console) -> None:

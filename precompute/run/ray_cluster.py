@@ -127,28 +127,23 @@ class RayBackend:
         cpus, gpus = (sum(machine.get(kind, 0) for machine in self._machines) for kind in ("CPU", "GPU"))
         return f"Ray cluster: {len(self._machines)} machines, {cpus:g} CPUs, {gpus:g} GPUs"
 
-    def engine_of(self, teacher: TeacherConfig) -> str:
-        """Returns the workers' engine: auto is vllm where they have GPUs. Raises EngineError."""
+    def engine_of(self, teacher: TeacherConfig) -> tuple[str, str]:
+        """Returns the workers' engine (auto is vllm where they have GPUs) and the driver's version of it; the
+        workers, which have the GPUs, check theirs. Raises EngineError, also where no worker fits."""
         if teacher.engine == "openai":
             raise EngineError(
                 f"teacher {teacher.name!r}: its servers sample, and workers of a cluster have nothing to do; "
                 f"run it with --teacher {teacher.name} and without --engine ray"
             )
+        engine = "vllm" if self.needs(teacher).gpus and find_spec("vllm") else "transformers"
         if teacher.engine != "auto":
-            return resolve_engine(teacher.engine)
-        return "vllm" if self.needs(teacher).gpus and find_spec("vllm") else "transformers"
-
-    def version_of(self, teacher: TeacherConfig, engine: str) -> str:
-        """Returns the version of the driver's engine; the workers, which have the GPUs, check theirs.
-
-        Raises EngineError where no worker fits.
-        """
+            engine = resolve_engine(teacher.engine)
         if not room(self._machines, self.needs(teacher)):
             raise EngineError(
                 f"teacher {teacher.name!r}: no machine of the cluster has room for a worker of "
                 f"{self.needs(teacher)} ({self}); see ray.num_cpus_per_worker and ray.num_gpus_per_worker"
             )
-        return engine_version(engine)
+        return engine, engine_version(engine)
 
     def needs(self, teacher: TeacherConfig) -> Needs:
         """Returns the resources of one of the teacher's workers."""

@@ -16,7 +16,7 @@ from precompute.config import PrecomputeConfig, TeacherConfig
 from precompute.engines import Engine
 from precompute.engines.registry import load_engine, load_tokenizer, prepare_engine
 from precompute.problems.prompts import tokenizer_fingerprint
-from precompute.run.progress import SilentReporter, TeacherProgress
+from precompute.run.progress import Reporter, TeacherProgress
 from precompute.run.solve import PreparedTeacher, Solver
 from precompute.verify.verifier import Verifier
 from store.errors import EngineError, StoreBusyError
@@ -153,7 +153,7 @@ def wait_until_free(open_writer: Callable[[], StoreWriter], *, seconds: float) -
             time.sleep(0.5)
 
 
-class _BlockReporter(SilentReporter):
+class _BlockReporter(Reporter):
     """Passes on messages at once, and progress every REPORT_SECONDS."""
 
     def __init__(self, block: int, report: Report) -> None:

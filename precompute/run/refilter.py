@@ -1,13 +1,14 @@
-"""Which filters a teacher's traces were judged by, and how to judge them anew without drawing anything.
+"""Filters of stored traces, and new filters for them without sampling.
 
-What a filter says follows from the stored text. So a changed [filters] costs no sample: `refilter` writes the
-parts anew wherever it says something else, and then notes the filters in the teachers' records. Until then
-the records name the old filters, and a run under the new ones is refused.
+The filters depend on the stored text alone, so that a changed [filters] costs no sample: `refilter` rewrites
+the parts with other results and then notes the filters in the teachers' records. Until then the records name
+the old filters, and a run under the new ones is refused.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from precompute.config import AnswerForm, FiltersConfig
+from precompute.config import FiltersConfig
 from precompute.problems.prompts import demanded_form
 from precompute.run.filters import why_filtered
 from precompute.verify.final_answer import find_answer
@@ -30,23 +31,23 @@ from store.writer import StoreWriter, recipe_changes
 READ_COLUMNS = ["teacher", "problem_id", "text", "n_tokens", "answer_start", "is_correct", "filtered"]
 
 Progress = Callable[[int, int], None]
-"""Called with (traces looked at, traces in all)."""
+"""Called with (traces read, traces in all)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefilterReport:
-    """What judging anew came to, for one teacher."""
+    """Counts for one teacher."""
 
     teacher: str
     traces: int = 0
     verified: int = 0
-    held_before: int = 0
-    """Of the verified: held back by a filter."""
-    held_now: int = 0
+    filtered_before: int = 0
+    """Verified ones that a filter rejected before."""
+    filtered_now: int = 0
 
 
 def filter_settings(filters: FiltersConfig) -> dict[str, Any]:
-    """What a teacher's record says of the filters: every setting, or {} when none of them is on."""
+    """Returns the filters for a teacher's record: every setting, or {} if none is on."""
     on = (filters.min_tokens, filters.max_tokens, filters.max_repetition, filters.scripts, filters.format)
     if not any(value not in (None, (), False) for value in on):
         return {}
@@ -54,16 +55,15 @@ def filter_settings(filters: FiltersConfig) -> dict[str, Any]:
 
 
 def check_filters(writer: StoreWriter, record: TeacherRecord) -> None:
-    """Raises RecipeChangedError when the store has traces of the teacher that other filters have judged: some
-    would be held back by one measure and some by another."""
+    """Raises RecipeChangedError if other filters were applied to the teacher's traces in the store."""
     known = read_teachers(writer.path).get(record.name)
     if known is None or dict(known.filters) == dict(record.filters) or not writer.done(record.name):
         return
     off = FiltersConfig().model_dump(mode="json")
     changes = "; ".join(recipe_changes(off | dict(known.filters), off | dict(record.filters), "filters."))
     raise RecipeChangedError(
-        f"teacher {record.name!r} has traces in {writer.path} that other filters have judged: {changes}; "
-        "`ampo store refilter` with this config judges them anew, and nothing is drawn again"
+        f"teacher {record.name!r} has traces in {writer.path} under other filters: {changes}; `ampo store "
+        "refilter` with this config applies these filters to them, without sampling again"
     )
 
 
@@ -74,33 +74,37 @@ def refilter(
     teachers: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> tuple[RefilterReport, ...]:
-    """Judges the stored traces of `teachers` (None: all of the store) by `filters`, whatever judged them.
+    """Applies `filters` to the stored traces of `teachers` (None: all of the store).
 
-    Stopped at any moment, the same call goes on: what a killed one left is judged again.
-    Raises what StoreWriter.open raises, StoreDamagedError for a part that cannot be read, and StoreError for
-    a teacher that the store does not know or when the disk is full: the store is then as before.
+    Stopped at any moment, the same call goes on. Raises what StoreWriter.open raises, StoreDamagedError for a
+    part that cannot be read, and StoreError for an unknown teacher or a full disk; the store is then as
+    before.
     """
     root = Path(path).absolute()
     read_manifest(root)
     with StoreWriter.reopen(root) as writer:
         records = _chosen(root, teachers)
-        judge = _Judge(filters, records, {problem.problem_id: problem for problem in read_problems(root)})
+        problems = {problem.problem_id: problem for problem in read_problems(root)}
+        counts: Counter[tuple[str, str]] = Counter()  # (teacher, field of RefilterReport)
         parts = {p: entry for p, entry in read_manifest(root).parts.items() if entry.traces.keys() & records}
         with new_parts(root) as new:
             old = []
             seen, total = 0, sum(sum(entry.traces.values()) for entry in parts.values())
             for part, entry in parts.items():
-                if changed := _judged_anew(root / PARTS / part, judge):
+                if changed := _refiltered(root / PARTS / part, filters, records, problems, counts):
                     name, new[name] = write_part(root, changed)
                     old.append(part)
                 seen += sum(entry.traces.values())
                 if progress is not None:
                     progress(seen, total)
         swap_parts(root, old=old, new=new)
-        # Last: as long as the records name the old filters, whoever comes is told to judge anew.
+        # Last: as long as the records name the old filters, a run is refused and asks for `refilter`.
         for record in records.values():
             writer.register_teacher(replace(record, filters=filter_settings(filters)))
-    return tuple(judge.reports.values())
+    fields = ("traces", "verified", "filtered_before", "filtered_now")
+    return tuple(
+        RefilterReport(teacher=name, **{field: counts[name, field] for field in fields}) for name in records
+    )
 
 
 def _chosen(root: Path, names: Sequence[str] | None) -> dict[str, TeacherRecord]:
@@ -111,61 +115,42 @@ def _chosen(root: Path, names: Sequence[str] | None) -> dict[str, TeacherRecord]
     return {name: record for name, record in records.items() if not names or name in names}
 
 
-def _judged_anew(path: Path, judge: _Judge) -> pa.Table | None:
-    """The part's rows with what the filters say now; None when they say what stands there."""
+def _refiltered(
+    path: Path,
+    filters: FiltersConfig,
+    records: Mapping[str, TeacherRecord],
+    problems: Mapping[str, Problem],
+    counts: Counter[tuple[str, str]],
+) -> pa.Table | None:
+    """Returns the part's rows with new filter results, and counts them; None if nothing has changed."""
     with damage_named(path), open_part(path) as file:
-        rows = file.read(columns=READ_COLUMNS, use_threads=False)
-        before = rows["filtered"].to_pylist()
-        after = [judge(row) for row in rows.to_pylist()]
-        if after == before:
+        rows = file.read(columns=READ_COLUMNS, use_threads=False).to_pylist()
+        after = []
+        for row in rows:
+            if (record := records.get(row["teacher"])) is None:
+                after.append(row["filtered"])
+                continue
+            after.append(_why_filtered(filters, record, problems[row["problem_id"]], row))
+            verified = row["is_correct"]
+            counts[record.name, "traces"] += 1
+            counts[record.name, "verified"] += verified
+            counts[record.name, "filtered_before"] += verified and row["filtered"] is not None
+            counts[record.name, "filtered_now"] += verified and after[-1] is not None
+        if after == [row["filtered"] for row in rows]:
             return None
         table = file.read(use_threads=False)
-    place = table.schema.get_field_index("filtered")
-    return table.set_column(place, table.schema.field(place), pa.array(after, pa.string()))
+    column = table.schema.get_field_index("filtered")
+    return table.set_column(column, table.schema.field(column), pa.array(after, pa.string()))
 
 
-def _opened_think(text: str, form: AnswerForm, answer_start: int | None) -> bool:
-    """Whether the prompt ended inside a `<think>` block: only then is the answer found where it was."""
-    found = [find_answer(text, form=form, opens_think=opens).answer_start for opens in (False, True)]
-    return found[0] != answer_start and found[1] == answer_start
-
-
-class _Judge:
-    """Says of each row what the filters say now, and counts."""
-
-    def __init__(
-        self,
-        filters: FiltersConfig,
-        records: Mapping[str, TeacherRecord],
-        problems: Mapping[str, Problem],
-    ) -> None:
-        self._filters = filters
-        self._records = records
-        self._problems = problems
-        self.reports = {name: RefilterReport(teacher=name) for name in records}
-
-    def __call__(self, row: Mapping[str, Any]) -> str | None:
-        record = self._records.get(row["teacher"])
-        before: str | None = row["filtered"]
-        if record is None:
-            return before
-        form = demanded_form(record, self._problems[row["problem_id"]])
-        now = why_filtered(
-            self._filters,
-            text=row["text"],
-            n_tokens=row["n_tokens"],
-            form=form,
-            opens_think=_opened_think(row["text"], form, row["answer_start"]),
-        )
-        self._count(record.name, row["is_correct"], before, now)
-        return now
-
-    def _count(self, teacher: str, verified: bool, before: str | None, now: str | None) -> None:
-        report = self.reports[teacher]
-        self.reports[teacher] = replace(
-            report,
-            traces=report.traces + 1,
-            verified=report.verified + verified,
-            held_before=report.held_before + (verified and before is not None),
-            held_now=report.held_now + (verified and now is not None),
-        )
+def _why_filtered(
+    filters: FiltersConfig, record: TeacherRecord, problem: Problem, row: Mapping[str, Any]
+) -> str | None:
+    text, form = row["text"], demanded_form(record, problem)
+    # The prompt ended inside a `<think>` block if only then the answer is found where it was.
+    plain, thought = (
+        find_answer(text, form=form, opens_think=opens).answer_start == row["answer_start"]
+        for opens in (False, True)
+    )
+    opens_think = thought and not plain
+    return why_filtered(filters, text=text, n_tokens=row["n_tokens"], form=form, opens_think=opens_think)

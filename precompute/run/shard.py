@@ -1,4 +1,4 @@
-"""Shards: parts of the problems that processes on any machines solve side by side, into one store."""
+"""Shards: disjoint parts of the problems for processes on any machines that share a store."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from store.records import Problem
 class Shard:
     """One of `count` shards, e.g. the third of 16.
 
-    A problem's shard follows from its content alone: neither the order of the file nor what else is in it
-    plays a part, so that shards never overlap and a shard that goes on finds its own problems again.
+    A problem's shard depends on its content alone, not on the file around it: shards never overlap, and a
+    shard that goes on finds its own problems again.
     """
 
     number: int
@@ -25,7 +25,7 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """`3/16`. ConfigError for anything else."""
+        """Returns the shard of a text such as `3/16`. ConfigError for anything else."""
         found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
         number, count = map(int, found.groups()) if found else (0, 0)
         if not 1 <= number <= count:
@@ -36,15 +36,15 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """What its writer is known by in the store."""
+        """Name of its writer in the store."""
         return f"{self.number}-of-{self.count}"
 
     def holds(self, problem_id: str) -> bool:
-        """Of the shards of one `count` exactly one holds a problem."""
+        """Returns True for exactly one of the `count` shards."""
         return int(problem_id, 16) % self.count == self.number - 1
 
     def of(self, problems: Sequence[Problem]) -> tuple[Problem, ...]:
-        """Its problems among these, in their order."""
+        """Returns its problems among these, in their order."""
         return tuple(problem for problem in problems if self.holds(problem.problem_id))
 
     def __str__(self) -> str:

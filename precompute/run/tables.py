@@ -1,4 +1,4 @@
-"""What `ampo precompute teachers` draws: reports in, rich tables out."""
+"""Tables of `ampo precompute teachers` and `ampo store refilter`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from store.terminal.tables import plain_table
 
 
 def report_tables(report: PrecomputeReport) -> Group:
-    """Per teacher what it cost and what came of it; then coverage."""
+    """Returns cost and result per teacher, and coverage."""
     table = plain_table(
         f"traces in {report.store}",
         text=["teacher"],
@@ -41,8 +41,8 @@ def report_tables(report: PrecomputeReport) -> Group:
 
 
 def plan_tables(plan: PrecomputePlan, *, student_form: AnswerForm) -> Group:
-    """What is there, what is left, what it is expected to cost, and for each teacher the first prompt and how
-    its answers are read and rewritten for the student."""
+    """Returns the samples stored and left, their expected cost, and for each teacher the first prompt and the
+    way its answers are read and rewritten for the student."""
     state = "" if plan.store_exists else " (would be made)"
     parts: list[RenderableType] = [
         Text(problems_line(plan.problems) + f"; store {plan.store}{state}"),
@@ -79,7 +79,7 @@ def _plan_table(plan: PrecomputePlan) -> Table:
 
 
 def _probe_tables(plan: PrecomputePlan) -> list[RenderableType]:
-    """What the probes measured, and what follows for the samples that are left, and the sum."""
+    """Returns the measurements, and the expectation for the samples that are left with its sum."""
     measured = plain_table("measured on a probe")
     expected = plain_table("expected for what is left")
     for table in (measured, expected):
@@ -113,7 +113,7 @@ def _probe_cells(probe: Probe) -> list[str]:
 
 
 def _expectation_cells(*both: tuple[Expectation, Expectation]) -> list[str]:
-    """Sums over teachers of (least, most): samples, tokens, time, disk; `a .. b` where they differ."""
+    """Returns sums of (least, most) over teachers: samples, tokens, time, disk; `a .. b` if they differ."""
 
     def cell(quantity: Callable[[Expectation], float], shown: Callable[[float], str]) -> str:
         texts = [shown(sum(map(quantity, expectations))) for expectations in zip(*both, strict=True)]
@@ -153,7 +153,7 @@ def _scaled(value: float, step: int, units: Sequence[str]) -> str:
 
 
 def form_line(teacher: TeacherPlan, student_form: AnswerForm, answer: str) -> str:
-    """How the teacher's answers are read, and how an ending in that form is written for the student."""
+    """Returns how the teacher's answers are read, and how an ending is rewritten for the student."""
     form = teacher.answer_form
     ending = f"... {opening(form)}{answer}{closing(form)}"
     reasoning, rest = to_form(ending, find_answer(ending, form=form), student_form)
@@ -165,19 +165,19 @@ def form_line(teacher: TeacherPlan, student_form: AnswerForm, answer: str) -> st
 
 
 def refilter_table(reports: Sequence[RefilterReport]) -> Table:
-    """Per teacher what filters held back before, and what they do now."""
-    table = plain_table("verified traces that filters hold back")
+    """Returns the filtered traces per teacher, before and now."""
+    table = plain_table("verified traces that filters reject")
     table.add_column("teacher", no_wrap=True)
     for name in ("traces", "verified", "before", "now"):
         table.add_column(name, justify="right", no_wrap=True)
     for report in reports:
-        counts = (report.traces, report.verified, report.held_before, report.held_now)
+        counts = (report.traces, report.verified, report.filtered_before, report.filtered_now)
         table.add_row(report.teacher, *(f"{count:,}" for count in counts))
     return table
 
 
 def problems_line(summary: ProblemsSummary) -> str:
-    """What became of the problem file's rows."""
+    """Returns the counts of the problem file's rows."""
     repeats = f", {summary.duplicates:,} repeated" if summary.duplicates else ""
     left_out = (
         f", {len(summary.unparseable):,} with a gold answer that cannot be parsed"
