@@ -219,9 +219,7 @@ def ours(
         with StoreWriter.open(path, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION) as writer:
             writer.write_problems(problems)
             writer.register_teacher(job.record)
-            solver = Solver(
-                job, problems, {}, verifier=verifier, filters=config.filters, reporter=Reporter()
-            )
+            solver = Solver(job, problems, {}, verifier=verifier, filters=config.filters, reporter=Reporter())
             solver.fill_prompts()
             solver.run(engine, writer.append, config.store)
         return time.perf_counter() - started, solver.progress().tokens
