@@ -15,7 +15,7 @@ from precompute.config_file import Section, dotted, secret_error
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 AnswerForm = Literal["boxed", "answer_tags"]
-"""How a final answer is marked: `\\boxed{42}` or `<answer>42</answer>`."""
+"""Marks of a final answer: `\\boxed{42}` or `<answer>42</answer>`."""
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -142,7 +142,7 @@ class TeacherConfig(Section):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the chat template, e.g. {enable_thinking = false}."""
     answer_form: AnswerForm | None = None
-    """How its final answers are marked; None: as the system turn demands. A trace is
+    """Marks of its final answers; None: as the system turn demands. A trace is
     rewritten into the student's form when it is used."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Share = 1.0
@@ -245,7 +245,7 @@ class RayConfig(Section):
     problems keep an engine full, few spread the rest better over the workers. A task that is tried again goes
     on from what is written."""
     max_task_retries: Annotated[int, Field(ge=0)] = 3
-    """How often the task of a worker that died is given to another before the run is given up."""
+    """Number of times that the task of a dead worker goes to another before the run fails."""
 
 
 class PrecomputeConfig(Section):

@@ -150,7 +150,7 @@ def test_a_template_file_that_cannot_be_read_is_one_line_with_key_and_path(tmp_p
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        ("{% for m in messages %}", r"no valid Jinja: line 1"),
+        ("{% for m in messages %}", r"not valid Jinja: line 1"),
         ("<s>{{ bos_token }}", r"begins with '<s>' twice"),
         (
             {"rag": TEMPLATE, "tool": TEMPLATE},

@@ -1,4 +1,4 @@
-"""Where the final answer of a response stands."""
+"""The final answer of a response is found as the rules of final_answer.py say."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from precompute.config import AnswerForm
-from precompute.verify.final_answer import closing, find_answer, has_format, opening, reasoning, to_form
+from precompute.verify.final_answer import CLOSING, OPENING, find_answer, has_format, reasoning, to_form
 
 FORMS: tuple[AnswerForm, ...] = ("boxed", "answer_tags")
 PIECES = [
@@ -67,8 +67,8 @@ def test_the_content_of_the_answer_is_found(text: str, answer: str) -> None:
     ],
 )
 def test_a_broken_or_empty_answer_is_none(text: str) -> None:
-    solution = find_answer(text)
-    assert (solution.answer, solution.answer_start, solution.form) == (None, None, None)
+    found = find_answer(text)
+    assert (found.answer, found.answer_start, found.form) == (None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -115,10 +115,10 @@ def test_thought_is_no_answer(text: str, opens_think: bool, answer: str | None) 
 
 def test_places_are_those_of_the_picture() -> None:
     # so \boxed{42}.   s=0, the backslash=3, 4=10, }=12, .=13
-    solution = find_answer("so \\boxed{42}.")
-    assert (solution.opening_start, solution.answer_start) == (3, 10)
-    assert (solution.answer_end, solution.closing_end) == (12, 13)
-    assert (solution.form, solution.count, solution.broken) == ("boxed", 1, 0)
+    found = find_answer("so \\boxed{42}.")
+    assert (found.opening_start, found.answer_start) == (3, 10)
+    assert (found.answer_end, found.closing_end) == (12, 13)
+    assert (found.form, found.count, found.broken) == ("boxed", 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -142,37 +142,37 @@ def test_the_format_holds_with_exactly_one_answer(text: str, form: AnswerForm, h
 
 def test_a_trace_is_mapped_to_the_form_of_the_student() -> None:
     text = "7 halves: <answer>3.5</answer> Done."
-    solution = find_answer(text)
-    assert reasoning(text, solution) == "7 halves: "
-    assert to_form(text, solution, "boxed") == ("7 halves: \\boxed{", " Done.")
-    assert to_form(text, solution, "answer_tags") == ("7 halves: <answer>", " Done.")
+    found = find_answer(text)
+    assert reasoning(text, found) == "7 halves: "
+    assert to_form(text, found, "boxed") == ("7 halves: \\boxed{", " Done.")
+    assert to_form(text, found, "answer_tags") == ("7 halves: <answer>", " Done.")
     with pytest.raises(ValueError, match="without a final answer"):
         reasoning("no answer", find_answer("no answer"))
 
 
 @given(texts, st.sampled_from([None, *FORMS]), st.booleans())
 def test_an_answer_is_the_text_between_its_offsets(text: str, form: AnswerForm | None, think: bool) -> None:
-    solution = find_answer(text, form=form, opens_think=think)
-    if solution.answer is None:
-        assert solution.answer_start is None
+    found = find_answer(text, form=form, opens_think=think)
+    if found.answer is None:
+        assert found.answer_start is None
         return
-    assert solution.answer == text[solution.answer_start : solution.answer_end]
-    assert solution.answer.strip()
-    assert solution.count >= 1
-    assert solution.form in ((form,) if form else FORMS)
-    inside = find_answer(text[: solution.closing_end], form=solution.form, opens_think=think)
-    assert inside.answer == solution.answer or form is None
+    assert found.answer == text[found.answer_start : found.answer_end]
+    assert found.answer.strip()
+    assert found.count >= 1
+    assert found.form in ((form,) if form else FORMS)
+    inside = find_answer(text[: found.closing_end], form=found.form, opens_think=think)
+    assert inside.answer == found.answer or form is None
 
 
 @given(texts.filter(lambda text: "think>" not in text), st.sampled_from(FORMS), st.sampled_from(FORMS))
 def test_a_mapped_trace_holds_the_same_answer(text: str, form: AnswerForm, student: AnswerForm) -> None:
-    text += opening(form) + "42" + closing(form)
-    solution = find_answer(text, form=form)
-    if solution.answer != "42":
+    text += OPENING[form] + "42" + CLOSING[form]
+    found = find_answer(text, form=form)
+    if found.answer != "42":
         return
-    before, after = to_form(text, solution, student)
-    assert before.endswith(opening(student))
-    assert (before + "42" + closing(student) + after).count("42") == 1
+    before, after = to_form(text, found, student)
+    assert before.endswith(OPENING[student])
+    assert (before + "42" + CLOSING[student] + after).count("42") == 1
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,14 @@ class ImportCounts:
     """Traces in the files."""
     done: int = 0
     """Traces read so far."""
-    judged: int = 0
+    new: int = 0
     """New traces with a verdict."""
     verified: int = 0
 
     @property
     def note(self) -> str:
-        """The verified share, once there is one."""
-        return f"verified {self.verified / self.judged:.0%}" if self.judged else ""
+        """The verified share of the new traces."""
+        return f"verified {self.verified / self.new:.0%}" if self.new else ""
 
 
 @dataclass(slots=True)

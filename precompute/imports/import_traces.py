@@ -14,12 +14,11 @@ student's tokenizer, except under `guidance.ratio = "teacher"`, which refuses im
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,6 @@ from store.errors import ConfigError, EngineError, RecipeChangedError
 from store.records import Problem, TeacherRecord, Trace
 from store.writer import StoreWriter
 
-IN_FLIGHT = 256
-"""Largest number of traces that wait for their verdicts; their texts are in memory."""
 HELD_TRACES = 4096
 """Largest number of verified traces, of all teachers, that wait to be written."""
 UNKNOWN_SEED = -1
@@ -214,21 +211,18 @@ class _Import:
         self._config = config
         self._progress = progress or (lambda counts: None)
         self._all = ImportCounts(survey.traces)
-        self._waiting: deque[tuple[_Indexed, Future[Verdict]]] = deque()
         self._ready: dict[str, list[Trace]] = {}
         self._written = time.monotonic()
 
     def run(self, form: ImportForm) -> None:
         """Reads, verifies, writes; also what was verified when the user interrupts."""
+        lacking, again = tee(self._lacking(form))
+        verdicts = self._verifier.stream(
+            (indexed.trace.text, indexed.trace.problem.answer) for indexed in lacking
+        )
         try:
-            for indexed in self._lacking(form):
-                trace = indexed.trace
-                verdict = self._verifier.submit(trace.text, trace.problem.answer)
-                self._waiting.append((indexed, verdict))
-                while len(self._waiting) >= IN_FLIGHT or (self._waiting and self._waiting[0][1].done()):
-                    self._take()
-            while self._waiting:
-                self._take()
+            for verdict, indexed in zip(verdicts, again, strict=False):
+                self._keep(self._trace(indexed, verdict))
         except KeyboardInterrupt:
             self._write_all()
             raise
@@ -262,21 +256,19 @@ class _Import:
             return None
         return _Indexed(trace, len(texts) - 1)
 
-    def _take(self) -> None:
-        """Turns the oldest waiting verdict into a stored trace."""
-        indexed, verdict = self._waiting.popleft()
-        trace = self._trace(indexed, verdict.result())
+    def _keep(self, trace: Trace) -> None:
         counts = self.counts[trace.teacher]
         counts.new += 1
         counts.verdicts[trace.verdict] = counts.verdicts.get(trace.verdict, 0) + 1
         counts.filtered += trace.is_correct and not trace.is_usable
-        self._all.judged += 1
+        self._all.new += 1
         self._all.verified += trace.is_correct
         ready = self._ready.setdefault(trace.teacher, [])
         ready.append(trace)
         if len(ready) >= self._config.part_traces:
-            self._write(trace.teacher)
-        elif sum(map(len, self._ready.values())) >= HELD_TRACES or self._is_late():
+            self._writer.append(self._ready.pop(trace.teacher))
+        late = time.monotonic() - self._written >= self._config.part_seconds
+        if late or sum(map(len, self._ready.values())) >= HELD_TRACES:
             self._write_all()
 
     def _trace(self, indexed: _Indexed, verdict: Verdict) -> Trace:
@@ -311,13 +303,7 @@ class _Import:
             ),
         )
 
-    def _is_late(self) -> bool:
-        return time.monotonic() - self._written >= self._config.part_seconds
-
-    def _write(self, teacher: str) -> None:
-        self._writer.append(self._ready.pop(teacher, []))
-
     def _write_all(self) -> None:
         for teacher in list(self._ready):
-            self._write(teacher)
+            self._writer.append(self._ready.pop(teacher))
         self._written = time.monotonic()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """A prompt as sent."""
+    """A prompt, exactly as the model sees it."""
 
     text: str
     """With every special token written out."""
@@ -31,12 +31,12 @@ class Prompt:
 
 
 def system_turn(problem: Problem, system_prompt: str | None) -> str:
-    """What the system turn says: `system_prompt`, or for None the problem's own; empty: no such turn."""
+    """Returns the system turn: `system_prompt`, or for None the problem's own; empty: no such turn."""
     return (problem.system_prompt or "") if system_prompt is None else system_prompt
 
 
 def build_messages(problem: Problem, system_prompt: str | None) -> list[dict[str, str]]:
-    """The chat of one problem: a system turn, unless it is empty, and the question as the user's."""
+    """Returns the chat of one problem: a system turn, unless it is empty, and the question as user turn."""
     system = system_turn(problem, system_prompt)
     question = {"role": "user", "content": problem.question}
     return [{"role": "system", "content": system}, question] if system else [question]
@@ -52,7 +52,7 @@ def use_template(tokenizer: PreTrainedTokenizerBase, path: str | None, *, key: s
     try:
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "no text in UTF-8"
+        reason = getattr(error, "strerror", None) or "not text in UTF-8"
         raise ConfigError(
             f"{key} = {path!r}: {Path(path).absolute()} cannot be read ({reason}); give a Jinja file"
         ) from None
@@ -65,9 +65,9 @@ def render_prompt(
     system_prompt: str | None,
     chat_template_kwargs: Mapping[str, Any],
 ) -> Prompt:
-    """The prompt through the tokenizer's chat template, or `plain_text` where it has none.
+    """Renders the prompt by the tokenizer's chat template, or by `plain_text` where it has none.
 
-    Raises ConfigError when the template refuses the messages (some know no system turn), is no valid Jinja,
+    Raises ConfigError when the template refuses the messages (some know no system turn), is not valid Jinja,
     or doubles the BOS token.
     """
     messages = build_messages(problem, system_prompt)
@@ -89,12 +89,12 @@ def render_prompt(
 def prompt_warning(
     tokenizer: PreTrainedTokenizerBase, text: str, *, key: str, template: str | None
 ) -> str | None:
-    """What a person should know of how prompts are made; None: nothing.
+    """Returns a warning about how prompts are rendered, or None.
 
     Args:
-        text: of one of the prompts.
-        key: of the config, by which a template is given.
-        template: the key's value.
+        text: one of the prompts.
+        key: the config key that gives a template.
+        template: its value.
     """
     if tokenizer.chat_template is None:
         return (
@@ -112,7 +112,7 @@ def prompt_warning(
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> int:
-    """The one of `eos_ids` with which the model ends its own turn.
+    """Returns the one of `eos_ids` with which the model ends its own turn.
 
     A chat model may end a turn with another token (`<end_of_turn>`, say) than the one that its tokenizer
     calls EOS: the one that its template writes behind an answer. Else the tokenizer's, else the smallest.
@@ -127,7 +127,7 @@ def _written_behind_answer(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence
     chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "ANSWER"}]
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except (TemplateError, ValueError):  # it is said where prompts are made
+    except (TemplateError, ValueError):  # reported where prompts are rendered
         return []
     assert isinstance(text, str)
     behind = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"]
@@ -135,7 +135,7 @@ def _written_behind_answer(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether it puts one before plain text by itself."""
+    """Returns whether the tokenizer puts one before plain text by itself."""
     return bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
 
 
@@ -144,22 +144,22 @@ def _name(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def plain_text(messages: list[dict[str, str]], *, bos_token: str | None) -> str:
-    """The prompt for a model without a chat template: BOS, if it has one, `{system}\\n\\n{question}\\n`."""
+    """Renders a prompt without a chat template: BOS, if there is one, `{system}\\n\\n{question}\\n`."""
     return (bos_token or "") + "\n\n".join(message["content"] for message in messages) + "\n"
 
 
 def answer_form_of(system_prompt: str | None) -> AnswerForm:
-    """The form that a system turn demands: `<answer>` tags where it names them, `\\boxed{}` otherwise."""
+    """Returns the form that a system turn demands: `<answer>` tags if it names them, else `\\boxed{}`."""
     return "answer_tags" if system_prompt is not None and "<answer>" in system_prompt else "boxed"
 
 
 def demanded_form(teacher: TeacherConfig | TeacherRecord, problem: Problem) -> AnswerForm:
-    """The form in which the teacher's answer to the problem is looked for."""
+    """Returns the form in which the teacher's answer to the problem is searched."""
     return teacher.answer_form or answer_form_of(system_turn(problem, teacher.system_prompt))
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of what turns text into ids: vocabulary, added tokens, merges, normaliser, pre-tokeniser.
+    """Hashes all that turns text into ids: vocabulary, added tokens, merges, normaliser, pre-tokeniser.
 
     Chat template and the roles of special tokens (which is EOS, which is padding) are left out: two models
     of one family keep one fingerprint, and log-probs of the same ids may be compared.
@@ -183,7 +183,8 @@ def _through_template(
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs)
     except TemplateSyntaxError as error:
         raise ConfigError(
-            f"the chat template of {_name(tokenizer)} is no valid Jinja: line {error.lineno}: {error.message}"
+            f"the chat template of {_name(tokenizer)} is not valid Jinja: "
+            f"line {error.lineno}: {error.message}"
         ) from None
     except TemplateError as error:
         turns = " and ".join(message["role"] for message in messages)

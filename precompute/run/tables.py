@@ -12,7 +12,7 @@ from precompute.config import AnswerForm
 from precompute.run.plan import PrecomputePlan, PrecomputeReport, ProblemsSummary, TeacherPlan
 from precompute.run.probe import Expectation, Probe
 from precompute.run.refilter import RefilterReport
-from precompute.verify.final_answer import closing, find_answer, opening, to_form
+from precompute.verify.final_answer import CLOSING, OPENING, find_answer, to_form
 from store.reports.tables import coverage_table
 from store.terminal.tables import plain_table
 
@@ -155,12 +155,12 @@ def _scaled(value: float, step: int, units: Sequence[str]) -> str:
 def form_line(teacher: TeacherPlan, student_form: AnswerForm, answer: str) -> str:
     """Returns how the teacher's answers are read, and how an ending is rewritten for the student."""
     form = teacher.answer_form
-    ending = f"... {opening(form)}{answer}{closing(form)}"
+    ending = f"... {OPENING[form]}{answer}{CLOSING[form]}"
     reasoning, rest = to_form(ending, find_answer(ending, form=form), student_form)
     thought = "; its prompt opens <think>, and nothing before </think> is an answer"
     return (
         f"{teacher.name} answers in the form {form}{thought if teacher.opens_think else ''}\n"
-        f"the student reads {ending}  as  {reasoning}{answer}{closing(student_form)}{rest}"
+        f"the student reads {ending}  as  {reasoning}{answer}{CLOSING[student_form]}{rest}"
     )
 
 

@@ -7,10 +7,10 @@
 
 The rules, in order:
 
-- What a model thinks is no answer: text between `<think>` and `</think>`, text after a `<think>` that is
+- Thinking is not an answer: text between `<think>` and `</think>`, text after a `<think>` that is
   never closed, and text before a `</think>` that nothing opened (the prompt did).
-- The last opening decides. If it is never closed, or holds nothing, there is no answer: an earlier one is
-  never taken instead.
+- The last opening decides. If it is never closed, or holds nothing, the text has no answer: an earlier one
+  is never used instead.
 - Inside an answer block or a box that is closed, further boxes belong to it.
 """
 
@@ -24,7 +24,7 @@ from precompute.config import AnswerForm
 OPENING: dict[AnswerForm, str] = {"boxed": "\\boxed{", "answer_tags": "<answer>"}
 CLOSING: dict[AnswerForm, str] = {"boxed": "}", "answer_tags": "</answer>"}
 
-# Every repetition is possessive, so nothing backtracks; runs are one token, so a megabyte of braces is cheap.
+# Every repetition is possessive, so nothing backtracks; a run is one token, so a megabyte of braces is cheap.
 # Every alternative begins with a character, not with a group, so that `re` skips to the next such character:
 # five times as fast on prose.
 _OUTSIDE_BOXES = re.compile(r"\\(?:boxed|fbox)\s*+\{|</?answer>|</?think>")
@@ -33,24 +33,24 @@ _INSIDE_BOX = re.compile(rf"{_OUTSIDE_BOXES.pattern}|\\[\\{{}}](?:\\[\\{{}}])*+|
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinalAnswer:
-    """Where the final answer of a response stands, and whether it is the only one."""
+    """The final answer of a response; every field but the counts is None where it has none."""
 
-    answer: str | None
-    """The content, exactly `text[answer_start:answer_end]`; None when there is no final answer."""
-    opening_start: int | None
-    """Character offset of the opening, e.g. of the backslash of `\\boxed{`."""
-    answer_start: int | None
-    """Character offset at which the content begins: z_c is `text[:answer_start]`, the opening included."""
-    answer_end: int | None
-    """Character offset just past the content."""
-    closing_end: int | None
-    """Character offset just past the closing."""
-    form: AnswerForm | None
-    """The form of the answer that decides."""
     count: int
-    """Complete final answers in the forms that were looked for, thinking left out."""
+    """Complete final answers in the requested forms, outside thinking."""
     broken: int
     """Openings that are never closed or hold nothing."""
+    answer: str | None = None
+    """The content, exactly `text[answer_start:answer_end]`."""
+    opening_start: int | None = None
+    """Character offset of the opening, e.g. of the backslash of `\\boxed{`."""
+    answer_start: int | None = None
+    """Character offset at which the content begins: z_c is `text[:answer_start]`, the opening included."""
+    answer_end: int | None = None
+    """Character offset just past the content."""
+    closing_end: int | None = None
+    """Character offset just past the closing."""
+    form: AnswerForm | None = None
+    """The form of the answer that decides."""
 
 
 @dataclass(slots=True)
@@ -69,14 +69,14 @@ class _Span:
 
 
 def find_answer(text: str, *, form: AnswerForm | None = None, opens_think: bool = False) -> FinalAnswer:
-    """The final answer of `text` in `form` (None: in either).
+    """Returns the final answer of `text` in `form` (None: in either).
 
-    `opens_think` says that the prompt ended inside a `<think>` block, so that the text begins as thought.
+    `opens_think`: the prompt ended inside a `<think>` block, so that the text begins as thinking.
     """
     spans = _outermost(_Scan(form, opens_think).spans(text))
     good = [span for span in spans if span.closed and _holds_something(text, span)]
     if not good or good[-1] is not spans[-1]:
-        return _no_answer(count=len(good), broken=len(spans) - len(good))
+        return FinalAnswer(count=len(good), broken=len(spans) - len(good))
     last = good[-1]
     return FinalAnswer(
         answer=text[last.answer_start : last.answer_end],
@@ -91,48 +91,25 @@ def find_answer(text: str, *, form: AnswerForm | None = None, opens_think: bool 
 
 
 def has_format(text: str, *, form: AnswerForm, opens_think: bool = False) -> bool:
-    """True when the text holds exactly one complete final answer in `form` and no broken one (DESIGN 2)."""
-    solution = find_answer(text, form=form, opens_think=opens_think)
-    return solution.answer is not None and solution.count == 1 and solution.broken == 0
+    """Returns whether the text has exactly one complete final answer in `form` and no broken one."""
+    found = find_answer(text, form=form, opens_think=opens_think)
+    return found.answer is not None and found.count == 1 and found.broken == 0
 
 
-def opening(form: AnswerForm) -> str:
-    """What stands before an answer: `\\boxed{` or `<answer>`."""
-    return OPENING[form]
-
-
-def closing(form: AnswerForm) -> str:
-    """What stands after an answer: `}` or `</answer>`."""
-    return CLOSING[form]
-
-
-def reasoning(text: str, solution: FinalAnswer) -> str:
-    """The text up to, but without, the opening of its final answer. ValueError when it has none."""
-    if solution.opening_start is None:
+def reasoning(text: str, found: FinalAnswer) -> str:
+    """Returns the text before the opening of its final answer. ValueError when it has none."""
+    if found.opening_start is None:
         raise ValueError("a text without a final answer has no reasoning before it")
-    return text[: solution.opening_start]
+    return text[: found.opening_start]
 
 
-def to_form(text: str, solution: FinalAnswer, form: AnswerForm) -> tuple[str, str]:
-    """(z_c, rest): the text up to and including an opening in `form`, and what follows the answer.
+def to_form(text: str, found: FinalAnswer, form: AnswerForm) -> tuple[str, str]:
+    """Returns (z_c, rest): the text up to and including an opening in `form`, and the text after the answer.
 
-    `z_c + answer + closing(form) + rest` is the same solution written in the student's form (DESIGN 2).
+    `z_c + answer + CLOSING[form] + rest` is the same solution written in the student's form (DESIGN 2).
     ValueError when the text has no final answer.
     """
-    return reasoning(text, solution) + opening(form), text[solution.closing_end :]
-
-
-def _no_answer(*, count: int, broken: int) -> FinalAnswer:
-    return FinalAnswer(
-        answer=None,
-        opening_start=None,
-        answer_start=None,
-        answer_end=None,
-        closing_end=None,
-        form=None,
-        count=count,
-        broken=broken,
-    )
+    return reasoning(text, found) + OPENING[form], text[found.closing_end :]
 
 
 def _holds_something(text: str, span: _Span) -> bool:
@@ -140,7 +117,7 @@ def _holds_something(text: str, span: _Span) -> bool:
 
 
 def _outermost(spans: list[_Span]) -> list[_Span]:
-    """The spans that no closed span contains, in order of their openings."""
+    """Returns the spans that no closed span contains, in order of their openings."""
     kept: list[_Span] = []
     covered_until = 0
     for span in spans:
@@ -151,7 +128,7 @@ def _outermost(spans: list[_Span]) -> list[_Span]:
 
 
 class _Scan:
-    """One pass over a text. A brace matters only inside a box, so braces outside are never looked at."""
+    """One pass over a text. A brace matters only inside a box, so braces outside are skipped."""
 
     def __init__(self, form: AnswerForm | None, opens_think: bool) -> None:
         self._wants_boxes = form != "answer_tags"
@@ -163,10 +140,10 @@ class _Scan:
         self._open_block: _Span | None = None
 
     def spans(self, text: str) -> list[_Span]:
-        """Every opening outside thought, in order of place."""
-        place = 0
-        while match := self._pattern().search(text, place):
-            place = match.end()
+        """Returns every opening outside thinking, in order."""
+        index = 0
+        while match := self._pattern().search(text, index):
+            index = match.end()
             self._take(match)
         return self._spans
 
@@ -190,7 +167,7 @@ class _Scan:
 
     def _think(self, tag: str) -> None:
         if tag == "</think>" and not self._thinking:
-            # Nothing in the text opened this thought, so the prompt did, and all of it so far was thought.
+            # Nothing in the text opened this block, so the prompt did, and all text so far was thinking.
             self._spans.clear()
             self._open_braces.clear()
             self._open_block = None
@@ -207,10 +184,10 @@ class _Scan:
             self._open_block = None
 
     def _braces(self, run: str, start: int) -> None:
-        for place, brace in enumerate(run, start):
+        for index, brace in enumerate(run, start):
             if brace == "{":
                 self._open_braces.append(None)
             elif span := self._open_braces.pop():
-                span.answer_end, span.closing_end = place, place + 1
+                span.answer_end, span.closing_end = index, index + 1
             if not self._open_braces:
                 return

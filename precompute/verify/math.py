@@ -1,12 +1,12 @@
-"""What a gold answer and an answer say, and whether they say the same: math-verify's grammar and comparison.
+"""Compares a gold answer and an answer as mathematics, with math-verify's grammar and comparison.
 
-The one file that imports math_verify (and with it sympy). It runs in the workers alone (verify_worker.py),
-for to read or to compare what a model wrote may take for ever. How it departs from math-verify's own
-`parse` and `verify`, so that a match means equality:
+The one file that imports math_verify (and with it sympy). It runs in the workers only (worker.py), because
+reading or comparing what a model wrote may take forever. It departs from math-verify's own `parse` and
+`verify` in four ways, so that a match means equality:
 
-- The whole text is parsed, nothing is searched in it: no number is picked out of a sentence, and of
-  `10^10^10^10` no part can match.
-- Digits that a space parts are thousands, a mixed number or an error, and `2(3)` is a product;
+- The whole text is parsed and nothing is searched in it: no number is picked out of a sentence, and no part
+  of `10^10^10^10` can match.
+- Digits separated by a space are thousands, a mixed number or an error, and `2(3)` is a product;
   math-verify reads `4 2` as 6 and `2(3)` as 5.
 - A letter is a unit only after a space and a number: `2t` is not 2.
 - Numbers agree in six decimals *and* six significant digits; math-verify's absolute rounding takes
@@ -38,9 +38,9 @@ from precompute.verify.base import Outcome
 
 SHOWN_CHARS = 1_000
 KEPT_READINGS = 512
-"""Texts of which a worker remembers what they say."""
+"""Texts whose readings a worker caches."""
 CLEARLY = 1e-5
-"""Relative difference from which on two values are no rounding of one another; math-verify's own limit is
+"""Relative difference above which two values are not roundings of one another; math-verify's own limit is
 1e-6, absolute."""
 HOLDS = 1e-9
 """Relative difference up to which two sides are equal."""
@@ -48,7 +48,7 @@ POINTS = (
     (1.1357, 0.7321, 2.2389, 1.6431, 0.4142, 3.3166),
     (17.3205, 12.1655, 31.6228, 23.4307, 9.5394, 41.8330),
 )
-"""Where formulas are compared: positive, and nothing special."""
+"""Points at which formulas are compared: positive, without special values."""
 DECIMALS = 6
 """math-verify's own default for comparing decimals; here it holds for significant digits, too."""
 
@@ -110,8 +110,8 @@ def _said(latex: str) -> str | None:
 
 
 def shown(math_object: Any) -> str:
-    """As sympy writes it, cut to SHOWN_CHARS. What it cannot write (an integer of more than 4,300 digits,
-    say) is named by its type."""
+    """Returns sympy's text of an object, cut to SHOWN_CHARS. An object that it cannot write (an integer of
+    more than 4,300 digits, for example) is named by its type."""
     try:
         return str(math_object)[:SHOWN_CHARS]
     except (ValueError, RecursionError):
@@ -119,7 +119,7 @@ def shown(math_object: Any) -> str:
 
 
 def read_math(text: str) -> Any | None:
-    """The sympy object that the whole of `text` says; None when it says none, or no definite one."""
+    """Returns the whole of `text` as a sympy object; None when it is not one, or not a definite one."""
     return _read(plain_latex(text))
 
 
@@ -135,7 +135,7 @@ def _read(latex: str) -> Any | None:
             return None
         undefined = math_object.has(sympy.nan, sympy.zoo)
     except MemoryError:
-        # Says nothing about the text: another worker may have room for it.
+        # It does not depend on the text alone: another worker may have room for it.
         raise
     except Exception:  # noqa: BLE001  The grammar raises bare Exception, sympy anything at all.
         return None
@@ -143,13 +143,13 @@ def _read(latex: str) -> Any | None:
 
 
 def normalized(latex: str) -> str:
-    """Without units, in math-verify's way; but a letter that reads as a variable is no unit."""
+    """Removes units, as math-verify does, except a letter that reads as a variable."""
     return str(normalize_latex(latex, _NO_UNITS if _ends_in_a_variable(latex) else _NORMALIZATION))
 
 
 def _ends_in_a_variable(latex: str) -> bool:
-    """`2t` does, and `\\frac{1}{m} t`; in `5 m` and `x = 5 m` the letter may stand for metres. math-verify
-    drops all of them, so that 2 is 2t to it."""
+    """Returns True for `2t` and `\\frac{1}{m} t`; in `5 m` and `x = 5 m` the letter may mean metres.
+    math-verify drops all of them and takes 2t for 2."""
     match = _LAST_LETTER.search(latex)
     if match is None:
         return False
@@ -159,7 +159,7 @@ def _ends_in_a_variable(latex: str) -> bool:
 
 
 def plain_number(latex: str) -> Any | None:
-    """What the grammar makes of an integer, a short decimal or a fraction of integers; None for all else."""
+    """Returns what the grammar returns for an integer, a short decimal or a fraction; None for all else."""
     if _INTEGER.fullmatch(latex):
         return sympy.Integer(latex)
     if _DECIMAL.fullmatch(latex) and latex != "0.5":  # of which math-verify makes a fraction
@@ -201,7 +201,7 @@ def parse(latex: str) -> Any:
 
 
 def plain_latex(text: str) -> str:
-    """`text` without its wrapping ($, \\(, \\boxed, "The answer is"), numbers written in one way."""
+    """Returns `text` without its wrapping ($, \\(, \\boxed, "The answer is"), numbers written in one way."""
     text = _unwrap(text.translate(_SYMBOLS)).replace("\\left(", "(").replace("\\right)", ")")
     # math-verify takes these for units and drops them: 2i is 2 to it, and 1 - 1/e is 1 + 1/e.
     text = _UPRIGHT.sub(r"\1 ", text)
@@ -240,7 +240,7 @@ def _unbox(text: str) -> str:
 
 
 def agree(gold: Any, answer: Any) -> bool:
-    """math-verify's verdict, held to six significant digits and to equations that say something."""
+    """Returns math-verify's verdict, limited to six significant digits and to equations with a solution."""
     if gold is answer:
         return True
     gold, answer = _with_common_symbols(gold, answer)
@@ -256,8 +256,8 @@ def agree(gold: Any, answer: Any) -> bool:
 
 
 def _with_common_symbols(gold: Any, answer: Any) -> tuple[Any, Any]:
-    """Both with one symbol a name: the grammar takes the letters of `2 i t` for complex, those of `2it` for
-    real, and math-verify finds them different."""
+    """Returns both with one symbol a name: the grammar takes the letters of `2 i t` for complex, those of
+    `2it` for real, and math-verify finds them different."""
     symbols = gold.free_symbols | answer.free_symbols
     if len(symbols) == len({symbol.name for symbol in symbols}):
         return gold, answer
@@ -266,8 +266,8 @@ def _with_common_symbols(gold: Any, answer: Any) -> tuple[Any, Any]:
 
 
 def apart(gold: Any, answer: Any) -> bool:
-    """Whether both say numbers or formulas whose values are clearly apart at a point, equations of which one
-    does not hold where the other does, or collections of such: math-verify would find no equality either,
+    """Returns True for numbers or formulas whose values clearly differ at a point, equations of which one
+    does not hold where the other does, and collections of such. math-verify would find no equality either,
     after a long `simplify` or `solve`."""
     if isinstance(gold, sympy.FiniteSet) and isinstance(answer, sympy.FiniteSet):
         return any(all(apart(one, other) for other in answer.args) for one in gold.args)
@@ -291,7 +291,7 @@ def _is_clear(formula: Any) -> bool:
 
 
 def _without_calls(formula: Any) -> Any:
-    """With a symbol of its own for each f(x): nothing more is known of it."""
+    """Replaces each f(x) by a symbol of its own: nothing more is known of it."""
     calls = formula.atoms(AppliedUndef)
     return formula.xreplace({call: sympy.Symbol(str(call)) for call in calls}) if calls else formula
 
@@ -308,18 +308,18 @@ def _apart_at(gold: Any, answer: Any, coordinates: Sequence[float]) -> bool:
 
 
 def _fails(equation: Any, other: Any, point: Mapping[str, Any]) -> bool:
-    """Whether an equation fails where `other` holds: at a point that is moved along one coordinate until it
-    does, which a straight line finds where `other` is linear in it."""
+    """Returns True where an equation fails at a point of `other`: one moved along a coordinate until `other`
+    holds, which a straight line finds where `other` is linear in it."""
     for symbol in sorted(other.free_symbols, key=str):
         zero, one = (
             _value(other.lhs - other.rhs, {**point, symbol.name: sympy.Integer(value)}) for value in (0, 1)
         )
         if zero == one:
             continue
-        there = {**point, symbol.name: sympy.sympify(zero / (zero - one))}
-        left, right = _value(other.lhs, there), _value(other.rhs, there)
+        moved = {**point, symbol.name: sympy.sympify(zero / (zero - one))}
+        left, right = _value(other.lhs, moved), _value(other.rhs, moved)
         if abs(left - right) <= HOLDS * max(abs(left), abs(right)):
-            return _differ(_value(equation.lhs, there), _value(equation.rhs, there))
+            return _differ(_value(equation.lhs, moved), _value(equation.rhs, moved))
     return False
 
 
@@ -328,8 +328,8 @@ def _differ(left: complex, right: complex) -> bool:
 
 
 def _value(formula: Any, point: Mapping[str, Any]) -> complex:
-    """Its value where each symbol, by its name, is as `point` says; KeyError, TypeError or ValueError where
-    it has none."""
+    """Returns the value at a point given by the symbols' names; KeyError, TypeError or ValueError where it
+    has none."""
     value = complex(formula.evalf(15, subs={symbol: point[symbol.name] for symbol in formula.free_symbols}))
     if not cmath.isfinite(value):
         raise ValueError("no finite value at that point")
@@ -337,7 +337,7 @@ def _value(formula: Any, point: Mapping[str, Any]) -> complex:
 
 
 def _magnitudes(math_object: Any) -> Iterator[Any]:
-    """The absolute values of the numbers in it, zero and infinity left out."""
+    """Yields the absolute values of the numbers in an object, except zero and infinity."""
     if isinstance(math_object, sympy.MatrixBase):
         for entry in math_object.flat():
             yield from _magnitudes(entry)
@@ -351,7 +351,7 @@ def _magnitudes(math_object: Any) -> Iterator[Any]:
 
 
 def _is_vacuous(gold: Any, answer: Any) -> bool:
-    """Two different equations without a solution: math-verify finds all of their no solutions equal."""
+    """Returns True for two different equations without a solution, which math-verify takes for equal."""
     if not (isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq)):
         return False
     if not all(isinstance(side, sympy.Expr) for side in (*gold.args, *answer.args)):

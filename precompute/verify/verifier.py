@@ -46,30 +46,30 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the judge says about one response. That it was cut at the length limit is the caller's matter."""
+    """The verdict on one response. Whether it was cut at the length limit is the caller's to check."""
 
     is_correct: bool
     """reason == "match"."""
     reason: str
     """One of store.records.VERDICTS."""
     answer: str | None
-    """The final answer, as it stands in the response; None when there is none."""
+    """The final answer as the response has it; None when it has none."""
     answer_start: int | None
     """Character offset at which the answer begins: z_c is `response[:answer_start]`."""
     n_answers: int
     """Complete final answers in the response; the last opening alone decides."""
     detail: str = ""
-    """Why, in words, where the reason alone does not say it."""
+    """The cause in words, where the reason alone does not give it."""
     parsed_answer: str | None = None
-    """What was read in the answer, as sympy writes it, cut to 1,000 characters; None where nothing was."""
+    """The answer as the verifier read it, cut to 1,000 characters; None where it could not be read."""
     parsed_gold: str | None = None
-    """What was read in the gold answer; None where nothing was, or no worker was asked."""
+    """The gold answer as the verifier read it; None where it could not be read, or was not needed."""
 
 
 def verify_answer(
     *, response: str, gold: str, timeout: float = _DEFAULTS.timeout, answer_form: AnswerForm | None = None
 ) -> Verdict:
-    """The verdict on one response, by workers that start with the first call and end with the process.
+    """Returns the verdict on one response. Workers start with the first call and end with the process.
 
     `timeout` in seconds; `answer_form` None takes `\\boxed{}` and `<answer>` alike. Safe from any thread.
     Raises EngineError when no worker can be started.

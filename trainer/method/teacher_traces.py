@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from precompute.config import AnswerForm
-from precompute.verify.final_answer import FinalAnswer, closing, find_answer, to_form
+from precompute.verify.final_answer import CLOSING, FinalAnswer, find_answer, to_form
 from store.errors import StoreError
 from store.records import Trace
 from trainer.method.groups import Prompt, Sample
@@ -149,7 +149,7 @@ def in_students_form(trace: Trace, form: AnswerForm, *, opens_think: bool) -> tu
     inner = find_answer(answer, form="boxed")
     if inner.answer is not None and inner.opening_start == 0 and inner.closing_end == len(answer):
         answer = inner.answer  # `\boxed{4}` inside answer tags is the answer 4
-    return reasoning, f"{reasoning}{answer}{closing(form)}{rest}"
+    return reasoning, f"{reasoning}{answer}{CLOSING[form]}{rest}"
 
 
 def _verified_answer(trace: Trace) -> FinalAnswer:
