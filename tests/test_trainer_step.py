@@ -18,7 +18,7 @@ from store.records import Problem
 from trainer.config import GuidanceConfig, StudentConfig, TrainConfig
 from trainer.method.groups import Group, Sample
 from trainer.method.loss import REDUCTIONS
-from trainer.method.update import NonFiniteError, Updater, mean_metrics, member_advantages, sequences_of
+from trainer.method.update import IDLE, NonFiniteError, Updater, mean_metrics, member_advantages, sequences_of
 from trainer.student.batches import TrainSequence, train_batch
 from trainer.student.load import WithoutAdapters, load_policy
 from trainer.student.optimizer import make_optimizer
@@ -339,3 +339,16 @@ def test_the_8_bit_optimizer_keeps_its_state_in_8_bits() -> None:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     assert optimizer.state[big.model.get_input_embeddings().weight]["state1"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("loss_type", sorted(REDUCTIONS))
+def test_an_idle_micro_batch_adds_nothing(loss_type: str) -> None:
+    # What a rank computes that has fewer micro-batches than another.
+    rows, reports, gradients = sequences(4), [], []
+    for idle in ([], [[IDLE]]):
+        reference = Policy(tiny_model(seed=1), tiny_tokenizer(), dtype=torch.float32)
+        made = updater(TrainConfig(loss_type=loss_type, beta=0.1), reference=reference)
+        gradients.append(keep_gradient(made))
+        reports.append(made.optimizer_step(rows, [*made.micro_batches(rows), *idle]))
+    assert reports[0] == reports[1]
+    assert torch.equal(gradients[0][0], gradients[1][0])
