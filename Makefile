@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 TEST_PROCESSES ?= 2
 
-.PHONY: help install demo real test test-slow soak check lab clean
+.PHONY: help install demo real test test-slow check lab clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
@@ -62,9 +62,6 @@ test: $(VENV)/.dev ## ruff, mypy and all tests except the slow ones
 
 test-slow: $(VENV)/.dev ## the tests that take too long for CI
 	$(BIN)/pytest -m slow
-
-soak: $(VENV)/.dev ## kill a store's writers 200 times at random (about 7 minutes)
-	PYTHONPATH=. $(BIN)/python tests/store_soak.py
 
 check: $(VENV)/.dev ## ruff, ruff format, mypy --strict
 	$(BIN)/ruff check $(SOURCES)

@@ -8,7 +8,6 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from store.reader import TraceStore
 from store.records import Problem, TeacherRecord, Trace
 from store.writer import StoreWriter
 
@@ -72,41 +71,11 @@ def make_store(root: Path, *parts: list[Trace], problems: int = 4) -> Path:
     return root
 
 
-def append_for_ever(root: Path) -> None:
-    """A child: parts of 20 traces, one after the other, until it is killed."""
-    with StoreWriter.open(root, **JUDGE) as writer:
-        writer.register_teacher(teacher("ada"))
-        start = len(writer.done("ada"))
-        while True:
-            writer.append([trace(number, "ada") for number in range(start, start + 20)])
-            start += 20
-
-
-def die_before_rename(root: Path) -> None:
-    """A child that is killed when a part is on the disk but not yet in its place."""
-    with StoreWriter.open(root, **JUDGE) as writer:
-        writer.register_teacher(teacher("ada"))
-        os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
-        writer.append([trace(0, "ada")])
-
-
 def append_and_leave(root: Path, numbers: list[int], name: str) -> None:
     """A child that appends one part."""
     with StoreWriter.open(root, **JUDGE) as writer:
         writer.register_teacher(teacher(name))
         writer.append([trace(number, name) for number in numbers])
-
-
-def read_until(root: Path, traces: int) -> None:
-    """A child that opens the store anew until it holds so many traces; each view must be whole."""
-    seen = 0
-    while seen < traces:
-        with TraceStore(root) as store:
-            found = store.candidates([problem(number).problem_id for number in range(traces)])
-        count = sum(len(candidates) for candidates in found.values())
-        assert count >= seen, f"{count} traces after {seen} had been seen"
-        assert count % 5 == 0, f"{count} traces: a part of 5 was seen in pieces"
-        seen = count
 
 
 def fork_and_be_killed(root: Path) -> None:

@@ -35,7 +35,7 @@ def everything(root: Path) -> list[object]:
 def test_compaction_changes_no_trace_and_leaves_one_part(root: Path) -> None:
     before = everything(root)
     report = compact(root)
-    assert (report.traces, report.parts_before, report.parts_after) == (13, 6, 1)
+    assert (report.traces, report.parts) == (13, (6, 1))
     assert everything(root) == before
     (part,) = root.rglob("part-*.parquet")
     assert part.parent.name == "all"
@@ -75,7 +75,7 @@ def test_what_came_after_a_compaction_is_merged_by_the_next(root: Path) -> None:
         writer.append([trace(3, "bob", 1)])
     before = everything(root)
     report = compact(root)
-    assert (report.parts_before, report.parts_after) == (2, 1)
+    assert report.parts == (2, 1)
     assert everything(root) == before
 
 
@@ -97,7 +97,7 @@ def test_a_damaged_part_stays_and_the_others_are_merged(root: Path) -> None:
     victim = sorted((root / "parts" / "ada").iterdir())[0]
     victim.write_bytes(victim.read_bytes()[:100])
     report = compact(root)
-    assert (report.traces, report.parts_after) == (11, 2)
+    assert (report.traces, report.parts[1]) == (11, 2)
     assert victim.exists()
     (finding,) = check(root).findings
     assert (finding.fault, dict(finding.traces)) == ("truncated", {"ada": 2})

@@ -1,16 +1,15 @@
 """A kill or a failing disk at any system call of any operation: nothing lost, nothing half, nothing doubled.
 
 pytest tests/test_store_crash.py               calls drawn by chance
-pytest tests/test_store_crash.py -m slow       every call in turn, and the kernel's own by strace
+pytest tests/test_store_crash.py -m slow       every call in turn
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +33,7 @@ from store.format.files import TMP_MARK
 from store.upkeep.compaction import forget
 
 OPERATIONS = st.sampled_from(sorted(BEGINNINGS))
-FEW = settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
-
-SYSCALLS = ("write", "pwrite64", "fsync", "rename", "unlink", "mkdir", "flock", "truncate", "ftruncate")
-"""What may change a disk, DuckDB's writing of the index included."""
+FEW = settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @dataclass(frozen=True)
@@ -217,49 +213,3 @@ def assert_synced(directory: str, later: list[list[str]]) -> None:
             return
         assert call[0] != "replace", f"{call[2]} came before {directory} was durable"
     raise AssertionError(f"{directory} was never made durable")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
-@pytest.mark.parametrize("name", BEGINNINGS)
-@pytest.mark.parametrize("syscall", SYSCALLS)
-def test_a_kill_at_the_kernels_own_calls_hurts_nothing(cases: Cases, name: str, syscall: str) -> None:
-    case, number = cases[name], 0
-    while True:
-        number += 1
-        with store_of(case) as root:
-            outcome = killed_by_strace(case.work, root, syscall, number)
-            if not outcome.killed:
-                assert outcome.finished, outcome
-                return
-            assert_nothing_hurt(case, root, outcome)
-            assert_same_end(case, root)
-
-
-def killed_by_strace(work: Work, root: Path, syscall: str, number: int) -> Outcome:
-    """`work` in a child that is killed as it enters its `number`-th `syscall`."""
-
-    inject = f"inject={syscall}:signal=KILL:when={number}"
-
-    def traced(root: Path, ack: Callable[[object], None]) -> None:
-        tracer = subprocess.Popen(
-            [
-                "strace",
-                "-f",
-                "-o",
-                os.devnull,
-                "-p",
-                str(os.getpid()),
-                "-e",
-                f"trace={syscall}",
-                "-e",
-                inject,
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert tracer.stderr is not None
-        assert "attached" in tracer.stderr.readline()
-        work(root, ack)
-
-    return run(traced, root)

@@ -69,7 +69,7 @@ def held_by(part: Path) -> set[tuple[str, str, int]]:
     return set(zip(*columns.values(), strict=True))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_bit_that_turned_after_indexing_gives_no_other_trace(root: Path, data: st.DataObject) -> None:
     part = data.draw(st.sampled_from(parts_of(root)), "part")
@@ -93,7 +93,7 @@ def test_a_bit_that_turned_after_indexing_gives_no_other_trace(root: Path, data:
         flip(part, place, bit, silently=True)
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_an_altered_part_is_left_out_found_and_made_again(
     sound: Path, tmp_path: Path, data: st.DataObject

@@ -20,8 +20,6 @@ from store_examples import (
     append_and_leave,
     make_store,
     problem,
-    read_until,
-    teacher,
     trace,
     wrong,
 )
@@ -95,7 +93,7 @@ def test_without_its_index_a_store_answers_the_same(root: Path) -> None:
     assert (root / "index.duckdb").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not a database", bytes(300_000)])
+@pytest.mark.parametrize("content", [b"not a database", bytes(300_000)])
 def test_a_broken_index_is_replaced(root: Path, content: bytes) -> None:
     (root / "index.duckdb").write_bytes(content)
     assert names(root) == ALL
@@ -145,15 +143,10 @@ def test_a_part_without_an_indexing_after_it_is_seen(root: Path) -> None:
     writer.close()
 
 
-def test_a_removed_part_is_gone(root: Path) -> None:
-    shutil.rmtree(root / "parts" / "bob")
-    assert names(root) == [["ada"], ["ada"], [], ["ada"]]
-
-
-@pytest.mark.parametrize("keep", [0, 3, 0.5, 0.999])
+@pytest.mark.parametrize("keep", [0, 0.999])
 def test_a_cut_part_is_left_out_and_reported(root: Path, keep: float) -> None:
     (bob,) = (root / "parts" / "bob").iterdir()
-    os.truncate(bob, int(keep if keep > 1 else keep * bob.stat().st_size))
+    os.truncate(bob, int(keep * bob.stat().st_size))
     assert names(root) == [["ada"], ["ada"], [], ["ada"]]
     with TraceStore(root) as store:
         assert [broken.part for broken in store.damaged] == [f"bob/{bob.name}"]
@@ -239,19 +232,3 @@ def test_an_index_that_someone_holds_open_for_writing_hinders_nobody(root: Path)
         assert holder.stdout.readline() == b"held\n"
         assert names(root) == ALL
         holder.kill()
-
-
-def test_two_readers_while_a_writer_appends(tmp_path: Path) -> None:
-    root = make_store(tmp_path / "traces", [trace(number, "ada") for number in range(5)])
-    readers = [spawn.Process(target=read_until, args=(root, 60)) for _ in range(2)]
-    for reader in readers:
-        reader.start()
-    with StoreWriter.open(root, **JUDGE) as writer:
-        writer.register_teacher(teacher("ada"))
-        for start in range(5, 60, 5):
-            writer.append([trace(number, "ada") for number in range(start, start + 5)])
-            with TraceStore(root) as store:
-                assert len(store.traces()) == start + 5
-    for reader in readers:
-        reader.join()
-        assert reader.exitcode == 0

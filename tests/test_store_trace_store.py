@@ -63,19 +63,6 @@ def test_all_traces_of_problems_are_the_wrong_and_the_filtered_too(tmp_path: Pat
         assert store.candidates([IDS[2]]) == {IDS[2]: []}
 
 
-def test_candidates_are_one_query(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with TraceStore(root) as store:
-        asked: list[str] = []
-        rows = type(store.index).rows
-        monkeypatch.setattr(
-            type(store.index),
-            "rows",
-            lambda self, sql, *rest: asked.append(sql) or rows(self, sql, *rest),
-        )
-        store.candidates(IDS)
-        assert len(asked) == 1
-
-
 def test_tokens_come_on_request_only(root: Path) -> None:
     with TraceStore(root) as store:
         (bare,) = store.candidates([IDS[3]])[IDS[3]]

@@ -8,20 +8,14 @@ import multiprocessing
 import os
 import resource
 import signal
-import tempfile
-import time
-from datetime import UTC, datetime
+from datetime import UTC
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from store_examples import (
     JUDGE,
     NOON,
-    append_for_ever,
-    die_before_rename,
     fork_and_be_killed,
     make_store,
     problem,
@@ -30,41 +24,14 @@ from store_examples import (
     wrong,
 )
 
-from store.errors import RecipeChangedError, StoreBusyError, StoreError, StoreForeignError, UserError
+from store.errors import RecipeChangedError, StoreError, StoreForeignError, UserError
 from store.format.files import TMP_MARK
 from store.format.parts import part_rows
 from store.format.schema import TRACE_SCHEMA, teacher_json
 from store.reader import TraceStore
-from store.records import FINISH_REASONS, VERDICTS, Problem, Trace
 from store.writer import StoreWriter, recipe_changes
 
 spawn = multiprocessing.get_context("spawn")
-
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
-singles = st.floats(max_value=0, width=32, allow_nan=False)
-
-
-@st.composite
-def traces(draw: st.DrawFn) -> Trace:
-    """Any trace of the teacher `ada`."""
-    n_tokens = draw(st.integers(0, 5))
-    return Trace(
-        problem_id=draw(st.sampled_from([problem(number).problem_id for number in range(3)])),
-        teacher="ada",
-        sample_index=draw(st.integers(0, 2**31 - 1)),
-        text=draw(texts),
-        answer=draw(st.none() | texts),
-        answer_start=draw(st.none() | st.integers(0, 2**31 - 1)),
-        n_tokens=n_tokens,
-        token_ids=tuple(draw(st.lists(st.integers(0, 2**31 - 1), min_size=n_tokens, max_size=n_tokens))),
-        logprobs=tuple(draw(st.lists(singles, min_size=n_tokens, max_size=n_tokens))),
-        finish_reason=draw(st.sampled_from(FINISH_REASONS)),
-        verdict=draw(st.sampled_from(VERDICTS)),
-        is_correct=draw(st.booleans()),
-        seed=draw(st.integers(0, 2**63 - 1)),
-        generation_fingerprint=teacher("ada").generation_fingerprint,
-        created_at=draw(st.datetimes(datetime(1970, 1, 1), datetime(2100, 1, 1), timezones=st.just(UTC))),
-    )
 
 
 def whole_numbers(root: Path) -> list[int]:
@@ -74,29 +41,6 @@ def whole_numbers(root: Path) -> list[int]:
 
 def tmp_files(root: Path) -> list[Path]:
     return list(root.rglob(f"{TMP_MARK}*"))
-
-
-@settings(max_examples=12, deadline=None)
-@given(st.lists(traces(), min_size=1, max_size=12, unique_by=lambda t: (t.problem_id, t.sample_index)))
-def test_a_trace_comes_back_as_it_went_in(batch: list[Trace]) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        root = make_store(Path(directory) / "traces", batch)
-        with TraceStore(root) as store:
-            back = store.traces(tokens=True)
-    assert back == sorted(batch, key=lambda t: (t.problem_id, t.sample_index))
-
-
-@settings(max_examples=10, deadline=None)
-@given(
-    st.lists(st.builds(Problem, question=texts, answer=texts, source=texts, system_prompt=st.none() | texts))
-)
-def test_a_problem_comes_back_as_it_went_in(problems: list[Problem]) -> None:
-    newest = {problem.problem_id: problem for problem in problems}
-    with tempfile.TemporaryDirectory() as directory:
-        with StoreWriter.open(directory, **JUDGE) as writer:
-            writer.write_problems(problems)
-        with TraceStore(directory) as store:
-            assert store.problems() == list(newest.values())
 
 
 def test_problems_merge_by_id_and_keep_their_order(tmp_path: Path) -> None:
@@ -144,39 +88,6 @@ def test_a_damaged_part_counts_as_not_done_and_is_named(tmp_path: Path) -> None:
         assert new.name.startswith("part-000003-")
 
 
-def test_kill_at_any_moment_leaves_whole_parts_and_no_rest(tmp_path: Path) -> None:
-    root = tmp_path / "traces"
-    before = 0
-    for round_ in range(3):
-        child = spawn.Process(target=append_for_ever, args=(root,))
-        child.start()
-        while sum(1 for _ in root.rglob("part-*.parquet")) < before + 3:
-            assert child.is_alive()
-        time.sleep(0.003 * round_)
-        child.kill()
-        child.join()
-        parts = whole_numbers(root)
-        assert set(parts) == {20}
-        with StoreWriter.open(root, **JUDGE) as writer:
-            assert tmp_files(root) == []
-            assert len(writer.done("ada")) == 20 * len(parts)
-        before = len(parts)
-
-
-def test_a_part_that_was_not_renamed_was_never_there(tmp_path: Path) -> None:
-    root = make_store(tmp_path / "traces", [trace(9, "ada")])
-    child = spawn.Process(target=die_before_rename, args=(root,))
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
-    assert len(tmp_files(root)) == 1
-    with TraceStore(root) as store:
-        assert [t.problem_id for t in store.traces()] == [problem(9).problem_id]
-    with StoreWriter.open(root, **JUDGE) as writer:
-        assert tmp_files(root) == []
-        assert list(writer.done("ada")) == [problem(9).problem_id]
-
-
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     root = make_store(tmp_path / "traces", [trace(0, "ada")])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -202,24 +113,6 @@ def test_a_store_half_created_by_a_killed_process_is_finished(tmp_path: Path) ->
     with StoreWriter.open(tmp_path, **JUDGE) as writer:
         assert writer.manifest.verifier_version == "0.9.0"
     assert tmp_files(tmp_path) == []
-
-
-def test_a_second_writer_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
-    root = tmp_path / "traces"
-    child = spawn.Process(target=append_for_ever, args=(root,))
-    child.start()
-    while not any(root.rglob("part-*.parquet")):
-        assert child.is_alive()
-    with pytest.raises(StoreBusyError, match=f"process {child.pid};"):
-        StoreWriter.open(root, **JUDGE)
-    child.kill()
-    child.join()
-    StoreWriter.open(root, **JUDGE).close()
-
-
-def test_the_lock_holds_within_one_process_too(tmp_path: Path) -> None:
-    with StoreWriter.open(tmp_path, **JUDGE), pytest.raises(StoreBusyError, match=str(os.getpid())):
-        StoreWriter.open(tmp_path, **JUDGE)
 
 
 def test_a_forked_worker_does_not_hold_the_lock_of_its_killed_parent(tmp_path: Path) -> None:
@@ -258,19 +151,6 @@ def test_another_recipe_is_refused_even_when_the_record_is_gone(tmp_path: Path) 
         with pytest.raises(RecipeChangedError, match="generation_fingerprint"):
             writer.register_teacher(teacher("ada", model="models/other"))
         writer.register_teacher(teacher("ada"))
-
-
-def test_the_way_out_that_the_refusal_names_works(tmp_path: Path) -> None:
-    root = make_store(tmp_path / "traces", [trace(0, "ada")])
-    for part in (root / "parts" / "ada").iterdir():
-        part.unlink()
-    (root / "parts" / "ada").rmdir()
-    other = teacher("ada", model="models/other")
-    with StoreWriter.open(root, **JUDGE) as writer:
-        writer.register_teacher(other)
-    with TraceStore(root) as store:
-        assert store.teachers() == {"ada": other}
-        assert store.traces() == []
 
 
 def test_the_same_recipe_from_another_engine_goes_on(tmp_path: Path) -> None:

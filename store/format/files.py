@@ -9,7 +9,6 @@ import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Self
 
 from store.errors import StoreError
@@ -84,11 +83,6 @@ def remove_orphans(root: Path) -> list[Path]:
     return orphans
 
 
-def is_bookkeeping(name: str) -> bool:
-    """Returns whether the file may exist before the manifest: a lock or a half-written file."""
-    return name.startswith(".") and (name.endswith(".lock") or name.startswith(TMP_MARK))
-
-
 class FileLock:
     """A lock on a file, by flock: the kernel releases it when the process ends, however it ends.
 
@@ -134,9 +128,7 @@ class FileLock:
             self.acquire(wait=True)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import duckdb
@@ -94,7 +93,7 @@ _REUSABLE = """
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexReport:
-    """What an index was built from."""
+    """Counts of an indexing."""
 
     parts: int
     """Whole parts."""
@@ -145,9 +144,7 @@ class Index:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -24,7 +24,7 @@ from store.errors import (
     StoreVersionError,
     missing_store,
 )
-from store.format.files import MANIFEST_LOCK, FileLock, is_bookkeeping, whole_file
+from store.format.files import MANIFEST_LOCK, TMP_MARK, FileLock, whole_file
 from store.format.schema import SCHEMA_VERSION
 
 MANIFEST = "manifest.json"
@@ -76,7 +76,9 @@ def is_fresh(root: Path) -> bool:
         raise StoreForeignError(f"{root} is a file; a trace store is a directory (store.path)")
     if (root / MANIFEST).exists():
         return False
-    strange = sorted(entry.name for entry in root.iterdir() if not is_bookkeeping(entry.name))
+    names = sorted(entry.name for entry in root.iterdir())
+    # A killed writer may leave locks and half-written files before the manifest.
+    strange = [name for name in names if not (name.startswith(TMP_MARK) or name.endswith(".lock"))]
     if strange:
         raise StoreForeignError(
             f"{root} is not a trace store: it contains {strange[0]} but no {MANIFEST}; "

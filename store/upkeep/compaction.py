@@ -38,20 +38,19 @@ class CompactionReport:
 
     traces: int
     """Traces written; 0: nothing to do."""
-    parts_before: int
-    parts_after: int
-    bytes_before: int
-    """Size of all parts."""
-    bytes_after: int
+    parts: tuple[int, int]
+    """Number of parts before and after."""
+    bytes: tuple[int, int]
+    """Size of all parts before and after."""
 
     @property
     def line(self) -> str:
         """The report in one line."""
-        return (
-            f"{self.traces:,} traces rewritten: {self.parts_before} parts of "
-            f"{self.bytes_before / 2**20:,.1f} MiB are {self.parts_after} of "
-            f"{self.bytes_after / 2**20:,.1f} MiB"
+        before, after = (
+            f"{parts} parts of {size / 2**20:,.1f} MiB"
+            for parts, size in zip(self.parts, self.bytes, strict=True)
         )
+        return f"{self.traces:,} traces rewritten: {before} before, {after} now"
 
 
 def compact(
@@ -156,16 +155,11 @@ def _ranges(index: Index, chosen: str, part_traces: int) -> Iterator[str]:
 
 
 def _sizes(root: Path) -> tuple[int, int]:
+    """Returns number and bytes of the parts."""
     stamps = list_parts(root)
     return len(stamps), sum(stamp.size for stamp in stamps.values())
 
 
 def _report(root: Path, *, before: tuple[int, int], traces: int) -> CompactionReport:
     after = _sizes(root)
-    return CompactionReport(
-        traces=traces,
-        parts_before=before[0],
-        parts_after=after[0],
-        bytes_before=before[1],
-        bytes_after=after[1],
-    )
+    return CompactionReport(traces=traces, parts=(before[0], after[0]), bytes=(before[1], after[1]))
