@@ -32,15 +32,8 @@ _TRACES = """
     CREATE TEMP VIEW traces AS
     SELECT * EXCLUDE (filename) REPLACE (make_timestamp(epoch_us(created_at)) AS created_at),
            is_correct AND filtered IS NULL AS is_usable
-    FROM {rows} AS stored {condition}
-"""
-_COUNTED = (
-    "SEMI JOIN idx.traces AS counted ON stored.trace_id = counted.trace_id AND filename = {parts} || part"
-)
-
-_DOUBLED = """
-    SELECT coalesce(sum(rows), 0) > (SELECT count(*) FROM idx.traces) AS doubled
-    FROM idx.parts WHERE error IS NULL
+    FROM {rows} AS stored
+    SEMI JOIN idx.traces AS counted ON stored.trace_id = counted.trace_id AND filename = {parts} || part
 """
 
 _SETTINGS = (
@@ -78,18 +71,13 @@ class StoreSql:
         parts = self._index.rows("SELECT part FROM idx.parts WHERE error IS NULL ORDER BY part")
         parts_root = f"{store.path / PARTS}/"
         files = ", ".join(quoted(parts_root + row["part"]) for row in parts)
-        doubled = self._index.rows(_DOUBLED)[0]["doubled"]
         self._index.add_table(
             "no_traces", TRACE_SCHEMA.append(pa.field("filename", pa.string())).empty_table()
         )
         self._index.add_table("problems", table_of(store.problems(), PROBLEM_SCHEMA))
         self._index.add_table("teachers", _teachers_table(list(store.teachers().values())))
-        connection.execute(
-            _TRACES.format(
-                rows=f"read_parquet([{files}], filename = true)" if files else "no_traces",
-                condition=_COUNTED.format(parts=quoted(parts_root)) if doubled else "",
-            )
-        )
+        rows = f"read_parquet([{files}], filename = true)" if files else "no_traces"
+        connection.execute(_TRACES.format(rows=rows, parts=quoted(parts_root)))
         connection.execute("CREATE TEMP VIEW parts AS FROM idx.parts")
         for setting in _SETTINGS:
             connection.execute("SET " + setting.format(parts=quoted(parts_root), threads=os.cpu_count() or 1))

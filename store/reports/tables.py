@@ -78,9 +78,7 @@ def _totals(report: StoreReport) -> str:
 def _uncounted(report: StoreReport) -> list[str]:
     """Returns the teachers whose tokens are unknown, and the commands that count them."""
     names = [teacher.teacher for teacher in report.teachers if teacher.uncounted]
-    if not names:
-        return []
-    return [
+    return names and [
         f"tokens of {', '.join(names)}: unknown where imported without a tokenizer; to count them,\n"
         f"  ampo store forget {report.path} --teacher NAME     (each of these)\n"
         f"  ampo store import FILE {report.path} --tokenizer MODEL"
