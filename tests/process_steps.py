@@ -1,10 +1,13 @@
-"""Optimizer steps that any number of processes can take; run by torchrun, it writes what the first one saw.
+"""Optimizer steps that any number of ranks can take; torchrun runs it, and rank 0 writes its results.
 
-torchrun --standalone --nproc-per-node 2 tests/process_steps.py MODEL GEMMA OUT
+torchrun --standalone --nproc-per-node 2 tests/process_steps.py MODEL GEMMA WIDE OUT
+
+In the end rank 1 alone fails, which has to end rank 0.
 """
 
 from __future__ import annotations
 
+import resource
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,7 +18,10 @@ import torch
 from run_examples import updater_of
 from safetensors.torch import load_file
 from test_trainer_step import sequences
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from store.errors import StoreError
 from trainer.config import GuidanceConfig, StudentConfig, TrainConfig
 from trainer.method.loss import REDUCTIONS
 from trainer.parallel.fsdp import full_tensor, gathered_weights, initial_device, shard
@@ -37,7 +43,7 @@ class Case:
 
 
 def cases() -> dict[str, Case]:
-    """By name; budgets are such that the processes have different numbers of micro-batches."""
+    """Name -> case; with these budgets the ranks have different numbers of micro-batches."""
     found = {
         loss_type: Case(
             sequences=sequences(seed, teacher_logprobs=seed % 2 == 1),
@@ -114,7 +120,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
 
 
 def unusable(model: str, world: World) -> str:
-    """What is said of a loss that is no number, whichever process has it."""
+    """The error of a non-finite loss, whichever rank has it."""
     student = StudentConfig(model=model, device="cpu")
     policy = load_policy(student, temperature=1.0, initial_device=initial_device(world))
     shard(policy, world)
@@ -130,8 +136,8 @@ def unusable(model: str, world: World) -> str:
     return "nothing"
 
 
-def brought(student: StudentConfig, place: Path, world: World) -> dict[str, torch.Tensor]:
-    """What a sampler finds in the folder of a student that is dealt out, by name."""
+def synced(student: StudentConfig, place: Path, world: World) -> dict[str, torch.Tensor]:
+    """Name -> weight in the directory that a sampler reads."""
     torch.manual_seed(0)
     policy = load_policy(student, temperature=1.0, initial_device=initial_device(world))
     shard(policy, world)
@@ -148,8 +154,8 @@ def brought(student: StudentConfig, place: Path, world: World) -> dict[str, torc
 
 
 def read(model: str, world: World, **student: Any) -> dict[str, Any]:
-    """What a student that was just loaded says of a few tokens, by weights that are dealt out and by whole
-    ones, and all its buffers."""
+    """Log-probabilities of a student that was just loaded, with sharded and with gathered weights, and its
+    buffers."""
     torch.manual_seed(0)
     config = StudentConfig(model=model, device="cpu", **student)
     policy = load_policy(config, temperature=1.0, initial_device=initial_device(world))
@@ -171,17 +177,43 @@ def read(model: str, world: World, **student: Any) -> dict[str, Any]:
     }
 
 
-def main(model: str, gemma: str, out: str) -> None:
+def peak() -> int:
+    """The most bytes that were resident so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident() -> int:
+    """Bytes that are resident now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def memory(model: str, world: World) -> dict[str, int]:
+    """Bytes that loading and sharding a student takes in this rank."""
+    # The imports of FSDP's first use are no part of the model.
+    fully_shard(torch.nn.Linear(2, 2), mesh=init_device_mesh("cpu", (world.size,)))
+    before = resident()
+    student = StudentConfig(model=model, device="cpu")
+    policy = load_policy(student, temperature=1.0, initial_device=initial_device(world))
+    shard(policy, world)
+    return {"peak": peak() - before, "stays": resident() - before}
+
+
+def main(model: str, gemma: str, wide: str, out: str) -> None:
     with torchrun_world("cpu") as world:
-        found: dict[str, Any] = {name: take(case, model, world) for name, case in cases().items()}
+        found: dict[str, Any] = {"memory": world.gather(memory(wide, world))}
+        found |= {name: take(case, model, world) for name, case in cases().items()}
         found["unusable"] = world.gather(unusable(model, world))
         found["gemma"] = world.gather(read(gemma, world))
         found["gemma lora"] = world.gather(read(gemma, world, use_peft=True, lora_r=4))
         for name, student in STUDENTS.items():
             place, config = Path(out).parent, StudentConfig(model=model, device="cpu", **student)
-            found[f"brought {name}"] = world.gather(brought(config, place, world))
+            found[f"synced {name}"] = world.gather(synced(config, place, world))
         if world.is_main:
             torch.save(found, Path(out))
+        world.barrier()
+        if world.rank == 1:
+            raise StoreError("rank 1 alone has seen it")
+        world.barrier()
 
 
 if __name__ == "__main__":

@@ -51,15 +51,11 @@ def test_the_second_signal_interrupts_at_once(
     assert caught == []
 
 
-def test_handlers_are_given_back_after_the_block(caught: list[int]) -> None:
+def test_handlers_are_restored_after_the_block_and_after_an_error(caught: list[int]) -> None:
     before = [signal.getsignal(number) for number in BOTH]
     with stop_on_signals():
         assert [signal.getsignal(number) for number in BOTH] != before
     assert [signal.getsignal(number) for number in BOTH] == before
-
-
-def test_handlers_are_given_back_after_an_error_too(caught: list[int]) -> None:
-    before = [signal.getsignal(number) for number in BOTH]
     with pytest.raises(ZeroDivisionError), stop_on_signals():
         raise ZeroDivisionError
     assert [signal.getsignal(number) for number in BOTH] == before

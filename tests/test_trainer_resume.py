@@ -41,12 +41,11 @@ SMALL = {
 }
 LORA = {"student__use_peft": True, "student__lora_r": 4}
 CASES: dict[str, dict[str, Any]] = {
-    "two mini-batches, at the edge of an epoch": EDGE,
-    "one mini-batch, in the middle of an epoch": MIDDLE,
+    "two mini-batches, at the end of an epoch": EDGE,
     "LoRA": {**EDGE, **LORA},
     "adamw_8bit": {**EDGE, "train__optim": "adamw_8bit"},
+    # One mini-batch, in the middle of an epoch.
     "paged_adamw_8bit": {**MIDDLE, "train__optim": "paged_adamw_8bit"},
-    "LoRA, adamw_8bit": {**MIDDLE, **LORA, "train__optim": "adamw_8bit"},
 }
 
 WARM = {

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_gemma, tiny_model, tiny_tokenizer
-from process_steps import STUDENTS, brought, cases, read, take, unusable
-from processes import ROOT, run_processes
+from conftest import save_student, tiny_gemma, tiny_model, tiny_tokenizer
+from process_steps import STUDENTS, cases, read, synced, take, unusable
+from processes import run_processes
 
 from precompute.config_file import load_config
-from store.errors import ConfigError, EngineError
+from store.errors import ConfigError
 from trainer.config import Config, StudentConfig
 from trainer.parallel.fsdp import check_shardable
 from trainer.parallel.world import ALONE, World
-from trainer.student.load import load_policy
+
+WIDE = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
+"""A student large enough to measure."""
 
 
 @pytest.fixture(scope="module")
 def gemma_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of tied weights, and of buffers that stand in no file."""
+    """A model with tied weights, and with buffers that are in no file."""
     path = tmp_path_factory.mktemp("gemma")
     tiny_gemma().save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
@@ -32,12 +38,16 @@ def gemma_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def by_two(model_dir: Path, gemma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two processes found, by case."""
-    out = tmp_path_factory.mktemp("steps") / "found.pt"
-    done = run_processes(2, "tests/process_steps.py", str(model_dir), str(gemma_dir), str(out))
-    assert done.returncode == 0, done.stderr
+    """The results of two ranks by case, and their stderr."""
+    path = tmp_path_factory.mktemp("steps")
+    out, wide = path / "found.pt", save_student(path / "wide", **WIDE)
+    with pytest.MonkeyPatch.context() as environment:
+        # Freed memory is returned at once, so that resident memory is what is held.
+        environment.setenv("MALLOC_MMAP_THRESHOLD_", str(2**16))
+        done = run_processes(2, "tests/process_steps.py", str(model_dir), str(gemma_dir), str(wide), str(out))
+    assert out.exists(), done.stderr
     found: dict[str, Any] = torch.load(out, weights_only=False)
-    return found
+    return {**found, "returncode": done.returncode, "stderr": done.stderr}
 
 
 @pytest.mark.parametrize("name", cases())
@@ -62,7 +72,7 @@ def test_two_processes_take_the_optimizer_step_of_one(
             assert one_says is None or two_say == pytest.approx(one_says, rel=1e-4, abs=1e-6)
 
 
-def test_a_loss_that_is_no_number_in_one_process_is_said_by_all(
+def test_a_non_finite_loss_in_one_rank_is_the_same_error_in_all(
     by_two: dict[str, Any], model_dir: Path
 ) -> None:
     assert by_two["unusable"] == [unusable(str(model_dir), ALONE)] * 2
@@ -72,7 +82,7 @@ def test_a_loss_that_is_no_number_in_one_process_is_said_by_all(
 @pytest.mark.parametrize(
     ("name", "student"), [("gemma", {}), ("gemma lora", {"use_peft": True, "lora_r": 4})]
 )
-def test_a_student_that_one_process_has_read_is_the_same_in_all(
+def test_a_student_that_rank_0_has_read_is_the_same_in_all_ranks(
     name: str, student: dict[str, Any], by_two: dict[str, Any], gemma_dir: Path
 ) -> None:
     one = read(str(gemma_dir), ALONE, **student)
@@ -82,33 +92,18 @@ def test_a_student_that_one_process_has_read_is_the_same_in_all(
         assert all(theirs[key].equal(one[key]) for key in one)
 
 
-def test_what_makes_a_student_without_weights_comes_with_every_install(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("transformers.integrations.accelerate.is_accelerate_available", lambda: False)
-    with pytest.raises(EngineError, match="requires `accelerate`"):
-        load_policy(StudentConfig(model=str(model_dir)), temperature=1.0, initial_device=torch.device("meta"))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert any(each.startswith("accelerate") for each in project["dependencies"])
-
-
-def test_no_process_but_the_first_ever_holds_a_whole_student_to_begin_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # So that what is freed is given back, and what is resident is what is held.
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**16))
-    wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
-    model = tiny_model(num_key_value_heads=8, **wide)
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    out = tmp_path / "took.json"
-    done = run_processes(2, "tests/process_memory.py", str(tmp_path / "model"), str(out))
-    assert done.returncode == 0, done.stderr
-    size = 4 * model.num_parameters()
-    first, second = json.loads(out.read_text())
+def test_no_rank_but_0_ever_holds_an_unsharded_student(by_two: dict[str, Any]) -> None:
+    size = 4 * tiny_model(**WIDE).num_parameters()
+    first, second = by_two["memory"]
     assert first["stays"] < 0.7 * size
-    # Half of it for good, two layers of 12 while they compute; who loads all of it first takes 1.6 times all.
+    # Half of it stays, two layers of 12 while they compute; loading all of it first takes 1.6 times its size.
     assert second["peak"] < 0.95 * size
+
+
+def test_an_error_of_one_rank_alone_is_printed_once_and_ends_the_others(by_two: dict[str, Any]) -> None:
+    assert by_two["returncode"] != 0
+    assert by_two["stderr"].count("StoreError: rank 1 alone has seen it") == 1
+    assert "RuntimeError" not in by_two["stderr"]
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -116,8 +111,8 @@ def test_a_sampler_gets_from_two_processes_what_it_gets_from_one(
     name: str, by_two: dict[str, Any], model_dir: Path, tmp_path: Path
 ) -> None:
     student = StudentConfig(model=str(model_dir), device="cpu", **STUDENTS[name])
-    one = brought(student, tmp_path, ALONE)
-    for theirs in by_two[f"brought {name}"]:
+    one = synced(student, tmp_path, ALONE)
+    for theirs in by_two[f"synced {name}"]:
         assert theirs.keys() == one.keys()
         assert all(theirs[key].dtype == one[key].dtype and theirs[key].equal(one[key]) for key in one)
     assert not list(tmp_path.iterdir())
