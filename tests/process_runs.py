@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from precompute.config_file import load_config
 from trainer.config import Config
 from trainer.parallel.world import World, torchrun_world
@@ -36,7 +38,7 @@ def cut_back(whole: Path, copy: Path) -> None:
 
 
 def main(runs: str) -> None:
-    with torchrun_world("cpu") as world:
+    with torchrun_world(torch.device("cpu")) as world:
         for described in json.loads(Path(runs).read_text()):
             one_run(described, world)
 

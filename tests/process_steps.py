@@ -199,7 +199,7 @@ def memory(model: str, world: World) -> dict[str, int]:
 
 
 def main(model: str, gemma: str, wide: str, out: str) -> None:
-    with torchrun_world("cpu") as world:
+    with torchrun_world(torch.device("cpu")) as world:
         found: dict[str, Any] = {"memory": world.gather(memory(wide, world))}
         found |= {name: take(case, model, world) for name, case in cases().items()}
         found["unusable"] = world.gather(unusable(model, world))

@@ -35,13 +35,13 @@ BELOW = {"store": set(), "precompute": {"store"}, "trainer": {"store", "precompu
 """The packages that a package may import from; the command-line files (`cli.py`) are above them all."""
 
 HEAVY = {
+    "accelerate": 1,
     "vllm": 1,
     "bitsandbytes": 1,
     "math_verify": 1,
     "openai": 1,
     "peft": 1,
     "ray": 1,
-    "trackio": 1,
     "wandb": 1,
 }
 

@@ -60,6 +60,6 @@ def test_a_wide_terminal_gets_a_line_with_the_names_in_it_and_log_txt_gets_it_fr
     with caplog.at_level(logging.INFO, logger="ampo"):
         (line,) = said(WIDE, rows=1)
         said(80, rows=1)
-    assert line.startswith("step  7/60  reward 0.325  solved  25%  all-fail  75%  asked 12 (92% hit)")
+    assert line.startswith("step  7/60  reward 0.325  solved  25%  all-fail  75%  queried 12 (92% hit)")
     assert [record.getMessage() for record in caplog.records] == [line, line]
     assert len(line) <= WIDE

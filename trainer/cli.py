@@ -76,13 +76,14 @@ def train(
 
 def _train(settings: Config, file: str | None, *, resume: str, changed_store: bool) -> None:
     from trainer.parallel.world import torchrun_world
+    from trainer.student.load import pick_device
     from trainer.telemetry.console import reporter_of
     from trainer.train import train as run_training
 
     console = console_of()
     try:
         with (
-            torchrun_world(settings.student.device) as world,
+            torchrun_world(pick_device(settings.student.device)) as world,
             reporter_of(world, console, settings.run) as reporter,
             config_in_errors(file),
         ):

@@ -39,13 +39,13 @@ from trainer.run.resume import find_start
 from trainer.run.run_dir import Position, RunFiles
 from trainer.run.saved_model import check_model
 from trainer.run.setup import (
-    asks_store,
     check_names,
     check_plan,
     check_tokenizers,
     covered,
     open_store,
-    sft_reader,
+    reads_store,
+    trace_reader,
     usable_problems,
 )
 from trainer.sampling.samplers import check_sampler
@@ -163,7 +163,7 @@ def _read_student(student: StudentConfig) -> tuple[Any, Any]:
 def _counts(
     config: Config, problems: list[Problem] | None, held_out: list[Problem] | None, store: TraceStore | None
 ) -> list[str]:
-    lines = [] if asks_store(config) else ["the store is not queried"]
+    lines = [] if reads_store(config) else ["the store is not queried"]
     if problems is not None and store is not None:
         lines = [f"{covered(store, problems, config)} problems have a verified trace in the store"]
     if problems is not None and held_out is not None:
@@ -191,7 +191,7 @@ def _check_prompts(
     if store is not None and config.sft.steps:
         ends = stop_ids_of(config.student.model, config.student.revision, tokenizer)
         tokens = _Tokens(tokenizer, ends, turn_end(tokenizer, ends))
-        choose_traces(config.sft, sft_reader(config, store, tokens, form), prompts)
+        choose_traces(config.sft, trace_reader(config, store, tokens, form, own_ids=False), prompts)
     return [
         Text(f"final answers in the form {form}; first prompt ({len(prompts[0].ids)} tokens):"),
         Text(prompts[0].text, style="cyan"),

@@ -11,9 +11,9 @@ In a single process nothing is changed, and FSDP2 is not imported.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,20 @@ from torch import Tensor, nn
 from store.errors import ConfigError, EngineError
 from trainer.config import Config
 from trainer.parallel.world import World
-from trainer.student.batches import TokenBatch
-from trainer.student.policy import Policy
+
+
+class Shardable(Protocol):
+    """The part of a Policy that is needed here."""
+
+    model: Any
+    causal: Any
+    device: torch.device
+    dtype: torch.dtype
+    target_values: Any
+    shards: list[Any]
+    is_gathered: bool
+
+    def computing(self) -> AbstractContextManager[Any]: ...
 
 
 def check_shardable(config: Config, world: World) -> None:
@@ -49,7 +61,7 @@ def initial_device(world: World) -> torch.device | None:
     return torch.device("cpu" if world.is_main else "meta")
 
 
-def shard(policy: Policy, world: World) -> None:
+def shard(policy: Shardable, world: World) -> None:
     """Shards the policy's weights over the ranks, which have to make each pass together from here on."""
     if world.size == 1:
         return
@@ -86,13 +98,13 @@ def shard(policy: Policy, world: World) -> None:
     _first_pass(policy)
 
 
-def _check_same_model(policy: Policy, world: World) -> None:
+def _check_same_model(policy: Shardable, world: World) -> None:
     named = [*policy.causal.named_parameters(), *policy.causal.named_buffers()]
     mine = [(name, tensor.shape, tensor.dtype) for name, tensor in named]
     assert world.from_main(lambda: mine) == mine, "all ranks load the same model"
 
 
-def _broadcast_buffers(policy: Policy) -> None:
+def _broadcast_buffers(policy: Shardable) -> None:
     """Copies rank 0's buffers to all ranks. Some, such as rotary frequencies, are in no file."""
     for module in policy.causal.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -128,16 +140,15 @@ def _from_rank_0(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def _first_pass(policy: Policy) -> None:
+def _first_pass(policy: Shardable) -> None:
     """Makes FSDP find its root module, which `gathered_weights` needs."""
-    ids = torch.full((1, 2), policy.pad_id, device=policy.device)
-    target_mask = torch.tensor([[False, True]], device=policy.device)
-    policy.logprobs(TokenBatch(input_ids=ids, target_mask=target_mask))
+    with policy.computing():
+        policy.causal(input_ids=torch.zeros((1, 2), dtype=torch.long, device=policy.device))
     policy.causal.reset_iter_state()
 
 
 @contextmanager
-def gathered_weights(policy: Policy) -> Iterator[None]:
+def gathered_weights(policy: Shardable) -> Iterator[None]:
     """Gathers all weights in every rank for the block, in which each computes at its own pace. Nests."""
     if policy.is_gathered or not policy.shards:
         yield
@@ -167,7 +178,7 @@ def full_tensor(tensor: Any) -> Tensor:
     return full
 
 
-def trained_weights(policy: Policy) -> dict[str, Any] | None:
+def trained_weights(policy: Shardable) -> dict[str, Any] | None:
     """Name -> unsharded weight on the CPU, of the weights that train, on rank 0; the others get none.
 
     None where nothing is sharded: the model's own weights are meant then. All ranks have to call it.
@@ -180,7 +191,7 @@ def trained_weights(policy: Policy) -> dict[str, Any] | None:
     return get_model_state_dict(policy.model, options=options)
 
 
-def optimizer_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def optimizer_state(policy: Shardable, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Unsharded `state_dict` with weights by name, on rank 0's CPU; the others get none.
 
     The number of ranks makes no difference to it. All ranks have to call it.
@@ -193,12 +204,12 @@ def optimizer_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[st
     return get_optimizer_state_dict(policy.model, optimizer, options=options)
 
 
-def load_optimizer_state(policy: Policy, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+def load_optimizer_state(policy: Shardable, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Loads what `optimizer_state` returned; each rank takes its shard of it."""
     if not policy.shards:
-        optimizer.load_state_dict(dict(state))
+        optimizer.load_state_dict(state)
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
     options = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(policy.model, optimizer, dict(state), options=options)
+    set_optimizer_state_dict(policy.model, optimizer, state, options=options)

@@ -20,8 +20,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from trainer.student.load import pick_device
-
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
@@ -84,19 +82,19 @@ ALONE = World()
 
 
 @contextmanager
-def torchrun_world(device: str) -> Iterator[World]:
+def torchrun_world(device: torch.device) -> Iterator[World]:
     """The ranks that `torchrun` started, for the block; ALONE where it did not start this process.
 
     Where a rank fails, all end, and the reason is printed once.
 
     Args:
-        device: `student.device`.
+        device: the student's.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if not dist.is_torchelastic_launched() or size == 1:
         yield ALONE
         return
-    on_cuda, local_rank = pick_device(device).type == "cuda", int(os.environ["LOCAL_RANK"])
+    on_cuda, local_rank = device.type == "cuda", int(os.environ["LOCAL_RANK"])
     if on_cuda:
         torch.cuda.set_device(local_rank)
     # Objects travel over gloo, which needs no memory of the device.

@@ -1,4 +1,4 @@
-"""Puts a run together: loads and checks everything a step needs, before the first step."""
+"""Sets up a run: loads and checks everything a step needs, before the first step."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from trainer.telemetry.trackers import Trackers
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """Everything a step needs, put together once."""
+    """Everything a step needs."""
 
     config: Config
     run: RunFiles
@@ -60,7 +60,7 @@ class Parts:
     eval_prompts: list[Prompt]
     problems_fingerprint: str
     usable: dict[str, Usable]
-    """teacher -> which traces of the training problems may be asked for; empty where nothing is asked."""
+    """teacher -> usable traces of the training problems; empty where the store is not read."""
     reporter: TrainReporter
     world: World
 
@@ -73,7 +73,12 @@ def assemble(
     stack: ExitStack,
     world: World = ALONE,
 ) -> Parts:
-    """Loads and checks everything; what must be closed is closed by `stack`."""
+    """Loads and checks everything.
+
+    Args:
+        weights: the checkpoint to resume from.
+        stack: closes what is opened here.
+    """
     check_names(config)
     check_sampler(config)
     check_shardable(config, world)
@@ -86,10 +91,7 @@ def assemble(
     store = open_store(config, stack)
     torch.manual_seed(config.train.seed)  # new adapters begin at random
     policy = load_student(config, world, weights)
-    train_prompts = fitting_prompts(config, problems, policy.tokenizer, reporter)
-    eval_prompts = fitting_prompts(config, held_out, policy.tokenizer, reporter) if held_out else []
-    warn_of_prompts(config, policy.tokenizer, train_prompts, reporter)
-    check_plan(config, train_prompts, eval_prompts, policy.model.config, reporter)
+    train_prompts, eval_prompts = _prompts(config, problems, held_out, policy, reporter)
     form = demanded_form(config.student, problems)
     rewarder = Rewarder(verifier, answer_form=form, weights=config.rewards)
     guide = make_guide(config, store, policy, rewarder)
@@ -101,12 +103,10 @@ def assemble(
     optimizer = make_optimizer(policy.model, config.train)
     updater = make_updater(config, policy, optimizer, world)
     if policy.device.type == "cuda":
-        probe_memory(
-            policy,
-            optimizer,
-            longest=max(len(ids) for ids in prompts) + config.rollout.max_completion_length,
-            max_tokens=config.train.max_tokens_per_microbatch,
-        )
+        longest = max(map(len, prompts)) + config.rollout.max_completion_length
+        max_tokens = config.train.max_tokens_per_microbatch
+        probe_memory(policy, optimizer, longest=longest, max_tokens=max_tokens)
+    ids = [problem.problem_id for problem in problems]
     return Parts(
         config=config,
         run=run,
@@ -121,11 +121,21 @@ def assemble(
         trackers=trackers,
         train_prompts=train_prompts,
         eval_prompts=eval_prompts,
-        usable=usable_traces(config, store, problems),
-        problems_fingerprint=content_hash([problem.problem_id for problem in problems]),
+        usable={} if store is None else store.usable(ids, teachers=config.guidance.teachers or None),
+        problems_fingerprint=content_hash(ids),
         reporter=reporter,
         world=world,
     )
+
+
+def _prompts(
+    config: Config, problems: list[Problem], held_out: list[Problem], policy: Policy, reporter: TrainReporter
+) -> tuple[list[Prompt], list[Prompt]]:
+    train = fitting_prompts(config, problems, policy.tokenizer, reporter)
+    held = fitting_prompts(config, held_out, policy.tokenizer, reporter) if held_out else []
+    warn_of_prompts(config, policy.tokenizer, train, reporter)
+    check_plan(config, train, held, policy.model.config, reporter)
+    return train, held
 
 
 def check_names(config: Config) -> None:
@@ -138,7 +148,7 @@ def check_names(config: Config) -> None:
 
 
 def load_student(config: Config, world: World, weights: Path | None = None) -> Policy:
-    """The student, for `shard` to deal out; `weights`: a checkpoint to go on from."""
+    """Returns the student, not sharded yet; `weights`: a checkpoint to resume from."""
     return load_policy(
         config.student,
         temperature=config.rollout.temperature,
@@ -149,7 +159,7 @@ def load_student(config: Config, world: World, weights: Path | None = None) -> P
 
 
 def make_updater(config: Config, policy: Policy, optimizer: torch.optim.Optimizer, world: World) -> Updater:
-    """What takes the optimizer steps of RL."""
+    """Returns the updater that takes the optimizer steps of RL."""
     return Updater(
         policy,
         optimizer,
@@ -168,7 +178,7 @@ def check_plan(
     model_config: Any,
     reporter: TrainReporter,
 ) -> None:
-    """What would otherwise end a run in the middle: too few problems, or prompts and responses too long."""
+    """Raises ConfigError for too few problems, and for prompts and responses that are too long."""
     per_step, rollout = config.train.problems_per_step, config.rollout
     problems_of_step(train_prompts, step=1, per_step=per_step, seed=config.train.seed)
     longest = max(len(prompt.ids) for prompt in (*train_prompts, *eval_prompts))
@@ -184,7 +194,7 @@ def check_plan(
     if config.guidance.trigger != "never" and config.guidance.k >= rollout.num_generations:
         reporter.warned(
             f"guidance.k = {config.guidance.k}: one sample of the student stays in every group, so at most "
-            f"rollout.num_generations - 1 = {rollout.num_generations - 1} traces take places"
+            f"rollout.num_generations - 1 = {rollout.num_generations - 1} traces can replace samples"
         )
 
 
@@ -209,23 +219,12 @@ def check_store(
         reporter.warned(f"{part.part} cannot be read ({part.reason}); its traces are left out")
 
 
-def usable_traces(config: Config, store: TraceStore | None, problems: Sequence[Problem]) -> dict[str, Usable]:
-    """teacher -> which traces of the problems may be asked for; empty where nothing is asked."""
-    if store is None:
-        return {}
-    ids = [problem.problem_id for problem in problems]
-    return store.usable(ids, teachers=config.guidance.teachers or None)
-
-
 def covered(store: TraceStore, problems: Sequence[Problem], config: Config) -> int:
-    """How many of the problems have a verified trace of a teacher that may be asked."""
-    wanted = set(config.guidance.teachers) or None
-    solved = {
-        row["problem_id"]
-        for row in problem_rows(store)
-        if set(row["teachers"]) & (wanted or set(row["teachers"]))
-    }
-    return sum(problem.problem_id in solved for problem in problems)
+    """Returns the number of problems with a usable trace of a configured teacher."""
+    wanted = set(config.guidance.teachers)
+    teachers = {row["problem_id"]: set(row["teachers"]) for row in problem_rows(store)}
+    found = (teachers.get(problem.problem_id, set()) for problem in problems)
+    return sum(bool(wanted & each if wanted else each) for each in found)
 
 
 def trace_reader(
@@ -255,11 +254,6 @@ def make_guide(config: Config, store: TraceStore | None, policy: Policy, rewarde
     )
 
 
-def sft_reader(config: Config, store: TraceStore, student: StudentTokens, form: AnswerForm) -> TraceReader:
-    """Returns the reader of SFT: traces in the student's own tokens, whatever `guidance.loss` is."""
-    return trace_reader(config, store, student, form, own_ids=False)
-
-
 def make_sft(
     config: Config,
     policy: Policy,
@@ -272,7 +266,8 @@ def make_sft(
     """Returns SFT with its traces chosen; without `sft.steps` there are none."""
     if not config.sft.steps or store is None:
         return Sft(config, policy, None, world=world)
-    reader = sft_reader(config, store, policy, form)
+    # In the student's own tokens, whatever `guidance.loss` is.
+    reader = trace_reader(config, store, policy, form, own_ids=False)
     chosen = choose_traces(
         config.sft, reader, prompts, lambda done, total: reporter.sampling("traces for SFT", done, total)
     )
@@ -292,14 +287,14 @@ def check_tokenizers(
             )
 
 
-def asks_store(config: Config) -> bool:
-    """Whether a run reads traces at all."""
+def reads_store(config: Config) -> bool:
+    """Returns whether a run reads traces."""
     return config.guidance.trigger != "never" or config.sft.steps > 0
 
 
 def open_store(config: Config, stack: ExitStack) -> TraceStore | None:
-    """The store, unless nothing will be asked; StoreError when a wanted teacher is not in it."""
-    if not asks_store(config):
+    """Returns the store if the run reads it; StoreError when a configured teacher is not in it."""
+    if not reads_store(config):
         return None
     store = stack.enter_context(TraceStore(config.store.path))
     missing = sorted(set(config.guidance.teachers) - set(store.teachers()))
@@ -310,7 +305,7 @@ def open_store(config: Config, stack: ExitStack) -> TraceStore | None:
 
 
 def usable_problems(config: Config, which: str, verifier: Verifier, reporter: TrainReporter) -> list[Problem]:
-    """The problems of `problems.train` or `problems.eval` whose gold answers can be parsed."""
+    """Returns the problems of `problems.train` or `problems.eval` whose gold answers can be parsed."""
     path = getattr(config.problems, which)
     if not path:
         if which == "eval":
@@ -334,7 +329,7 @@ def usable_problems(config: Config, which: str, verifier: Verifier, reporter: Tr
 
 
 def _reference(config: Config, policy: Policy, world: World) -> Reference | None:
-    """The student as it was before training, for the KL; only where beta asks for it."""
+    """Returns the student as it was before training, for the KL; None where beta is 0."""
     if config.train.beta == 0:
         return None
     if config.student.use_peft:

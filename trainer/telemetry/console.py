@@ -1,4 +1,4 @@
-"""What a person sees of a training run: a live line a step, sample completions, evaluations."""
+"""The terminal's view of a training run: a line a step, sample completions, evaluations."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from trainer.reports.tables import estimate_text
 logger = logging.getLogger("ampo")
 
 LARGE_CUT_SHARE = 0.25
-"""A warning is due when a larger share of the samples is cut."""
+"""Share of truncated samples above which a warning is printed."""
 
 WIDE = 120
-"""Columns of a terminal from which on a step is a line with the names in it; below, names stand above."""
+"""Columns of a terminal from which a step is one line with names; narrower ones print names as a heading."""
 
 LONGEST_CELL = 220
-"""Characters of a response that a table shows; the run's rollouts hold all of it."""
+"""Characters of a response in a table; rollouts/ has all of it."""
 
 
 class TrainReporter:
@@ -85,25 +85,25 @@ class ConsoleReporter(TrainReporter):
         self._progress.stop()
 
     def started(self, *, run: Path, begins: str, after_step: int, max_steps: int) -> None:
-        """Prints the run's directory and the step from which it goes on."""
+        """Prints the run's directory and the step that it resumes after."""
         self.max_steps = max_steps
         self._task = self._progress.add_task("training", total=max_steps, completed=after_step, note="")
-        self._say(f"run {run}: {begins}, to step {max_steps}")
+        self._print(f"run {run}: {begins}, to step {max_steps}")
 
     def sft_stepped(self, row: dict[str, Any], steps: int) -> None:
-        """Shows the line of an SFT step."""
+        """Prints the line of an SFT step."""
         if self._sft is None:
             self._sft = self._progress.add_task("SFT", total=steps, note="")
         self._progress.update(self._sft, completed=row["sft/step"], visible=row["sft/step"] < steps, note="")
-        self._say(
+        self._print(
             f"SFT {row['sft/step']:>{len(str(steps))}}/{steps}  loss {row['sft/loss']:6.3f}  "
             f"{row['sft/traces']} traces, {row['sft/tokens']} tokens  {row['seconds/sft']:.1f} s"
         )
 
     def stepped(self, row: dict[str, Any], groups: list[Group]) -> None:
-        """The live line, and every n steps a table of sample completions."""
+        """Prints the line of a step, and every n steps a table of sample completions."""
         self._progress.update(self._task, completed=row["step"], note=f"solved {row['accuracy']:.0%}")
-        self._say_step(row)
+        self._print_step(row)
         cut = row["completions/clipped_ratio"]
         if cut > LARGE_CUT_SHARE:
             self.warned(
@@ -115,17 +115,17 @@ class ConsoleReporter(TrainReporter):
             self.console.print(completions_table(row["step"], groups, self.config.num_completions_to_print))
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
-        """avg@n and pass@k in one line."""
+        """Prints pass@k in one line."""
         score = evaluation.overall
         passes = "  ".join(f"pass@{k} {estimate_text(found)}" for k, found in score.pass_at.items())
-        self._say(
+        self._print(
             f"eval step {step}: {passes}  length {score.mean_length:.0f} "
             f"({score.problems} problems x {evaluation.n} samples)",
             soft_wrap=False,
         )
 
     def sampling(self, label: str, done: int, total: int) -> None:
-        """A bar below the run's while samples are drawn; nothing where there is no terminal."""
+        """Updates a bar below the run's; without a terminal nothing is printed."""
         if self._sampling is None:
             self._sampling = self._progress.add_task(label, total=total, note="")
         self._progress.update(
@@ -138,23 +138,24 @@ class ConsoleReporter(TrainReporter):
         )
 
     def saved(self, path: Path) -> None:
-        """Says where the checkpoint is."""
-        self._say(f"saved {path}")
+        """Prints the checkpoint's directory."""
+        self._print(f"saved {path}")
 
     def warned(self, text: str) -> None:
+        """Prints a warning."""
         logger.warning(text)
         self._under_heads = False
         self.console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
-    def _say(self, text: str, *, soft_wrap: bool = True) -> None:
+    def _print(self, text: str, *, soft_wrap: bool = True) -> None:
         logger.info(text)
         self._under_heads = False
         self.console.print(escape(text), highlight=False, soft_wrap=soft_wrap)
 
-    def _say_step(self, row: dict[str, Any]) -> None:
+    def _print_step(self, row: dict[str, Any]) -> None:
         line = step_line(row, self.max_steps)
         if self.console.width >= WIDE:
-            self._say(line)
+            self._print(line)
             return
         logger.info(line)
         if not self._under_heads:
@@ -164,31 +165,31 @@ class ConsoleReporter(TrainReporter):
 
 
 def reporter_of(world: World, console: Console, config: RunConfig) -> AbstractContextManager[TrainReporter]:
-    """The first process speaks; what the others would say, it says too."""
+    """The reporter of this rank: only rank 0 prints."""
     return ConsoleReporter(console, config) if world.is_main else nullcontext(TrainReporter())
 
 
 def step_line(row: dict[str, Any], max_steps: int) -> str:
-    """One step in one line; `-` for what does not exist in it."""
+    """Returns a step as one line; `-` for missing values."""
     hit = row["store/hit_rate"]
-    asked = f"asked {row['store/queries']:.0f}" + ("" if hit is None else f" ({hit:.0%} hit)")
+    queried = f"queried {row['store/queries']:.0f}" + ("" if hit is None else f" ({hit:.0%} hit)")
     return (
         f"step {row['step']:>{len(str(max_steps))}}/{max_steps}  reward {row['reward']:.3f}  "
-        f"solved {row['accuracy']:4.0%}  all-fail {row['groups/all_fail']:4.0%}  {asked:<18} "
+        f"solved {row['accuracy']:4.0%}  all-fail {row['groups/all_fail']:4.0%}  {queried:<20} "
         f"loss {_number(row['loss'])}  entropy {_number(row['entropy'])}  "
         f"len {row['completions/mean_length']:.0f}  {row['seconds/step']:.1f} s"
     )
 
 
-STEP_HEADS = " step  reward  solved  all-fail  asked   hit    loss  entropy    len    time"
+STEP_HEADS = " step  reward  solved  all-fail  queried   hit    loss  entropy    len    time"
 
 
 def step_cells(row: dict[str, Any]) -> str:
-    """The same numbers, each below its name in STEP_HEADS."""
+    """Returns the numbers of `step_line`, each below its name in STEP_HEADS."""
     hit = row["store/hit_rate"]
     return (
         f"{row['step']:5}  {row['reward']:6.3f}  {row['accuracy']:6.0%}  {row['groups/all_fail']:8.0%}  "
-        f"{row['store/queries']:5.0f}  {'-' if hit is None else f'{hit:.0%}':>4}  {_number(row['loss'])}  "
+        f"{row['store/queries']:7.0f}  {'-' if hit is None else f'{hit:.0%}':>4}  {_number(row['loss'])}  "
         f" {_number(row['entropy'])}  {row['completions/mean_length']:5.0f}  {row['seconds/step']:4.1f} s"
     )
 
@@ -198,7 +199,7 @@ def _number(value: float | None) -> str:
 
 
 def completions_table(step: int, groups: list[Group], problems: int) -> Table:
-    """A student sample and, where there is one, a trace of each of the first `problems` problems."""
+    """Returns a sample of each of the first `problems` problems, and a trace where one replaced it."""
     table = plain_table(f"sample completions, step {step}")
     for name in ("problem", "by", "response", "correct", "reward"):
         table.add_column(name, overflow="fold")
@@ -210,22 +211,14 @@ def completions_table(step: int, groups: list[Group], problems: int) -> Table:
 
 
 def _add_row(table: Table, group: Group, sample: Sample, who: str) -> None:
+    question, half = " ".join(group.prompt.problem.question.split()), LONGEST_CELL // 2 - 1
+    text = " ".join(sample.text.split())
+    # Its beginning and its end matter most.
+    shown = text if len(text) <= LONGEST_CELL else f"{text[:half]} … {text[-half:]}"
     table.add_row(
-        escape(_clip(group.prompt.problem.question)),
+        escape(question if len(question) <= LONGEST_CELL else question[: LONGEST_CELL - 1] + "…"),
         who,
-        escape(_clip_middle(sample.text)),
+        escape(shown),
         "[green]yes[/]" if sample.is_correct else "[red]no[/]",
         f"{sample.reward:.2f}",
     )
-
-
-def _clip_middle(text: str) -> str:
-    """A response is told by how it begins and by what it ends in."""
-    flat = " ".join(text.split())
-    half = LONGEST_CELL // 2 - 1
-    return flat if len(flat) <= LONGEST_CELL else f"{flat[:half]} … {flat[-half:]}"
-
-
-def _clip(text: str) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= LONGEST_CELL else flat[: LONGEST_CELL - 1] + "…"
