@@ -62,14 +62,9 @@ def test_two_processes_take_the_optimizer_step_of_one(
         return
     assert difference.item() < 1e-5
     for ours, theirs in zip(one["reports"], two["reports"], strict=True):
-        assert theirs.loss == pytest.approx(ours.loss, rel=1e-4, abs=1e-6)
-        assert theirs.grad_norm == pytest.approx(ours.grad_norm, rel=1e-4)
-        assert theirs.tokens == ours.tokens
-        # Unknown (None) to both where no token is the student's own.
-        for figure in ("entropy", "kl", "clip_low", "clip_high"):
-            one_says, two_say = getattr(ours, figure), getattr(theirs, figure)
-            assert (one_says is None) == (two_say is None)
-            assert one_says is None or two_say == pytest.approx(one_says, rel=1e-4, abs=1e-6)
+        assert theirs.keys() == ours.keys()
+        for key, value in ours.items():  # None where no token is the student's own
+            assert theirs[key] == (value if value is None else pytest.approx(value, rel=1e-4, abs=1e-6)), key
 
 
 def test_a_non_finite_loss_in_one_rank_is_the_same_error_in_all(
