@@ -220,7 +220,11 @@ def toml_of(config: BaseModel) -> str:
     for name, value in config.model_dump(mode="json").items():
         for table in value if isinstance(value, list) else [value]:
             lines.append(f"[[{name}]]" if isinstance(value, list) else f"[{name}]")
-            lines.extend(f"{key} = {_toml_value(item)}" for key, item in table.items())
+            # The names of [rewards] may be `module:function`, which is no bare key.
+            lines.extend(
+                f"{key if key.isidentifier() else _toml_value(key)} = {_toml_value(item)}"
+                for key, item in table.items()
+            )
             lines.append("")
     return "\n".join(lines)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 from run_examples import prompt_of
 
 from precompute.config import AnswerForm
+from precompute.config_file import load_config, toml_of
 from precompute.verify.verifier import Verdict, Verifier
 from store.errors import ConfigError
 from store.records import Problem
@@ -125,17 +127,16 @@ def test_a_reward_of_the_users_own_weighs_in_and_does_not_decide_about_failure(v
     weights = {**DEFAULT_REWARDS, "test_trainer_groups:brevity": 0.5}
     right = rewarded(verifier, "so \\boxed{4}", weights=weights)
     assert right.reward == pytest.approx(1.0 + 0.5 * (100 - 0.3))
-    assert right.rewards["test_trainer_groups:brevity"] == pytest.approx(99.7)
+    assert right.rewards["brevity"] == pytest.approx(99.7)
     cut = rewarded(verifier, "so \\boxed{4}", weights=weights, finish_reason="length")
     assert (cut.is_correct, cut.reward) == (False, pytest.approx(-0.15))
 
 
-def test_rewards_of_the_config_keep_the_others_defaults() -> None:
-    assert Config.model_validate({"rewards": {"m:f": 0.2}}).rewards == {
-        "correct": 0.9,
-        "format": 0.1,
-        "m:f": 0.2,
-    }
+def test_rewards_of_the_config_keep_the_others_defaults_and_are_read_back(tmp_path: Path) -> None:
+    config = Config.model_validate({"rewards": {"my/file.py:f": 0.2}})
+    assert config.rewards == {"correct": 0.9, "format": 0.1, "my/file.py:f": 0.2}
+    (tmp_path / "config.toml").write_text(toml_of(config))
+    assert load_config(Config, str(tmp_path / "config.toml"), []) == config
 
 
 def test_an_unknown_reward_is_refused_with_the_known_ones(verifier: Verifier) -> None:

@@ -33,7 +33,7 @@ class Sample:
     has_format: bool = False
     """True if it holds exactly one final answer in the demanded form and ended by itself."""
     rewards: Mapping[str, float] = field(default_factory=dict)
-    """Name in `[rewards]` -> value, before weighting."""
+    """Name in `[rewards]`, of module:function the function's -> value, before weighting."""
     reward: float = 0.0
     """R."""
     logprobs: tuple[float, ...] | None = None
@@ -112,8 +112,10 @@ class Rewarder:
         """
         self.verifier = verifier
         self.answer_form = answer_form
-        self.weights = weights
-        self._rewards = {name: lookup(REWARDS, name, key="rewards") for name in weights}
+        self._rewards = [
+            (name.rpartition(":")[2], weight, lookup(REWARDS, name, key="rewards"))
+            for name, weight in weights.items()
+        ]
 
     def verify(self, prompt: Prompt, sample: Sample) -> Future[Verdict] | None:
         """Starts verification and returns at once; None for a sample that was cut, which is never correct."""
@@ -130,6 +132,8 @@ class Rewarder:
             has_format=verdict is not None
             and has_format(sample.text, form=self.answer_form, opens_think=prompt.opens_think),
         )
-        values = {name: f(prompt.problem, sample, verdict) for name, f in self._rewards.items()}
-        total = sum(self.weights[name] * value for name, value in values.items())
+        values, total = {}, 0.0
+        for name, weight, reward in self._rewards:
+            values[name] = reward(prompt.problem, sample, verdict)
+            total += weight * values[name]
         return replace(sample, rewards=values, reward=total)
