@@ -3,8 +3,8 @@
     python -m bench.store_lookup [--traces 100000] [--big 2000000] [--dir DIR]
 
 One data set, one run, each contender in a process of its own: latency of a query, resident memory after all
-of them, disk, build time. Lance and pandas are given the rows' numbers for nothing; this store and DuckDB
-find the problems themselves, and this store's answer is made of records, not columns. Then this store again
+of them, disk, build time. Lance and pandas get the row numbers; this store and DuckDB find the problems
+themselves, and this store returns records, not columns. Then this store again
 with `--big` traces of a tenth of the length. Needs `pip install "ampo[bench]"`. The last line is JSON.
 """
 
@@ -130,7 +130,7 @@ def write_source(path: Path, traces: int, length: int) -> None:
 
 
 def _paragraphs(generator: np.random.Generator) -> list[str]:
-    """Of 300 characters or so: stock phrases by Zipf's law, as models reuse theirs, among small sums."""
+    """Returns paragraphs of about 300 characters: stock phrases by Zipf's law, as models reuse theirs, among small sums."""
     syllables = [a + b for a in "bcdfglmnprst" for b in ("a", "e", "i", "o", "u", "an", "er", "is", "on")]
     words = ["".join(generator.choice(syllables, generator.integers(1, 5))) for _ in range(6000)]
     phrases = [" ".join(generator.choice(words, generator.integers(2, 7))) for _ in range(4000)]

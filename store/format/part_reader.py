@@ -19,7 +19,7 @@ from store.format.parts import damage_named, open_part
 from store.format.schema import TRACE_SCHEMA
 from store.records import Trace
 
-OPEN_PARTS = 512
+OPEN_PARTS = 256
 """Files kept open for reading, each with its footer in memory."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
