@@ -130,7 +130,7 @@ def write_source(path: Path, traces: int, length: int) -> None:
 
 
 def _paragraphs(generator: np.random.Generator) -> list[str]:
-    """Returns paragraphs of about 300 characters: stock phrases by Zipf's law, as models reuse theirs, among small sums."""
+    """Returns paragraphs of about 300 characters: phrases by Zipf's law and small sums."""
     syllables = [a + b for a in "bcdfglmnprst" for b in ("a", "e", "i", "o", "u", "an", "er", "is", "on")]
     words = ["".join(generator.choice(syllables, generator.integers(1, 5))) for _ in range(6000)]
     phrases = [" ".join(generator.choice(words, generator.integers(2, 7))) for _ in range(4000)]
