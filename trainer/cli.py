@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,8 +19,10 @@ from store.terminal.console import (
     console_of,
     emit_json,
     emit_rows,
+    escaped,
     print_config,
     print_error,
+    print_line,
     with_config,
 )
 
@@ -313,14 +314,8 @@ def model_merge(
     console_of(stderr=True).print(f"reading {checkpoint}", highlight=False, soft_wrap=True, markup=False)
     report = merge(checkpoint.absolute(), out.absolute(), dtype=dtype)
     if json_:
-        emit_json(asdict(report))
+        emit_json(report)
         return
-    kind = ", adapters merged" if report.adapters else ""
-    four = " into the dequantized 4-bit weights" if report.four_bits else ""
-    console_of().print(
-        f"{report.out}: {report.parameters:,} weights in {report.dtype}{kind}{four}; "
-        f"{report.bytes / 2**20:,.1f} MiB",
-        highlight=False,
-        soft_wrap=True,
-        markup=False,
-    )
+    kind = ", adapters merged" if report["adapters"] else ""
+    four = " into the dequantized 4-bit weights" if report["four_bits"] else ""
+    print_line(f"{escaped(report['out'])}: {report['parameters']:,} weights in {report['dtype']}{kind}{four}")
