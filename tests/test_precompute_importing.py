@@ -1,4 +1,4 @@
-"""Other people's traces: read in their forms, judged by us, the same file twice changing nothing."""
+"""Other people's traces: read in their forms, verified by us, the same file twice changing nothing."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def many(path: Path, rows: int) -> Path:
     )  # fmt: skip
 
 
-def test_an_import_that_the_user_interrupts_keeps_what_was_judged_and_goes_on(tmp_path: Path) -> None:
+def test_an_import_that_the_user_interrupts_keeps_what_was_verified_and_goes_on(tmp_path: Path) -> None:
     file = many(tmp_path / "many.jsonl", 300)
 
     def interrupt(counts: ImportCounts) -> None:
@@ -382,7 +382,7 @@ def test_filters_hold_imported_traces_back_and_say_why(tmp_path: Path) -> None:
     ]
     # The same again changes nothing; other filters want `ampo store refilter`, as everywhere.
     assert bring(file, store, filters=latin).teachers[0].new == 0
-    with pytest.raises(RecipeChangedError, match=r"other filters have judged: filters\.scripts"):
+    with pytest.raises(RecipeChangedError, match=r"under other filters: filters\.scripts"):
         bring(file, store)
     refilter(store, FiltersConfig())
     assert bring(file, store).teachers[0].new == 0

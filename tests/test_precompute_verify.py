@@ -67,6 +67,8 @@ EQUAL = [
     ("1/2", "50\\%"),
     ("-5", "−5"),
     ("-5", "-5"),
+    ("2e", "2\\mathrm{e}"),
+    ("2i", "2\\operatorname{i}"),
 ]
 
 DIFFERENT = [
@@ -93,6 +95,7 @@ DIFFERENT = [
     ("2", "2t"),
     ("\\frac{1}{m} t", "\\frac{1}{m}"),
     ("2", "2\\mathrm{i}"),
+    ("2", "2\\operatorname{e}"),
     ("1-\\frac{1}{\\mathrm{e}}", "1+\\frac{1}{\\mathrm{e}}"),
     ("5", "2(3)"),
     ("42", "41 or 42"),
