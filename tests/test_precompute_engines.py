@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -128,13 +126,6 @@ def test_a_prompt_that_many_share_is_computed_once_and_they_draw_what_they_draw_
         assert alone.logprobs == pytest.approx(together[each.request_id].logprobs, abs=1e-4)
 
 
-def test_a_seed_decides_the_sample(engine: TransformersEngine) -> None:
-    same = [request(1, seed=7), request(1, seed=7), *(request(1, seed=seed) for seed in range(8, 20))]
-    first, second, *others = [c.token_ids for c in engine.generate(same, sampling())]
-    assert first == second
-    assert len({first, *others}) == 13
-
-
 def test_logprobs_are_those_of_a_forward_at_temperature_1(tokenizer: Any) -> None:
     model = random_model()
     engine = TransformersEngine(model, tokenizer, batch_size=16)
@@ -199,38 +190,6 @@ def test_padding_with_the_eos_id_changes_nothing(tokenizer: Any) -> None:
     assert len({len(c.token_ids) for c in own.values()}) > 3
 
 
-def test_text_leaves_special_tokens_out(engine: TransformersEngine, tokenizer: Any) -> None:
-    found = list(engine.generate([request(number) for number in range(32)], sampling()))
-    for completion in found:
-        plain = [i for i in completion.token_ids if i not in tokenizer.all_special_ids]
-        assert completion.text == "".join(tokenizer.convert_ids_to_tokens(plain))
-
-
-def test_temperature_0_takes_the_likeliest_token(tokenizer: Any) -> None:
-    model = random_model()
-    requests = [request(number) for number in range(6)]
-    found = by_id(TransformersEngine(model, tokenizer).generate(requests, sampling(temperature=0.0)))
-    for each in requests:
-        completion = found[each.request_id]
-        assert forward_logits(model, each, completion).argmax(-1).tolist() == list(completion.token_ids)
-
-
-def test_top_k_and_top_p_bound_every_draw(tokenizer: Any) -> None:
-    model = random_model()
-    requests = [request(number) for number in range(24)]
-    engine = TransformersEngine(model, tokenizer)
-    for completion in engine.generate(requests, sampling(top_k=3)):
-        each = requests[int(completion.request_id[1:])]
-        ranks = forward_logits(model, each, completion).argsort(-1, descending=True)[:, :3].tolist()
-        assert all(token in best for token, best in zip(completion.token_ids, ranks, strict=True))
-    for completion in engine.generate(requests, sampling(top_p=0.5)):
-        each = requests[int(completion.request_id[1:])]
-        probs = forward_logits(model, each, completion).softmax(-1)
-        drawn = probs.gather(1, torch.tensor(completion.token_ids)[:, None])
-        likelier = torch.where(probs > drawn, probs, 0.0).sum(-1)
-        assert bool((likelier < 0.5 + 1e-5).all())
-
-
 def test_keep_top_p_keeps_the_fewest_that_hold_the_share() -> None:
     # Sorted: 0.5, 0.3, 0.15, 0.05. A share of 0.7 needs the first two (0.5 < 0.7 <= 0.8); 0.81 a third.
     probs = torch.tensor([[0.3, 0.05, 0.5, 0.15]])
@@ -279,14 +238,6 @@ def test_a_large_vocabulary_is_searched_by_blocks_for_the_same_token(
     # Sums in float32 move an edge by as much as the probabilities' own rounding.
     assert bool((upper - weight <= uniform * total + 1e-6 * total).all())
     assert bool((upper >= uniform * total - 1e-6 * total).all())
-
-
-def test_the_search_by_blocks_draws_what_the_plain_one_draws() -> None:
-    probs = torch.rand(64, 20_000, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    uniform = torch.rand(64, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    edges = probs.double().cumsum(-1)
-    plain = torch.searchsorted(edges, uniform * edges[:, -1:], right=True)
-    assert torch.equal(inverse_cdf(probs, uniform), plain)
 
 
 @given(st.integers(0, 2**31 - 1), st.lists(st.integers(0, 2**31 - 1), max_size=4))
@@ -351,18 +302,6 @@ def test_a_model_in_training_comes_back_as_it_was(tokenizer: Any) -> None:
     model(input_ids=torch.tensor([[7, 8, 9]])).logits.sum().backward()
 
 
-def test_a_batch_is_handed_over_before_the_next_one_starts(tokenizer: Any) -> None:
-    model = random_model()
-    rows: list[int] = []
-    model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[1]))
-    completions = TransformersEngine(model, tokenizer, batch_size=2).generate(
-        [request(number, length=3 + number) for number in range(6)], sampling()
-    )
-    next(completions)
-    # One prompt pass (more than one column), however many token passes: only the first batch has run.
-    assert len([width for width in rows if width > 1]) == 1
-
-
 def test_rows_that_have_ended_are_no_longer_computed(tokenizer: Any) -> None:
     model = random_model()
     rows: list[int] = []
@@ -376,37 +315,6 @@ def test_rows_that_have_ended_are_no_longer_computed(tokenizer: Any) -> None:
     lengths = [len(completion.token_ids) for completion in found]
     assert max(lengths[:16]) <= min(lengths[16:])
     assert len({completion.request_id for completion in found}) == 32
-
-
-def test_what_is_asked_next_may_depend_on_what_came_back(tokenizer: Any) -> None:
-    # Three chains of five: a chain's next request exists once the one before has come back, and begins with
-    # what that one drew.
-    engine = TransformersEngine(random_model(), tokenizer, batch_size=8)
-    back: dict[str, Completion] = {}
-
-    def ids_of(chain: int, link: int) -> tuple[int, ...]:
-        if link == 0:
-            return request(chain).prompt_ids
-        return (*request(chain).prompt_ids, *back[f"{chain}/{link - 1}"].token_ids[:5])
-
-    def feed() -> Iterator[Request | None]:
-        asked: set[str] = set()
-        while len(back) < 15:
-            for chain in range(3):
-                link = sum(f"{chain}/{other}" in back for other in range(5))
-                key = f"{chain}/{link}"
-                if link < 5 and key not in asked:
-                    asked.add(key)
-                    yield Request(request_id=key, prompt_ids=ids_of(chain, link), seed=10 * chain + link)
-            yield None
-
-    for completion in engine.generate(feed(), sampling()):
-        back[completion.request_id] = completion
-    assert sorted(back) == [f"{chain}/{link}" for chain in range(3) for link in range(5)]
-    for key, completion in back.items():
-        chain, link = map(int, key.split("/"))
-        alone = Request(request_id=key, prompt_ids=ids_of(chain, link), seed=10 * chain + link)
-        assert next(engine.generate([alone], sampling())).token_ids == completion.token_ids
 
 
 def test_others_take_the_places_of_rows_that_have_ended(tokenizer: Any) -> None:
@@ -426,47 +334,6 @@ def test_others_take_the_places_of_rows_that_have_ended(tokenizer: Any) -> None:
     # Without others in their places the batches of 16 would run at little more than half of their width.
     assert tokens / (16 * len(rows)) > 0.7
     assert max(rows) == 16
-
-
-def test_with_nothing_there_it_waits_and_asks_again(engine: TransformersEngine) -> None:
-    def feed() -> Iterator[Request | None]:
-        yield from [None] * 5
-        yield request(1)
-        yield from [None] * 5
-        yield request(2)
-        yield None
-
-    started = time.monotonic()
-    found = by_id(engine.generate(feed(), sampling(max_tokens=1)))
-    # With one token each it is idle at the Nones: 10 ms for each but those that it meets while it takes.
-    assert 0.08 < time.monotonic() - started < 2
-    plain = by_id(engine.generate([request(1), request(2)], sampling(max_tokens=1)))
-    assert {i: c.token_ids for i, c in found.items()} == {i: c.token_ids for i, c in plain.items()}
-    assert list(engine.generate(iter([None]), sampling())) == []
-
-
-def test_left_early_no_further_request_is_taken(tokenizer: Any) -> None:
-    taken: list[int] = []
-
-    def feed() -> Iterator[Request]:
-        for number in range(1000):
-            taken.append(number)
-            yield request(number)
-
-    engine = TransformersEngine(random_model(), tokenizer, batch_size=4)
-    completions = engine.generate(feed(), sampling())
-    next(completions)
-    del completions
-    assert len(taken) == 4
-    assert len(list(engine.generate([request(1)], sampling()))) == 1
-
-
-def test_a_fed_prompt_that_leaves_no_room_is_refused_when_it_is_taken(tokenizer: Any) -> None:
-    engine = TransformersEngine(random_model(), tokenizer, batch_size=1)
-    completions = engine.generate(iter([request(1, length=5), request(2, length=80)]), sampling())
-    assert next(completions).request_id == "r1"
-    with pytest.raises(EngineError, match="max_tokens = 24 and a prompt of 80 tokens"):
-        next(completions)
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_before_anything_runs(engine: TransformersEngine) -> None:

@@ -60,15 +60,3 @@ def test_rows_come_and_go_and_every_token_is_drawn_from_the_models_own_distribut
     for each in requests[::8]:
         alone = drawn(model, [each], batch_size=1)
         assert alone[each.request_id].token_ids == found[each.request_id].token_ids
-
-
-def test_places_that_became_free_are_taken(model: Any) -> None:
-    passes: list[tuple[int, ...]] = []
-    hook = model.model.embed_tokens.register_forward_hook(lambda _, ids, __: passes.append(ids[0].shape))
-    drawn(model, [request(number, 3 + number % 9) for number in range(40)], batch_size=8)
-    hook.remove()
-    # Prompts are read in passes of their own, as many as became free: never all eight but the first time.
-    prompts = [rows for rows, columns in passes if columns > 1]
-    assert prompts[0] == 8
-    assert sum(prompts) == 40
-    assert max(prompts[1:]) < 8

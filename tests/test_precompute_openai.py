@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -23,7 +21,6 @@ from precompute.engines.registry import load_engine, load_tokenizer, prepare_eng
 from precompute.problems.problem_files import load_problems
 from precompute.problems.prompts import render_prompt
 from precompute.run import pipeline
-from precompute.run.progress import Reporter
 from store.errors import ConfigError, EngineError
 from store.reader import TraceStore
 from trainer.config import Config
@@ -153,34 +150,6 @@ def test_a_seed_decides_the_sample_and_max_tokens_cuts(
         assert completion.token_ids == drawn[completion.request_id].token_ids[:5]
 
 
-@pytest.mark.slow
-def test_it_draws_what_the_vllm_engine_draws(
-    drawn: dict[str, Completion], requests: list[Request], tokenizer: Any
-) -> None:
-    other = load_engine(teacher("http://127.0.0.1:1/v1"), "vllm", tokenizer, longest_prompt=40)
-    found = by_id(other.generate(requests, SAMPLING))
-    other.close()
-    assert {i: c.token_ids for i, c in found.items()} == {i: c.token_ids for i, c in drawn.items()}
-
-
-def test_what_is_asked_next_may_depend_on_what_came_back(
-    port: int, drawn: dict[str, Completion], requests: list[Request], tokenizer: Any
-) -> None:
-    back: dict[str, Completion] = {}
-
-    def feed() -> Iterator[Request | None]:
-        yield None
-        for number, request in enumerate(requests[:6]):
-            while len(back) < number:
-                yield None
-            yield request
-
-    for completion in engine_of(teacher(address(port)), tokenizer).generate(feed(), SAMPLING):
-        back[completion.request_id] = completion
-    assert list(back) == [request.request_id for request in requests[:6]]
-    assert all(completion.token_ids == drawn[i].token_ids for i, completion in back.items())
-
-
 def test_no_more_than_batch_size_are_under_way(
     proxy: Callable[[], Proxy], requests: list[Request], tokenizer: Any
 ) -> None:
@@ -263,24 +232,6 @@ def test_when_the_last_server_goes_what_was_verified_is_kept(
     assert stored(tmp_path) == stored(tmp_path / "other")
 
 
-@pytest.mark.slow
-def test_a_server_that_is_killed_is_named_and_the_next_one_goes_on(tmp_path: Path) -> None:
-    port = free_port()
-    with vllm_server(tmp_path / "log.txt", port) as server:
-
-        class Killer(Reporter):
-            def progress(self, progress: Any) -> None:
-                if progress.new == 20:
-                    os.killpg(server.pid, signal.SIGKILL)
-
-        with pytest.raises(EngineError, match=rf"no server is left: http://127.0.0.1:{port}/v1 \("):
-            pipeline.run(settings(tmp_path, teacher(address(port))), reporter=Killer())
-    kept = len(stored(tmp_path))
-    assert 20 <= kept < 256
-    with vllm_server(tmp_path / "log.txt", port):
-        assert pipeline.run(settings(tmp_path, teacher(address(port)))).teachers[0].new_samples == 256 - kept
-
-
 def test_the_key_is_written_nowhere(
     port: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -350,11 +301,6 @@ def test_without_a_server_there_is_one_line_that_names_it() -> None:
         prepare_engine(teacher(), "openai")
 
 
-def test_a_url_without_its_path_is_no_api(port: int) -> None:
-    with pytest.raises(EngineError, match=r"404 .*; most base URLs end in /v1"):
-        prepare_engine(teacher(f"http://127.0.0.1:{port}"), "openai")
-
-
 def test_positions_that_the_server_lacks_are_named(port: int, tokenizer: Any) -> None:
     # 41 + 120 = 161 positions, and the server was started with 160.
     with pytest.raises(EngineError, match=r"need 161 positions and a server has 160; .*--max-model-len 161"):
@@ -385,32 +331,25 @@ def test_of_a_server_without_ids_the_text_is_all_that_is_taken(
         assert completion.token_ids == (theirs.token_ids[:-1] if ended else theirs.token_ids)
 
 
-def test_another_prompt_than_the_one_sent_is_refused(
-    proxy: Callable[[], Proxy], requests: list[Request], tokenizer: Any
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_token_ids": [7]}, r"sent a prompt of \d+ tokens and read another of 1$"),
+        ({"finish_reason": "abort"}, r"no server is left: .*it broke a completion off"),
+    ],
+    ids=["another prompt", "broken off"],
+)
+def test_an_answer_that_is_no_sample_of_the_prompt_is_refused(
+    proxy: Callable[[], Proxy], requests: list[Request], tokenizer: Any, changes: dict[str, Any], message: str
 ) -> None:
-    def cut(answer: dict[str, Any]) -> dict[str, Any]:
+    def changed(answer: dict[str, Any]) -> dict[str, Any]:
         for choice in answer.get("choices", []):
-            choice["prompt_token_ids"] = choice["prompt_token_ids"][1:]
+            choice.update(changes)
         return answer
 
     server = proxy()
-    server.rewrite = cut
-    sent = len(requests[0].prompt_ids)
-    with pytest.raises(EngineError, match=f"sent a prompt of {sent} tokens and read another of {sent - 1}"):
-        list(engine_of(teacher(server.url), tokenizer).generate(requests[:1], SAMPLING))
-
-
-def test_a_completion_that_a_server_breaks_off_is_no_sample(
-    proxy: Callable[[], Proxy], requests: list[Request], tokenizer: Any
-) -> None:
-    def broken(answer: dict[str, Any]) -> dict[str, Any]:
-        for choice in answer.get("choices", []):
-            choice["finish_reason"] = "abort"
-        return answer
-
-    server = proxy()
-    server.rewrite = broken
-    with pytest.raises(EngineError, match=r"no server is left: .*it broke a completion off"):
+    server.rewrite = changed
+    with pytest.raises(EngineError, match=message):
         list(engine_of(teacher(server.url), tokenizer).generate(requests[:1], SAMPLING))
 
 

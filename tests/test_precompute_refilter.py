@@ -1,4 +1,4 @@
-"""Other filters over a store that is there: judged from its texts, whole or not at all, and nothing drawn."""
+"""New filters for a store: from its texts, all or nothing, without sampling."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def reasons(store: Path) -> dict[str, str | None]:
     return found
 
 
-def test_judged_anew_a_store_is_as_if_it_had_been_drawn_so(store: Path, tmp_path: Path) -> None:
+def test_a_refiltered_store_equals_one_that_was_sampled_with_the_filters(store: Path, tmp_path: Path) -> None:
     drawn = tmp_path / "drawn"
     pipeline.run(config(drawn, **SHORT), limit=12)
     before = traces_of(store)
@@ -144,20 +144,6 @@ def test_a_full_disk_is_one_line_and_leaves_the_store_as_it_was(store: Path) -> 
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert set(store.rglob("part-*.parquet")) == files
     assert traces_of(store) == before
-
-
-def test_a_directory_that_may_not_be_written_is_one_line(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(path: Path, **_: object) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    before = traces_of(store)
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "unlink", refuse)
-        with pytest.raises(StoreError, match=r"^cannot write .*\.parquet: Permission denied$"):
-            refilter.refilter(store, FiltersConfig(**SHORT))
-    assert len(reasons(store)) == len(before)
 
 
 def test_where_nothing_changes_no_part_is_touched(store: Path) -> None:
