@@ -21,6 +21,7 @@ class PartBuffer:
         self._part_seconds = part_seconds
         self._traces: list[Trace] = []
         self._deadline = 0.0
+        self._failed = False
 
     def add(self, trace: Trace) -> None:
         """Raises what `append` raises."""
@@ -31,10 +32,12 @@ class PartBuffer:
             self.write()
 
     def write(self) -> None:
-        """Writes a part with what there is, if anything."""
+        """Writes a part with the traces that wait, if any; nothing more once `append` has failed."""
         traces, self._traces = self._traces, []
-        if traces:
+        if traces and not self._failed:
+            self._failed = True
             self._append(traces)
+            self._failed = False
 
     async def write_in_time(self) -> None:
         """Writes parts that have become `part_seconds` old, until it is cancelled."""

@@ -41,7 +41,12 @@ class RequestQueue:
     def deliver(self, completion: Completion) -> None:
         """Wakes the coroutine that waits for the completion."""
         answer = self._answers.pop(completion.request_id)
-        answer.get_loop().call_soon_threadsafe(answer.set_result, completion)
+
+        def wake() -> None:
+            if not answer.done():  # or the coroutine was cancelled
+                answer.set_result(completion)
+
+        answer.get_loop().call_soon_threadsafe(wake)
 
 
 @contextmanager

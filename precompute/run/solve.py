@@ -171,9 +171,14 @@ class Solver:
         at_once = min(max(OPEN_PROBLEMS, 4 * self.teacher.config.batch_size), len(self.left))
         solving: asyncio.Future[Any] = asyncio.gather(*(solve_next() for _ in range(at_once)))
         writing: asyncio.Future[Any] = asyncio.create_task(part.write_in_time())
-        done, _ = await asyncio.wait([solving, writing], return_when=asyncio.FIRST_COMPLETED)
-        for each in done:
-            each.result()
+        try:
+            done, _ = await asyncio.wait([solving, writing], return_when=asyncio.FIRST_COMPLETED)
+            for each in done:
+                each.result()
+        finally:
+            solving.cancel()
+            writing.cancel()
+            await asyncio.gather(solving, writing, return_exceptions=True)
 
     async def _solve(self, problem: Problem, queue: RequestQueue, part: PartBuffer) -> None:
         """Samples one problem as often as the config says.
