@@ -138,7 +138,7 @@ def verify(
     ] = None,
     form: Annotated[
         Literal["any", "boxed", "answer_tags"],
-        typer.Option(help="How the final answer is marked: `\\boxed{}`, `<answer>` tags, or either."),
+        typer.Option(help="Mark of the final answer: `\\boxed{}`, `<answer>` tags, or either."),
     ] = "any",
     failed: Annotated[int, typer.Option(min=0, help="Show the first N rows that do not match.")] = 20,
     out: Annotated[

@@ -20,7 +20,7 @@ def check_there(model: str, revision: str | None, *, named: str) -> None:
 
 
 def why_not_there(model: str, revision: str | None) -> str | None:
-    """Returns why there is no such model, with the way out; None if nothing speaks against it."""
+    """Returns why there is no such model, with the way out; None if there may be."""
     from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
     if Path(model).is_dir():
@@ -48,7 +48,7 @@ def why_not_there(model: str, revision: str | None) -> str | None:
 
 
 def _refusal(error: OSError, model: str, revision: str | None, hub: str) -> str | None:
-    """Returns what a hub's answer says about the model; None if nothing."""
+    """Returns the reason in a hub's answer; None if it gives none."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if isinstance(error, GatedRepoError):

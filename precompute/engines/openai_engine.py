@@ -1,4 +1,4 @@
-"""Servers that speak OpenAI's completions API, several for one model; the one file that imports openai.
+"""Servers with OpenAI's completions API, several for one model; the one file that imports openai.
 
 The calls and their answers are in completions_api.py. The key is read from the environment when a client is
 made, and goes nowhere else.

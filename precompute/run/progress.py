@@ -19,7 +19,7 @@ LINE_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherProgress:
-    """How far one teacher is."""
+    """Progress of one teacher."""
 
     teacher: str
     done: int

@@ -98,7 +98,7 @@ def refilter(
                 if progress is not None:
                     progress(seen, total)
         swap_parts(root, old=old, new=new)
-        # Last: as long as the records name the old filters, a run is refused and asks for `refilter`.
+        # Last: as long as the records name the old filters, a run is refused and names `refilter`.
         for record in records.values():
             writer.register_teacher(replace(record, filters=filter_settings(filters)))
     fields = ("traces", "verified", "filtered_before", "filtered_now")

@@ -181,7 +181,7 @@ class Solver:
             await asyncio.gather(solving, writing, return_exceptions=True)
 
     async def _solve(self, problem: Problem, queue: RequestQueue, part: PartBuffer) -> None:
-        """Samples one problem as often as the config says.
+        """Takes the samples of one problem.
 
         With `until_verified` one searcher for each missing trace goes through the free indexes, which all
         searchers share, until it finds a usable one.
