@@ -19,7 +19,7 @@ from conftest import tiny_model, tiny_tokenizer
 
 from store.errors import RunError
 from trainer.run import checkpoint
-from trainer.run.checkpoint import TrainState, check_whole, checkpoints
+from trainer.run.checkpoint import TrainState, check_complete, checkpoints
 from trainer.run.run_dir import Position
 from trainer.student.policy import Policy
 
@@ -86,7 +86,7 @@ def assert_law(folder: Path, saved: int) -> None:
     """Every checkpoint that is there is whole, and the last that was reported, or a later one, is there."""
     there = checkpoints(folder)
     for path in there:
-        check_whole(path)
+        check_complete(path)
     assert Position.of(there[-1]).step >= saved
 
 
@@ -149,9 +149,9 @@ def test_a_disk_that_takes_no_more_says_so_and_keeps_the_old_one(saver: Saver, t
     _, told = in_child(work)
     assert b"cannot save" in told
     assert b"step-000002" in told
-    assert b"older checkpoints are whole" in told
+    assert b"older checkpoints are complete" in told
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
-    check_whole(tmp_path / "step-000001")
+    check_complete(tmp_path / "step-000001")
 
 
 def test_only_the_last_are_kept_and_those_of_the_warm_up_come_first(saver: Saver, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from test_trainer_loop import metrics_of, rows_of
 
 from trainer.parallel.world import ALONE, World
-from trainer.run.checkpoint import check_whole, checkpoints
+from trainer.run.checkpoint import check_complete, checkpoints
 from trainer.run.run_dir import Position
 from trainer.telemetry.console import TrainReporter
 from trainer.train import train
@@ -251,7 +251,7 @@ def test_a_killed_rank_ends_the_others_and_the_last_checkpoint_is_whole(
     assert not any(Path(f"/proc/{each}").exists() for each in ranks.values())
     found = checkpoints(path / "checkpoints")
     for each in found:
-        check_whole(each)
+        check_complete(each)
     done = Position.of(found[-1]).step if found else 0
     last = {"train__max_steps": done + 1, "run__save_every": 1}
     report = train(config_of(world, model_dir, run__name=name, **last), reporter=TrainReporter())

@@ -380,7 +380,7 @@ def test_a_checkpoint_that_cannot_be_written_says_so_and_leaves_the_older_ones(
 
     with monkeypatch.context() as patch:
         patch.setattr("torch.save", full)
-        with pytest.raises(RunError, match="older checkpoints are whole"):
+        with pytest.raises(RunError, match="older checkpoints are complete"):
             run(world, model_dir, run__name="full", run__save_every=1)
     folder = world / "runs" / "full" / "checkpoints"
     assert list(folder.iterdir()) == []
@@ -496,7 +496,7 @@ def test_the_teacher_ratio_checks_every_trace_before_the_first_step(world: Path,
         ("trainer.run.setup.shard", "setting up the run"),
         (
             "trainer.run.checkpoint.save",
-            r"saving step 1 \(older checkpoints in .*/out/checkpoints are whole\)",
+            r"saving step 1 \(older checkpoints in .*/out/checkpoints are complete\)",
         ),
         ("trainer.run.checkpoint._write", r"saving step 1 \(older checkpoints"),
         ("trainer.run.checkpoint.restore_optimizer", "loading the optimizer of .*step-000001"),

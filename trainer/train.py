@@ -31,7 +31,7 @@ from trainer.run.errors import explain_memory, explain_step
 from trainer.run.resume import (
     TrainReport,
     check_unchanged,
-    find_whole_start,
+    find_complete_start,
     resume_state,
     save_checkpoint,
 )
@@ -64,7 +64,7 @@ def train(
     Raises UserError for everything that a user can mend, before the first step.
     """
     run = RunFiles(Path(config.run.dir).absolute() / config.run.name, writes=world.is_main)
-    start_from = world.from_main(lambda: find_whole_start(run, config, resume))
+    start_from = world.from_main(lambda: find_complete_start(run, config, resume))
     run.check_writable()
     with ExitStack() as stack:
         with explain_memory("setting up the run"):

@@ -53,9 +53,9 @@ MAY_CHANGE = {
     "sft": {"steps"},
     "student": {"device", "gradient_checkpointing", "chat_template"},
 }
-"""Sections (None: whole) and keys that may differ on resume: they do not change what a step computes.
+"""Sections (None: all keys) and keys that may differ on resume: they do not change what a step computes.
 Problems and store may lie elsewhere: what they hold is compared by fingerprint.
-A chat template's path may; what it says is compared when the tokenizer is loaded.
+A chat template's path may; its text is compared when the tokenizer is loaded.
 `sft.steps` may until the first sampling step, see `check_config`.
 A schedule that runs down to max_steps is the exception, see `differences`."""
 
@@ -105,7 +105,7 @@ def save(
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
-        raise RunError(f"cannot save {target}: {reason}; older checkpoints are whole") from error
+        raise RunError(f"cannot save {target}: {reason}; older checkpoints are complete") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     for old in checkpoints(folder)[:-keep_last]:
@@ -156,23 +156,23 @@ def _mark(file: Path) -> list[int | str]:
         return [file.stat().st_size, hashlib.file_digest(opened, "sha256").hexdigest()]
 
 
-def check_whole(checkpoint: Path) -> None:
+def check_complete(checkpoint: Path) -> None:
     """Raises RunError, with the way out, when a file was truncated, changed or removed."""
     reason = _damage(checkpoint)
     if reason is None:
         return
     older = [path for path in checkpoints(checkpoint.parent) if Position.of(path) < Position.of(checkpoint)]
-    whole = next((path for path in reversed(older) if _damage(path) is None), None)
+    complete = next((path for path in reversed(older) if _damage(path) is None), None)
     way_out = (
-        f"remove it to go on from {whole}, the last one that is whole"
-        if whole
-        else "no older one is whole: start again under another run.name"
+        f"remove it to go on from {complete}, the last complete one"
+        if complete
+        else "no older one is complete: start again under another run.name"
     )
     raise RunError(f"{checkpoint} is damaged: {reason}; {way_out}")
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """The damage of a checkpoint in words; None where there is none."""
+    """The damage of a checkpoint in words; None for a complete one."""
     try:
         files = json.loads((checkpoint / "state.json").read_text(encoding="utf-8")).get("files", {})
         for name, (size, checksum) in files.items():

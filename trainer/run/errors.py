@@ -42,6 +42,6 @@ def explain_memory(doing: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"out of GPU memory while {doing}: `ampo train --dry-run` tells what takes how much, and the "
+            f"out of GPU memory while {doing}: `ampo train --dry-run` shows what takes how much, and the "
             "settings that fit"
         ) from error

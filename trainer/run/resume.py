@@ -39,11 +39,11 @@ def optimizer_at(parts: Parts, done: Position) -> torch.optim.Optimizer:
     return parts.sft.optimizer if done.step == 0 and done.sft_step else parts.optimizer
 
 
-def find_whole_start(run: RunFiles, config: Config, resume: str) -> Path | None:
+def find_complete_start(run: RunFiles, config: Config, resume: str) -> Path | None:
     """Returns `find_start`; RunError when that checkpoint is damaged, or another config trained it."""
     start_from = find_start(run, config, resume)
     if start_from is not None:
-        checkpoint.check_whole(start_from)
+        checkpoint.check_complete(start_from)
         checkpoint.check_config(checkpoint.read_state(start_from), config, start_from)
     return start_from
 
@@ -120,7 +120,7 @@ def save_checkpoint(parts: Parts, done: Position) -> Path:
         problems_fingerprint=parts.problems_fingerprint,
         store=parts.usable,
     )
-    with explain_memory(f"saving {done} (older checkpoints in {parts.run.checkpoints} are whole)"):
+    with explain_memory(f"saving {done} (older checkpoints in {parts.run.checkpoints} are complete)"):
         path = checkpoint.save(
             parts.run.checkpoints,
             parts.policy,
