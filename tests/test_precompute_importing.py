@@ -179,11 +179,11 @@ def test_the_same_content_again_changes_nothing_under_whatever_file_name(tmp_pat
     bring(jsonl(tmp_path / "plain.jsonl", *rows), tmp_path / "traces")
     before = content_of(tmp_path / "traces")
     (again,) = bring(tmp_path / "plain.jsonl", tmp_path / "traces").teachers
-    assert (again.there, again.new) == (3, 0)
+    assert (again.existing, again.new) == (3, 0)
     assert content_of(tmp_path / "traces") == before
     (tmp_path / "plain.jsonl").rename(tmp_path / "moved.jsonl")
     (moved,) = bring(tmp_path / "moved.jsonl", tmp_path / "traces").teachers
-    assert (moved.there, moved.new) == (3, 0)
+    assert (moved.existing, moved.new) == (3, 0)
 
 
 def test_another_file_under_the_same_teacher_is_refused_with_the_way_out(tmp_path: Path) -> None:
@@ -287,8 +287,8 @@ def test_an_import_that_the_user_interrupts_keeps_what_was_verified_and_goes_on(
     kept = len(traces_of(tmp_path / "traces"))
     assert 50 <= kept < 600
     report = bring(file, tmp_path / "traces")
-    assert [(t.there + t.new) for t in report.teachers] == [300, 300]
-    assert sum(t.there for t in report.teachers) == kept
+    assert [(t.existing + t.new) for t in report.teachers] == [300, 300]
+    assert sum(t.existing for t in report.teachers) == kept
     bring(file, tmp_path / "straight")
     assert {t.trace_id for t in traces_of(tmp_path / "traces")} == {
         t.trace_id for t in traces_of(tmp_path / "straight")
@@ -313,8 +313,8 @@ def test_a_killed_import_goes_on_and_nothing_is_there_twice(tmp_path: Path) -> N
     there = len(traces_of(tmp_path / "traces"))
     assert 0 < there < 2000
     report = bring(file, tmp_path / "traces")
-    assert [teacher.there + teacher.new for teacher in report.teachers] == [1000, 1000]
-    assert sum(teacher.there for teacher in report.teachers) == there
+    assert [teacher.existing + teacher.new for teacher in report.teachers] == [1000, 1000]
+    assert sum(teacher.existing for teacher in report.teachers) == there
     assert len(traces_of(tmp_path / "traces")) == 2000
 
 

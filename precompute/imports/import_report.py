@@ -42,7 +42,7 @@ class TeacherImport:
     """Without a text; left out."""
     repeated: int = 0
     """The pair's text once more; left out."""
-    there: int = 0
+    existing: int = 0
     """In the store before."""
     new: int = 0
     verdicts: dict[str, int] = field(default_factory=dict)
@@ -70,12 +70,12 @@ def import_tables(report: ImportReport) -> Group:
     table = plain_table(f"imported into {report.store}")
     held = ["filtered"] if any(t.filtered for t in report.teachers) else []
     table.add_column("teacher", no_wrap=True)
-    for name in ("in the files", *left_out, "there", "new", *seen, *held):
+    for name in ("in the files", *left_out, "existing", "new", *seen, *held):
         table.add_column(name, justify="right")
     for teacher in report.teachers:
         table.add_row(
             teacher.teacher,
-            *(f"{getattr(teacher, name):,}" for name in ("found", *left_out, "there", "new")),
+            *(f"{getattr(teacher, name):,}" for name in ("found", *left_out, "existing", "new")),
             *(f"{teacher.verdicts.get(verdict, 0):,}" for verdict in seen),
             *(f"{getattr(teacher, name):,}" for name in held),
         )

@@ -252,7 +252,7 @@ class _Import:
             return None
         texts.append(text)
         if len(texts) - 1 in self._done[trace.teacher].get(problem_id, {}):
-            counts.there += 1
+            counts.existing += 1
             return None
         return _Indexed(trace, len(texts) - 1)
 

@@ -103,11 +103,11 @@ def find_column(file: Path, row: Row, wanted: str | None, known: tuple[str, ...]
     for name in (wanted,) if wanted else known:
         if has_cell(row, name):
             return name
-    there = ", ".join(column_names(row)) or "none"
+    names = ", ".join(column_names(row)) or "none"
     if wanted:
-        raise ProblemsError(f"{file} has no column {wanted!r} ({option}); its columns: {there}")
+        raise ProblemsError(f"{file} has no column {wanted!r} ({option}); its columns: {names}")
     raise ProblemsError(
-        f"{file} has none of the columns {', '.join(known)}; its columns: {there}; set {option}"
+        f"{file} has none of the columns {', '.join(known)}; its columns: {names}; set {option}"
     )
 
 

@@ -50,6 +50,6 @@ def run(request: Request, timeout: float) -> Outcome:
 
 
 def _limit(what: int, amount: int) -> None:
-    # macOS refuses some limits; the deadline still holds there.
+    # macOS refuses some limits; the deadline still holds.
     with suppress(ValueError, OSError):
         resource.setrlimit(what, (amount, resource.getrlimit(what)[1]))
