@@ -23,9 +23,8 @@ from precompute.config_file import load_config
 from precompute.run import pipeline
 from store.terminal.tables import plain_table
 from trainer.config import Config
-from trainer.reports.inspection import curve
+from trainer.reports.inspection import curve, read_metrics
 from trainer.reports.plots import plot_runs
-from trainer.run.run_dir import open_run
 from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 
@@ -48,7 +47,7 @@ def main() -> None:
             started = time.perf_counter()
             own = [f"run.name={method}-{seed}", f"train.seed={seed}", *METHODS[method]]
             report = train(load_config(Config, options.config, [*base, *own]), reporter=TrainReporter())
-            runs.setdefault(method, []).append(open_run(report.run).metrics())
+            runs.setdefault(method, []).append(read_metrics(report.run))
             seconds = time.perf_counter() - started
             passed = last(runs[method][-1], "eval/pass@1")
             console.print(f"{method} seed {seed}: held-out pass@1 {passed:.3f}  ({seconds:.0f} s)")

@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,10 +37,11 @@ from trainer.method.groups import Group, Rewarder
 from trainer.method.guidance import answer_scores, bare_answer
 from trainer.method.rollouts import demanded_form
 from trainer.method.teacher_traces import Candidate
-from trainer.reports.inspection import evaluation_rows, group_queries, query_rows, summarize_queries
+from trainer.reports.inspection import open_run, query_rows, read_metrics
+from trainer.reports.tables import by_query
 from trainer.run.checkpoint import checkpoints
 from trainer.run.prompts import fitting_prompts
-from trainer.run.run_dir import RunFiles, open_run, step_of
+from trainer.run.run_dir import step_of
 from trainer.run.setup import make_guide, usable_problems
 from trainer.student.batches import fill, pad
 from trainer.student.load import load_policy
@@ -67,7 +69,7 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     config = load_config(Config, options.config, options.set)
     run = open_run(Path(config.run.dir) / config.run.name)
-    last = checkpoints(run.checkpoints)[-1]
+    last = checkpoints(run / "checkpoints")[-1]
     held = held_problems(run)
     before, after = (read_traces(config, model) for model in (config.student.model, str(last)))
     figures = {
@@ -90,9 +92,9 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def held_problems(run: RunFiles) -> set[str]:
+def held_problems(run: Path) -> set[str]:
     """Problems that a step of the run held."""
-    files = sorted((run.root / "rollouts").glob("step-*.parquet"))
+    files = sorted((run / "rollouts").glob("step-*.parquet"))
     return {name for file in files for name in pq.read_table(file)["problem_id"].to_pylist()}
 
 
@@ -159,16 +161,18 @@ def compared(before: Sequence[Reading], after: Sequence[Reading], chosen: Sequen
     }
 
 
-def of_run(run: RunFiles) -> dict[str, Any]:
-    """What the run's own files say: groups, what was used, evaluations."""
-    rows = [row for row in run.metrics() if row["step"] > 0]
-    queries = summarize_queries(group_queries(query_rows(run)))
+def of_run(run: Path) -> dict[str, Any]:
+    """Groups, traces used and evaluations, as the run's own files have them."""
+    metrics = read_metrics(run)
+    rows = [row for row in metrics if row["step"] > 0]
+    queries = query_rows(run)
+    used = Counter(query["teacher"] for query in queries if query["selected"])
     return {
         "all_fail": [round(row["groups/all_fail"], 2) for row in rows],
-        "asked": queries.queries,
-        "used": queries.used,
-        "share": {name: round(share, 2) for name, share in queries.share.items()},
-        "pass@1": [round(row["eval/pass@1"], 3) for row in evaluation_rows(run.metrics())],
+        "asked": len(by_query(queries)),
+        "used": used.total(),
+        "share": {name: round(count / used.total(), 2) for name, count in sorted(used.items())},
+        "pass@1": [round(row["eval/pass@1"], 3) for row in metrics if "eval/pass@1" in row],
     }
 
 

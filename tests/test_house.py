@@ -97,8 +97,7 @@ def keys(model: type[BaseModel], path: str = "") -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize(("dotted", "key"), keys(Config), ids=lambda value: str(value))
-def test_every_config_key_is_read_by_the_code(dotted: str, key: str) -> None:
+def test_every_config_key_is_read_by_the_code() -> None:
     read = {
         node.attr
         for package in ("precompute", "trainer")
@@ -106,7 +105,8 @@ def test_every_config_key_is_read_by_the_code(dotted: str, key: str) -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
-    assert key in read or dotted in {"problems.train", "problems.eval"}, dotted
+    unread = {dotted for dotted, key in keys(Config) if key not in read}
+    assert unread <= {"problems.train", "problems.eval"}
 
 
 @pytest.mark.parametrize("package", ["store", "precompute", "trainer", "lab"])

@@ -25,8 +25,7 @@ from store.reader import TraceStore
 from store.records import Problem
 from store.reports.report import store_report
 from trainer.config import Config
-from trainer.reports.inspection import query_rows
-from trainer.run.run_dir import open_run
+from trainer.reports.inspection import query_rows, read_metrics
 from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 
@@ -141,14 +140,13 @@ def test_the_published_checkpoint_goes_through_a_step(
     config = load_config(Config, str(ROOT / "configs" / "real.toml"), settings)
     assert four_after_two_and_two(model) == pytest.approx(0.68, abs=0.01)
     report = train(config, reporter=TrainReporter())
-    run = open_run(report.run)
-    (row,) = run.metrics()
+    (row,) = read_metrics(report.run)
     # The cache that sampled and the pass that trains agree; so BOS, windows and the tied head are right.
     assert row["sampling/logp_difference"] < 1e-4
-    used = [query for query in query_rows(run) if query["selected"]]
+    used = [query for query in query_rows(report.run) if query["selected"]]
     assert row["groups/all_fail"] == 1.0
     assert len(used) == 2
-    assert all(query["score"] < 0 for query in query_rows(run))
+    assert all(query["score"] < 0 for query in query_rows(report.run))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from run_examples import PROBLEMS, config_of, write_problems, write_store
 from safetensors.torch import load_file
 
 from trainer.config import StudentConfig
-from trainer.run.run_dir import open_run
+from trainer.reports.inspection import read_metrics
 from trainer.student.batches import pad
 from trainer.student.load import load_policy
 from trainer.student.policy import Policy
@@ -74,7 +74,7 @@ def test_a_run_trains_and_its_checkpoint_is_what_went_on(
     config = config_of(tmp_path, gemma_dir, train__max_steps=2, **changes)
     report = train(config, reporter=TrainReporter())
     assert report.checkpoint is not None
-    steps = open_run(report.run).metrics()
+    steps = read_metrics(report.run)
     # The sampler's cache and the trainer's plain pass agree on every token that was drawn.
     assert all(step["sampling/logp_difference"] < 1e-4 for step in steps)
     assert steps[0]["groups/all_fail"] == 1.0

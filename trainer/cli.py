@@ -225,30 +225,29 @@ def inspect_queries(
 
     Example: `ampo inspect store queries runs/lab-ampo --step 3`
     """
-    from trainer.reports.inspection import group_queries, query_rows, summarize_queries
-    from trainer.reports.tables import queries_table, summary_line
-    from trainer.run.run_dir import latest_run, open_run, run_config
+    from trainer.reports.inspection import open_run, query_rows
+    from trainer.reports.tables import by_query, queries_table, summary_line
 
-    files = open_run(run if run is not None else latest_run("runs"))
-    rows = query_rows(files, step=step, problem=problem, teacher=teacher)
+    root = open_run(run)
+    rows = query_rows(root, step=step, problem=problem, teacher=teacher)
     if emit_rows(rows, json_, csv_):
         return
-    queries, console = group_queries(rows), console_of()
+    queries, console = by_query(rows), console_of()
     shown = queries[-limit:] if limit else queries
-    console.print(queries_table(shown, _problem_texts(run_config(files))))
+    console.print(queries_table(shown, _questions(root)))
     if len(shown) < len(queries):
         console.print(f"the last {len(shown)} of {len(queries)} queries; --limit 0 shows all")
-    filtered = (step, problem, teacher) != (None, None, None)
-    line = summary_line(summarize_queries(queries), filtered=filtered)
-    console.print(f"{files.root.name}: {line}", highlight=False)
+    console.print(f"{root.name}: {summary_line(queries)}", highlight=False)
 
 
-def _problem_texts(config: Config) -> dict[str, str]:
-    """Returns problem_id -> question; empty when the store is gone."""
+def _questions(run: Path) -> dict[str, str]:
+    """Returns problem_id -> question; empty when the run's store is gone."""
+    from precompute.config_file import load_config
     from store.reader import TraceStore
+    from trainer.config import Config
 
     try:
-        with TraceStore(config.store.path) as store:
+        with TraceStore(load_config(Config, str(run / "config.toml"), []).store.path) as store:
             return {problem.problem_id: problem.question for problem in store.problems()}
     except UserError:
         return {}
@@ -264,16 +263,14 @@ def inspect_run(
 
     Example: `ampo inspect run runs/lab-ampo runs/lab-grpo --png curves.png`
     """
+    from trainer.reports.inspection import open_run, read_metrics
     from trainer.reports.plots import plot_runs
     from trainer.reports.tables import comparison_table, curves_table, evaluations_table, time_line
-    from trainer.run.run_dir import latest_run, open_run
 
-    paths = runs or [str(latest_run("runs"))]
-    opened = [open_run(path) for path in paths]
-    names = [run.root.name for run in opened]
+    roots = [open_run(path) for path in runs] if runs else [open_run()]
     # Two runs may have one name in two folders.
-    shown = names if len(set(names)) == len(names) else paths
-    found = {name: run.metrics() for name, run in zip(shown, opened, strict=True)}
+    unique = len({root.name for root in roots}) == len(roots)
+    found = {root.name if unique else str(root): read_metrics(root) for root in roots}
     if png is not None:
         plot_runs(found, png)
     if emit_rows([{"run": name, **row} for name, rows in found.items() for row in rows], json_, csv_):

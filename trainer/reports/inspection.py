@@ -1,16 +1,17 @@
-"""Reads a run back: the store queries with their candidates, and the metric curves."""
+"""Reads a run back without torch: its metrics, and the store queries with their candidates."""
 
 from __future__ import annotations
 
-from collections import Counter
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import median
+from pathlib import Path
 from typing import Any
 
 import duckdb
 
-from trainer.run.run_dir import RunFiles
+from store.errors import RunError
+
+Rows = Sequence[dict[str, Any]]
 
 _QUERIES = """
     SELECT * FROM read_parquet($files)
@@ -22,47 +23,38 @@ _QUERIES = """
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Query:
-    """One problem for which a step queried the store."""
+def open_run(path: str | Path | None = None) -> Path:
+    """Returns the run's absolute directory, by default that of the last run below runs/, at any depth.
 
-    step: int
-    problem_id: str
-    latency_ms: float
-    candidates: tuple[dict[str, Any], ...]
-    """Rows of the queries file, best first; empty when the store had no trace."""
+    Raises RunError when there is none.
+    """
+    if path is None:
+        files = Path("runs").glob("**/metrics.jsonl")
+        newest = max(files, key=lambda file: file.stat().st_mtime_ns, default=Path("runs/metrics.jsonl"))
+        path = newest.parent
+    root = Path(path).absolute()
+    if not (root / "config.toml").is_file():
+        raise RunError(f"no run at {root} (no config.toml there); `ampo train` makes one")
+    return root
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuerySummary:
-    """Totals over queries."""
-
-    queries: int
-    problems: int
-    answered: int
-    """Queries with at least one candidate."""
-    used: int
-    """Traces that entered a group."""
-    share: dict[str, float]
-    """teacher -> its share of the traces used."""
-    median_latency_ms: float | None
-
-    @property
-    def hit_rate(self) -> float | None:
-        """Share of queries that found a candidate; None without a query."""
-        return self.answered / self.queries if self.queries else None
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl, without a last one that a crash truncated."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    return [json.loads(line) for line in lines[:-1]]
 
 
 def query_rows(
-    run: RunFiles, *, step: int | None = None, problem: str | None = None, teacher: str | None = None
+    run: Path, *, step: int | None = None, problem: str | None = None, teacher: str | None = None
 ) -> list[dict[str, Any]]:
-    """Returns the rows of the run's queries files, ordered by step, problem and rank.
+    """Returns the candidates of the run's queries by step, problem and rank; a query without one is a row.
 
     Args:
         problem: a problem_id or its beginning.
         teacher: only queries for which this teacher had a candidate.
     """
-    files = sorted(str(path) for path in (run.root / "queries").glob("step-*.parquet"))
+    files = sorted(str(path) for path in (run / "queries").glob("step-*.parquet"))
     if not files:
         return []
     with duckdb.connect() as connection:
@@ -72,46 +64,7 @@ def query_rows(
         return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
 
-def group_queries(rows: Sequence[dict[str, Any]]) -> list[Query]:
-    """Groups rows by (step, problem)."""
-    grouped: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        grouped.setdefault((row["step"], row["problem_id"]), []).append(row)
-    return [
-        Query(
-            step=step,
-            problem_id=problem_id,
-            latency_ms=candidates[0]["latency_ms"],
-            candidates=tuple(row for row in candidates if row["trace_id"] is not None),
-        )
-        for (step, problem_id), candidates in grouped.items()
-    ]
-
-
-def summarize_queries(queries: Sequence[Query]) -> QuerySummary:
-    """Computes the hit rate and each teacher's share of the traces used."""
-    used = Counter(row["teacher"] for query in queries for row in query.candidates if row["selected"])
-    latency_by_step = {query.step: query.latency_ms for query in queries}
-    return QuerySummary(
-        queries=len(queries),
-        problems=len({query.problem_id for query in queries}),
-        answered=sum(bool(query.candidates) for query in queries),
-        used=used.total(),
-        share={name: count / used.total() for name, count in sorted(used.items())},
-        median_latency_ms=median(latency_by_step.values()) if latency_by_step else None,
-    )
-
-
-def curve(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+def curve(rows: Rows, key: str) -> tuple[list[int], list[float]]:
     """Returns steps and values of one metric, where it exists."""
     points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     return [step for step, _ in points], [value for _, value in points]
-
-
-def evaluation_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns `step` and every eval/ metric of the steps that evaluated the student."""
-    return [
-        {key: value for key, value in row.items() if key == "step" or key.startswith("eval/")}
-        for row in rows
-        if any(key.startswith("eval/") for key in row)
-    ]

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from store.errors import EngineError
-from trainer.reports.inspection import curve
-
-Rows = Sequence[dict[str, Any]]
+from trainer.reports.inspection import Rows, curve
 
 PANELS = {
     "accuracy": "solved samples of the student",
@@ -20,12 +18,8 @@ PANELS = {
     "seconds/step": "seconds per step",
 }
 """Metric -> title of its panel; the first three are shares."""
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe-Ito, which colour-blind readers can distinguish."""
-STYLES = ("-", "--", ":", "-.")
-"""Line styles; the next one begins when all colours are used."""
-MARKED = 30
-"""Curves of at most this many points mark each of them."""
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
+"""Okabe-Ito, which colour-blind readers can distinguish; a ninth run has the first colour again."""
 SMOOTHED = 60
 """Longer curves are faint, with their running mean over a twentieth of the points on top."""
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -39,41 +33,33 @@ def plot_runs(runs: Mapping[str, Rows], path: Path) -> None:
 def figure_of(runs: Mapping[str, Rows]) -> Any:
     """Returns a matplotlib figure of six panels over steps, with one colour per run and one legend."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
     except ImportError:
         raise EngineError('a PNG needs matplotlib: pip install "ampo[plot]"') from None
     figure = Figure(figsize=(13, 7.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(runs)}
     for index, (metric, title) in enumerate(PANELS.items()):
-        axes: Any = figure.add_subplot(2, 3, index + 1)
-        axes.set_title(title, fontsize=12)
-        axes.set_xlabel("step", fontsize=10)
+        axes: Any = figure.add_subplot(2, 3, index + 1, title=title, xlabel="step")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.ticklabel_format(axis="y", useOffset=False)
         axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
         if index < 3:
             axes.set_ylim(-0.02, 1.02)
-        for run, rows in enumerate(runs.values()):
-            _plot(axes, *curve(rows, metric), run)
+        for name, rows in runs.items():
+            _plot(axes, *curve(rows, metric), colours[name])
         if not axes.lines:
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="0.5")
-    _add_legend(figure, list(runs))
+    handles = [Line2D([], [], color=colour) for colour in colours.values()]
+    figure.legend(handles, list(runs), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def _look(run: int) -> dict[str, Any]:
-    return {"color": COLOURS[run % len(COLOURS)], "linestyle": STYLES[run // len(COLOURS) % len(STYLES)]}
-
-
-def _plot(axes: Any, steps: Sequence[int], values: Sequence[float], run: int) -> None:
+def _plot(axes: Any, steps: Sequence[int], values: Sequence[float], colour: str) -> None:
     if len(steps) > SMOOTHED:
-        axes.plot(steps, values, linewidth=1, alpha=0.3, **_look(run))
+        axes.plot(steps, values, linewidth=1, alpha=0.3, color=colour)
         values = running_mean(values, len(values) // 20)
     if steps:
-        marker = "o" if len(steps) <= MARKED else None
-        axes.plot(steps, values, linewidth=1.8, marker=marker, markersize=3.5, **_look(run))
+        axes.plot(steps, values, linewidth=1.8, color=colour, marker="o" if len(steps) < 30 else None)
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
@@ -86,16 +72,7 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
     return means
 
 
-def _add_legend(figure: Any, names: Sequence[str]) -> None:
-    """Adds a legend below all panels, in as many columns as the names leave room for."""
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], **_look(run)) for run in range(len(names))]
-    columns = max(1, min(len(names), 130 // (max(map(len, names), default=0) + 8)))
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=11, frameon=False)
-
-
-def sparkline(values: Sequence[float], width: int = 40) -> str:
+def sparkline(values: Sequence[float], width: int) -> str:
     """Returns the curve as at most `width` characters, each the mean of its share of the values."""
     width = min(width, len(values))
     cut = [values[len(values) * i // width : len(values) * (i + 1) // width] for i in range(width)]

@@ -1,47 +1,39 @@
-"""Tables of `ampo inspect` and `ampo eval`: records in, rich tables out."""
+"""Tables of `ampo inspect` and `ampo eval`: rows and records in, rich tables out."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import groupby
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Group as RenderGroup
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
-from store.terminal.tables import plain_table
-from trainer.evaluation import COVERAGE, Estimate, Evaluation, Score
-from trainer.reports.inspection import Query, QuerySummary, curve, evaluation_rows
+from store.terminal.tables import clipped, plain_table
+from trainer.reports.inspection import Rows, curve
 from trainer.reports.plots import sparkline
-from trainer.timing import PHASES
 
-Rows = Sequence[dict[str, Any]]
+if TYPE_CHECKING:
+    from trainer.evaluation import Estimate, Evaluation, Score
 
 CURVES = (
-    "sft/loss",
-    "reward",
-    "accuracy",
-    "groups/all_fail",
-    "groups/all_solved",
-    "groups/mixed",
-    "store/queries",
-    "store/hit_rate",
-    "comprehension/selected_mean",
-    "comprehension/rejected_mean",
-    "entropy",
-    "completions/mean_length",
-    "completions/clipped_ratio",
-    "grad_norm",
-    "tokens_per_second/sampled",
-    "tokens_per_second/trained",
-    "memory/peak_mib",
-    "seconds/step",
-)
+    "sft/loss", "reward", "accuracy", "groups/all_fail", "groups/all_solved", "groups/mixed",
+    "store/queries", "store/hit_rate", "comprehension/selected_mean", "comprehension/rejected_mean",
+    "entropy", "completions/mean_length", "completions/clipped_ratio", "grad_norm",
+    "tokens_per_second/sampled", "tokens_per_second/trained", "memory/peak_mib", "seconds/step",
+)  # fmt: skip
+"""Metrics that `ampo inspect run` shows."""
 
 
-def queries_table(queries: Sequence[Query], problem_texts: Mapping[str, str]) -> Table:
+def by_query(rows: Rows) -> list[list[dict[str, Any]]]:
+    """Groups the rows of a queries file, or of several, by (step, problem)."""
+    return [list(group) for _, group in groupby(rows, key=lambda row: (row["step"], row["problem_id"]))]
+
+
+def queries_table(queries: Sequence[Rows], questions: Mapping[str, str]) -> Table:
     """Returns one block of rows per query: its candidates, best first, and which of them were used."""
     table = plain_table("store queries of the trainer; exp(s): comprehension score")
     table.add_column("step", justify="right")
@@ -50,33 +42,36 @@ def queries_table(queries: Sequence[Query], problem_texts: Mapping[str, str]) ->
     for name in ("rank", "exp(s)", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("used")
-    for query in queries:
-        text = problem_texts.get(query.problem_id)
-        shown = query.problem_id if text is None else f"{query.problem_id}  {_clip(text)}"
-        heads = [(str(query.step), escape(shown))] + [("", "")] * max(len(query.candidates) - 1, 0)
-        for (step, problem), row in zip(heads, query.candidates or ({},), strict=True):
-            table.add_row(step, problem, *_candidate_cells(row))
+    for rows in queries:
+        problem_id = rows[0]["problem_id"]
+        head = [str(rows[0]["step"]), escape(clipped(f"{problem_id} {questions.get(problem_id, '')}", 120))]
+        for row in rows:
+            table.add_row(*head, *_candidate_cells(row))
+            head = ["", ""]
         table.add_section()
     return table
 
 
 def _candidate_cells(row: Mapping[str, Any]) -> list[str]:
-    if not row:
+    if row["trace_id"] is None:
         return ["[red]no trace[/]", "-", "-", "-", ""]
     score = "-" if row["score"] is None else f"{math.exp(row['score']):.4f}"
     used = "[green]used[/]" if row["selected"] else ""
     return [escape(row["teacher"]), str(row["rank"]), score, str(row["n_tokens"]), used]
 
 
-def summary_line(summary: QuerySummary, *, filtered: bool = False) -> str:
-    """Returns hit rate and each teacher's share in one line; `filtered`: options excluded some queries."""
-    if not summary.queries:
-        return "no query fits --step, --problem and --teacher" if filtered else "the store was not queried"
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in summary.share.items()) or "none"
+def summary_line(queries: Sequence[Rows]) -> str:
+    """Returns hit rate and each teacher's share of the traces used in one line."""
+    if not queries:
+        return "no queries"
+    used = Counter(row["teacher"] for rows in queries for row in rows if row["selected"])
+    shares = ", ".join(f"{name} {count / used.total():.0%}" for name, count in sorted(used.items()))
+    hits = sum(rows[0]["trace_id"] is not None for rows in queries)
+    latencies = {rows[0]["step"]: rows[0]["latency_ms"] for rows in queries}
     return (
-        f"{summary.queries} queries for {summary.problems} problems; "
-        f"hit rate {summary.hit_rate:.1%}; {summary.used} traces used: {shares}; "
-        f"median latency {summary.median_latency_ms:.1f} ms per step"
+        f"{len(queries)} queries for {len({rows[0]['problem_id'] for rows in queries})} problems; "
+        f"hit rate {hits / len(queries):.1%}; {used.total()} traces used: {shares or 'none'}; "
+        f"median latency {median(latencies.values()):.1f} ms per step"
     )
 
 
@@ -116,8 +111,9 @@ def mean_of_last_tenth(values: Sequence[float]) -> float | None:
 
 
 def _number(value: float | None) -> str:
-    whole = value is not None and (isinstance(value, int) or abs(value) >= 100)
-    return "-" if value is None else f"{value:,.0f}" if whole else f"{value:.3f}"
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.3f}"
 
 
 def time_line(rows: Rows) -> str:
@@ -125,33 +121,37 @@ def time_line(rows: Rows) -> str:
     steps = curve(rows, "seconds/step")[1]
     if not steps:
         return ""
-    spent = {phase: sum(curve(rows, f"seconds/{phase}")[1]) / sum(steps) for phase in PHASES}
-    shares = [f"{phase} {share:.0%}" for phase, share in spent.items() if share >= 0.005]
-    rest = f"the rest {1 - sum(spent.values()):.0%}"
-    return f"a step takes {sum(steps) / len(steps):.1f} s: {', '.join([*shares, rest])}"
+    shares = {
+        key.removeprefix("seconds/"): sum(curve(rows, key)[1]) / sum(steps)
+        for key in dict.fromkeys(key for row in rows for key in row)
+        if key.startswith("seconds/") and key not in ("seconds/step", "seconds/sft", "seconds/eval")
+    }
+    shares["the rest"] = 1 - sum(shares.values())
+    phases = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
+    return f"a step takes {sum(steps) / len(steps):.1f} s: {phases}"
 
 
 def evaluations_table(runs: Mapping[str, Rows]) -> Table:
     """Returns the held-out evaluations of one or several runs; --json has those of single sources."""
-    found = {name: evaluation_rows(rows) for name, rows in runs.items()}
-    keys = {key for rows in found.values() for row in rows for key in row}
+    keys = {key for rows in runs.values() for row in rows for key in row}
     passes = sorted((key for key in keys if key.startswith("eval/pass@")), key=lambda key: int(key[10:]))
-    table = plain_table("held-out evaluation")
-    table.add_column("run", overflow="fold")
+    table = plain_table("held-out evaluation", text=["run"])
     for name in ("step", *(key.removeprefix("eval/") for key in passes), "tokens", "cut"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name, rows in found.items():
+    for name, rows in runs.items():
         for row in rows:
-            values = (_number(row.get(key)) for key in (*passes, "eval/mean_length", "eval/cut_share"))
-            table.add_row(escape(name), str(row["step"]), *values)
+            if "eval/pass@1" in row:
+                values = (_number(row.get(key)) for key in (*passes, "eval/mean_length", "eval/cut_share"))
+                table.add_row(escape(name), str(row["step"]), *values)
         table.add_section()
     return table
 
 
-def evaluation_table(model: str, evaluation: Evaluation) -> RenderGroup:
+def evaluation_table(model: str, evaluation: Evaluation) -> Table:
     """Returns one evaluation by `ampo eval`: a row per source, and one for all problems."""
     overall, sources = evaluation.overall, evaluation.sources
     table = plain_table(model)
+    table.caption = "[ ]: 95% interval, bootstrap over problems; avg@n is pass@1"
     table.add_column("source", overflow="fold", min_width=8)
     passes = [f"pass@{k}" for k in overall.pass_at if k > 1]
     for name in ("problems", "n", "avg@n", *passes, "tokens", "cut"):
@@ -163,8 +163,7 @@ def evaluation_table(model: str, evaluation: Evaluation) -> RenderGroup:
         means = (f"{value:.3f}" for value in evaluation.mean_of_sources.values())
         table.add_row("mean", "", "", *means, "", "")
     table.add_row("all", *_score_cells(overall), style="bold")
-    explained = f"[ ]: {COVERAGE:.0%} interval, bootstrap over problems; avg@n is pass@1"
-    return RenderGroup(table, Text(explained, style="dim"))
+    return table
 
 
 def _score_cells(score: Score) -> list[str]:
@@ -184,8 +183,3 @@ def estimate_text(found: Estimate, *, between: str = " ") -> str:
         return f"{found.value:.3f}"
     low, high = (f"{end:.2f}".removeprefix("0") for end in (found.low, found.high))
     return f"{found.value:.3f}{between}[{low} {high}]"
-
-
-def _clip(text: str) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= 100 else flat[:99] + "…"

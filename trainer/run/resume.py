@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
+from precompute.config_file import load_config
 from store.errors import RunError
 from trainer.config import Config
 from trainer.run import checkpoint
 from trainer.run.checkpoint import TrainState
 from trainer.run.errors import explain_memory
-from trainer.run.run_dir import Position, RunFiles, run_config
+from trainer.run.run_dir import Position, RunFiles
 from trainer.run.setup import Parts
 
 
@@ -85,7 +86,8 @@ def check_same_beginning(run: RunFiles, config: Config) -> None:
         row["step"] > 0 or "sft/step" in row for row in run.metrics()
     ):
         return
-    changed = checkpoint.differences(run_config(run).model_dump(mode="json"), config)
+    begun_with = load_config(Config, str(run.root / "config.toml"), [])
+    changed = checkpoint.differences(begun_with.model_dump(mode="json"), config)
     if changed:
         raise RunError(f"{run.root} holds a run with {'; '.join(changed)}; choose another run.name")
 

@@ -28,13 +28,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from precompute.config_file import load_config, toml_of
+from precompute.config_file import toml_of
 from store.errors import RunError
 from store.format.files import FileLock, whole_file
 from trainer.config import Config
 from trainer.evaluation import EVAL_SCHEMA, EvalSample, row_schema
 from trainer.method.groups import Group
 from trainer.method.guidance import QueryRow
+from trainer.reports.inspection import read_metrics
 from trainer.student.batches import TrainSequence
 
 logger = logging.getLogger("ampo")
@@ -198,12 +199,8 @@ class RunFiles:
             raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines so far, without a last one that a crash truncated."""
-        path = self.root / "metrics.jsonl"
-        if not path.exists():
-            return []
-        lines = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        """Returns the lines so far."""
+        return read_metrics(self.root)
 
     def write_rollouts(self, step: int, groups: Sequence[Group], advantages: Tensor) -> None:
         """advantages: [N, G] of the groups' members."""
@@ -297,24 +294,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def open_run(path: str | Path) -> RunFiles:
-    """Opens an existing run for reading; RunError with the absolute path when it does not exist."""
-    root = Path(path).absolute()
-    if not (root / "config.toml").is_file():
-        raise RunError(f"no run at {root} (no config.toml there); `ampo train` makes one")
-    return RunFiles(root)
-
-
-def latest_run(folder: str | Path) -> Path:
-    """The run below `folder`, at any depth, that was written last."""
-    runs = [path.parent for path in Path(folder).glob("**/metrics.jsonl")]
-    if not runs:
-        raise RunError(f"no run below {Path(folder).absolute()}; `ampo train` makes one")
-    return max(runs, key=lambda run: (run / "metrics.jsonl").stat().st_mtime_ns)
-
-
-def run_config(run: RunFiles) -> Config:
-    """The resolved config that the run was started with; ConfigError when this version cannot read it."""
-    return load_config(Config, str(run.root / "config.toml"), [])
