@@ -62,7 +62,6 @@ def test_each_line_says_where_the_steps_time_went_and_what_it_took(straight: Pat
         assert row["tokens_per_second/sampled"] > 0
         assert row["tokens_per_second/trained"] > 0
         assert row["memory/peak_mib"] >= row["memory/peak_mib/update"] > 50
-        assert row["mfu/update"] is None
 
 
 def test_asked_are_exactly_the_problems_whose_samples_all_failed_by_the_files_alone(straight: Path) -> None:

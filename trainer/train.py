@@ -41,6 +41,7 @@ from trainer.sampling.samplers import check_sampler_weights
 from trainer.student.optimizer import learning_rate_at, set_learning_rate
 from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.metrics import step_metrics
+from trainer.telemetry.performance import performance_metrics, step_timer
 from trainer.timing import StepTimer
 
 
@@ -145,7 +146,7 @@ def run_steps(parts: Parts, done: Position, saved: Path | None, stop: StopReques
 
 def train_step(parts: Parts, step: int) -> tuple[dict[str, Any], list[Group]]:
     """Takes one sampling step and its optimizer steps; returns the metrics and the groups as they trained."""
-    config, timer = parts.config, parts.meter.begin()
+    config, timer = parts.config, step_timer(parts.policy.device)
     groups, queries = sample_and_guide(parts, step, timer)
     learning_rate = learning_rate_at(step, config.train)
     with timer("update"):
@@ -168,7 +169,7 @@ def train_step(parts: Parts, step: int) -> tuple[dict[str, Any], list[Group]]:
         queries=queries,
         update=update,
         learning_rate=learning_rate,
-        cost=parts.meter.row(timer, groups, advantages, int(update["train_tokens"])),
+        cost=performance_metrics(timer, groups, update["train_tokens"]),
     )
     row["groups/refilled"] = len(groups) - config.train.problems_per_step
     return row, groups

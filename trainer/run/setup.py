@@ -37,7 +37,7 @@ from trainer.student.load import WithoutAdapters, load_policy
 from trainer.student.optimizer import make_optimizer
 from trainer.student.policy import Policy, Reference
 from trainer.telemetry.console import TrainReporter
-from trainer.telemetry.performance import PerformanceMeter, probe_memory
+from trainer.telemetry.performance import probe_memory
 from trainer.telemetry.trackers import Trackers
 
 
@@ -54,7 +54,6 @@ class Parts:
     sft: Sft
     guide: Guide
     updater: Updater
-    meter: PerformanceMeter
     trackers: Trackers
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
@@ -117,7 +116,6 @@ def assemble(
         sft=make_sft(config, policy, store, form, train_prompts, reporter, world),
         guide=guide,
         updater=updater,
-        meter=PerformanceMeter(policy, devices=world.size),
         trackers=trackers,
         train_prompts=train_prompts,
         eval_prompts=eval_prompts,

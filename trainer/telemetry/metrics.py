@@ -9,7 +9,7 @@ from typing import Any
 from trainer.method.groups import Group
 from trainer.method.guidance import QueryRow
 
-MEASURED = ("seconds/", "share/", "tokens_per_second/", "memory/", "mfu/", "store/latency_ms")
+MEASURED = ("seconds/", "share/", "tokens_per_second/", "memory/", "store/latency_ms")
 """Prefixes of the names that a clock or a meter measures: they differ between two equal runs."""
 
 
@@ -29,7 +29,7 @@ def step_metrics(
 
     Args:
         update: metrics of the optimizer steps, see `Updater.update`.
-        cost: see `PerformanceMeter.row`.
+        cost: see `performance_metrics`.
     """
     return {
         "step": step,
