@@ -17,7 +17,6 @@ from store.terminal.console import (
     DryRun,
     JsonFlag,
     SetOption,
-    config_in_errors,
     console_of,
     emit_json,
     print_config,
@@ -207,7 +206,6 @@ def store_refilter(
     settings, console = read_config(config, set_), console_of()
     with (
         _on_interrupt("nothing is lost. Go on with the same command"),
-        config_in_errors(config),
         Meter("filtering traces") as meter,
     ):
         path = store or settings.store.path

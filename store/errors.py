@@ -19,8 +19,6 @@ Every message is one line that names the culprit, its value and what would be ri
 
 from __future__ import annotations
 
-from pathlib import Path
-
 
 class UserError(Exception):
     """An error that the user can fix; the command line prints it as one line and exits with 2."""
@@ -43,20 +41,7 @@ class StoreError(UserError):
 
 
 class StoreMissingError(StoreError):
-    """No store at `root`."""
-
-    root: Path | None = None
-
-
-def missing_store(root: Path, config: str | None = None) -> StoreMissingError:
-    """Returns the error, with the commands that make a store; `config`: the command's config file."""
-    teachers = "ampo precompute teachers" + (f" --config {config}" if config else "")
-    error = StoreMissingError(
-        f"no trace store at {root}; make one with `{teachers}`, or with `ampo store import` from existing "
-        "traces"
-    )
-    error.root = root
-    return error
+    """No store at that path."""
 
 
 class StoreForeignError(StoreError):

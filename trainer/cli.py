@@ -15,7 +15,6 @@ from store.terminal.console import (
     DryRun,
     JsonFlag,
     SetOption,
-    config_in_errors,
     console_of,
     emit_json,
     emit_rows,
@@ -23,7 +22,6 @@ from store.terminal.console import (
     print_config,
     print_error,
     print_line,
-    with_config,
 )
 
 if TYPE_CHECKING:
@@ -68,14 +66,14 @@ def train(
 
     settings = read_config(config, set_)
     if dry_run:
-        _show_dry_run(settings, config, gpu, processes)
+        _show_dry_run(settings, gpu, processes)
         return
     if gpu or processes > 1:
         raise UserError("--gpu and --processes plan a run: they need --dry-run")
-    _train(settings, config, resume=resume, changed_store=changed_store)
+    _train(settings, resume=resume, changed_store=changed_store)
 
 
-def _train(settings: Config, file: str | None, *, resume: str, changed_store: bool) -> None:
+def _train(settings: Config, *, resume: str, changed_store: bool) -> None:
     from trainer.parallel.world import torchrun_world
     from trainer.student.load import pick_device
     from trainer.telemetry.console import reporter_of
@@ -86,7 +84,6 @@ def _train(settings: Config, file: str | None, *, resume: str, changed_store: bo
         with (
             torchrun_world(pick_device(settings.student.device)) as world,
             reporter_of(world, console, settings.run) as reporter,
-            config_in_errors(file),
         ):
             outcome = run_training(
                 settings, resume=resume, changed_store=changed_store, reporter=reporter, world=world
@@ -113,7 +110,7 @@ def _train(settings: Config, file: str | None, *, resume: str, changed_store: bo
     )
 
 
-def _show_dry_run(settings: Config, file: str | None, gpu: str, processes: int) -> None:
+def _show_dry_run(settings: Config, gpu: str, processes: int) -> None:
     from precompute.config_file import toml_of
     from trainer.planning import dry_run
 
@@ -122,7 +119,7 @@ def _show_dry_run(settings: Config, file: str | None, gpu: str, processes: int) 
     print_config(console, toml_of(settings))
     console.print(report)
     for error in missing:
-        print_error(with_config(error, file))
+        print_error(error)
     if missing:
         raise typer.Exit(2)
 

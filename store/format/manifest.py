@@ -21,8 +21,8 @@ from store.errors import (
     StoreDamagedError,
     StoreError,
     StoreForeignError,
+    StoreMissingError,
     StoreVersionError,
-    missing_store,
 )
 from store.format.files import MANIFEST_LOCK, TMP_MARK, FileLock, whole_file
 from store.format.schema import SCHEMA_VERSION
@@ -93,7 +93,10 @@ def read_manifest(root: Path) -> Manifest:
     Raises StoreMissingError, StoreForeignError, StoreVersionError or StoreDamagedError.
     """
     if is_fresh(root):
-        raise missing_store(root)
+        raise StoreMissingError(
+            f"no trace store at {root}; make one with `ampo precompute teachers`, "
+            "or with `ampo store import` from existing traces"
+        )
     path = root / MANIFEST
     try:
         content = json.loads(path.read_bytes())

@@ -6,13 +6,12 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from store.errors import StoreMissingError, UserError, missing_store
+from store.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,22 +65,6 @@ def print_config(console: Console, toml: str) -> None:
 def print_error(error: UserError) -> None:
     """Prints the error as one line on stderr."""
     console_of(stderr=True).print(f"[red]error:[/] {escaped(str(error))}", highlight=False, soft_wrap=True)
-
-
-def with_config(error: UserError, config: str | None) -> UserError:
-    """Returns the error; that of a missing store with the command's config in its hint."""
-    if isinstance(error, StoreMissingError) and error.root is not None:
-        return missing_store(error.root, config)
-    return error
-
-
-@contextmanager
-def config_in_errors(config: str | None) -> Iterator[None]:
-    """Applies `with_config` to errors of the block."""
-    try:
-        yield
-    except StoreMissingError as error:
-        raise with_config(error, config) from None
 
 
 def emit_rows(rows: Sequence[Mapping[str, Any]], as_json: bool, as_csv: bool) -> bool:
