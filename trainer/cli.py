@@ -44,9 +44,7 @@ def train(
         typer.Option("--resume-with-changed-store", help="Resume although the traces in the store changed."),
     ] = False,
     dry_run: DryRun = False,
-    gpu: Annotated[
-        str, typer.Option(help="With --dry-run: the card to plan for, e.g. H100 or A100-40GB.")
-    ] = "",
+    gpu: Annotated[str, typer.Option(help="With --dry-run: the card to plan for, e.g. A100-40GB.")] = "",
     processes: Annotated[
         int, typer.Option(min=1, help="With --dry-run: number of GPUs that share the run.")
     ] = 1,

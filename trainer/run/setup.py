@@ -78,9 +78,7 @@ def assemble(
         weights: the checkpoint to resume from.
         stack: closes what is opened here.
     """
-    check_names(config)
-    check_sampler(config)
-    check_shardable(config, world)
+    check_choices(config, world)
     trackers = stack.enter_context(Trackers(config.run.report_to if world.is_main else ()))
     verifier = stack.enter_context(Verifier.configured(config.verify))
     problems = usable_problems(config, "train", verifier, reporter)
@@ -90,7 +88,9 @@ def assemble(
     store = open_store(config, stack)
     torch.manual_seed(config.train.seed)  # new adapters begin at random
     policy = load_student(config, world, weights)
-    train_prompts, eval_prompts = _prompts(config, problems, held_out, policy, reporter)
+    train_prompts, eval_prompts = checked_prompts(
+        config, problems, held_out, policy.tokenizer, policy.model.config, reporter
+    )
     form = demanded_form(config.student, problems)
     rewarder = Rewarder(verifier, answer_form=form, weights=config.rewards)
     guide = make_guide(config, store, policy, rewarder)
@@ -126,23 +126,31 @@ def assemble(
     )
 
 
-def _prompts(
-    config: Config, problems: list[Problem], held_out: list[Problem], policy: Policy, reporter: TrainReporter
-) -> tuple[list[Prompt], list[Prompt]]:
-    train = fitting_prompts(config, problems, policy.tokenizer, reporter)
-    held = fitting_prompts(config, held_out, policy.tokenizer, reporter) if held_out else []
-    warn_of_prompts(config, policy.tokenizer, train, reporter)
-    check_plan(config, train, held, policy.model.config, reporter)
-    return train, held
-
-
-def check_names(config: Config) -> None:
-    """Raises ConfigError for a trigger, selector, loss or reward that does not exist."""
+def check_choices(config: Config, world: World) -> None:
+    """Raises ConfigError for unknown triggers, selectors, losses and rewards, and for keys that conflict."""
     make_policy_loss(config.train, config.guidance)
     lookup(TRIGGERS, config.guidance.trigger, key="guidance.trigger")
     lookup(SELECTORS, config.guidance.select, key="guidance.select")
     for name in config.rewards:
         lookup(REWARDS, name, key="rewards")
+    check_sampler(config)
+    check_shardable(config, world)
+
+
+def checked_prompts(
+    config: Config,
+    problems: Sequence[Problem],
+    held_out: Sequence[Problem],
+    tokenizer: Any,
+    model_config: Any,
+    reporter: TrainReporter,
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Returns the prompts of the training and of the held-out problems; warns of those left out."""
+    train = fitting_prompts(config, problems, tokenizer, reporter)
+    held = fitting_prompts(config, held_out, tokenizer, reporter) if held_out else []
+    warn_of_prompts(config, tokenizer, train, reporter)
+    check_plan(config, train, held, model_config, reporter)
+    return train, held
 
 
 def load_student(config: Config, world: World, weights: Path | None = None) -> Policy:
