@@ -38,7 +38,7 @@ from trainer.config import Config
 from trainer.train import train
 
 class Killed(TrainReporter):
-    def stepped(self, row, groups):
+    def stepped(self, row, groups, steps):
         if row["step"] == 3:
             time.sleep(1.5)  # trackio stores with some delay
             os.kill(os.getpid(), signal.SIGKILL)

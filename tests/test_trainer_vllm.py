@@ -119,7 +119,7 @@ def test_logprobs_of_another_kind_than_the_process_gives_are_not_given(
 class Killer(TrainReporter):
     """Kills vLLM's process after step 2."""
 
-    def stepped(self, row: dict[str, Any], groups: list[Group]) -> None:
+    def stepped(self, row: dict[str, Any], groups: list[Group], steps: int) -> None:
         if row["step"] == 2:
             (process,) = vllm_processes()
             os.kill(process, signal.SIGKILL)

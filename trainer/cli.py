@@ -74,14 +74,14 @@ def train(
 def _train(settings: Config, *, resume: str, changed_store: bool) -> None:
     from trainer.parallel.world import torchrun_world
     from trainer.student.load import pick_device
-    from trainer.telemetry.console import reporter_of
+    from trainer.telemetry.console import ConsoleReporter, TrainReporter
     from trainer.train import train as run_training
 
     console = console_of()
     try:
         with (
             torchrun_world(pick_device(settings.student.device)) as world,
-            reporter_of(world, console, settings.run) as reporter,
+            ConsoleReporter(console, settings.run) if world.is_main else TrainReporter() as reporter,
         ):
             outcome = run_training(
                 settings, resume=resume, changed_store=changed_store, reporter=reporter, world=world

@@ -69,6 +69,13 @@ class Estimate:
     low: float | None
     high: float | None
 
+    def text(self, *, between: str = " ") -> str:
+        """Returns `0.433 [.36 .51]`, without brackets where the interval is undefined."""
+        if self.low is None or self.high is None:
+            return f"{self.value:.3f}"
+        low, high = (f"{end:.2f}".removeprefix("0") for end in (self.low, self.high))
+        return f"{self.value:.3f}{between}[{low} {high}]"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:

@@ -87,7 +87,7 @@ def train(
         stack.enter_context(run.log_to_file())
         stop = stack.enter_context(stop_on_signals(prints=world.is_main))
         begins = "from the start" if done == Position() else f"resuming after {done}"
-        reporter.started(run=run.root, begins=begins, after_step=done.step, max_steps=config.train.max_steps)
+        reporter.line(f"run {run.root}: {begins}, to step {config.train.max_steps}")
         done, saved = run_sft(parts, done, start_from, stop)
         return run_steps(parts, done, saved, stop)
 
@@ -130,7 +130,7 @@ def run_steps(parts: Parts, done: Position, saved: Path | None, stop: StopReques
             if parts.eval_prompts and (last or step % config.eval.every == 0):
                 row |= evaluate_student(parts, step)
         log(parts, row)
-        parts.reporter.stepped(row, groups)
+        parts.reporter.stepped(row, groups, config.train.max_steps)
         done = replace(done, step=step)
         stopped = stop.agreed(world)
         if last or stopped or step % config.run.save_every == 0:

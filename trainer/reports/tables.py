@@ -17,7 +17,7 @@ from trainer.reports.inspection import Rows, curve
 from trainer.reports.plots import sparkline
 
 if TYPE_CHECKING:
-    from trainer.evaluation import Estimate, Evaluation, Score
+    from trainer.evaluation import Evaluation, Score
 
 CURVES = (
     "sft/loss", "reward", "accuracy", "groups/all_fail", "groups/all_solved", "groups/mixed",
@@ -171,15 +171,7 @@ def _score_cells(score: Score) -> list[str]:
     return [
         f"{score.problems:,}",
         str(most) if fewest == most else f"{fewest}-{most}",
-        *(escape(estimate_text(found, between="\n")) for found in score.pass_at.values()),
+        *(escape(found.text(between="\n")) for found in score.pass_at.values()),
         f"{score.mean_length:.0f}",
         f"{score.cut_share:.0%}",
     ]
-
-
-def estimate_text(found: Estimate, *, between: str = " ") -> str:
-    """Returns `0.433 [.36 .51]`, without brackets where the interval is undefined."""
-    if found.low is None or found.high is None:
-        return f"{found.value:.3f}"
-    low, high = (f"{end:.2f}".removeprefix("0") for end in (found.low, found.high))
-    return f"{found.value:.3f}{between}[{low} {high}]"

@@ -131,5 +131,5 @@ def save_checkpoint(parts: Parts, done: Position) -> Path:
             keep_last=parts.config.run.keep_last,
             world=parts.world,
         )
-    parts.reporter.saved(path)
+    parts.reporter.line(f"saved {path}")
     return path
