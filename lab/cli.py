@@ -15,8 +15,8 @@ app = typer.Typer(no_args_is_help=True, help="The bundled lab of tiny models, an
 
 @app.command("build")
 def lab_build(
-    out: Annotated[Path, typer.Argument(help="Where `models/` and `problems/` go.")] = Path("lab"),
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bits.")] = 0,
+    out: Annotated[Path, typer.Argument(help="Directory for `models/` and `problems/`.")] = Path("lab"),
+    seed: Annotated[int, typer.Option(help="Seed; the result is the same to the bit.")] = 0,
     only: Annotated[list[str] | None, typer.Option(help="Only this model. May be repeated.")] = None,
 ) -> None:
     """Make the lab's problems and its five tiny models from scratch: about 20 minutes on two cores.
