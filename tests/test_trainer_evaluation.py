@@ -15,7 +15,7 @@ from precompute.engines import Completion, Request, Sampling
 from precompute.engines.transformers_engine import TransformersEngine
 from precompute.verify.verifier import Verifier
 from store.records import Problem
-from trainer.config import DEFAULT_REWARDS, Config, EvalConfig, RolloutConfig, StudentConfig
+from trainer.config import DEFAULT_REWARDS, Config, EvalConfig, RolloutConfig, StudentConfig, TrainConfig
 from trainer.evaluation import (
     Estimate,
     Evaluation,
@@ -30,8 +30,17 @@ from trainer.method.groups import Prompt, Rewarder
 from trainer.run.prompts import fitting_prompts
 from trainer.telemetry.console import TrainReporter
 
+
+def sampling_of(samples: int, k: tuple[int, ...] = (1,), seed: int = 0) -> Config:
+    """Evaluations at temperature 1 with responses of at most 24 tokens."""
+    return Config(
+        eval=EvalConfig(samples=samples, k=k, temperature=1.0),
+        rollout=RolloutConfig(max_completion_length=24),
+        train=TrainConfig(seed=seed),
+    )
+
+
 PROBLEMS = [Problem(question=f"{n}+{n}", answer=str(2 * n)) for n in range(3)]
-SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=24)
 
 
 @pytest.mark.parametrize(
@@ -66,11 +75,11 @@ def test_a_pass_at_k_that_does_not_exist_is_refused(samples: int, correct: int, 
 
 
 def test_evaluations_sample_at_their_own_temperature_and_the_rollouts_length() -> None:
-    found = eval_sampling(
-        EvalConfig(temperature=0.3, top_p=0.9),
-        RolloutConfig(temperature=0.7, top_p=0.5, top_k=5, max_completion_length=77),
+    config = Config(
+        eval=EvalConfig(temperature=0.3, top_p=0.9),
+        rollout=RolloutConfig(temperature=0.7, top_p=0.5, top_k=5, max_completion_length=77),
     )
-    assert found == Sampling(temperature=0.3, top_p=0.9, top_k=0, max_tokens=77)
+    assert eval_sampling(config) == Sampling(temperature=0.3, top_p=0.9, top_k=0, max_tokens=77)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +111,7 @@ def test_a_seed_gives_the_same_samples_again_and_another_seed_others(
 ) -> None:
     engine = random_engine()
     first, again, other = (
-        evaluate(engine, rewarder, prompts, SAMPLING, samples=4, k=(1, 4), seed=seed) for seed in (0, 0, 1)
+        evaluate(sampling_of(4, (1, 4), seed), engine, rewarder, prompts) for seed in (0, 0, 1)
     )
     assert texts_of(first) == texts_of(again)
     assert first.metrics == again.metrics
@@ -114,12 +123,10 @@ def test_a_seed_gives_the_same_samples_again_and_another_seed_others(
 def test_samples_depend_on_no_other_problem_and_on_no_batch(
     rewarder: Rewarder, prompts: list[Prompt]
 ) -> None:
-    whole = evaluate(random_engine(), rewarder, prompts, SAMPLING, samples=4, k=(1,), seed=0)
-    turned = evaluate(
-        random_engine(batch_size=3), rewarder, prompts[::-1], SAMPLING, samples=4, k=(1,), seed=0
-    )
+    whole = evaluate(sampling_of(4), random_engine(), rewarder, prompts)
+    turned = evaluate(sampling_of(4), random_engine(batch_size=3), rewarder, prompts[::-1])
     assert texts_of(turned) == texts_of(whole)[::-1]
-    fewer = evaluate(random_engine(), rewarder, prompts[:1], SAMPLING, samples=2, k=(1,), seed=0)
+    fewer = evaluate(sampling_of(2), random_engine(), rewarder, prompts[:1])
     assert texts_of(fewer) == [texts_of(whole)[0][:2]]
 
 
@@ -152,7 +159,7 @@ class Reciting:
 def test_an_evaluation_by_hand(rewarder: Rewarder, prompts: list[Prompt]) -> None:
     right, wrong = "\\boxed{2}", "\\boxed{3}"  # 9 characters each; the second problem's gold answer is 2
     engine = Reciting([wrong] * 4, [wrong, right, wrong, right + "..."], ["\\boxed{4}"] * 4)
-    found = evaluate(engine, rewarder, prompts, SAMPLING, samples=4, k=(2, 4), seed=0)
+    found = evaluate(sampling_of(4, (2, 4)), engine, rewarder, prompts)
     # Right: 0, 1 (the cut one is never right) and 4 of 4.
     right_ones = [sample.is_correct for sample in found.samples]
     assert right_ones == [False] * 4 + [False, True, False, False] + [True] * 4
@@ -206,7 +213,7 @@ def test_sources_are_scored_separately_and_a_repeated_problem_gets_as_many_sampl
     ]
     # Gold answers 0, 2 and 4; two samples each are asked for. Right are 0 of 4, 1 of 2 and 1 of 2.
     engine = Reciting([wrong] * 4, [wrong, right], ["\\boxed{4}", wrong])
-    found = evaluate(engine, rewarder, chosen, SAMPLING, samples=2, k=(1, 2), seed=0)
+    found = evaluate(sampling_of(2, (1, 2)), engine, rewarder, chosen)
     aime, math = found.sources["aime"], found.sources["math"]
     assert (aime.problems, aime.samples, math.problems, math.samples) == (2, (2, 4), 1, (2, 2))
     assert aime.pass_at[1].value == 0.25  # (0 + 1/2) / 2: problems weigh the same, however many samples
@@ -216,25 +223,23 @@ def test_sources_are_scored_separately_and_a_repeated_problem_gets_as_many_sampl
     assert found.mean_of_sources == {"pass@1": 0.375, "pass@2": 0.75}  # (1/4 + 1/2) / 2, (1/2 + 1) / 2
     assert found.metrics["eval/aime/pass@1"] == 0.25
     one = [sourced(prompt, "math") for prompt in prompts]
-    alone = evaluate(Reciting(["a"], ["b"], ["c"]), rewarder, one, SAMPLING, samples=1, k=(1,), seed=0)
+    alone = evaluate(sampling_of(1), Reciting(["a"], ["b"], ["c"]), rewarder, one)
     assert (alone.sources, alone.mean_of_sources) == ({}, {})
 
 
 def test_existing_samples_are_not_generated_again(rewarder: Rewarder, prompts: list[Prompt]) -> None:
-    whole = evaluate(random_engine(), rewarder, prompts, SAMPLING, samples=4, k=(1,), seed=0)
+    whole = evaluate(sampling_of(4), random_engine(), rewarder, prompts)
     there = [sample for sample in whole.samples if sample.sample_index % 2]
     seen: list[tuple[int, int]] = []
     rest = eval_samples(
+        sampling_of(4),
         random_engine(),
         rewarder,
         prompts,
-        SAMPLING,
-        samples=4,
-        seed=0,
         existing={(sample.problem_id, sample.sample_index) for sample in there},
         on_sample=lambda done, total: seen.append((done, total)),
     )
     found = list(rest)
     assert len(found) == 6
     assert seen == [(done, 12) for done in range(7, 13)]
-    assert evaluation_of([*there, *found], prompts, samples=4, k=(1,)) == whole
+    assert evaluation_of(sampling_of(4).eval, [*there, *found], prompts) == whole

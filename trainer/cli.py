@@ -165,15 +165,9 @@ def evaluate(
     settings = read_config(config, [*(set_ or []), *overrides])
     console = console_of(stderr=True)
 
-    def started(folder: Path, existing: int, wanted: int) -> None:
-        counts = (
-            f"{existing:,} of {wanted:,} samples exist" if existing else f"{wanted:,} samples to generate"
-        )
-        console.print(f"{folder}: {counts}", highlight=False, soft_wrap=True, markup=False)
-
     try:
         with ConsoleReporter(console, settings.run) as reporter:
-            report = evaluate_model(settings, reporter, out=out, on_start=started)
+            report = evaluate_model(settings, reporter, out=out)
     except KeyboardInterrupt:
         console.print("\ninterrupted; verified samples are kept. Continue with the same command.")
         raise typer.Exit(130) from None
@@ -190,15 +184,12 @@ def _eval_overrides(
     ks = [int(each) if each.strip().isdecimal() else 0 for each in k.split(",")] if k else []
     if k and min(ks) < 1:
         raise UserError(f"--k {k}: write whole numbers of 1 or more with commas between, e.g. 1,8,32")
-    if samples is None:
-        samples = max(eval_config.samples, *ks) if ks else eval_config.samples
+    samples = samples or max(eval_config.samples, *ks, 1)
     ks = ks or [each for each in eval_config.k if each <= samples] or [1]
-    overrides = [f"student.model={json.dumps(model)}", f"eval.samples={samples}", f"eval.k={ks}"]
-    if problems:
-        overrides.append(f"problems.eval={json.dumps(problems)}")
-    if engine is not None:
-        overrides.append(f"eval.engine={json.dumps(engine)}")
-    return overrides
+    given = {"student.model": model, "eval.samples": samples, "eval.k": ks}
+    given |= {"problems.eval": problems} if problems else {}
+    given |= {"eval.engine": engine} if engine is not None else {}
+    return [f"{key}={json.dumps(value)}" for key, value in given.items()]
 
 
 def inspect_queries(

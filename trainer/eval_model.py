@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,17 @@ from precompute.engines.registry import load_engine, prepare_engine, resolve_eng
 from precompute.engines.transformers_engine import TransformersEngine
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, EngineError, RunError
-from store.format.files import FileLock, make_directory, remove_orphans, whole_file
+from store.format.files import FileLock, disk_errors_named, make_directory, remove_orphans, whole_file
 from store.records import content_hash
 from trainer.config import Config
 from trainer.evaluation import (
-    COVERAGE,
     EVAL_SCHEMA,
     EvalSample,
     Evaluation,
     eval_samples,
     eval_sampling,
     evaluation_of,
-    samples_of,
+    sample_keys,
 )
 from trainer.method.groups import Prompt, Rewarder
 from trainer.method.rollouts import demanded_form
@@ -49,12 +48,8 @@ from trainer.telemetry.console import TrainReporter
 
 NAME = "eval"
 """Name of the model as a teacher of the engines."""
-PART_SAMPLES = 512
-PART_SECONDS = 10.0
-"""A part is written after this many samples or seconds: the most that a kill may lose."""
-
-OnStart = Callable[[Path, int, int], None]
-"""(directory, number of existing samples, number of wanted samples)"""
+PART_SECONDS = 3.0
+"""A part is written after this many seconds: the most that a kill may lose."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,13 +62,18 @@ class EvalReport:
     """The body of results.json."""
 
 
-def evaluate_model(
-    config: Config,
-    reporter: TrainReporter,
-    *,
-    out: Path | None = None,
-    on_start: OnStart = lambda out, existing, wanted: None,
-) -> EvalReport:
+@contextmanager
+def _naming_the_model() -> Iterator[None]:
+    """Makes errors about a teacher or the student name MODEL, the command's argument."""
+    try:
+        yield
+    except EngineError as error:
+        text = str(error).removeprefix(f"teacher {NAME!r}: ").replace("student.model = ", "MODEL = ")
+        raise EngineError(text) from error
+
+
+@_naming_the_model()
+def evaluate_model(config: Config, reporter: TrainReporter, *, out: Path | None = None) -> EvalReport:
     """Samples `eval.samples` responses per problem of `problems.eval` from `student.model` into `out`.
 
     The default directory is run.dir/evals/MODEL-PROBLEMS-HASH, with a hash of the recipe. Problems whose gold
@@ -82,48 +82,36 @@ def evaluate_model(
     """
     if not config.problems.eval:
         raise ConfigError("no problems to evaluate on: give --problems FILE or set problems.eval")
-    check_model(config.student, named="MODEL")
+    check_model(config.student)
     engine_name = _engine_name(config)
     with Verifier.configured(config.verify) as verifier:
         problems = usable_problems(config, "eval", verifier, reporter)
-        with _naming_the_model():
-            tokenizer = load_tokenizer(config.student)
+        tokenizer = load_tokenizer(config.student)
         prompts = fitting_prompts(config, problems, tokenizer, reporter)
         warn_of_prompts(config, tokenizer, prompts, reporter)
-        rewarder = Rewarder(
-            verifier,
-            answer_form=demanded_form(config.student, problems),
-            weights=config.rewards,
-        )
+        form = demanded_form(config.student, problems)
+        rewarder = Rewarder(verifier, answer_form=form, weights=config.rewards)
         recipe = recipe_of(config, engine_name, prompts, rewarder)
         names = [Path(config.student.model).absolute().name, Path(config.problems.eval).stem]
         default = Path(config.run.dir, "evals", "-".join([*names, content_hash(recipe)[:8]]))
         root = (out or default).absolute()
         with opened(root, recipe):
-            existing = read_samples(root)
-            done = {(row.problem_id, row.sample_index) for row in existing}
-            wanted = {
-                (prompt.problem.problem_id, s)
-                for prompt in prompts
-                for s in range(samples_of(prompt.problem, config.eval.samples))
-            }
-            on_start(root, len(wanted & done), len(wanted))
-            if not wanted <= done:
+            done = {(row.problem_id, row.sample_index) for row in read_samples(root)}
+            wanted = sample_keys(config.eval, prompts)
+            missing = sum(key not in done for key in wanted)
+            reporter.line(f"{root}: {len(wanted) - missing:,} of {len(wanted):,} samples exist")
+            if missing:
                 with _loaded(config, engine_name, tokenizer, prompts, reporter) as engine:
                     new = eval_samples(
+                        config,
                         engine,
                         rewarder,
                         prompts,
-                        eval_sampling(config.eval, config.rollout),
-                        samples=config.eval.samples,
-                        seed=config.train.seed,
                         existing=done,
                         on_sample=lambda count, total: reporter.sampling("evaluation", count, total),
                     )
                     write_samples(root, new)
-            evaluation = evaluation_of(
-                read_samples(root), prompts, samples=config.eval.samples, k=config.eval.k
-            )
+            evaluation = evaluation_of(config.eval, read_samples(root), prompts)
             results = results_of(config, evaluation)
             _write_json(root / "results.json", results)
     return EvalReport(out=root, evaluation=evaluation, results=results)
@@ -133,7 +121,6 @@ def recipe_of(
     config: Config, engine_name: str, prompts: Sequence[Prompt], rewarder: Rewarder
 ) -> dict[str, Any]:
     """Returns what all samples of one directory have in common; their number may grow."""
-    sampling = asdict(eval_sampling(config.eval, config.rollout))
     model = config.student.model
     return {
         "model": str(Path(model).absolute()) if Path(model).is_dir() else model,
@@ -142,7 +129,7 @@ def recipe_of(
         "problems": str(Path(config.problems.eval).absolute()),
         "prompts": f"{len(prompts)}, {content_hash([prompt.ids for prompt in prompts])}",
         "golds": content_hash([prompt.problem.answer for prompt in prompts]),
-        **{key: sampling[key] for key in ("temperature", "top_p", "top_k", "max_tokens")},
+        **asdict(eval_sampling(config)),
         "seed": config.train.seed,
         "engine": engine_name,
         "dtype": config.eval.engine_args.get("dtype", config.student.dtype),
@@ -157,7 +144,7 @@ def results_of(config: Config, evaluation: Evaluation) -> dict[str, Any]:
     return {
         "model": config.student.model,
         "problems": config.problems.eval,
-        "interval": f"{COVERAGE:.0%}, bootstrap over problems",
+        "interval": "95%, bootstrap over problems",
         **evaluation.metrics,
         "overall": asdict(evaluation.overall),
         "sources": {source: asdict(score) for source, score in evaluation.sources.items()},
@@ -169,27 +156,22 @@ def results_of(config: Config, evaluation: Evaluation) -> dict[str, Any]:
 def opened(root: Path, recipe: Mapping[str, Any]) -> Iterator[None]:
     """Locks the directory for this process. RunError when it holds another recipe or something else."""
     path = root / "eval.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    if stored is None and root.exists() and any(root.iterdir()):
+    if not path.exists() and root.exists() and any(root.iterdir()):
         raise RunError(f"--out {root} holds something other than an evaluation; choose a new directory")
-    old = stored or recipe
-    changed = [
-        f"{key} = {old.get(key)!r}, now {recipe.get(key)!r}"
-        for key in sorted({*old, *recipe})
-        if old.get(key) != recipe.get(key)
-    ]
-    if changed:
-        raise RunError(
-            f"--out {root} holds an evaluation with {'; '.join(changed)}; choose another directory"
-        )
-    try:
+    with disk_errors_named(root):
         make_directory(root)
-    except OSError as error:
-        raise RunError(f"--out {root}: {error.strerror or error}") from error
-    lock = FileLock(root / ".write.lock")
-    if not lock.acquire(wait=False):
-        raise RunError(f"--out {root}: another process (pid {lock.holder()}) is writing there")
+        lock = FileLock(root / ".write.lock")
+        if not lock.acquire(wait=False):
+            raise RunError(f"--out {root}: another process (pid {lock.holder()}) is writing there")
     try:
+        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else recipe
+        changed = [
+            f"{key} = {old.get(key)!r}, now {recipe[key]!r}" for key in recipe if old.get(key) != recipe[key]
+        ]
+        if changed:
+            raise RunError(
+                f"--out {root} holds an evaluation with {'; '.join(changed)}; choose another directory"
+            )
         remove_orphans(root)
         _write_json(path, recipe)
         yield
@@ -210,7 +192,7 @@ def write_samples(root: Path, samples: Iterable[EvalSample]) -> None:
     try:
         for sample in samples:
             buffer.append(sample)
-            if len(buffer) >= PART_SAMPLES or time.monotonic() - since >= PART_SECONDS:
+            if time.monotonic() - since >= PART_SECONDS:
                 _write_part(root / "samples", buffer)
                 buffer, since = [], time.monotonic()
     finally:
@@ -219,9 +201,9 @@ def write_samples(root: Path, samples: Iterable[EvalSample]) -> None:
 
 
 def _write_part(folder: Path, samples: Sequence[EvalSample]) -> None:
-    numbers = [int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.parquet")]
+    number = len(list(folder.glob("part-*.parquet"))) + 1
     table = pa.Table.from_pylist([asdict(sample) for sample in samples], schema=EVAL_SCHEMA)
-    with whole_file(folder / f"part-{max(numbers, default=0) + 1:06d}.parquet") as file:
+    with whole_file(folder / f"part-{number:06d}.parquet") as file:
         pq.write_table(table, file, compression="zstd")
 
 
@@ -233,20 +215,19 @@ def _write_json(path: Path, body: Mapping[str, Any]) -> None:
 def _engine_name(config: Config) -> str:
     """Returns the engine, checked before anything is loaded."""
     name = resolve_engine(config.eval.engine)
-    if name == "transformers" and config.eval.engine_args:
-        key = next(iter(config.eval.engine_args))
-        raise ConfigError(
-            f"eval.engine_args.{key}: the engine transformers reads student.dtype, student.device and "
-            "rollout.batch_size instead"
-        )
-    if name != "transformers":
-        if (Path(config.student.model) / ADAPTERS).is_file():
-            raise EngineError(
-                f"{config.student.model} holds only adapters, which {name} cannot load as a model: "
-                f"ampo model merge {config.student.model} OUT, or --engine transformers"
+    if name == "transformers":
+        for key in config.eval.engine_args:
+            raise ConfigError(
+                f"eval.engine_args.{key}: the engine transformers reads student.dtype, student.device and "
+                "rollout.batch_size instead"
             )
-        with _naming_the_model():
-            prepare_engine(_as_teacher(config, name), name)
+        return name
+    if (Path(config.student.model) / ADAPTERS).is_file():
+        raise EngineError(
+            f"{config.student.model} holds only adapters, which {name} cannot load as a model: "
+            f"ampo model merge {config.student.model} OUT, or --engine transformers"
+        )
+    prepare_engine(_as_teacher(config, name), name)
     return name
 
 
@@ -257,42 +238,28 @@ def _loaded(
     """Loads the model; with transformers as training does, so that both generate the same samples."""
     if engine_name == "transformers":
         student, weights = as_saved(config.student)
-        with _naming_the_model():
-            policy = load_policy(student, temperature=1.0, weights=weights)
+        policy = load_policy(student, temperature=1.0, weights=weights)
         with policy.computing():
             yield TransformersEngine(policy.model, tokenizer, batch_size=config.rollout.batch_size)
         return
     longest = max(len(prompt.ids) for prompt in prompts)
     teacher = _as_teacher(config, engine_name)
-    with _naming_the_model():
-        engine = load_engine(teacher, engine_name, tokenizer, longest_prompt=longest, report=reporter.warned)
-    try:
+    report = reporter.warned
+    engine = load_engine(teacher, engine_name, tokenizer, longest_prompt=longest, report=report)
+    with closing(engine):
         yield engine
-    finally:
-        engine.close()
-
-
-@contextmanager
-def _naming_the_model() -> Iterator[None]:
-    """Makes errors about a teacher or the student name MODEL, the command's argument."""
-    try:
-        yield
-    except EngineError as error:
-        text = str(error).removeprefix(f"teacher {NAME!r}: ").replace("student.model = ", "MODEL = ")
-        raise EngineError(text) from error
 
 
 def _as_teacher(config: Config, engine_name: str) -> TeacherConfig:
     """Returns the model in the form that the engines load."""
-    return TeacherConfig.model_validate(
-        {
-            "name": NAME,
-            "model": config.student.model,
-            "revision": config.student.revision,
-            "engine": engine_name,
-            "max_tokens": config.rollout.max_completion_length,
-            "dtype": config.student.dtype,
-            "batch_size": config.rollout.batch_size,
-            **config.eval.engine_args,
-        }
-    )
+    student = config.student
+    given = {
+        "name": NAME,
+        "model": student.model,
+        "revision": student.revision,
+        "engine": engine_name,
+        "max_tokens": config.rollout.max_completion_length,
+        "dtype": student.dtype,
+        "batch_size": config.rollout.batch_size,
+    }
+    return TeacherConfig.model_validate(given | config.eval.engine_args)

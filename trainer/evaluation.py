@@ -7,6 +7,7 @@ Evaluations during training and `ampo eval` generate the same samples from the s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import comb
@@ -16,16 +17,13 @@ import numpy as np
 import pyarrow as pa
 
 from precompute.engines import Engine, Sampling
-from store.records import Problem
-from trainer.config import EvalConfig, RolloutConfig
+from trainer.config import Config, EvalConfig
 from trainer.method.groups import Prompt, Rewarder
 from trainer.method.rollouts import rewarded_samples
 from trainer.parallel.world import ALONE, World
 
 RESAMPLES = 2000
-"""Bootstrap samples behind each interval."""
-COVERAGE = 0.95
-"""Coverage of the confidence intervals."""
+"""Bootstrap samples behind each 95 % interval."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,69 +143,61 @@ def mean_with_interval(values: Sequence[float], *, seed: int = 0) -> Estimate:
     if min(values) < max(values):
         indices = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
         means = np.asarray(values)[indices].mean(axis=1)  # [RESAMPLES]
-        tail = (1 - COVERAGE) / 2
-        low, high = map(float, np.quantile(means, (tail, 1 - tail), method="inverted_cdf"))
+        low, high = map(float, np.quantile(means, (0.025, 0.975), method="inverted_cdf"))
     return Estimate(value=fmean(values), low=low, high=high)
 
 
-def eval_sampling(config: EvalConfig, rollout: RolloutConfig) -> Sampling:
+def eval_sampling(config: Config) -> Sampling:
     """Returns the sampling of evaluations: their own temperature and top_p, the rollouts' length."""
     return Sampling(
-        temperature=config.temperature,
-        top_p=config.top_p,
+        temperature=config.eval.temperature,
+        top_p=config.eval.top_p,
         top_k=0,
-        max_tokens=rollout.max_completion_length,
+        max_tokens=config.rollout.max_completion_length,
     )
 
 
 def evaluate(
+    config: Config,
     engine: Engine,
     rewarder: Rewarder,
     prompts: Sequence[Prompt],
-    sampling: Sampling,
     *,
-    samples: int,
-    k: Sequence[int],
-    seed: int,
     world: World = ALONE,
     on_sample: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Generates and verifies `samples` responses per prompt; each rank of `world` takes its share of prompts.
+    """Generates and verifies `eval.samples` responses per prompt; each rank takes its share of the prompts.
 
     One seed always gives the same samples, so that two evaluations differ by the policy alone.
     """
-    own = world.share(prompts)
-    rows = list(
-        eval_samples(engine, rewarder, own, sampling, samples=samples, seed=seed, on_sample=on_sample)
-    )
+    rows = list(eval_samples(config, engine, rewarder, world.share(prompts), on_sample=on_sample))
     gathered = [row for shares in world.gather(rows) for row in shares]
-    return evaluation_of(gathered, prompts, samples=samples, k=k)
+    return evaluation_of(config.eval, gathered, prompts)
 
 
 def eval_samples(
+    config: Config,
     engine: Engine,
     rewarder: Rewarder,
     prompts: Sequence[Prompt],
-    sampling: Sampling,
     *,
-    samples: int,
-    seed: int,
     existing: Collection[tuple[str, int]] = (),
     on_sample: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[EvalSample]:
     """Yields the samples that are not `existing` (problem_id, sample_index) as soon as they are verified.
 
-    `on_sample` counts the existing ones as done.
+    `on_sample` is called with (samples done, samples in all), the existing ones included.
     """
-    wanted = [(p, s) for p, prompt in enumerate(prompts) for s in range(samples_of(prompt.problem, samples))]
-    missing = [(p, s) for p, s in wanted if (prompts[p].problem.problem_id, s) not in existing]
+    wanted = sample_keys(config.eval, prompts)
+    by_id = {prompt.problem.problem_id: p for p, prompt in enumerate(prompts)}
+    missing = [(by_id[key], s) for key, s in wanted if (key, s) not in existing]
     verified = rewarded_samples(
         engine,
         rewarder,
         prompts,
-        sampling,
+        eval_sampling(config),
         missing,
-        seed=seed,
+        seed=config.train.seed,
         key="eval",
         on_sample=lambda done, _: on_sample(len(wanted) - len(missing) + done, len(wanted)),
     )
@@ -224,41 +214,38 @@ def eval_samples(
         )
 
 
-def samples_of(problem: Problem, samples: int) -> int:
-    """Returns the number of samples of this problem: `samples`, or its repeats in the file if more."""
-    return max(samples, problem.repeats)
+def sample_keys(config: EvalConfig, prompts: Sequence[Prompt]) -> list[tuple[str, int]]:
+    """Returns (problem_id, sample_index) of every sample; a problem has at least its repeats in the file."""
+    problems = [prompt.problem for prompt in prompts]
+    return [(each.problem_id, s) for each in problems for s in range(max(config.samples, each.repeats))]
 
 
-def evaluation_of(
-    rows: Sequence[EvalSample], prompts: Sequence[Prompt], *, samples: int, k: Sequence[int]
-) -> Evaluation:
+def evaluation_of(config: EvalConfig, rows: Sequence[EvalSample], prompts: Sequence[Prompt]) -> Evaluation:
     """Computes an evaluation from rows in any order; other problems and samples are ignored."""
     found = {(row.problem_id, row.sample_index): row for row in rows}
-    groups = [
-        [found[prompt.problem.problem_id, s] for s in range(samples_of(prompt.problem, samples))]
-        for prompt in prompts
-    ]
-    sources = sorted({group[0].source for group in groups})
+    ordered = [found[key] for key in sample_keys(config, prompts)]
+    by_source: dict[str, list[EvalSample]] = {}
+    for row in ordered:
+        by_source.setdefault(row.source, []).append(row)
+    sources = {source: _score(rows, config.k) for source, rows in sorted(by_source.items())}
     return Evaluation(
-        n=samples,
-        overall=_score(groups, k),
-        sources={
-            source: _score([group for group in groups if group[0].source == source], k)
-            for source in (sources if len(sources) > 1 else ())
-        },
-        samples=tuple(row for group in groups for row in group),
+        n=config.samples,
+        overall=_score(ordered, config.k),
+        sources=sources if len(sources) > 1 else {},
+        samples=tuple(ordered),
     )
 
 
-def _score(groups: Sequence[Sequence[EvalSample]], k: Sequence[int]) -> Score:
-    """groups: the samples of each problem."""
-    counts = [(len(group), sum(row.is_correct for row in group)) for group in groups]
-    rows = [row for group in groups for row in group]
+def _score(rows: Sequence[EvalSample], k: Sequence[int]) -> Score:
+    samples = Counter(row.problem_id for row in rows)
+    correct = Counter(row.problem_id for row in rows if row.is_correct)
     return Score(
-        problems=len(groups),
-        samples=(min(n for n, _ in counts), max(n for n, _ in counts)),
+        problems=len(samples),
+        samples=(min(samples.values()), max(samples.values())),
         pass_at={
-            each: mean_with_interval([pass_at_k(samples=n, correct=c, k=each) for n, c in counts])
+            each: mean_with_interval(
+                [pass_at_k(samples=n, correct=correct[problem], k=each) for problem, n in samples.items()]
+            )
             for each in sorted({1, *k})
         },
         mean_length=fmean(row.n_tokens for row in rows),

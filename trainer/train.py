@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import Config
-from trainer.evaluation import eval_sampling, evaluate
+from trainer.evaluation import evaluate
 from trainer.method.groups import Group, Prompt
 from trainer.method.guidance import QueryRow
 from trainer.method.rollouts import problems_of_step, refills_of_step, sample_groups, sampling_of
@@ -228,13 +228,10 @@ def evaluate_student(parts: Parts, step: int) -> dict[str, float]:
     config, timer = parts.config, StepTimer()
     with parts.sampler.sampling(), parts.policy.computing():
         evaluation = evaluate(
+            config,
             parts.sampler,
             parts.rewarder,
             parts.eval_prompts,
-            eval_sampling(config.eval, config.rollout),
-            samples=config.eval.samples,
-            k=config.eval.k,
-            seed=config.train.seed,
             world=parts.world,
             on_sample=lambda done, total: parts.reporter.sampling("evaluation", done, total),
         )
