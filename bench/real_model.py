@@ -40,9 +40,9 @@ from trainer.method.teacher_traces import Candidate
 from trainer.reports.inspection import open_run, query_rows, read_metrics
 from trainer.reports.tables import by_query
 from trainer.run.checkpoint import checkpoints
-from trainer.run.prompts import fitting_prompts
+from trainer.run.prompts import fitting_prompts, usable_problems
 from trainer.run.run_dir import step_of
-from trainer.run.setup import make_guide, usable_problems
+from trainer.run.setup import make_guide
 from trainer.student.batches import fill, pad
 from trainer.student.load import load_policy
 from trainer.student.policy import Policy

@@ -368,7 +368,7 @@ def test_a_store_that_knows_no_problem_is_warned_of(world: Path, model_dir: Path
         train__max_steps=1,
     )
     train(settings, reporter=reporter)
-    assert any("is it the right store?" in warning for warning in reporter.warnings)
+    assert any("0 of 8 training problems: is it the right store?" in warning for warning in reporter.warnings)
 
 
 def test_a_checkpoint_that_cannot_be_written_says_so_and_leaves_the_older_ones(

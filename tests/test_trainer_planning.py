@@ -336,11 +336,7 @@ def test_a_prompt_with_brackets_is_shown_as_it_is(tmp_path: Path, model_dir: Pat
     assert "<user>[b]1[/b]+1<assistant>" in report
 
 
-def test_warnings_of_unread_keys_and_of_a_large_k(world: Path, model_dir: Path) -> None:
-    changes = {"rollout__vllm_gpu_memory_utilization": 0.3, "guidance__k": 4, "rollout__num_generations": 4}
-    report, _ = printed(config_of(world, model_dir, **changes))
+def test_a_key_that_is_not_read_is_warned_of(world: Path, model_dir: Path) -> None:
+    report, _ = printed(config_of(world, model_dir, rollout__vllm_gpu_memory_utilization=0.3))
     assert 'rollout.vllm_gpu_memory_utilization = 0.3 is not read: rollout.engine = "transformers"' in report
-    assert "guidance.k = 4: one sample" in report
-    assert "rollout.num_generations - 1 = 3 traces" in report
-    assert "warning" not in printed(config_of(world, model_dir, guidance__k=3))[0]
-    assert "warning" not in printed(config_of(world, model_dir, guidance__k=4, guidance__trigger="never"))[0]
+    assert "warning" not in printed(config_of(world, model_dir))[0]

@@ -40,9 +40,8 @@ from trainer.evaluation import (
 )
 from trainer.method.groups import Prompt, Rewarder
 from trainer.method.rollouts import demanded_form
-from trainer.run.prompts import fitting_prompts, warn_of_prompts
+from trainer.run.prompts import fitting_prompts, usable_problems
 from trainer.run.saved_model import ADAPTERS, as_saved, check_model, fingerprint
-from trainer.run.setup import usable_problems
 from trainer.student.load import load_policy, load_tokenizer
 from trainer.telemetry.console import TrainReporter
 
@@ -88,7 +87,6 @@ def evaluate_model(config: Config, reporter: TrainReporter, *, out: Path | None 
         problems = usable_problems(config, "eval", verifier, reporter)
         tokenizer = load_tokenizer(config.student)
         prompts = fitting_prompts(config, problems, tokenizer, reporter)
-        warn_of_prompts(config, tokenizer, prompts, reporter)
         form = demanded_form(config.student, problems)
         rewarder = Rewarder(verifier, answer_form=form, weights=config.rewards)
         recipe = recipe_of(config, engine_name, prompts, rewarder)

@@ -26,16 +26,15 @@ from store.errors import ConfigError, EngineError, UserError
 from trainer.config import Config, StudentConfig
 from trainer.parallel.world import World
 from trainer.run.checkpoint import check_config, read_state
+from trainer.run.prompts import checked_prompts, usable_problems
 from trainer.run.resume import find_start
 from trainer.run.run_dir import Position, RunFiles
 from trainer.run.saved_model import check_model
 from trainer.run.setup import (
     check_choices,
     check_tokenizers,
-    checked_prompts,
     covered,
     open_store,
-    usable_problems,
 )
 from trainer.student.load import compute_dtype, load_tokenizer, pick_device
 from trainer.telemetry.console import TrainReporter

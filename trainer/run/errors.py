@@ -16,16 +16,16 @@ from trainer.run.run_dir import Position, RunFiles
 @contextmanager
 def explain_step(run: RunFiles, step: Position, saved: Path | None) -> Iterator[None]:
     """Turns an error of a step into one line that names the cause and the last checkpoint."""
-    where = f"the last checkpoint is {saved}" if saved else "there is no checkpoint yet"
+    where = f"the last checkpoint is {saved}" if saved else "no checkpoint exists yet"
     try:
         yield
-    except NonFiniteError as error:
-        batch = run.write_failed_batch(step, error.sequences)
-        raise TrainingError(
-            f"{step}: {error}; its batch is in {batch}; {where}; a smaller train.learning_rate often helps"
-        ) from error
     except FloatingPointError as error:
-        raise TrainingError(f"{step}: {error}; {where}; a smaller train.learning_rate often helps") from error
+        batch = ""
+        if isinstance(error, NonFiniteError):
+            batch = f"its batch is in {run.write_failed_batch(step, error.sequences)}; "
+        raise TrainingError(
+            f"{step}: {error}; {batch}{where}; a smaller train.learning_rate often helps"
+        ) from error
     except EngineError as error:
         raise TrainingError(f"{step}: {error}; {where}") from error
     except torch.OutOfMemoryError as error:

@@ -37,8 +37,9 @@ def as_saved(student: StudentConfig) -> tuple[StudentConfig, Path | None]:
     folder = Path(student.model)
     if not (folder / ADAPTERS).is_file():
         return student.model_copy(update={"use_peft": False, "load_in_4bit": False}), None
+    base = json.loads((folder / ADAPTERS).read_text(encoding="utf-8")).get("base_model_name_or_path")
     trained = trained_student(folder) or student.model_copy(
-        update={"model": _base_model(folder), "revision": None, "use_peft": True}
+        update={"model": base, "revision": None, "use_peft": True}
     )
     check_model(trained, named=f"student.model of {folder}")
     kept = {key: getattr(student, key) for key in ("dtype", "device", "chat_template")}
@@ -51,13 +52,6 @@ def trained_student(checkpoint: Path) -> StudentConfig | None:
     if not path.is_file():
         return None
     return StudentConfig.model_validate(json.loads(path.read_text(encoding="utf-8"))["config"]["student"])
-
-
-def _base_model(adapters: Path) -> str:
-    name = json.loads((adapters / ADAPTERS).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not name:
-        raise EngineError(f"{adapters / ADAPTERS} does not name the model that its adapters belong to")
-    return str(name)
 
 
 def fingerprint(model: str) -> str | None:

@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from precompute.config import AnswerForm
-from precompute.problems.problem_files import load_problems, of_key, split_by_gold
 from precompute.problems.prompts import tokenizer_fingerprint
 from precompute.verify.verifier import Verifier
-from store.errors import ConfigError, ProblemsError, StoreError
+from store.errors import StoreError
 from store.reader import TraceStore, Usable
 from store.records import Problem, TeacherRecord, content_hash
 from store.registry import lookup
@@ -23,16 +21,16 @@ from trainer.config import Config
 from trainer.method.groups import REWARDS, Prompt, Rewarder
 from trainer.method.guidance import SELECTORS, TRIGGERS, Guide
 from trainer.method.loss import make_policy_loss
-from trainer.method.rollouts import demanded_form, problems_of_step
+from trainer.method.rollouts import demanded_form
 from trainer.method.sft import Sft, choose_traces
-from trainer.method.teacher_traces import StudentTokens, TraceReader
+from trainer.method.teacher_traces import TraceReader
 from trainer.method.update import Updater
 from trainer.parallel.fsdp import check_shardable, initial_device, shard
 from trainer.parallel.world import ALONE, World
-from trainer.run.prompts import fitting_prompts, warn_of_prompts
+from trainer.run.prompts import checked_prompts, usable_problems
 from trainer.run.run_dir import RunFiles
 from trainer.run.saved_model import check_model
-from trainer.sampling.samplers import Sampler, check_sampler, make_sampler, sampler_warnings
+from trainer.sampling.samplers import Sampler, check_sampler, make_sampler
 from trainer.student.load import WithoutAdapters, load_policy
 from trainer.student.optimizer import make_optimizer
 from trainer.student.policy import Policy, Reference
@@ -137,22 +135,6 @@ def check_choices(config: Config, world: World) -> None:
     check_shardable(config, world)
 
 
-def checked_prompts(
-    config: Config,
-    problems: Sequence[Problem],
-    held_out: Sequence[Problem],
-    tokenizer: Any,
-    model_config: Any,
-    reporter: TrainReporter,
-) -> tuple[list[Prompt], list[Prompt]]:
-    """Returns the prompts of the training and of the held-out problems; warns of those left out."""
-    train = fitting_prompts(config, problems, tokenizer, reporter)
-    held = fitting_prompts(config, held_out, tokenizer, reporter) if held_out else []
-    warn_of_prompts(config, tokenizer, train, reporter)
-    check_plan(config, train, held, model_config, reporter)
-    return train, held
-
-
 def load_student(config: Config, world: World, weights: Path | None = None) -> Policy:
     """Returns the student, not sharded yet; `weights`: a checkpoint to resume from."""
     return load_policy(
@@ -165,61 +147,53 @@ def load_student(config: Config, world: World, weights: Path | None = None) -> P
 
 
 def make_updater(config: Config, policy: Policy, optimizer: torch.optim.Optimizer, world: World) -> Updater:
-    """Returns the updater that takes the optimizer steps of RL."""
+    """Returns the updater of RL; its reference for the KL is the student as it was before training."""
+    reference: Reference | None = None
+    if config.train.beta and config.student.use_peft:
+        reference = WithoutAdapters(policy)
+    elif config.train.beta:
+        reference = load_student(config, world)
+        reference.model.requires_grad_(False).eval()
+        shard(reference, world)
     return Updater(
         policy,
         optimizer,
         config.train,
         make_policy_loss(config.train, config.guidance),
         max_completion_length=config.rollout.max_completion_length,
-        reference=_reference(config, policy, world),
+        reference=reference,
         world=world,
     )
 
 
-def check_plan(
-    config: Config,
-    train_prompts: Sequence[Prompt],
-    eval_prompts: Sequence[Prompt],
-    model_config: Any,
-    reporter: TrainReporter,
-) -> None:
-    """Raises ConfigError for too few problems, and for prompts and responses that are too long."""
-    per_step, rollout = config.train.problems_per_step, config.rollout
-    problems_of_step(train_prompts, step=1, per_step=per_step, seed=config.train.seed)
-    longest = max(len(prompt.ids) for prompt in (*train_prompts, *eval_prompts))
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and longest + rollout.max_completion_length > positions:
-        room = max(positions - longest, 0)
-        raise ConfigError(
-            f"rollout.max_completion_length = {rollout.max_completion_length} and a {longest}-token prompt "
-            f"exceed the student's {positions} positions; set it to {room} at most"
-        )
-    for warning in sampler_warnings(rollout):
-        reporter.warned(warning)
-    if config.guidance.trigger != "never" and config.guidance.k >= rollout.num_generations:
-        reporter.warned(
-            f"guidance.k = {config.guidance.k}: one sample of the student stays in every group, so at most "
-            f"rollout.num_generations - 1 = {rollout.num_generations - 1} traces can replace samples"
-        )
+def open_store(config: Config, stack: ExitStack) -> TraceStore | None:
+    """Returns the store if the run reads it; StoreError when a configured teacher is not in it."""
+    if config.guidance.trigger == "never" and not config.sft.steps:
+        return None
+    store = stack.enter_context(TraceStore(config.store.path))
+    known = sorted(store.teachers())
+    for name in config.guidance.teachers:
+        if name not in known:
+            raise StoreError(
+                f"guidance.teachers names {name!r}; {store.path} has: {', '.join(known) or 'none'}"
+            )
+    return store
 
 
 def check_store(
     config: Config, store: TraceStore, guide: Guide, prompts: Sequence[Prompt], reporter: TrainReporter
 ) -> None:
-    """Warns when the store knows none of the problems; refuses traces that `shaped_ratio` cannot use."""
+    """Warns when the store knows few of the problems; refuses traces that `shaped_ratio` cannot use."""
     if config.guidance.reads_teacher_logprobs and guide.traces is not None:
         fingerprint = tokenizer_fingerprint(guide.policy.tokenizer)
         check_tokenizers(store.teachers(), fingerprint, config.guidance.teachers)
         for _ in guide.traces.all_candidates(prompts):  # raises for the first trace that does not fit
             pass
     known = covered(store, [prompt.problem for prompt in prompts], config)
-    if not known:
-        reporter.warned(f"{store.path} has no verified trace of any training problem: is it the right store?")
-    elif known < len(prompts) / 2:
+    if known < len(prompts) / 2:
         reporter.warned(
-            f"{store.path} has verified traces of {known} of {len(prompts)} training problems; where all "
-            "samples of another one fail, nothing is learnt"
+            f"{store.path} has verified traces of {known} of {len(prompts)} training problems: is it the "
+            "right store? Where all samples of another problem fail, nothing is learnt"
         )
     for part in store.damaged:
         reporter.warned(f"{part.part} cannot be read ({part.reason}); its traces are left out")
@@ -227,19 +201,31 @@ def check_store(
 
 def covered(store: TraceStore, problems: Sequence[Problem], config: Config) -> int:
     """Returns the number of problems with a usable trace of a configured teacher."""
-    wanted = set(config.guidance.teachers)
     teachers = {row["problem_id"]: set(row["teachers"]) for row in problem_rows(store)}
-    found = (teachers.get(problem.problem_id, set()) for problem in problems)
-    return sum(bool(wanted & each if wanted else each) for each in found)
+    wanted = set(config.guidance.teachers or store.teachers())
+    return sum(not wanted.isdisjoint(teachers.get(problem.problem_id, ())) for problem in problems)
+
+
+def check_tokenizers(
+    teachers: Mapping[str, TeacherRecord], student_fingerprint: str, used: Sequence[str]
+) -> None:
+    """Raises StoreError unless every used teacher has the student's tokenizer: `shaped_ratio` compares
+    probabilities of the same tokens."""
+    for name in used or sorted(teachers):
+        if teachers[name].tokenizer_fingerprint != student_fingerprint:
+            raise StoreError(
+                f'guidance.loss = "shaped_ratio" needs the student\'s tokenizer in every teacher, and '
+                f'{name!r} ({teachers[name].model}) has another; use guidance.loss = "shaped"'
+            )
 
 
 def trace_reader(
-    config: Config, store: TraceStore, student: StudentTokens, form: AnswerForm, *, own_ids: bool
+    config: Config, store: TraceStore, policy: Policy, form: AnswerForm, *, own_ids: bool
 ) -> TraceReader:
     """Returns the reader of the store's traces; `own_ids`: in the teachers' own tokens."""
     return TraceReader(
         store=store,
-        student=student,
+        student=policy,
         form=form,
         teachers=config.guidance.teachers,
         max_length=config.rollout.max_completion_length,
@@ -269,7 +255,7 @@ def make_sft(
     reporter: TrainReporter,
     world: World,
 ) -> Sft:
-    """Returns SFT with its traces chosen; without `sft.steps` there are none."""
+    """Returns SFT with its traces chosen; without `sft.steps` it has none."""
     if not config.sft.steps or store is None:
         return Sft(config, policy, None, world=world)
     # In the student's own tokens, whatever `guidance.loss` is.
@@ -278,70 +264,3 @@ def make_sft(
         config.sft, reader, prompts, lambda done, total: reporter.sampling("traces for SFT", done, total)
     )
     return Sft(config, policy, reader, chosen, world)
-
-
-def check_tokenizers(
-    teachers: Mapping[str, TeacherRecord], student_fingerprint: str, used: Sequence[str]
-) -> None:
-    """Raises StoreError unless every used teacher has the student's tokenizer: `shaped_ratio` compares
-    probabilities of the same tokens."""
-    for name in used or sorted(teachers):
-        if teachers[name].tokenizer_fingerprint != student_fingerprint:
-            raise StoreError(
-                f'guidance.loss = "shaped_ratio" needs the student\'s tokenizer in every teacher, and '
-                f'{name!r} ({teachers[name].model}) has another; use guidance.loss = "shaped"'
-            )
-
-
-def reads_store(config: Config) -> bool:
-    """Returns whether a run reads traces."""
-    return config.guidance.trigger != "never" or config.sft.steps > 0
-
-
-def open_store(config: Config, stack: ExitStack) -> TraceStore | None:
-    """Returns the store if the run reads it; StoreError when a configured teacher is not in it."""
-    if not reads_store(config):
-        return None
-    store = stack.enter_context(TraceStore(config.store.path))
-    missing = sorted(set(config.guidance.teachers) - set(store.teachers()))
-    if missing:
-        known = ", ".join(sorted(store.teachers())) or "none"
-        raise StoreError(f"guidance.teachers names {missing[0]!r}; {store.path} has: {known}")
-    return store
-
-
-def usable_problems(config: Config, which: str, verifier: Verifier, reporter: TrainReporter) -> list[Problem]:
-    """Returns the problems of `problems.train` or `problems.eval` whose gold answers can be parsed."""
-    path = getattr(config.problems, which)
-    if not path:
-        if which == "eval":
-            return []
-        raise ConfigError("problems.train is not set: give a Parquet or JSONL file of problems")
-    with of_key(f"problems.{which}"):
-        loaded = load_problems(
-            path,
-            question_column=config.problems.question_column,
-            answer_column=config.problems.answer_column,
-            form=config.problems.form,
-        )
-    usable, unparseable = split_by_gold(loaded.problems, verifier)
-    for problem in unparseable:
-        reporter.warned(
-            f"{path}: gold answer {problem.answer!r} of {problem.problem_id} cannot be parsed; left out"
-        )
-    if not usable:
-        raise ProblemsError(f"problems.{which}: {path}: no gold answer of its problems can be parsed")
-    return list(usable)
-
-
-def _reference(config: Config, policy: Policy, world: World) -> Reference | None:
-    """Returns the student as it was before training, for the KL; None where beta is 0."""
-    if config.train.beta == 0:
-        return None
-    if config.student.use_peft:
-        return WithoutAdapters(policy)
-    reference = load_student(config, world)
-    reference.model.requires_grad_(False)
-    reference.model.eval()
-    shard(reference, world)
-    return reference

@@ -80,6 +80,7 @@ class ConsoleReporter(TrainReporter):
 
     def warned(self, text: str) -> None:
         """Prints a warning."""
+        super().warned(text)
         logger.warning(text)
         self.console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
