@@ -109,6 +109,7 @@ def test_equal_rows_are_one_problem_and_are_counted(tmp_path: Path) -> None:
     # Three rows, of which the third repeats the first.
     assert (loaded.rows, loaded.duplicates) == (3, 1)
     assert [(problem.answer, problem.source) for problem in loaded.problems] == [("4", ""), ("5", "")]
+    assert [problem.repeats for problem in loaded.problems] == [2, 1]
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("12")), min_size=1, max_size=8))

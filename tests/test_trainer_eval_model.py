@@ -16,7 +16,6 @@ import pytest
 from run_examples import PROBLEMS, config_of, settings, write_problems, write_store
 
 from precompute.config_file import load_config
-from precompute.problems.problem_files import load_problems
 from store.errors import ConfigError, EngineError, RunError
 from trainer.config import Config
 from trainer.eval_model import EvalReport, evaluate_model, opened
@@ -192,14 +191,6 @@ def test_a_killed_evaluation_continues(world: Path, model_dir: Path, tmp_path: P
     rows = rows_of(tmp_path / "out")
     assert len(rows) == len({(row["problem_id"], row["sample_index"]) for row in rows}) == 12 * 12
     assert done.evaluation.overall.problems == 12
-
-
-def test_a_problem_repeated_in_the_file_is_one_with_as_many_samples(tmp_path: Path) -> None:
-    lines = [{"question": "1+1", "answer": "2", "data_source": "aime"}] * 3
-    lines += [{"question": "2+2", "answer": "4", "data_source": "math"}]
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    found = load_problems(tmp_path / "p.jsonl").problems
-    assert [(p.source, p.repeats) for p in found] == [("aime", 3), ("math", 1)]
 
 
 def test_adapters_need_merging_for_other_engines(world: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -93,19 +94,13 @@ def _train(settings: Config, *, resume: str, changed_store: bool) -> None:
         raise typer.Exit(130 if outcome.interrupted_by else 0)
     if outcome.interrupted_by:
         saved = f"saved {outcome.checkpoint}" if outcome.checkpoint else "nothing to save yet"
-        console.print(
+        print_line(
             f"stopped by {outcome.interrupted_by} after {outcome.done}; {saved}. "
-            f"Resume with the same command (--resume auto is the default).",
-            soft_wrap=True,
+            f"Resume with the same command (--resume auto is the default)."
         )
         raise typer.Exit(130)
-    run = outcome.run
-    shown = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
-    console.print(
-        f"done: {outcome.done}. Next:\n  ampo inspect run {shown}\n  ampo inspect store queries {shown}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    run = os.path.relpath(outcome.run)
+    print_line(f"done: {outcome.done}. Next:\n  ampo inspect run {run}\n  ampo inspect store queries {run}")
 
 
 def _show_dry_run(settings: Config, gpu: str, processes: int) -> None:
@@ -129,11 +124,7 @@ def evaluate(
     ] = "",
     samples: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Samples per problem, at least as many as its rows in the file; default: the config's "
-            "eval.samples, or the largest k.",
-        ),
+        typer.Option(min=1, help="Samples per problem; default: eval.samples, or the largest k."),
     ] = None,
     k: Annotated[str, typer.Option(help="The k of pass@k, e.g. 1,8,32; default: the config's eval.k.")] = "",
     engine: Annotated[

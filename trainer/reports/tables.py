@@ -77,10 +77,7 @@ def summary_line(queries: Sequence[Rows]) -> str:
 
 def curves_table(name: str, rows: Rows) -> Table:
     """Returns the run's curves: first, last, smallest and largest value, and the shape as text."""
-    table = plain_table(f"run {name}")
-    table.add_column("metric", no_wrap=True)
-    for column in ("first", "last", "min", "max"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = plain_table(f"run {name}", text=["metric"], numbers=["first", "last", "min", "max"])
     table.add_column("curve")
     for metric in CURVES:
         _, values = curve(rows, metric)
@@ -135,9 +132,8 @@ def evaluations_table(runs: Mapping[str, Rows]) -> Table:
     """Returns the held-out evaluations of one or several runs; --json has those of single sources."""
     keys = {key for rows in runs.values() for row in rows for key in row}
     passes = sorted((key for key in keys if key.startswith("eval/pass@")), key=lambda key: int(key[10:]))
-    table = plain_table("held-out evaluation", text=["run"])
-    for name in ("step", *(key.removeprefix("eval/") for key in passes), "tokens", "cut"):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = ["step", *(key.removeprefix("eval/") for key in passes), "tokens", "cut"]
+    table = plain_table("held-out evaluation", text=["run"], numbers=numbers)
     for name, rows in runs.items():
         for row in rows:
             if "eval/pass@1" in row:
@@ -150,12 +146,10 @@ def evaluations_table(runs: Mapping[str, Rows]) -> Table:
 def evaluation_table(model: str, evaluation: Evaluation) -> Table:
     """Returns one evaluation by `ampo eval`: a row per source, and one for all problems."""
     overall, sources = evaluation.overall, evaluation.sources
-    table = plain_table(model)
-    table.caption = "[ ]: 95% interval, bootstrap over problems; avg@n is pass@1"
-    table.add_column("source", overflow="fold", min_width=8)
     passes = [f"pass@{k}" for k in overall.pass_at if k > 1]
-    for name in ("problems", "n", "avg@n", *passes, "tokens", "cut"):
-        table.add_column(name, justify="right")
+    numbers = ["problems", "n", "avg@n", *passes, "tokens", "cut"]
+    table = plain_table(model, text=["source"], numbers=numbers)
+    table.caption = "[ ]: 95% interval, bootstrap over problems; avg@n is pass@1"
     for source, score in sources.items():
         table.add_row(escape(source) or "-", *_score_cells(score))
     if sources:
