@@ -99,12 +99,12 @@ def service(task: tuple[Sequence[PairOfTexts], Sequence[PairOfTexts]]) -> Measur
     first, pairs = task
     # The CPU time of two workers until they are warm is known only when they have ended.
     with Verifier(workers=2) as verifier:
-        verifier.verify_all(first)
+        list(verifier.stream(first))
     starts, own = worker_cpu_seconds(), cpu_seconds()
     with Verifier(workers=2) as verifier:
-        verifier.verify_all(first)
+        list(verifier.stream(first))
         started = time.perf_counter()
-        correct = tuple(verdict.is_correct for verdict in verifier.verify_all(pairs))
+        correct = tuple(verdict.is_correct for verdict in verifier.stream(pairs))
         seconds = time.perf_counter() - started
     return measured(seconds, cpu_seconds() - own + worker_cpu_seconds() - 2 * starts, correct)
 

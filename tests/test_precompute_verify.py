@@ -134,7 +134,7 @@ def test_a_gold_that_cannot_be_parsed_earns_nothing(verifier: Verifier, gold: st
 
 
 def test_equal_pairs_share_a_verdict_which_a_waiting_caller_may_cancel_alone(verifier: Verifier) -> None:
-    futures = [verifier.submit(f"\\boxed{{{i % 2}.125}}", "0.125") for i in range(100)]
+    futures = [verifier.submit(f"\\boxed{{{i % 2}.125}}", "2^{-3}") for i in range(100)]
     futures[0].cancel()
     assert [future.result().is_correct for future in futures[2:]] == [True, False] * 49
 
@@ -159,16 +159,16 @@ def test_any_thread_and_any_event_loop_may_submit(verifier: Verifier) -> None:
 
 def test_verdicts_come_in_the_order_of_the_pairs(verifier: Verifier) -> None:
     pairs = [("\\boxed{5}", "5"), ("none", "5"), ("<answer>5</answer>", "6"), ("\\boxed{4} \\boxed{5}", "5")]
-    verdicts = verifier.verify_all(pairs)
+    verdicts = list(verifier.stream(pairs))
     assert [verdict.reason for verdict in verdicts] == ["match", "no_answer", "mismatch", "match"]
     assert [verdict.n_answers for verdict in verdicts] == [1, 0, 1, 2]
     assert [verdict.answer_start for verdict in verdicts] == [7, None, 8, 17]
-    assert [verdict.reason for verdict in verifier.verify_all(pairs[2:], "boxed")] == ["no_answer", "match"]
+    assert [verdict.reason for verdict in verifier.stream(pairs[2:], "boxed")] == ["no_answer", "match"]
 
 
 def test_verify_answer_needs_nothing_but_strings() -> None:
     verdict = verify_answer(response="so \\boxed{1.75}", gold="\\frac{7}{4}")
-    assert (verdict.parsed_answer, verdict.parsed_gold) == ("1.75000000000000", "7/4")
+    assert (verdict.parsed_answer, verdict.parsed_gold) == ("7/4", "7/4")
     # s=0, o=1, blank=2, the backslash=3, the brace=9
     assert (verdict.is_correct, verdict.reason, verdict.answer_start) == (True, "match", 10)
     assert not verify_answer(response="so 1.75", gold="\\frac{7}{4}", timeout=1.0).is_correct
@@ -186,6 +186,8 @@ def same_city(answer, gold, *, question, response, metadata):
         time.sleep(60)
     if gold == "half":
         return 0.5
+    if question == "Where? Not in a box.":
+        return None
     print("nobody reads this")
     return answer.lower() in (gold.lower(), metadata.get("old name")) and question in response
 """
@@ -205,6 +207,9 @@ def test_a_users_verifier_runs_in_the_same_workers(tmp_path: Path, monkeypatch: 
         ]
         assert old.result().is_correct
         assert verifier.check_golds(["paris", "nowhere"]) == [True, False]
+        assert verifier.check_golds(["rome"], ["Where? Not in a box."]) == [False]
+        rows = [("Paris? \\boxed{Paris}", "paris", "Paris?"), ("\\boxed{Paris}", "paris", "Rome?")]
+        assert [verdict.is_correct for verdict in verifier.stream(rows)] == [True, False]
     name, version = verifier_record("cities.py:same_city")
     assert (name, len(version)) == ("cities.py:same_city", 16)
     (tmp_path / "other.py").write_text(CITIES + "\n")

@@ -38,7 +38,7 @@ def test_every_example_is_verified_as_by_math_verify_or_departs_for_a_reason() -
             (f"\\boxed{{{row['answer']}}}", row["gold"]) if row.get("departs") == "last" else pair
             for row, pair in zip(EXAMPLES, pairs, strict=True)
         ]
-        verdicts = verifier.verify_all(pairs)
+        verdicts = list(verifier.stream(pairs))
     otherwise = [
         (row, verdict.reason, verdict.parsed_gold, verdict.parsed_answer)
         for row, verdict in zip(EXAMPLES, verdicts, strict=True)

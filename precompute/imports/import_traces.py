@@ -218,7 +218,7 @@ class _Import:
         """Reads, verifies, writes; also what was verified when the user interrupts."""
         lacking, again = tee(self._lacking(form))
         verdicts = self._verifier.stream(
-            (indexed.trace.text, indexed.trace.problem.answer) for indexed in lacking
+            (each.trace.text, each.trace.problem.answer, each.trace.problem.question) for each in lacking
         )
         try:
             for verdict, indexed in zip(verdicts, again, strict=False):

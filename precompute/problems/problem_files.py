@@ -166,7 +166,7 @@ def split_by_gold(
     problems: Sequence[Problem], verifier: Verifier
 ) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
     """Returns (usable, unparseable): a problem whose gold answer cannot be parsed never earns a reward."""
-    parses = verifier.check_golds(problem.answer for problem in problems)
+    parses = verifier.check_golds([p.answer for p in problems], [p.question for p in problems])
     pairs = list(zip(problems, parses, strict=True))
     return tuple(p for p, fine in pairs if fine), tuple(p for p, fine in pairs if not fine)
 

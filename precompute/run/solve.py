@@ -214,6 +214,7 @@ class Solver:
                 problem.answer,
                 demanded_form(self.teacher.config, problem),
                 opens_think=self.prompts[problem.problem_id].opens_think,
+                question=problem.question,
             )
         )
         trace = self._trace(verdict, completion, problem, index)

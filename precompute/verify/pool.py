@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -23,8 +23,8 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
-from precompute.verify import worker
 from precompute.verify.base import Outcome, Request
+from precompute.verify.worker import run, start
 from store.errors import EngineError
 
 STARTS = 3
@@ -39,15 +39,11 @@ class WorkerPool:
 
     def __init__(self, verifier: str, *, workers: int, memory_mb: int) -> None:
         self._new_pool = partial(
-            ProcessPool,
-            workers,
-            initializer=worker.start,
-            initargs=(verifier, memory_mb),
-            context=_Context(),
+            ProcessPool, workers, initializer=start, initargs=(verifier, memory_mb), context=_Context()
         )
         self._memory_mb = memory_mb
         self._lock = threading.RLock()
-        self._pending: dict[Future[Outcome], tuple[Request, float]] = {}
+        self._pending: set[Future[Outcome]] = set()
         self._broken = 0
         self._closed = False
         self._pool = self._new_pool()
@@ -58,14 +54,12 @@ class WorkerPool:
         The future raises EngineError when no worker can be started, and is cancelled by `close(cancel=True)`.
         """
         result: Future[Outcome] = Future()
-        failed: list[Future[Outcome]] = []
         with self._lock:
             if self._closed:
                 raise RuntimeError("the verifier is closed")
-            self._pending[result] = (request, timeout)
-            if not self._is_scheduled(result):
-                failed = self._replace_pool()
-        self._fail(failed)
+            self._pending.add(result)
+        result.add_done_callback(self._pending.discard)
+        self._schedule(request, timeout, result)
         return result
 
     def close(self, *, cancel: bool = False) -> None:
@@ -77,34 +71,48 @@ class WorkerPool:
             if not cancel:
                 wait(pending)
         finally:
-            with self._lock:
-                self._pending.clear()
             for result in pending:
                 result.cancel()
             _end(self._pool)
 
-    def _is_scheduled(self, result: Future[Outcome]) -> bool:
-        """False when the pool is broken, or its processes cannot be started."""
-        request, timeout = self._pending[result]
-        try:
-            task = self._pool.schedule(worker.run, args=(request, timeout), timeout=timeout)
-        except RuntimeError:
-            return False
-        task.add_done_callback(partial(self._finish, self._pool, result))
-        return True
+    def _schedule(self, request: Request, timeout: float, result: Future[Outcome]) -> None:
+        with self._lock:
+            pool = self._pool
+            task: Future[Outcome] = Future()
+            try:
+                task = pool.schedule(run, args=(request, timeout), timeout=timeout)
+            except RuntimeError:  # It is broken, or its processes cannot be started.
+                task.set_exception(BrokenProcessPool())
 
-    def _finish(self, pool: ProcessPool, result: Future[Outcome], task: Future[Outcome]) -> None:
+        def finish(task: Future[Outcome]) -> None:
+            if result.cancelled():
+                return
+            if isinstance(task.exception(), BrokenProcessPool) and self._is_replaced(pool):
+                self._schedule(request, timeout, result)
+            elif result.set_running_or_notify_cancel():
+                self._settle(task, timeout, result)
+
+        task.add_done_callback(finish)
+
+    def _is_replaced(self, broken: ProcessPool) -> bool:
+        """Replaces a broken pool by another, once. Returns False after STARTS attempts in a row."""
+        with self._lock:
+            if broken is self._pool:
+                if self._broken == STARTS:
+                    return False
+                self._broken += 1
+                # From a thread of its own: this one may belong to the pool.
+                threading.Thread(target=_end, args=(broken,), daemon=True).start()
+                self._pool = self._new_pool()
+            return True
+
+    def _settle(self, task: Future[Outcome], timeout: float, result: Future[Outcome]) -> None:
         error = task.exception()
         if isinstance(error, BrokenProcessPool):
-            with self._lock:
-                failed = self._replace_pool() if pool is self._pool and not self._closed else []
-            self._fail(failed)
+            why = f"(verify.memory_mb = {self._memory_mb} too small?)"
+            result.set_exception(EngineError(f"no verification worker can be started {why}"))
             return
-        with self._lock:
-            self._broken = 0
-            _, timeout = self._pending.pop(result, (None, None))
-        if timeout is None or not result.set_running_or_notify_cancel():
-            return
+        self._broken = 0
         if isinstance(error, TimeoutError):
             result.set_result(Outcome("timeout", f"no verdict within {timeout:g} s"))
         elif isinstance(error, ProcessExpired):
@@ -114,28 +122,6 @@ class WorkerPool:
             result.set_exception(error)
         else:
             result.set_result(task.result())
-
-    def _replace_pool(self) -> list[Future[Outcome]]:
-        """Gives all that is pending to a new pool. Returns what failed instead, after STARTS attempts."""
-        while self._broken < STARTS:
-            self._broken += 1
-            # From a thread of its own: this one may belong to the pool.
-            threading.Thread(target=_end, args=(self._pool,), daemon=True).start()
-            self._pool = self._new_pool()
-            if all(self._is_scheduled(result) for result in self._pending):
-                return []
-        failed = list(self._pending)
-        self._pending.clear()
-        return failed
-
-    def _fail(self, failed: Iterable[Future[Outcome]]) -> None:
-        """Outside the lock, which callbacks may need."""
-        for result in failed:
-            result.set_exception(
-                EngineError(
-                    f"no verification worker can be started (verify.memory_mb = {self._memory_mb} too small?)"
-                )
-            )
 
 
 def _end(pool: ProcessPool) -> None:

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import atexit
 import os
-import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from precompute.config import AnswerForm, VerifyConfig
 from precompute.verify.base import PAIRWISE, Outcome, Request, verifier_record
 from precompute.verify.final_answer import FinalAnswer, find_answer
+from precompute.verify.plain_numbers import compare_numbers
 from precompute.verify.pool import WorkerPool
 
 VERIFIER_NAME, VERIFIER_VERSION = verifier_record("math")
@@ -35,9 +35,6 @@ CACHED_CHARS = 1_000
 """A longer pair is verified each time."""
 STREAM_WINDOW = 1_024
 """Responses of a stream that may be in flight at once."""
-
-_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,299}")
-"""Integers that are equal only if their texts are, so that no worker is needed."""
 
 _DEFAULTS = VerifyConfig()
 
@@ -131,34 +128,31 @@ class Verifier:
             return _done(_verdict(found, Outcome("mismatch", why)))
         request = Request(gold.strip(), found.answer.strip(), question, response, metadata)
         outcome = self._outcome(request, self._timeout if timeout is None else timeout)
-        return _then(outcome, lambda known: _verdict(found, known))
-
-    def verify_all(
-        self, pairs: Iterable[tuple[str, str]], answer_form: AnswerForm | None = None
-    ) -> list[Verdict]:
-        """Returns the verdicts on (response, gold) pairs, in their order."""
-        futures = [self.submit(response, gold, answer_form) for response, gold in pairs]
-        return [future.result() for future in futures]
+        return _verdict_of(outcome, found)
 
     def stream(
-        self, pairs: Iterable[tuple[str, str]], answer_form: AnswerForm | None = None
+        self, rows: Iterable[tuple[str, ...]], answer_form: AnswerForm | None = None
     ) -> Iterator[Verdict]:
-        """Yields what `verify_all` returns, with at most STREAM_WINDOW responses in memory."""
+        """Yields the verdicts on (response, gold) or (response, gold, question) rows, in their order.
+
+        At most STREAM_WINDOW responses are in memory.
+        """
         in_flight: deque[Future[Verdict]] = deque()
-        for response, gold in pairs:
-            in_flight.append(self.submit(response, gold, answer_form))
+        for response, gold, *question in rows:
+            in_flight.append(self.submit(response, gold, answer_form, question="".join(question)))
             if len(in_flight) >= STREAM_WINDOW or in_flight[0].done():
                 yield in_flight.popleft().result()
         while in_flight:
             yield in_flight.popleft().result()
 
-    def check_golds(self, golds: Iterable[str]) -> list[bool]:
+    def check_golds(self, golds: Sequence[str], questions: Sequence[str] | None = None) -> list[bool]:
         """Returns for each gold answer whether the verifier can use it: one that it cannot earns no reward.
 
         A gold that ran into the deadline is tried once more with four times as much time, so that the result
         does not depend on how busy the machine is.
         """
-        requests = [Request(gold.strip(), gold.strip(), response=gold) for gold in golds]
+        pairs = zip(golds, questions or [""] * len(golds), strict=True)
+        requests = [Request(gold.strip(), gold.strip(), question, response=gold) for gold, question in pairs]
         pending = [self._outcome(request, self._timeout) for request in requests]
         reasons = [outcome.result().reason for outcome in pending]
         for index, reason in enumerate(reasons):
@@ -173,9 +167,7 @@ class Verifier:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(cancel=kind is not None)
 
     def _outcome(self, request: Request, timeout: float) -> Future[Outcome]:
@@ -184,8 +176,8 @@ class Verifier:
             return _done(Outcome("gold_unparseable", f"the gold has more than {MAX_ANSWER_CHARS} characters"))
         if self._kind not in PAIRWISE:
             return self._pool.submit(request, timeout)
-        if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(answer):
-            return _done(Outcome("match" if gold == answer else "mismatch", "", gold, answer))
+        if outcome := compare_numbers(gold, answer):
+            return _done(outcome)
         key = Request(gold, answer), timeout
         with self._lock:
             if key in self._known:
@@ -197,14 +189,9 @@ class Verifier:
         return pending
 
     def _forget(self, key: tuple[Request, float], outcome: Future[Outcome]) -> None:
-        """Drops what is not worth its memory, or says nothing about the pair."""
-        gold, answer, *_ = key[0]
-        if (
-            outcome.cancelled()
-            or outcome.exception()
-            or outcome.result().reason in ("timeout", "error")
-            or len(gold) + len(answer) > CACHED_CHARS
-        ):
+        """Drops an outcome that is too long to cache, and one that another try may change."""
+        failed = outcome.cancelled() or outcome.exception() or outcome.result().reason in ("timeout", "error")
+        if failed or len(key[0].gold) + len(key[0].answer) > CACHED_CHARS:
             self._known.pop(key, None)
 
 
@@ -233,9 +220,9 @@ def _done(value: T) -> Future[T]:
     return future
 
 
-def _then(outcome: Future[Outcome], make: Callable[[Outcome], T]) -> Future[T]:
+def _verdict_of(outcome: Future[Outcome], found: FinalAnswer) -> Future[Verdict]:
     """Returns a future of its own for each caller, so that cancelling it leaves the others' alone."""
-    result: Future[T] = Future()
+    result: Future[Verdict] = Future()
 
     def finish(done: Future[Outcome]) -> None:
         if done.cancelled():
@@ -245,29 +232,18 @@ def _then(outcome: Future[Outcome], make: Callable[[Outcome], T]) -> Future[T]:
         if error := done.exception():
             result.set_exception(error)
         else:
-            result.set_result(make(done.result()))
+            result.set_result(_verdict(found, done.result()))
 
     outcome.add_done_callback(finish)
     return result
 
 
-_shared: Verifier | None = None
-_shared_lock = threading.Lock()
-
-
+@cache
 def _shared_verifier() -> Verifier:
-    global _shared
-    with _shared_lock:
-        if _shared is None:
-            _shared = Verifier()
-            atexit.register(_shared.close, cancel=True)
-        return _shared
+    verifier = Verifier()
+    atexit.register(verifier.close, cancel=True)
+    return verifier
 
 
-def _forget_after_fork() -> None:
-    """A forked child has none of the parent's threads: it needs workers of its own."""
-    global _shared, _shared_lock
-    _shared, _shared_lock = None, threading.Lock()
-
-
-os.register_at_fork(after_in_child=_forget_after_fork)
+# A forked child has none of the parent's threads: it needs workers of its own.
+os.register_at_fork(after_in_child=_shared_verifier.cache_clear)

@@ -121,7 +121,10 @@ class Rewarder:
         """Starts verification and returns at once; None for a sample that was cut, which is never correct."""
         if sample.finish_reason != "stop":
             return None
-        return self.verifier.submit(sample.text, prompt.problem.answer, opens_think=prompt.opens_think)
+        problem = prompt.problem
+        return self.verifier.submit(
+            sample.text, problem.answer, opens_think=prompt.opens_think, question=problem.question
+        )
 
     def reward(self, prompt: Prompt, sample: Sample, verification: Future[Verdict] | None) -> Sample:
         """Returns the sample with verdict and rewards; waits for the verification that `verify` started."""

@@ -1,0 +1,39 @@
+"""Compares integers, decimals and fractions that are written plainly: no worker is needed for them."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from precompute.verify.base import Outcome
+
+CLEARLY = Fraction(1, 100_000)
+"""Relative difference above which two decimals are not roundings of one another."""
+
+_NUMBER = re.compile(r"-?[0-9]{1,300}(?:\.[0-9]{1,300}|/[0-9]{1,300})?")
+_FRACTION = re.compile(r"(-?)\\[dtc]?frac\{([0-9]{1,300})\}\{([0-9]{1,300})\}")
+
+
+def compare_numbers(gold: str, answer: str) -> Outcome | None:
+    """Returns what `math.compare` returns for two plain numbers; None where only that can decide."""
+    left, right = plain_number(gold), plain_number(answer)
+    if left is None or right is None:
+        return None
+    if left == right:
+        return Outcome("match", "", str(left), str(right))
+    is_rounded = "." in gold or "." in answer
+    if is_rounded and abs(left - right) <= CLEARLY * max(Fraction(1), abs(left), abs(right)):
+        return None
+    return Outcome("mismatch", "", str(left), str(right))
+
+
+def plain_number(text: str) -> Fraction | None:
+    """Returns the value of `-7`, `1.75`, `7/4` or `\\frac{7}{4}`; None for any other text."""
+    if match := _FRACTION.fullmatch(text):
+        text = f"{match[1]}{match[2]}/{match[3]}"
+    if not _NUMBER.fullmatch(text):
+        return None
+    try:
+        return Fraction(text)
+    except ZeroDivisionError:
+        return None
