@@ -24,8 +24,8 @@ from torch.distributed.fsdp import fully_shard
 from store.errors import StoreError
 from trainer.config import GuidanceConfig, StudentConfig, TrainConfig
 from trainer.method.loss import REDUCTIONS
-from trainer.parallel.fsdp import full_tensor, gathered_weights, initial_device, shard
-from trainer.parallel.world import World, torchrun_world
+from trainer.parallel.fsdp import initial_device, shard
+from trainer.parallel.world import World, full_tensor, torchrun_world
 from trainer.sampling.weight_sync import WeightFolder
 from trainer.student.batches import TrainSequence, train_batch
 from trainer.student.load import WithoutAdapters, load_policy
@@ -95,7 +95,7 @@ def take(case: Case, model: str, world: World) -> dict[str, Any]:
 
 def idle_while_the_others_compute(policy: Policy, world: World) -> None:
     """With whole weights, processes may take different numbers of passes."""
-    with gathered_weights(policy), policy.computing(), torch.no_grad():
+    with policy.gathered(), policy.computing(), torch.no_grad():
         for _ in range(2 * world.rank):
             policy.model(torch.ones(1, 4, dtype=torch.long))
 
@@ -163,9 +163,9 @@ def read(model: str, world: World, **student: Any) -> dict[str, Any]:
     batch = train_batch(sequences(3), pad_id=policy.pad_id, device=policy.device)
     with torch.no_grad():
         sharded = policy.logprobs(batch)
-        with gathered_weights(policy):
+        with policy.gathered():
             gathered = policy.logprobs(batch)
-        with suppress(ZeroDivisionError), gathered_weights(policy):
+        with suppress(ZeroDivisionError), policy.gathered():
             _ = 1 / 0
         again = policy.logprobs(batch)  # sharded again, also after an exception
     return {

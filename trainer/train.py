@@ -11,6 +11,7 @@ there on has all groups. Rank 0 writes and prints.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,9 +23,8 @@ from trainer.config import Config
 from trainer.evaluation import evaluate
 from trainer.method.groups import Group, Prompt
 from trainer.method.guidance import QueryRow
-from trainer.method.rollouts import problems_of_step, refills_of_step, sample_groups, sampling_of
+from trainer.method.rollouts import problems_of_step, refills_of_step, sample_groups
 from trainer.method.update import member_advantages
-from trainer.parallel.fsdp import gathered_weights
 from trainer.parallel.signals import StopRequest, stop_on_signals
 from trainer.parallel.world import ALONE, World
 from trainer.run.errors import explain_memory, explain_step
@@ -153,25 +153,20 @@ def train_step(parts: Parts, step: int) -> tuple[dict[str, Any], list[Group]]:
         advantages = member_advantages(groups, scale=config.train.scale_rewards)
         set_learning_rate(parts.optimizer, learning_rate)
         # Refills replace groups without a gradient, so that mini-batches are full.
-        trained = [
-            g for g, group in enumerate(groups) if group.has_gradient or not config.rollout.max_refills
-        ]
+        refilled = config.rollout.max_refills > 0
+        trained = [g for g, group in enumerate(groups) if not refilled or group.has_gradient]
         update = parts.updater.update([groups[g] for g in trained], advantages[trained])
     check_sampler_weights(config.rollout, parts.policy.dtype, update.get("sampling/logp_difference"))
     with timer("sync"):
         parts.sampler.sync()
-    parts.run.write_rollouts(step, groups, advantages)
-    if config.guidance.trigger != "never":
-        parts.run.write_queries(step, queries)
-    row = step_metrics(
-        step=step,
-        groups=groups,
-        queries=queries,
-        update=update,
-        learning_rate=learning_rate,
-        cost=performance_metrics(timer, groups, update["train_tokens"]),
-    )
-    row["groups/refilled"] = len(groups) - config.train.problems_per_step
+    parts.run.write_step(step, groups, advantages, queries if config.guidance.trigger != "never" else None)
+    row = {
+        "step": step,
+        **step_metrics(groups, queries, update),
+        "learning_rate": learning_rate,
+        "groups/refilled": len(groups) - config.train.problems_per_step,
+        **performance_metrics(timer, groups, update["train_tokens"]),
+    }
     return row, groups
 
 
@@ -181,9 +176,7 @@ def sample_and_guide(parts: Parts, step: int, timer: StepTimer) -> tuple[list[Gr
     per_step, seed = parts.config.train.problems_per_step, parts.config.train.seed
     prompts = problems_of_step(parts.train_prompts, step=step, per_step=per_step, seed=seed)
     groups, queries = groups_of(parts, prompts, step, timer)
-    if not parts.config.rollout.max_refills:
-        return groups, queries
-    others = iter(refills_of_step(parts.train_prompts, step=step, per_step=per_step, seed=seed))
+    others = refills_of_step(parts.train_prompts, prompts, step=step, seed=seed)
     for _ in range(parts.config.rollout.max_refills):
         missing = per_step - sum(group.has_gradient for group in groups)
         refills = list(islice(others, missing))
@@ -199,33 +192,33 @@ def groups_of(
     parts: Parts, prompts: Sequence[Prompt], step: int, timer: StepTimer
 ) -> tuple[list[Group], list[QueryRow]]:
     """Samples and guides this rank's share of the prompts; returns all groups, in order, on every rank."""
-    config, world = parts.config, parts.world
     with parts.sampler.sampling():
         with timer("sample"), parts.policy.computing():
             sampled = sample_groups(
                 parts.sampler,
                 parts.rewarder,
-                world.share(prompts),
-                sampling_of(config.rollout),
-                samples=config.rollout.num_generations,
-                seed=config.train.seed,
+                parts.world.share(prompts),
+                parts.config.rollout,
+                seed=parts.config.train.seed,
                 key=f"step {step}",
                 on_sample=lambda done, total: parts.reporter.sampling(f"step {step}", done, total),
                 timer=timer,
             )
         with timer("sync"):
             parts.sampler.sleep()
-        with gathered_weights(parts.policy):
-            own, own_queries = parts.guide.guide(sampled, step=step, timer=timer)
-    groups = world.merged(own)
+        with parts.policy.gathered():
+            guided = parts.guide.guide(sampled, step=step, timer=timer)
+    shares = parts.world.gather(guided)
+    found = {group.problem_id: group for groups, _ in shares for group in groups}
+    groups = [found[prompt.problem.problem_id] for prompt in prompts]
     order = {group.problem_id: index for index, group in enumerate(groups)}
-    queries = [row for rows in world.gather(own_queries) for row in rows]
-    return groups, sorted(queries, key=lambda row: order[row.problem_id])
+    rows = [row for _, rows in shares for row in rows]
+    return groups, sorted(rows, key=lambda row: order[row.problem_id])
 
 
 def evaluate_student(parts: Parts, step: int) -> dict[str, float]:
     """Evaluates on the held-out problems, writes the samples, and returns the metrics."""
-    config, timer = parts.config, StepTimer()
+    config, started = parts.config, time.perf_counter()
     with parts.sampler.sampling(), parts.policy.computing():
         evaluation = evaluate(
             config,
@@ -237,7 +230,7 @@ def evaluate_student(parts: Parts, step: int) -> dict[str, float]:
         )
     parts.run.write_evaluation(step, evaluation.samples)
     parts.reporter.evaluated(step, evaluation)
-    return {**evaluation.metrics, "seconds/eval": round(timer.total, 4)}
+    return {**evaluation.metrics, "seconds/eval": round(time.perf_counter() - started, 4)}
 
 
 def log(parts: Parts, row: dict[str, Any]) -> None:

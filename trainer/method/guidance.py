@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -30,7 +31,7 @@ from trainer.method.rollouts import seed_of
 from trainer.method.teacher_traces import Candidate, TraceReader
 from trainer.student.batches import fill, pad
 from trainer.student.policy import Policy
-from trainer.timing import StepTimer
+from trainer.timing import Timer
 
 TRIGGERS: dict[str, Callable[[int, int], bool]] = {
     "all_fail": lambda n_correct, size: n_correct == 0,
@@ -87,24 +88,22 @@ def answer_scores(
 
 
 class Scorer:
-    """Comprehension scores, computed when a selector first calls it: then for all groups of the step with
-    more candidates than they can use, in few forward passes."""
+    """Comprehension scores, computed when a selector first calls it: then for all groups of the step that
+    have to choose, in few forward passes."""
 
     def __init__(
         self, guide: Guide, groups: Sequence[Group], candidates: Mapping[str, Sequence[Candidate]]
     ) -> None:
         self._guide = guide
-        self._groups = {group.problem_id: group for group in groups}
-        self._candidates = candidates
+        self._prompts = {group.problem_id: group.prompt for group in groups}
+        self.choosing: dict[str, Sequence[Candidate]] = {}
+        """problem_id -> candidates, of the groups that use some of theirs and leave others out."""
+        for group in groups:
+            found = candidates[group.problem_id]
+            if 0 < guidance_size(group, len(found), guide.config.k) < len(found):
+                self.choosing[group.problem_id] = found
         self.known: dict[str, float] = {}
         """trace_id -> s, of the candidates scored so far."""
-
-    def is_needed(self, candidates: Sequence[Candidate]) -> bool:
-        """Returns False where all of a group's candidates, or none, will be used."""
-        if not candidates:
-            return False
-        group = self._groups[candidates[0].trace.problem_id]
-        return 0 < guidance_size(group, len(candidates), self._guide.config.k) < len(candidates)
 
     def __call__(self, candidates: Sequence[Candidate]) -> list[float]:
         """Returns s of each of a group's candidates.
@@ -113,31 +112,26 @@ class Scorer:
             FloatingPointError: a score is not finite.
         """
         if any(candidate.trace.trace_id not in self.known for candidate in candidates):
-            needed = [c for found in self._candidates.values() if self.is_needed(found) for c in found]
-            missing = {
-                c.trace.trace_id: c for c in [*needed, *candidates] if c.trace.trace_id not in self.known
-            }
-            scores = answer_scores(
-                self._guide.policy,
-                [self._sequence(candidate) for candidate in missing.values()],
-                score=self._guide.config.score,
-                max_tokens=self._guide.max_tokens,
-            )
-            for (trace_id, candidate), score in zip(missing.items(), scores, strict=True):
-                if not math.isfinite(score):
-                    raise FloatingPointError(
-                        f"comprehension score of trace {trace_id} ({candidate.trace.teacher}) for problem "
-                        f"{candidate.trace.problem_id} is {score}"
-                    )
-                self.known[trace_id] = score
+            wanted = [*(c for found in self.choosing.values() for c in found), *candidates]
+            self._score({c.trace.trace_id: c for c in wanted if c.trace.trace_id not in self.known})
         return [self.known[candidate.trace.trace_id] for candidate in candidates]
 
-    def _sequence(self, candidate: Candidate) -> tuple[tuple[int, ...], int]:
-        """Returns ids of prompt, z_c and gold answer, and the number of the answer's."""
-        prompt, traces = self._groups[candidate.trace.problem_id].prompt, self._guide.traces
-        assert traces is not None, "there are candidates only where there is a store"
-        answer_ids = traces.encode(bare_answer(prompt.problem.answer))
-        return (*prompt.ids, *candidate.reasoning_ids, *answer_ids), len(answer_ids)
+    def _score(self, candidates: Mapping[str, Candidate]) -> None:
+        """Scores the sequences of prompt, z_c and gold answer; trace_id -> candidate."""
+        guide, sequences = self._guide, []
+        assert guide.traces is not None, "there are candidates only where there is a store"
+        for candidate in candidates.values():
+            prompt = self._prompts[candidate.trace.problem_id]
+            answer_ids = guide.traces.encode(bare_answer(prompt.problem.answer))
+            sequences.append(((*prompt.ids, *candidate.reasoning_ids, *answer_ids), len(answer_ids)))
+        scores = answer_scores(guide.policy, sequences, score=guide.config.score, max_tokens=guide.max_tokens)
+        for (trace_id, candidate), score in zip(candidates.items(), scores, strict=True):
+            if not math.isfinite(score):
+                raise FloatingPointError(
+                    f"comprehension score of trace {trace_id} ({candidate.trace.teacher}) for problem "
+                    f"{candidate.trace.problem_id} is {score}"
+                )
+            self.known[trace_id] = score
 
 
 def bare_answer(gold: str) -> str:
@@ -162,7 +156,8 @@ def comprehension(
 ) -> list[Candidate]:
     """Best score first; exact ties go to the shorter trace, then to the smaller trace_id. Nothing is scored
     where all candidates will be used."""
-    scores = scorer(candidates) if scorer.is_needed(candidates) else [0.0] * len(candidates)
+    has_to_choose = group.problem_id in scorer.choosing
+    scores = scorer(candidates) if has_to_choose else [0.0] * len(candidates)
     best_first = sorted(
         zip(scores, candidates, strict=True),
         key=lambda pair: (-pair[0], len(pair[1].token_ids), pair[1].trace.trace_id),
@@ -218,13 +213,12 @@ class Guide:
     seed: int
 
     def guide(
-        self, groups: Sequence[Group], *, step: int, timer: StepTimer | None = None
+        self, groups: Sequence[Group], *, step: int, timer: Timer = nullcontext
     ) -> tuple[list[Group], list[QueryRow]]:
         """Returns the groups with guidance, and a row for each candidate.
 
         `timer` gets `query` (the store, and traces into the student's tokens), `score` and `place`.
         """
-        timer = timer or StepTimer()
         is_triggered = lookup(TRIGGERS, self.config.trigger, key="guidance.trigger")
         select = lookup(SELECTORS, self.config.select, key="guidance.select")
         queried = [group for group in groups if is_triggered(group.n_correct, len(group.samples))]
@@ -239,8 +233,7 @@ class Guide:
                 for group in queried
             }
         with timer("score"):
-            scorer = Scorer(self, queried, candidates)
-            ranked = {}
+            scorer, ranked = Scorer(self, queried, candidates), {}
             for group in queried:
                 rng = Random(seed_of(self.seed, "select", step, group.problem_id))
                 ranked[group.problem_id] = select(group, candidates[group.problem_id], scorer, rng)
@@ -248,7 +241,8 @@ class Guide:
             guided = self._replace_samples(queried, ranked, step)
         rows = []
         for group in queried:
-            left_out = [c for c in candidates[group.problem_id] if c not in ranked[group.problem_id]]
+            best_first = ranked[group.problem_id]
+            left_out = [c for c in candidates[group.problem_id] if c not in best_first]
             used = {trace.trace_id for trace in guided[group.problem_id].guidance.values()}
             empty = QueryRow(step=step, problem_id=group.problem_id, latency_ms=latency_ms)
             rows += [
@@ -258,10 +252,10 @@ class Guide:
                     teacher=candidate.trace.teacher,
                     score=scorer.known.get(candidate.trace.trace_id),
                     n_tokens=len(candidate.token_ids),
-                    rank=rank if candidate not in left_out else None,
+                    rank=rank if rank <= len(best_first) else None,
                     selected=candidate.trace.trace_id in used,
                 )
-                for rank, candidate in enumerate([*ranked[group.problem_id], *left_out], start=1)
+                for rank, candidate in enumerate([*best_first, *left_out], start=1)
             ] or [empty]
         return [guided.get(group.problem_id, group) for group in groups], rows
 
@@ -270,14 +264,14 @@ class Guide:
     ) -> dict[str, Group]:
         """Returns problem_id -> group with its best traces at random indices of failed samples.
         A trace gets the reward that the same verifier and the same rule give it."""
-        verified = []
+        verifying = []
         for group in groups:
             best_first = ranked[group.problem_id]
-            chosen = best_first[: guidance_size(group, len(best_first), self.config.k)]
-            samples = [candidate.as_sample() for candidate in chosen]
-            verified.append([(sample, self.rewarder.verify(group.prompt, sample)) for sample in samples])
+            size = guidance_size(group, len(best_first), self.config.k)
+            samples = [candidate.as_sample() for candidate in best_first[:size]]
+            verifying.append([(sample, self.rewarder.verify(group.prompt, sample)) for sample in samples])
         guided = {}
-        for group, pending in zip(groups, verified, strict=True):
+        for group, pending in zip(groups, verifying, strict=True):
             traces = [self.rewarder.reward(group.prompt, *each) for each in pending]
             failed = [index for index, sample in enumerate(group.samples) if not sample.is_correct]
             rng = Random(seed_of(self.seed, "place", step, group.problem_id))

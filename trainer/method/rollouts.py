@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from random import Random
 from typing import Any, TypeVar
 
@@ -18,11 +19,12 @@ from store.errors import ProblemsError
 from store.records import Problem, content_hash
 from trainer.config import RolloutConfig, StudentConfig
 from trainer.method.groups import Group, Prompt, Rewarder, Sample
-from trainer.timing import StepTimer
+from trainer.timing import Timer
 
 T = TypeVar("T")
 SampleIndex = tuple[int, int]
 """(0-based index of the prompt, 0-based index of the sample)"""
+OnSample = Callable[[int, int], None]
 
 
 def demanded_form(student: StudentConfig, problems: Sequence[Problem]) -> AnswerForm:
@@ -50,57 +52,49 @@ def problems_of_step(items: Sequence[T], *, step: int, per_step: int, seed: int)
         raise ProblemsError(
             f"train.problems_per_step = {per_step}, but only {len(items)} problems can be trained on"
         )
-    return [items[index] for index in indices_of_step(len(items), step=step, per_step=per_step, seed=seed)]
-
-
-def refills_of_step(items: Sequence[T], *, step: int, per_step: int, seed: int) -> list[T]:
-    """Returns all items but the step's own, in the order in which they replace groups without a gradient."""
-    own = set(indices_of_step(len(items), step=step, per_step=per_step, seed=seed))
-    others = [index for index in range(len(items)) if index not in own]
-    Random(seed_of(seed, "refill", step)).shuffle(others)
-    return [items[index] for index in others]
-
-
-def indices_of_step(count: int, *, step: int, per_step: int, seed: int) -> list[int]:
-    """Returns `per_step` indices below `count`; `per_step` is at most `count`."""
-    epoch, nth = divmod(step - 1, count // per_step)
-    order = Random(seed_of(seed, "epoch", epoch)).sample(range(count), count)
+    epoch, nth = divmod(step - 1, len(items) // per_step)
+    order = Random(seed_of(seed, "epoch", epoch)).sample(items, len(items))
     return order[nth * per_step : (nth + 1) * per_step]
 
 
-def sampling_of(rollout: RolloutConfig) -> Sampling:
-    """Returns the sampling settings of a training step."""
-    return Sampling(
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        max_tokens=rollout.max_completion_length,
-        logprobs="sampler",  # the trainer's refer to that distribution, too
-    )
+def refills_of_step(
+    prompts: Sequence[Prompt], own: Sequence[Prompt], *, step: int, seed: int
+) -> Iterator[Prompt]:
+    """Yields all prompts but the step's `own`, in the order in which they replace groups."""
+    used = {prompt.problem.problem_id for prompt in own}
+    others = [prompt for prompt in prompts if prompt.problem.problem_id not in used]
+    Random(seed_of(seed, "refill", step)).shuffle(others)
+    yield from others
 
 
 def sample_groups(
     engine: Engine,
     rewarder: Rewarder,
     prompts: Sequence[Prompt],
-    sampling: Sampling,
+    rollout: RolloutConfig,
     *,
-    samples: int,
     seed: int,
     key: str,
-    on_sample: Callable[[int, int], None] = lambda done, total: None,
-    timer: StepTimer | None = None,
+    on_sample: OnSample,
+    timer: Timer,
 ) -> list[Group]:
-    """Returns a group of G = `samples` rewarded samples for each prompt; arguments as `rewarded_samples`."""
-    indices = [(p, s) for p in range(len(prompts)) for s in range(samples)]
+    """Returns a group of G rewarded samples for each prompt; arguments as `rewarded_samples`."""
+    sampling = Sampling(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_tokens=rollout.max_completion_length,
+        logprobs="sampler",  # the trainer's refer to that distribution, too
+    )
+    size = range(rollout.num_generations)
+    indices = [(p, s) for p in range(len(prompts)) for s in size]
     found = dict(
         rewarded_samples(
             engine, rewarder, prompts, sampling, indices, seed=seed, key=key, on_sample=on_sample, timer=timer
         )
     )
     return [
-        Group(prompt=prompt, samples=tuple(found[p, s] for s in range(samples)))
-        for p, prompt in enumerate(prompts)
+        Group(prompt=prompt, samples=tuple(found[p, s] for s in size)) for p, prompt in enumerate(prompts)
     ]
 
 
@@ -113,8 +107,8 @@ def rewarded_samples(
     *,
     seed: int,
     key: str,
-    on_sample: Callable[[int, int], None] = lambda done, total: None,
-    timer: StepTimer | None = None,
+    on_sample: OnSample = lambda done, total: None,
+    timer: Timer = nullcontext,
 ) -> Iterator[tuple[SampleIndex, Sample]]:
     """Yields the samples of `indices`, each as soon as it and those sampled before it are verified.
 
@@ -124,31 +118,28 @@ def rewarded_samples(
         on_sample: called with (samples done, samples in all).
         timer: `verify` gets the time spent on waiting for verdicts once everything is sampled.
     """
-    named = {f"{p}/{s}": (p, s) for p, s in indices}
     requests = [
         Request(
-            request_id=name,
+            request_id=f"{p}/{s}",
             prompt_ids=prompts[p].ids,
             seed=seed_of(seed, key, prompts[p].problem.problem_id, s),
         )
-        for name, (p, s) in named.items()
+        for p, s in indices
     ]
     waiting: deque[Any] = deque()
     for done, completion in enumerate(engine.generate(requests, sampling), start=1):
-        index = named[completion.request_id]
+        p, s = map(int, completion.request_id.split("/"))
         sample = Sample(
             token_ids=completion.token_ids,
             text=completion.text,
             finish_reason=completion.finish_reason,
             logprobs=completion.logprobs,
         )
-        prompt = prompts[index[0]]
-        waiting.append((index, prompt, sample, rewarder.verify(prompt, sample)))
+        waiting.append(((p, s), prompts[p], sample, rewarder.verify(prompts[p], sample)))
         on_sample(done, len(indices))
         while waiting and (waiting[0][3] is None or waiting[0][3].done()):
             index, *rest = waiting.popleft()
             yield index, rewarder.reward(*rest)
-    for index, *rest in waiting:
-        with (timer or StepTimer())("verify"):
-            sample = rewarder.reward(*rest)
-        yield index, sample
+    with timer("verify"):
+        for index, *rest in waiting:
+            yield index, rewarder.reward(*rest)

@@ -101,8 +101,14 @@ class TraceReader:
     def candidate(self, trace: Trace, *, opens_think: bool) -> Candidate:
         """Returns the trace behind a prompt that ends inside `<think>`, or does not."""
         reasoning, text = in_students_form(trace, self.form, opens_think=opens_think)
-        if self.own_ids:
-            self._check_own_ids(trace, text)
+        has_own_ids = len(trace.logprobs) == len(trace.token_ids) > 0
+        ends = has_own_ids and trace.token_ids[-1] in self.student.eos_ids
+        if self.own_ids and not (text == trace.text and ends):
+            raise StoreError(
+                f'guidance.loss = "shaped_ratio": trace {trace.trace_id} of {trace.teacher} has no log-probs '
+                "of the tokens that the student has to write (its answer form, its EOS); use "
+                'guidance.loss = "shaped", or leave the teacher out of guidance.teachers'
+            )
         return Candidate(
             trace=trace,
             text=text,
@@ -114,22 +120,6 @@ class TraceReader:
     def encode(self, text: str) -> tuple[int, ...]:
         """Returns the student's ids of `text`, without special tokens."""
         return tuple(self.student.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _check_own_ids(self, trace: Trace, text: str) -> None:
-        """Raises StoreError unless the teacher's own tokens are those that the student would have to
-        write."""
-        reason = None
-        if text != trace.text:
-            reason = "answers in another form than the student, so its log-probs are of other tokens"
-        elif not len(trace.logprobs) == len(trace.token_ids) > 0:
-            reason = f"has {len(trace.logprobs)} log-probs for {len(trace.token_ids)} tokens"
-        elif trace.token_ids[-1] not in self.student.eos_ids:
-            reason = "does not end with an EOS token of the student's"
-        if reason is not None:
-            raise StoreError(
-                f'guidance.loss = "shaped_ratio": trace {trace.trace_id} of {trace.teacher} {reason}; '
-                f'use guidance.loss = "shaped", or leave the teacher out of guidance.teachers'
-            )
 
 
 def in_students_form(trace: Trace, form: AnswerForm, *, opens_think: bool) -> tuple[str, str]:

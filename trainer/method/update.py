@@ -15,8 +15,7 @@ from torch import Tensor
 from trainer.config import TrainConfig
 from trainer.method.groups import Group
 from trainer.method.loss import LossInputs, MicroLoss, StepCounts, Sums, group_advantages
-from trainer.parallel.fsdp import full_tensor, gathered_weights
-from trainer.parallel.world import ALONE, World
+from trainer.parallel.world import ALONE, World, full_tensor
 from trainer.student.batches import TrainSequence, fill, scatter_values, split_over_ranks, train_batch
 from trainer.student.policy import Policy, Reference
 
@@ -154,7 +153,7 @@ class Updater:
     def _with_old_logprobs(self, micro_batches: list[list[TrainSequence]]) -> list[list[TrainSequence]]:
         """Returns the micro-batches with log-probabilities under the policy as it is now."""
         carried = []
-        with gathered_weights(self.policy):
+        with self.policy.gathered():
             for sequences in micro_batches:
                 batch = train_batch(sequences, pad_id=self.policy.pad_id, device=self.policy.device)
                 logprobs = self.policy.logprobs(batch)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,7 @@ class Shardable(Protocol):
     device: torch.device
     dtype: torch.dtype
     target_values: Any
+    gathered: Any
     shards: list[Any]
     is_gathered: bool
 
@@ -95,6 +97,7 @@ def shard(policy: Shardable, world: World) -> None:
     policy.causal.target_values = policy.target_values
     register_fsdp_forward_method(policy.causal, "target_values")
     policy.target_values = policy.causal.target_values
+    policy.gathered = partial(gathered_weights, policy)
     _first_pass(policy)
 
 
@@ -124,7 +127,7 @@ def _broadcast_weights(module: nn.Module, device: torch.device) -> None:
     received: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
         for name, weight in list(part.named_parameters(recurse=False)):
-            if _is_sharded(weight):
+            if hasattr(weight, "full_tensor"):
                 continue
             if weight not in received:
                 received[weight] = nn.Parameter(_from_rank_0(weight, device), weight.requires_grad)
@@ -150,7 +153,7 @@ def _first_pass(policy: Shardable) -> None:
 @contextmanager
 def gathered_weights(policy: Shardable) -> Iterator[None]:
     """Gathers all weights in every rank for the block, in which each computes at its own pace. Nests."""
-    if policy.is_gathered or not policy.shards:
+    if policy.is_gathered:
         yield
         return
     for module in policy.shards:
@@ -166,16 +169,6 @@ def gathered_weights(policy: Shardable) -> Iterator[None]:
             module.set_reshard_after_forward(module is not policy.causal, recurse=False)
         # The next backward pass would gather in the order of the block's passes.
         policy.causal.reset_iter_state()
-
-
-def _is_sharded(value: Any) -> bool:
-    return hasattr(value, "full_tensor")
-
-
-def full_tensor(tensor: Any) -> Tensor:
-    """The unsharded tensor. All ranks have to call it."""
-    full: Tensor = tensor.full_tensor() if _is_sharded(tensor) else tensor
-    return full
 
 
 def trained_weights(policy: Shardable) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -58,12 +59,6 @@ class World:
         dist.all_gather_object(found, mine)
         return found
 
-    def merged(self, mine: Sequence[T]) -> list[T]:
-        """The items of every rank's `share`, in the original order, in every rank."""
-        shares = self.gather(list(mine))
-        total = sum(len(share) for share in shares)
-        return [shares[index % self.size][index // self.size] for index in range(total)]
-
     def barrier(self) -> None:
         """Returns once every rank has called it."""
         self.gather(None)
@@ -79,6 +74,12 @@ class World:
 
 
 ALONE = World()
+
+
+def full_tensor(tensor: Any) -> Tensor:
+    """The unsharded tensor. All ranks have to call it."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
 
 
 @contextmanager

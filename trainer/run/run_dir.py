@@ -202,17 +202,23 @@ class RunFiles:
         """Returns the lines so far."""
         return read_metrics(self.root)
 
-    def write_rollouts(self, step: int, groups: Sequence[Group], advantages: Tensor) -> None:
-        """advantages: [N, G] of the groups' members."""
+    def write_step(
+        self, step: int, groups: Sequence[Group], advantages: Tensor, queries: Sequence[QueryRow] | None
+    ) -> None:
+        """Writes rollouts and queries.
+
+        Args:
+            advantages: [N, G] of the groups' members.
+            queries: None where the store is never queried.
+        """
         rows = [
             row
             for group, values in zip(groups, advantages.tolist(), strict=True)
             for row in _rollout_rows(step, group, values)
         ]
         self._table("rollouts", step_name(step), rows, ROLLOUT_SCHEMA)
-
-    def write_queries(self, step: int, rows: Sequence[QueryRow]) -> None:
-        self._table("queries", step_name(step), [asdict(row) for row in rows], QUERY_SCHEMA)
+        if queries is not None:
+            self._table("queries", step_name(step), [asdict(row) for row in queries], QUERY_SCHEMA)
 
     def write_evaluation(self, step: int, samples: Sequence[EvalSample]) -> None:
         """The rows of `ampo eval`, with the step."""

@@ -22,7 +22,6 @@ from precompute.engines.transformers_engine import TransformersEngine
 from precompute.engines.vllm_engine import VllmEngine, VllmProcess, llm_options
 from store.errors import ConfigError, EngineError
 from trainer.config import Config, RolloutConfig, StudentConfig
-from trainer.parallel.fsdp import gathered_weights
 from trainer.parallel.world import ALONE, World
 from trainer.sampling.weight_sync import WeightFolder
 from trainer.student.policy import Policy
@@ -68,7 +67,7 @@ class SharedSampler(TransformersEngine):
 
     def sampling(self) -> AbstractContextManager[None]:
         """Gathers sharded weights for the block."""
-        return gathered_weights(self._policy)
+        return self._policy.gathered()
 
     def sync(self) -> None:
         """Does nothing."""

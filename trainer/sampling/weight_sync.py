@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from store.errors import EngineError
-from trainer.parallel.fsdp import full_tensor
-from trainer.parallel.world import ALONE, World
+from trainer.parallel.world import ALONE, World, full_tensor
 from trainer.student.load import dequantized_weights
 from trainer.student.policy import Policy
 

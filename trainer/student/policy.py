@@ -7,7 +7,7 @@ alone, `train.logits_chunk_tokens` at a time, forward and backward.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -67,10 +67,12 @@ class Policy:
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.target_values: Callable[..., list[Tensor]] = self._target_values
         """`_target_values`, or FSDP's wrapper of it, which gathers the weights."""
+        self.gathered: Callable[[], AbstractContextManager[Any]] = nullcontext
+        """Context in which every rank holds all weights and computes at its own pace."""
         self.shards: list[Any] = []
         """FSDP's modules, where the weights are sharded over ranks (parallel/fsdp.py)."""
         self.is_gathered = False
-        """True while every rank holds all weights."""
+        """True inside `gathered`, where the weights are sharded."""
 
     def computing(self) -> AbstractContextManager[Any]:
         """Forward passes in the block compute in the policy's dtype; the weights stay float32."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 from trainer.method.groups import Group
@@ -14,39 +14,22 @@ MEASURED = ("seconds/", "share/", "tokens_per_second/", "memory/", "store/latenc
 
 
 def step_metrics(
-    *,
-    step: int,
-    groups: Sequence[Group],
-    queries: Sequence[QueryRow],
-    update: Mapping[str, float],
-    learning_rate: float,
-    cost: Mapping[str, Any],
+    groups: Sequence[Group], queries: Sequence[QueryRow], update: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Returns one line of metrics.jsonl.
+    """Returns the metrics of a step but for its cost.
 
     Groups are counted before replacement; rewards, lengths and accuracy are those of the student's own
     samples. A mean over nothing is None, or absent where it comes from the loss.
 
     Args:
         update: metrics of the optimizer steps, see `Updater.update`.
-        cost: see `performance_metrics`.
     """
-    return {
-        "step": step,
-        **dict.fromkeys(("loss", "grad_norm", "entropy")),
-        **update,
-        "learning_rate": learning_rate,
-        **_sample_metrics(groups),
-        **_query_metrics(queries),
-        **cost,
-    }
-
-
-def _sample_metrics(groups: Sequence[Group]) -> dict[str, float]:
     samples = [sample for group in groups for sample in group.samples]
-    stds = [_std([sample.reward for sample in group.samples]) for group in groups]
+    stds = [stdev(sample.reward for sample in group.samples) for group in groups]
     lengths = [len(sample.token_ids) for sample in samples]
     return {
+        **dict.fromkeys(("loss", "grad_norm", "entropy")),
+        **update,
         "reward": fmean(sample.reward for sample in samples),
         "reward_std": fmean(stds),
         "frac_reward_zero_std": fmean(std == 0 for std in stds),
@@ -59,36 +42,29 @@ def _sample_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "groups/all_fail": fmean(group.n_correct == 0 for group in groups),
         "groups/all_solved": fmean(group.n_correct == len(group.samples) for group in groups),
         "groups/mixed": fmean(0 < group.n_correct < len(group.samples) for group in groups),
+        **query_metrics(queries),
     }
 
 
-def _std(values: Sequence[float]) -> float:
-    """Sample standard deviation (n - 1); exactly 0 for equal values."""
-    if min(values) == max(values):
-        return 0.0
-    mean = fmean(values)
-    return float((sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5)
-
-
-def _query_metrics(queries: Sequence[QueryRow]) -> dict[str, Any]:
+def query_metrics(queries: Sequence[QueryRow]) -> dict[str, Any]:
+    """Returns the metrics of a step's queries of the store."""
     queried = {row.problem_id for row in queries}
     answered = {row.problem_id for row in queries if row.trace_id is not None}
     used = [row.teacher for row in queries if row.selected]
     teachers = sorted({row.teacher for row in queries if row.teacher is not None})
+    scores: dict[bool, list[float]] = {True: [], False: []}
+    for row in queries:
+        if row.score is not None:
+            scores[row.selected].append(row.score)
     return {
         "store/queries": len(queried),
         "store/hit_rate": len(answered) / len(queried) if queried else None,
         "store/no_trace": len(queried) - len(answered),
         "store/latency_ms": queries[0].latency_ms if queries else None,
-        "comprehension/selected_mean": _mean_score(row for row in queries if row.selected),
-        "comprehension/rejected_mean": _mean_score(row for row in queries if not row.selected),
+        "comprehension/selected_mean": fmean(scores[True]) if scores[True] else None,
+        "comprehension/rejected_mean": fmean(scores[False]) if scores[False] else None,
         **{
             f"teacher/{name}/selected_share": used.count(name) / len(used) if used else 0.0
             for name in teachers
         },
     }
-
-
-def _mean_score(rows: Iterable[QueryRow]) -> float | None:
-    scores = [row.score for row in rows if row.score is not None]
-    return fmean(scores) if scores else None

@@ -13,7 +13,7 @@ from store.errors import TrainingError
 from trainer.method.groups import Group
 from trainer.student.batches import TokenBatch
 from trainer.student.policy import Policy
-from trainer.timing import StepTimer, settler
+from trainer.timing import StepTimer
 
 MEMORY_PHASES = ("sample", "score", "update")
 """Phases whose peak memory is reported; the others allocate little."""
@@ -21,12 +21,12 @@ MEMORY_PHASES = ("sample", "score", "update")
 
 def step_timer(device: torch.device) -> StepTimer:
     """Returns the timer of a new step."""
-    return StepTimer(settle=settler(device), peak_memory=lambda: peak_memory(device))
+    return StepTimer(peak_memory=lambda: peak_memory(device))
 
 
 def performance_metrics(timer: StepTimer, groups: Sequence[Group], trained_tokens: float) -> dict[str, Any]:
     """Returns a finished step's metrics; `trained_tokens`: response tokens that carried a gradient."""
-    seconds, total, peaks = timer.seconds, timer.total, timer.peaks
+    seconds, total, peaks = timer.seconds, timer.total(), timer.peaks
     sampled_tokens = sum(len(sample.token_ids) for group in groups for sample in group.samples)
     return {
         **{f"seconds/{phase}": round(spent, 4) for phase, spent in seconds.items()},
@@ -44,8 +44,9 @@ def performance_metrics(timer: StepTimer, groups: Sequence[Group], trained_token
 
 def peak_memory(device: torch.device) -> int:
     """Bytes: on CUDA the most that tensors took since the last call, on the CPU the most that the process
-    held resident since it began."""
+    held resident since it began. Waits for what CUDA still computes."""
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak
