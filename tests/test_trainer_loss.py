@@ -115,7 +115,7 @@ def test_shaping_stays_finite_for_an_impossible_token() -> None:
 
 
 LENGTHS, TEACHER = torch.tensor([2, 4, 5]), torch.tensor([False, False, True])
-STEP = StepCounts(sequences=3, student_sequences=2, student_tokens=6, tokens=11, max_length=10)
+STEP = StepCounts(sequences=3, student_sequences=2, student_tokens=6, guided_tokens=5, max_length=10)
 
 
 @pytest.mark.parametrize(
@@ -139,14 +139,14 @@ def test_weights_of_a_sequences_tokens(loss_type: str, expected: list[float]) ->
 def test_a_teacher_trace_weighs_the_same_however_long() -> None:
     # Two traces of 2 and 20 tokens, every term 1: each adds 1/N = 1/3 to -L; so does the student: 1/3.
     lengths, teacher = torch.tensor([2, 20, 5]), torch.tensor([True, True, False])
-    counts = StepCounts(sequences=3, student_sequences=1, student_tokens=5, tokens=27, max_length=30)
+    counts = StepCounts(sequences=3, student_sequences=1, student_tokens=5, guided_tokens=22, max_length=30)
     weights = REDUCTIONS["ampo"](lengths, teacher, counts)
     assert (weights * lengths).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3])
 
 
 def test_without_a_teacher_ampo_is_dapos_token_mean() -> None:
     nobody = torch.zeros(3, dtype=torch.bool)
-    counts = StepCounts(sequences=3, student_sequences=3, student_tokens=11, tokens=11, max_length=10)
+    counts = StepCounts(sequences=3, student_sequences=3, student_tokens=11, guided_tokens=0, max_length=10)
     ampo, dapo = (REDUCTIONS[name](LENGTHS, nobody, counts) for name in ("ampo", "dapo"))
     assert ampo.tolist() == pytest.approx(dapo.tolist())
 
@@ -161,7 +161,7 @@ INPUTS = LossInputs(
     teacher_logprobs=torch.zeros(2, 2),
 )
 TRACE_FIRST = replace(INPUTS, is_teacher=torch.tensor([True, False]))
-COUNTS = StepCounts(sequences=2, student_sequences=2, student_tokens=4, tokens=4, max_length=10)
+COUNTS = StepCounts(sequences=2, student_sequences=2, student_tokens=4, guided_tokens=0, max_length=10)
 
 
 def micro(inputs: LossInputs = INPUTS, guided: str = "shaped", **options: Any) -> tuple[torch.Tensor, Sums]:
@@ -274,13 +274,13 @@ def test_an_unknown_name_is_refused_with_the_known_ones(key: str) -> None:
         make_policy_loss(TrainConfig(**{key: "typo"}), GuidanceConfig())  # type: ignore[arg-type]
 
 
-def nll(inputs: LossInputs, guidance: GuidanceConfig) -> Any:
-    """A user's guided loss: twice the log-probability, and a metric of its own."""
-    return 2.0 * inputs.logprobs, {"guided/nll": -inputs.logprobs}
+def nll(inputs: LossInputs, counts: StepCounts, guidance: GuidanceConfig) -> Any:
+    """A user's guided loss with a denominator of its own, the two guided tokens, and a metric."""
+    return inputs.logprobs, 1 / 2, {"guided/nll": -inputs.logprobs}
 
 
-def test_a_guided_loss_of_the_users_own_with_its_metric() -> None:
-    # Row 1: 2 log 0.6 + 2 log 0.2; row 2 as before, -5.8. The metric is over the two guided tokens.
+def test_a_guided_loss_of_the_users_own_with_its_weight_and_metric() -> None:
+    # Row 1: (log 0.6 + log 0.2) / 2; row 2 as before, -5.8 / 4. The metric is over the two guided tokens.
     found, sums = micro(TRACE_FIRST, guided="test_trainer_loss:nll")
-    assert float(found) == pytest.approx(-(2 * math.log(0.12) - 5.8) / 4)
+    assert float(found) == pytest.approx(-(math.log(0.12) / 2 - 5.8 / 4))
     assert sums["guided/nll"] == (pytest.approx(-math.log(0.12)), 2)

@@ -50,8 +50,8 @@ class StepCounts:
     """N_on."""
     student_tokens: int
     """T_on."""
-    tokens: int
-    """Student and teacher response tokens."""
+    guided_tokens: int
+    """T_off, response tokens of the teachers' traces."""
     max_length: int
     """L_max, max_completion_length."""
 
@@ -145,18 +145,24 @@ def shaped_guidance(
     return torch.sigmoid(log_x - torch.log(torch.tensor(gamma, dtype=log_x.dtype))) * advantages
 
 
-def shaped(inputs: LossInputs, guidance: GuidanceConfig) -> Terms:
+GuidedTerms = tuple[Tensor, Tensor | float | None, dict[str, Tensor]]
+"""([B, T] to maximise, weight of a guided token, metrics as in Terms). The weight, [B, 1] or one number, is
+for a loss with a denominator of its own, e.g. 1 / counts.guided_tokens; None: the reduction's."""
+
+
+def shaped(inputs: LossInputs, counts: StepCounts, guidance: GuidanceConfig) -> GuidedTerms:
     """x = pi_theta: the teacher's probability is taken as 1, as in the published runs."""
-    return shaped_guidance(inputs.logprobs, inputs.advantages, gamma=guidance.gamma), {}
+    return shaped_guidance(inputs.logprobs, inputs.advantages, gamma=guidance.gamma), None, {}
 
 
-def shaped_ratio(inputs: LossInputs, guidance: GuidanceConfig) -> Terms:
+def shaped_ratio(inputs: LossInputs, counts: StepCounts, guidance: GuidanceConfig) -> GuidedTerms:
     """x = pi_theta / pi_teacher: the paper's equation 7."""
     logprobs, teacher = inputs.logprobs, inputs.teacher_logprobs
-    return shaped_guidance(logprobs, inputs.advantages, gamma=guidance.gamma, teacher_logprobs=teacher), {}
+    terms = shaped_guidance(logprobs, inputs.advantages, gamma=guidance.gamma, teacher_logprobs=teacher)
+    return terms, None, {}
 
 
-GuidedLoss = Callable[[LossInputs, GuidanceConfig], Terms]
+GuidedLoss = Callable[[LossInputs, StepCounts, GuidanceConfig], GuidedTerms]
 GUIDED_LOSSES: dict[str, GuidedLoss] = {"shaped": shaped, "shaped_ratio": shaped_ratio}
 """`guidance.loss`: terms of the guided tokens, those of teacher traces."""
 
@@ -179,7 +185,8 @@ def dr_grpo(lengths: Tensor, is_teacher: Tensor, counts: StepCounts) -> Tensor:
 
 def dapo(lengths: Tensor, is_teacher: Tensor, counts: StepCounts) -> Tensor:
     """The mean over all tokens of the step."""
-    return torch.full_like(lengths, 1.0 / counts.tokens, dtype=torch.float32)
+    tokens = counts.student_tokens + counts.guided_tokens
+    return torch.full_like(lengths, 1.0 / tokens, dtype=torch.float32)
 
 
 def grpo(lengths: Tensor, is_teacher: Tensor, counts: StepCounts) -> Tensor:
@@ -203,9 +210,11 @@ def make_policy_loss(train: TrainConfig, guidance: GuidanceConfig) -> MicroLoss:
         is_teacher = inputs.is_teacher.unsqueeze(1)
         student, guided = inputs.response_mask & ~is_teacher, inputs.response_mask & is_teacher
         student_terms, student_values = objective(inputs, train)
-        guided_terms, guided_values = guided_loss(inputs, guidance)
+        guided_terms, guided_weights, guided_values = guided_loss(inputs, counts, guidance)
         lengths = inputs.response_mask.sum(dim=1).clamp(min=1)
         weights = reduction(lengths, inputs.is_teacher, counts).unsqueeze(1)
+        if guided_weights is not None:
+            weights = torch.where(is_teacher, guided_weights, weights)
         terms = torch.where(is_teacher, guided_terms, student_terms)
         loss = -(terms.masked_fill(~inputs.response_mask, 0.0) * weights).sum()
         kl = torch.zeros_like(inputs.logprobs)

@@ -1,13 +1,9 @@
 """SFT: supervised steps on the store's verified traces, before RL or (`max_steps = 0`) alone.
 
-    chosen traces --order--> a step's traces --store, student's tokens--> sequences --token mean-->
-    optimizer step
-
     L = -(1 / T) * sum of log pi_theta of every trace token     T: the tokens of the whole optimizer step
 
-Micro-batches, chunks of logits and the kind of optimizer are those of RL. The optimizer's state is SFT's
-own: RL begins with a fresh one, since moments of another loss, at another learning rate, do not fit its
-gradients.
+The optimizer's state is SFT's own: RL begins with a fresh one, since moments of another loss, at another
+learning rate, do not fit its gradients.
 """
 
 from __future__ import annotations
@@ -23,7 +19,7 @@ from trainer.config import Config, SftConfig
 from trainer.method.groups import Prompt
 from trainer.method.loss import LossInputs, StepCounts, Sums, token_sums
 from trainer.method.rollouts import problems_of_step
-from trainer.method.teacher_traces import Candidate, TraceReader
+from trainer.method.teacher_traces import TraceReader
 from trainer.method.update import Updater
 from trainer.parallel.world import ALONE, World
 from trainer.student.batches import TrainSequence
@@ -45,24 +41,13 @@ class Sft:
         chosen: Sequence[ChosenTrace] = (),
         world: World = ALONE,
     ) -> None:
-        """
-        Args:
-            traces: None where there are no supervised steps.
-            chosen: traces to train on, see `choose_traces`.
-        """
-        self.config = config.sft
-        self.seed = config.train.seed
-        self.policy = policy
-        self.traces = traces
-        self.chosen = chosen
+        """`traces` is None and `chosen` (see `choose_traces`) empty where there are no supervised steps."""
+        self.config, self.seed = config.sft, config.train.seed
+        self.policy, self.traces, self.chosen = policy, traces, chosen
         self.optimizer = make_optimizer(policy.model, config.train)
+        length = config.rollout.max_completion_length
         self.updater = Updater(
-            policy,
-            self.optimizer,
-            config.train,
-            token_mean,
-            max_completion_length=config.rollout.max_completion_length,
-            world=world,
+            policy, self.optimizer, config.train, token_mean, max_completion_length=length, world=world
         )
 
     def step(self, number: int) -> dict[str, Any]:
@@ -76,9 +61,7 @@ class Sft:
         return {
             "step": 0,
             "sft/step": number,
-            "sft/loss": metrics["loss"],
-            "sft/grad_norm": metrics["grad_norm"],
-            "sft/entropy": metrics["entropy"],
+            **{f"sft/{name}": metrics[name] for name in ("loss", "grad_norm", "entropy")},
             "sft/traces": len(sequences),
             "sft/tokens": metrics["train_tokens"],
             "sft/learning_rate": self.config.learning_rate,
@@ -96,32 +79,15 @@ class Sft:
         for prompt, trace_id in chosen:
             if trace_id not in traces:
                 raise StoreError(f"trace {trace_id} was removed from the store while SFT trained on it")
-            candidate = self.traces.candidate(traces[trace_id], opens_think=prompt.opens_think)
-            sequences.append(
-                TrainSequence(
-                    prompt_ids=prompt.ids,
-                    response_ids=candidate.token_ids,
-                    advantage=1.0,
-                    # Trained as if the student had written it: all tokens count as student tokens.
-                    is_teacher=False,
-                )
-            )
+            ids = self.traces.candidate(traces[trace_id], opens_think=prompt.opens_think).token_ids
+            # All tokens count as the student's own.
+            sequence = TrainSequence(prompt_ids=prompt.ids, response_ids=ids, advantage=1.0, is_teacher=False)
+            sequences.append(sequence)
         return sequences
 
     def forget(self) -> None:
         """Frees the optimizer's state, once the last step is taken and saved."""
-        own = {id(value) for state in self.optimizer.state.values() for value in state.values()}
-        # bitsandbytes keeps every page that it ever allocated.
-        if (pages := getattr(self.optimizer, "page_mng", None)) is not None:
-            pages.paged_tensors[:] = [page for page in pages.paged_tensors if id(page) not in own]
         self.optimizer.state.clear()
-
-
-CHOICES: dict[str, Callable[[Sequence[Candidate]], Sequence[Candidate]]] = {
-    "all": lambda candidates: candidates,
-    "shortest": lambda candidates: sorted(candidates, key=lambda c: (len(c.token_ids), c.trace.trace_id))[:1],
-}
-"""`sft.traces`: candidates of a problem -> those that are trained on."""
 
 
 def choose_traces(
@@ -139,7 +105,9 @@ def choose_traces(
     """
     chosen: list[ChosenTrace] = []
     for done, (prompt, candidates) in enumerate(traces.all_candidates(prompts), start=1):
-        chosen += [(prompt, c.trace.trace_id) for c in CHOICES[config.traces](candidates)]
+        if config.traces == "shortest":
+            candidates = sorted(candidates, key=lambda c: (len(c.token_ids), c.trace.trace_id))[:1]
+        chosen += [(prompt, candidate.trace.trace_id) for candidate in candidates]
         on_problem(done, len(prompts))
     if len(chosen) < config.traces_per_step:
         raise StoreError(
@@ -152,5 +120,5 @@ def choose_traces(
 
 def token_mean(inputs: LossInputs, counts: StepCounts) -> tuple[Tensor, Sums]:
     """Returns a micro-batch's share of -(1/T) * sum of log-probabilities, and its metrics."""
-    loss = -inputs.logprobs[inputs.response_mask].sum() / counts.tokens
+    loss = -inputs.logprobs[inputs.response_mask].sum() / counts.student_tokens
     return loss, token_sums({"entropy": inputs.entropy}, inputs.response_mask)

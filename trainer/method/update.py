@@ -201,7 +201,7 @@ def count(sequences: Sequence[TrainSequence], max_completion_length: int) -> Ste
         sequences=len(sequences),
         student_sequences=len(student),
         student_tokens=sum(student),
-        tokens=sum(len(s.response_ids) for s in sequences),
+        guided_tokens=sum(len(s.response_ids) for s in sequences if s.is_teacher),
         max_length=max_completion_length,
     )
 
