@@ -34,8 +34,8 @@ from rich.table import Table
 from precompute.config_file import load_config
 from precompute.engines import Engine
 from precompute.engines.checks import stop_ids_of
-from precompute.engines.registry import load_engine, load_tokenizer
-from precompute.engines.vllm_engine import DEFAULT_ENVIRONMENT, llm_options, vllm_version
+from precompute.engines.registry import engine_version, load_engine, load_tokenizer
+from precompute.engines.vllm_engine import DEFAULT_ENVIRONMENT, llm_options
 from precompute.problems.problem_files import load_problems
 from precompute.problems.prompts import tokenizer_fingerprint
 from precompute.run import pipeline
@@ -197,7 +197,7 @@ def overhead_job(options: argparse.Namespace) -> tuple[Config, PreparedTeacher, 
         model=teacher.model,
         revision=None,
         engine="vllm",
-        engine_version=vllm_version(),
+        engine_version=engine_version("vllm"),
         chat_template=str(tokenizer.chat_template),
         system_prompt=teacher.system_prompt,
         chat_template_kwargs={},

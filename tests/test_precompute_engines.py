@@ -126,30 +126,23 @@ def test_a_prompt_that_many_share_is_computed_once_and_they_draw_what_they_draw_
         assert alone.logprobs == pytest.approx(together[each.request_id].logprobs, abs=1e-4)
 
 
-def test_logprobs_are_those_of_a_forward_at_temperature_1(tokenizer: Any) -> None:
-    model = random_model()
-    engine = TransformersEngine(model, tokenizer, batch_size=16)
-    requests = [request(number) for number in range(12)]
-    found = by_id(engine.generate(requests, sampling(temperature=0.7, top_p=0.9, top_k=20)))
-    for each in requests:
-        completion = found[each.request_id]
-        logprobs = forward_logits(model, each, completion).log_softmax(-1)
-        expected = logprobs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-        assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
-
-
 @pytest.mark.parametrize(
     "changes", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 1.5, "top_k": 20}]
 )
-def test_the_samplers_logprobs_are_of_what_it_drew_from(tokenizer: Any, changes: dict[str, Any]) -> None:
+def test_both_kinds_of_logprobs_are_those_of_a_forward(tokenizer: Any, changes: dict[str, Any]) -> None:
     model = random_model()
     drawing = sampling(**changes)
     requests = [request(number) for number in range(12)]
     engine = TransformersEngine(model, tokenizer, batch_size=16)
+    models = by_id(engine.generate(requests, drawing))
     found = by_id(engine.generate(requests, dataclasses.replace(drawing, logprobs="sampler")))
     for each in requests:
         completion = found[each.request_id]
-        probs = (forward_logits(model, each, completion) / drawing.temperature).softmax(-1)
+        assert models[each.request_id].token_ids == completion.token_ids
+        logits = forward_logits(model, each, completion)
+        own = logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        assert models[each.request_id].logprobs == pytest.approx(own.tolist(), abs=1e-4)
+        probs = (logits / drawing.temperature).softmax(-1)
         for row, token, logprob in zip(probs, completion.token_ids, completion.logprobs, strict=True):
             descending = row.sort(descending=True).values
             before = int((row > row[token]).sum())  # tokens likelier than the drawn one
@@ -160,7 +153,9 @@ def test_the_samplers_logprobs_are_of_what_it_drew_from(tokenizer: Any, changes:
 
 
 def test_a_completion_ends_behind_its_first_eos_of_any_kind(tokenizer: Any) -> None:
-    engine = TransformersEngine(random_model(eos=[OTHER_END, END]), tokenizer, batch_size=64)
+    # One id in the generation config, the other in the tokenizer.
+    assert eos_ids(random_model(eos=OTHER_END).generation_config, tokenizer) == (END, OTHER_END)
+    engine = TransformersEngine(random_model(eos=OTHER_END), tokenizer, batch_size=64)
     found = list(engine.generate([request(number) for number in range(64)], sampling(max_tokens=40)))
     stopped = [c for c in found if c.finish_reason == "stop"]
     cut = [c for c in found if c.finish_reason == "length"]
@@ -169,13 +164,6 @@ def test_a_completion_ends_behind_its_first_eos_of_any_kind(tokenizer: Any) -> N
     assert cut
     assert all(len(c.token_ids) == 40 and not {END, OTHER_END} & set(c.token_ids) for c in cut)
     assert all(len(c.logprobs) == len(c.token_ids) for c in found)
-
-
-def test_the_tokenizers_eos_counts_beside_the_configs(tokenizer: Any) -> None:
-    assert eos_ids(random_model(eos=OTHER_END).generation_config, tokenizer) == (END, OTHER_END)
-    engine = TransformersEngine(random_model(eos=OTHER_END), tokenizer, batch_size=64)
-    found = engine.generate([request(number) for number in range(64)], sampling(max_tokens=40))
-    assert END in {c.token_ids[-1] for c in found if c.finish_reason == "stop"}
 
 
 def test_padding_with_the_eos_id_changes_nothing(tokenizer: Any) -> None:
@@ -248,9 +236,8 @@ def test_a_rows_uniforms_depend_on_its_seed_alone(seed: int, others: list[int]) 
     assert bool(((alone >= 0) & (alone < 1)).all())
 
 
-@pytest.mark.parametrize("temperature", [1.0, 1.5])
-def test_draws_follow_the_softmax(tokenizer: Any, temperature: float) -> None:
-    model = random_model()
+def test_draws_follow_the_softmax(tokenizer: Any) -> None:
+    model, temperature = random_model(), 1.5
     requests = [request(3, seed=seed) for seed in range(4000)]
     found = TransformersEngine(model, tokenizer, batch_size=1000).generate(
         requests, sampling(temperature=temperature, max_tokens=1)
@@ -336,14 +323,17 @@ def test_others_take_the_places_of_rows_that_have_ended(tokenizer: Any) -> None:
     assert max(rows) == 16
 
 
-def test_a_prompt_that_leaves_no_room_is_refused_before_anything_runs(engine: TransformersEngine) -> None:
+def test_a_prompt_that_leaves_no_room_is_refused_when_it_is_taken(tokenizer: Any) -> None:
+    engine = TransformersEngine(random_model(), tokenizer, batch_size=1)
+    completions = engine.generate([request(1, length=5), request(2, length=80)], sampling())
+    assert next(completions).request_id == "r1"
     with pytest.raises(
-        EngineError, match=r"max_tokens = 90 and a prompt of 10 tokens .* 96 positions; .* 86 at most"
+        EngineError, match=r"max_tokens = 24 and a prompt of 80 tokens .* 96 positions; .* 16 at most"
     ):
-        engine.generate([request(1, length=10)], sampling(max_tokens=90))
+        next(completions)
     assert len(list(engine.generate([request(1, length=90)], sampling(max_tokens=6)))) == 1
     with pytest.raises(EngineError, match="request r5 has an empty prompt"):
-        engine.generate([Request(request_id="r5", prompt_ids=(), seed=1)], sampling())
+        next(engine.generate([Request(request_id="r5", prompt_ids=(), seed=1)], sampling()))
 
 
 def test_logits_that_are_not_finite_are_named(tokenizer: Any) -> None:
@@ -384,11 +374,6 @@ def teacher(**changes: Any) -> TeacherConfig:
     ("engine", "changes", "message"),
     [
         ("vllm", {"tensor_parallel_size": 2}, "tensor_parallel_size = 2 needs as many GPUs; there are 0"),
-        (
-            "vllm",
-            {"quantization": "fp8"},
-            "quantization = 'fp8' needs a GPU with vllm; on the CPU take engine",
-        ),
         ("transformers", {"quantization": "awq"}, "quantization = 'awq' is not for transformers"),
         ("openai", {}, 'engine "openai" needs base_urls'),
     ],
@@ -403,7 +388,7 @@ def test_what_an_engine_cannot_honour_is_said_before_it_starts(
     assert "\n" not in str(caught.value)
 
 
-def test_on_gpus_vllm_is_left_to_judge_all_but_what_it_has_moved_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_a_quantization_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     check_options(teacher(tensor_parallel_size=2, quantization="fp8"), "vllm")
     monkeypatch.setattr("precompute.engines.options.find_spec", lambda _: None)

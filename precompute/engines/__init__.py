@@ -67,15 +67,11 @@ Requests = Iterable[Request | None]
 class Engine(Protocol):
     """Samples completions. A caller may stop iterating at any time."""
 
-    name: str
-    version: str
-
     def generate(self, requests: Requests, sampling: Sampling) -> Iterator[Completion]:
         """Yields one completion a request, in the order in which they finish.
 
         Takes requests as it has room for them, in the thread that iterates; at a None it goes on with what
-        runs and looks again later. Raises EngineError for a request that does not fit: at once in a sequence,
-        else when it is taken.
+        runs and looks again later. Raises EngineError when it takes a request that does not fit.
         """
         ...
 

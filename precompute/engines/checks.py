@@ -1,12 +1,10 @@
-"""Ends of completions, lengths of requests, and reasons why a model cannot be loaded."""
+"""The ids that end a completion, and the reasons why a model cannot be loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from precompute.engines import Request, Sampling
 from store.errors import EngineError
 
 
@@ -37,19 +35,6 @@ def stop_ids_of(model: str, revision: str | None, tokenizer: Any) -> tuple[int, 
         return eos_ids(AutoConfig.from_pretrained(model, revision=revision), tokenizer)
     except (OSError, ValueError, KeyError) as error:
         raise cannot_load(model, error) from error
-
-
-def check_lengths(requests: Sequence[Request], sampling: Sampling, context_length: int | None) -> None:
-    """Raises EngineError if a request does not fit into `context_length` positions (None: no limit)."""
-    longest = max((len(request.prompt_ids) for request in requests), default=0)
-    if context_length is not None and longest + sampling.max_tokens > context_length:
-        raise EngineError(
-            f"max_tokens = {sampling.max_tokens} and a prompt of {longest} tokens exceed the model's "
-            f"{context_length} positions; max_tokens may be {max(context_length - longest, 0)} at most"
-        )
-    empty = next((request.request_id for request in requests if not request.prompt_ids), None)
-    if empty is not None:
-        raise EngineError(f"request {empty} has an empty prompt; a prompt needs one token at least")
 
 
 def cannot_load(model: str, error: BaseException | str) -> EngineError:

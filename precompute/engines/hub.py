@@ -37,27 +37,18 @@ def why_not_there(model: str, revision: str | None) -> str | None:
     try:
         get_hf_file_metadata(hf_hub_url(model, "config.json", revision=revision))
     except errors.HfHubHTTPError as error:
-        return None if downloaded else _refusal(error, model, revision, constants.ENDPOINT)
+        hub = constants.ENDPOINT
+        reasons: dict[type[Exception], str] = {
+            errors.GatedRepoError: f"it is gated: accept its terms at {hub}/{model}, then `hf auth login`",
+            errors.RevisionNotFoundError: f"it has no revision {revision!r} at {hub}",
+            errors.RepositoryNotFoundError: f"there is no such directory, and no such model at {hub}: is the "
+            "name right? (a private one needs `hf auth login`)",
+        }
+        return None if downloaded else reasons.get(type(error))
     except errors.HTTPError as error:  # type: ignore[attr-defined]  # of any HTTP client
         reason = " ".join(str(error).split()) or type(error).__name__
         unreachable = f"{constants.ENDPOINT} cannot be reached ({reason})"
         if downloaded:
             return f"{unreachable}: set HF_HUB_OFFLINE=1 to take it as it was downloaded"
         return f"{absent}, and {unreachable}: download it first with a network, then set HF_HUB_OFFLINE=1"
-    return None
-
-
-def _refusal(error: OSError, model: str, revision: str | None, hub: str) -> str | None:
-    """Returns the reason in a hub's answer; None if it gives none."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    if isinstance(error, GatedRepoError):
-        return f"it is gated: accept its terms at {hub}/{model}, then `hf auth login`"
-    if isinstance(error, RevisionNotFoundError):
-        return f"it has no revision {revision!r} at {hub}"
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"there is no such directory, and no such model at {hub}: is the name right? "
-            "(a private one needs `hf auth login`)"
-        )
     return None

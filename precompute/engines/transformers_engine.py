@@ -18,7 +18,6 @@ from inspect import signature
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -48,9 +47,6 @@ class TransformersEngine:
 
     The model may be in training: it is in eval mode during a batch, and as before afterwards.
     """
-
-    name = "transformers"
-    version: str = transformers.__version__
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 64) -> None:
         self._model = model
@@ -104,24 +100,14 @@ class TransformersEngine:
     def generate(self, requests: Requests, sampling: Sampling) -> Iterator[Completion]:
         """Yields one completion a request; a sequence begins with its short prompts.
 
-        Raises EngineError for a prompt that together with `max_tokens` exceeds the model's positions.
+        Samples until enough rows have ended, yields those, and lets others join: one long completion does
+        not hold up the whole batch. Raises EngineError for a prompt that together with `max_tokens` exceeds
+        the model's positions.
         """
         if isinstance(requests, Sequence):
             given: list[Request] = [request for request in requests if request is not None]
-            given.sort(key=lambda request: len(request.prompt_ids))
-            requests = given
-        return self._generate(Feed(requests, sampling, self._context_length), sampling)
-
-    def close(self) -> None:
-        """Drops the model, which frees its memory unless it is in use elsewhere."""
-        self._model = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _generate(self, feed: Feed, sampling: Sampling) -> Iterator[Completion]:
-        """Samples until enough rows have ended, yields those, and lets others join: one long completion does
-        not hold up the whole batch."""
+            requests = sorted(given, key=lambda request: len(request.prompt_ids))
+        feed = Feed(requests, sampling, self._context_length)
         rows: Rows | None = None
         while True:
             if fresh := feed.take(self._room(rows)):
@@ -140,6 +126,13 @@ class TransformersEngine:
                 return
             else:
                 feed.wait()
+
+    def close(self) -> None:
+        """Drops the model, which frees its memory unless it is in use elsewhere."""
+        self._model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _rows(self, requests: Sequence[Request], sampling: Sampling) -> Rows:
         cache, device = self._new_cache(), self._model.device

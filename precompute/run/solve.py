@@ -152,7 +152,7 @@ class Solver:
                 for completion in engine.generate(queue.requests(work), self._sampling()):
                     queue.deliver(completion)
                 if not work.done():
-                    raise EngineError(f"engine {engine.name!r} ended before the requests did")
+                    raise EngineError(f"engine {self.teacher.engine!r} ended before the requests did")
         finally:
             part.write()
 

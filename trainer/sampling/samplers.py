@@ -5,9 +5,7 @@ sleep -> sync -> generate (a step's samples) -> sleep -> guide, update -> sync -
 
 from __future__ import annotations
 
-import logging
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -19,23 +17,17 @@ from precompute.config import TeacherConfig
 from precompute.engines import Completion, Engine, Requests, Sampling
 from precompute.engines.registry import resolve_engine
 from precompute.engines.transformers_engine import TransformersEngine
-from precompute.engines.vllm_engine import VllmEngine, VllmProcess, llm_options
+from precompute.engines.vllm_engine import VllmEngine, llm_options
 from store.errors import ConfigError, EngineError
 from trainer.config import Config, RolloutConfig, StudentConfig
 from trainer.parallel.world import ALONE, World
 from trainer.sampling.weight_sync import WeightFolder
 from trainer.student.policy import Policy
 
-LOGGER = logging.getLogger(__name__)
-
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Largest ranks of an adapter that vllm 0.32 can be configured for."""
-LAUNCHER_VARIABLES = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
-)  # fmt: skip
-"""Variables that torchrun sets for a rank; vllm would take them for its own."""
-PROCESS_KEYS = {"vllm_gpu_memory_utilization", "vllm_sleep", "vllm_args"}
-"""Keys of [rollout] that only a vllm in a process of its own reads."""
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+"""Beginnings of the variables that torchrun sets for a rank; vllm would take them for its own."""
 
 
 class Sampler(Engine, Protocol):
@@ -85,24 +77,16 @@ class SyncedEngine(Engine, Protocol):
 
     def sleep(self, level: int) -> None: ...
 
-    def wake(self, *what: str) -> None: ...
+    def wake(self, what: str) -> None: ...
 
 
 class VllmSampler:
     """Samples with vLLM's copy of the student, which gets its weights through a folder."""
 
-    name = "vllm"
-
     def __init__(
-        self,
-        engine: SyncedEngine,
-        weights: WeightFolder,
-        student: StudentConfig,
-        *,
-        sleeps: bool,
+        self, engine: SyncedEngine, weights: WeightFolder, student: StudentConfig, *, sleeps: bool
     ) -> None:
         """`sleeps`: the engine has a sleep mode."""
-        self.version = engine.version
         self._engine = engine
         self._weights = weights
         self._student = student
@@ -210,27 +194,15 @@ def check_sampler(config: Config) -> None:
 
 
 def sampler_warnings(rollout: RolloutConfig) -> list[str]:
-    """Returns warnings about keys of [rollout] that have no effect, or that bias training."""
-    warnings = []
+    """Returns warnings about keys of [rollout] that bias training, or that hide what does."""
     if rollout.top_p < 1 or rollout.top_k > 0:
-        warnings.append(
-            "rollout.top_p below 1 or top_k above 0: sampler and trainer differ, the ratio is biased"
-        )
-    unread: set[str] = set()
-    why = ""
-    if rollout.engine != "vllm":
-        unread, why = PROCESS_KEYS | {"sync_dir", "sync_tolerance"}, f'rollout.engine = "{rollout.engine}"'
-    elif rollout.base_urls:
-        unread, why = PROCESS_KEYS, "the servers of rollout.base_urls have settings of their own"
-        if rollout.temperature != 1 and not warnings:
-            warnings.append(
-                f"rollout.temperature = {rollout.temperature}: vllm servers report log-probabilities at "
-                "temperature 1 only, so is_cap has no effect and samples of old weights are not noticed"
-            )
-    unread &= rollout.model_dump(exclude_defaults=True).keys()
-    return warnings + [
-        f"rollout.{key} = {getattr(rollout, key)!r} is not read: {why}" for key in sorted(unread)
-    ]
+        return ["rollout.top_p below 1 or top_k above 0: sampler and trainer differ, the ratio is biased"]
+    if rollout.base_urls and rollout.temperature != 1:
+        return [
+            f"rollout.temperature = {rollout.temperature}: vllm servers report log-probabilities at "
+            "temperature 1 only, so is_cap has no effect and samples of old weights are not noticed"
+        ]
+    return []
 
 
 def check_sampler_weights(rollout: RolloutConfig, dtype: torch.dtype, difference: float | None) -> None:
@@ -255,30 +227,24 @@ def check_sampler_weights(rollout: RolloutConfig, dtype: torch.dtype, difference
 
 def max_lora_rank(student: StudentConfig) -> int:
     """Returns the smallest rank that vllm can be configured for and the adapters fit into."""
-    for rank in LORA_RANKS:
-        if rank >= student.lora_r:
-            return rank
-    raise ConfigError(
-        f"student.lora_r = {student.lora_r} is more than vllm's {LORA_RANKS[-1]}; "
-        'lower it, or set rollout.engine = "transformers"'
-    )
+    rank = next((rank for rank in LORA_RANKS if rank >= student.lora_r), None)
+    if rank is None:
+        raise ConfigError(
+            f"student.lora_r = {student.lora_r} is more than vllm's {LORA_RANKS[-1]}; "
+            'lower it, or set rollout.engine = "transformers"'
+        )
+    return rank
 
 
 def load_vllm(config: Config, policy: Policy, *, max_length: int) -> VllmEngine:
     """Loads the student's model in a process of its own, on the student's device."""
-    process = VllmProcess(vllm_environment(policy.device, os.environ))
-    process.load(
-        vllm_options(config, policy.dtype, max_length=max_length),
-        given=config.rollout.vllm_args,
-        named="rollout.vllm_args",
-    )
     return VllmEngine(
-        process,
+        vllm_options(config, policy.dtype, max_length=max_length),
         policy.tokenizer,
         stop_ids=policy.eos_ids,
-        max_length=max_length,
-        batch_size=config.rollout.batch_size,
-        logprobs="sampler",
+        given=config.rollout.vllm_args,
+        key="rollout.vllm_args",
+        environment=vllm_environment(policy.device, os.environ),
     )
 
 
@@ -297,14 +263,7 @@ def load_servers(config: Config, policy: Policy, world: World, *, max_length: in
         served_model_name=rollout.served_model_name,
     )
     try:
-        return VllmServers(
-            servers,
-            policy.tokenizer,
-            max_length=max_length,
-            report=LOGGER.warning,
-            adapter_prefix=world.from_main(lambda: f"student-{secrets.token_hex(4)}"),
-            updates=world.is_main,
-        )
+        return VllmServers(servers, policy.tokenizer, world, max_length=max_length)
     except EngineError as error:
         raise EngineError(f"rollout.base_urls: {error}") from error
 
@@ -331,11 +290,7 @@ def vllm_options(config: Config, dtype: torch.dtype, *, max_length: int) -> dict
 
 def vllm_environment(device: torch.device, environment: Mapping[str, str]) -> dict[str, str]:
     """Returns the variables of vLLM's process: it sees the student's GPU alone, and nothing of torchrun."""
-    seen = {
-        key: value
-        for key, value in environment.items()
-        if key not in LAUNCHER_VARIABLES and not key.startswith("TORCHELASTIC_")
-    }
+    seen = {key: value for key, value in environment.items() if not key.startswith(LAUNCHER_VARIABLES)}
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")

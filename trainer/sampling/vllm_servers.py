@@ -8,60 +8,39 @@ are vLLM's own and open to whoever reaches the port.
 from __future__ import annotations
 
 import json
+import logging
+import secrets
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from precompute.config import TeacherConfig
-from precompute.engines import Completion, Requests, Sampling
 from precompute.engines.openai_engine import OpenAIEngine
 from store.errors import EngineError
+from trainer.parallel.world import World
 
+LOGGER = logging.getLogger(__name__)
 DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
 LORA_MODE = "start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
 
 
-class VllmServers:
-    """Samples from several servers that hold the same weights."""
+class VllmServers(OpenAIEngine):
+    """Samples from several servers that hold the same weights, which rank 0 sends them.
 
-    name = "vllm"
+    A server that does not answer is reported, and ends the next update of weights.
+    """
 
-    def __init__(
-        self,
-        servers: TeacherConfig,
-        tokenizer: Any,
-        *,
-        max_length: int,
-        report: Callable[[str], None],
-        adapter_prefix: str = "student",
-        updates: bool = True,
-    ) -> None:
+    def __init__(self, servers: TeacherConfig, tokenizer: Any, world: World, *, max_length: int) -> None:
+        """Raises EngineError when no server answers, and when one lacks the model or has too few positions.
+
+        `servers`: their `base_urls`, `model`, `served_model_name`, `batch_size` and `request_timeout`.
         """
-        Args:
-            servers: their `base_urls`, `model`, `served_model_name`, `batch_size` and `request_timeout`.
-            adapter_prefix: begins the name of each adapter; a server may still have those of a killed run.
-            updates: this rank sends new weights; in the others the same calls only note the adapter's name.
-
-        Raises EngineError when no server answers, and when one lacks the model or has too few positions. A
-        server that does not answer is reported, and ends the first update of weights.
-        """
-        self._servers = servers
-        self._tokenizer = tokenizer
-        self._max_length = max_length
-        self._report = report
-        self._updated_urls = servers.base_urls if updates else ()
-        self._adapter_prefix = adapter_prefix
-        self._adapter = ""
-        self._engine: OpenAIEngine | None = self._connect()
-        self.version = self._engine.version
-
-    def generate(self, requests: Requests, sampling: Sampling) -> Iterator[Completion]:
-        """Yields completions as Engine.generate does. A lost server is reported, and the others go on."""
-        if self._engine is None:
-            self._engine = self._connect()
-        return self._engine.generate(requests, sampling)
+        super().__init__(servers, tokenizer, max_length=max_length, report=LOGGER.warning)
+        self._updated_urls = servers.base_urls if world.is_main else ()
+        # A server may still have the adapters of a killed run.
+        self._adapter_prefix = world.from_main(lambda: f"student-{secrets.token_hex(4)}")
+        self._adapter: str | None = None
 
     def load_weights(self, folder: Path) -> None:
         """Has every server load the weights of a transformers directory. Raises EngineError."""
@@ -78,22 +57,13 @@ class VllmServers:
             self._post(url, "/v1/load_lora_adapter", adapter, hint=LORA_MODE)
             if before:
                 self._post(url, "/v1/unload_lora_adapter", {"lora_name": before}, hint=LORA_MODE)
-        self._engine = None  # connects again by the new name, once every server has it
+        self._model = self._adapter
 
     def sleep(self, level: int) -> None:
         """Does nothing: servers have GPUs of their own."""
 
-    def wake(self, *what: str) -> None:
+    def wake(self, what: str) -> None:
         """Does nothing."""
-
-    def close(self) -> None:
-        """Does nothing."""
-
-    def _connect(self) -> OpenAIEngine:
-        servers = self._servers
-        if self._adapter:
-            servers = servers.model_copy(update={"served_model_name": self._adapter})
-        return OpenAIEngine(servers, self._tokenizer, max_length=self._max_length, report=self._report)
 
     def _post(self, url: str, path: str, body: dict[str, Any], *, hint: str) -> None:
         """Raises EngineError that names the server; `hint` is for a server that does not know the path."""
@@ -103,7 +73,7 @@ class VllmServers:
             headers={"Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=self._servers.request_timeout) as answer:
+            with urllib.request.urlopen(request, timeout=self._teacher.request_timeout) as answer:
                 answer.read()
         except urllib.error.HTTPError as error:
             reason = " ".join(error.read().decode(errors="replace").split())[:300] or error.reason
