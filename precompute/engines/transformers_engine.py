@@ -106,7 +106,8 @@ class TransformersEngine:
         """
         if isinstance(requests, Sequence):
             given: list[Request] = [request for request in requests if request is not None]
-            requests = sorted(given, key=lambda request: len(request.prompt_ids))
+            given.sort(key=lambda request: len(request.prompt_ids))
+            requests = given
         feed = Feed(requests, sampling, self._context_length)
         rows: Rows | None = None
         while True:
