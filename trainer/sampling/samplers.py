@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -23,6 +23,9 @@ from trainer.config import Config, RolloutConfig, StudentConfig
 from trainer.parallel.world import ALONE, World
 from trainer.sampling.weight_sync import WeightFolder
 from trainer.student.policy import Policy
+
+if TYPE_CHECKING:
+    from trainer.sampling.vllm_servers import VllmServers  # and with it openai
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Largest ranks of an adapter that vllm 0.32 can be configured for."""
@@ -68,23 +71,11 @@ class SharedSampler(TransformersEngine):
         """Does nothing."""
 
 
-class SyncedEngine(Engine, Protocol):
-    """An engine whose weights can be replaced: VllmEngine or VllmServers."""
-
-    def load_weights(self, folder: Path) -> None: ...
-
-    def load_adapter(self, folder: Path, number: int) -> None: ...
-
-    def sleep(self, level: int) -> None: ...
-
-    def wake(self, what: str) -> None: ...
-
-
 class VllmSampler:
     """Samples with vLLM's copy of the student, which gets its weights through a folder."""
 
     def __init__(
-        self, engine: SyncedEngine, weights: WeightFolder, student: StudentConfig, *, sleeps: bool
+        self, engine: VllmEngine | VllmServers, weights: WeightFolder, student: StudentConfig, *, sleeps: bool
     ) -> None:
         """`sleeps`: the engine has a sleep mode."""
         self._engine = engine
@@ -162,7 +153,7 @@ def make_sampler(
     if rollout.engine == "transformers":
         return SharedSampler(policy, batch_size=rollout.batch_size)
     max_length = max(len(ids) for ids in prompts) + rollout.max_completion_length
-    engine: SyncedEngine = (
+    engine = (
         load_servers(config, policy, world, max_length=max_length)
         if rollout.base_urls
         else load_vllm(config, policy, max_length=max_length)
@@ -248,44 +239,40 @@ def load_vllm(config: Config, policy: Policy, *, max_length: int) -> VllmEngine:
     )
 
 
-def load_servers(config: Config, policy: Policy, world: World, *, max_length: int) -> SyncedEngine:
-    """Connects to the servers of `rollout.base_urls`; rank 0 sends them new weights."""
-    from trainer.sampling.vllm_servers import VllmServers  # and with it openai
+def load_servers(config: Config, policy: Policy, world: World, *, max_length: int) -> VllmServers:
+    """Connects to the servers of `rollout.base_urls`."""
+    from trainer.sampling.vllm_servers import VllmServers
 
-    rollout = config.rollout
-    servers = TeacherConfig(
-        name="student",
-        model=config.student.model,
-        revision=config.student.revision,
-        max_tokens=rollout.max_completion_length,
-        batch_size=rollout.batch_size,
-        base_urls=rollout.base_urls,
-        served_model_name=rollout.served_model_name,
-    )
     try:
-        return VllmServers(servers, policy.tokenizer, world, max_length=max_length)
+        return VllmServers(_as_teacher(config, policy.dtype), policy.tokenizer, world, max_length=max_length)
     except EngineError as error:
         raise EngineError(f"rollout.base_urls: {error}") from error
 
 
 def vllm_options(config: Config, dtype: torch.dtype, *, max_length: int) -> dict[str, Any]:
     """Returns the arguments of `vllm.LLM`."""
+    options = llm_options(_as_teacher(config, dtype), max_length=max_length)
+    options |= {"logprobs_mode": "processed_logprobs", "enable_sleep_mode": _has_sleep_mode(config.rollout)}
+    if config.student.use_peft:
+        rank = max_lora_rank(config.student)
+        options |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
+    return options | config.rollout.vllm_args
+
+
+def _as_teacher(config: Config, dtype: torch.dtype) -> TeacherConfig:
+    """Returns the student in the form in which the engines read a model's settings."""
     student, rollout = config.student, config.rollout
-    model = TeacherConfig(
+    return TeacherConfig(
         name="student",
         model=student.model,
         revision=student.revision,
         dtype="float32" if dtype == torch.float32 else "bfloat16",
+        max_tokens=rollout.max_completion_length,
         batch_size=rollout.batch_size,
         gpu_memory_utilization=rollout.vllm_gpu_memory_utilization,
+        base_urls=rollout.base_urls,
+        served_model_name=rollout.served_model_name,
     )
-    options = llm_options(model, max_length=max_length) | {"logprobs_mode": "processed_logprobs"}
-    if student.use_peft:
-        rank = max_lora_rank(student)
-        options |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
-    if _has_sleep_mode(rollout):
-        options["enable_sleep_mode"] = True
-    return options | rollout.vllm_args
 
 
 def vllm_environment(device: torch.device, environment: Mapping[str, str]) -> dict[str, str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from store.errors import EngineError
 from trainer.parallel.world import ALONE, World, full_tensor
@@ -35,9 +34,19 @@ class WeightFolder:
         self._is_writer = world.rank == writer
 
     def write_weights(self) -> None:
-        """Writes all weights, in the type that the student computes in."""
-        state = self._gathered_weights()
-        self._write(lambda: self._policy.causal.save_pretrained(self.path, state_dict=state))
+        """Writes all weights once, in the type that the student computes in."""
+        causal, state = self._policy.causal, {}
+        # Weights with several names, as a head that is the embedding, are written under the first.
+        first_names = {name for name, _ in causal.named_parameters()}
+        further_names = {name for name, _ in causal.named_parameters(remove_duplicate=False)} - first_names
+        for name, sharded in causal.state_dict().items():
+            if name in further_names:
+                continue
+            full = full_tensor(sharded)
+            if self._is_writer:
+                dtype = self._policy.dtype if full.is_floating_point() else full.dtype
+                state[name] = full.to("cpu", dtype)
+        self._write(lambda: causal.save_pretrained(self.path, state_dict=state))
 
     def write_adapter(self) -> None:
         """Writes the LoRA adapter alone, as peft does."""
@@ -54,18 +63,6 @@ class WeightFolder:
         if self._is_writer:
             shutil.rmtree(self.path, ignore_errors=True)
 
-    def _gathered_weights(self) -> dict[str, Tensor]:
-        """Returns name -> weight on the CPU; {} in ranks that do not write."""
-        state, tied_names = {}, _tied_names(self._policy)
-        for name, sharded in self._policy.causal.state_dict().items():
-            if name in tied_names:
-                continue
-            full = full_tensor(sharded)
-            if self._is_writer:
-                dtype = self._policy.dtype if full.is_floating_point() else full.dtype
-                state[name] = full.to("cpu", dtype)
-        return state
-
     def _write(self, save: Callable[[], None]) -> None:
         """Overwrites the folder; every rank returns once it is complete."""
         if self._is_writer:
@@ -80,9 +77,3 @@ class WeightFolder:
                     "set rollout.sync_dir to a directory with more room"
                 ) from error
         self.world.barrier()
-
-
-def _tied_names(policy: Policy) -> set[str]:
-    """Returns the further names of weights that have several, as a head that is the embedding."""
-    every = {name for name, _ in policy.causal.named_parameters(remove_duplicate=False)}
-    return every - {name for name, _ in policy.causal.named_parameters()}

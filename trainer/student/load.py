@@ -161,8 +161,7 @@ def load_tokenizer(config: StudentConfig, checkpoint: Path | None = None) -> Any
 
 
 def pick_device(name: str) -> torch.device:
-    """Returns the device of `student.device`; `auto` is CUDA where torch sees it. Raises EngineError for
-    `cuda` where it does not."""
+    """Returns the device of `student.device`; `auto` is CUDA where torch sees it, else the CPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise EngineError('student.device = "cuda", but torch sees no CUDA device; use "auto" or "cpu"')
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -192,8 +191,7 @@ def _check_head(policy: Policy) -> None:
     target_mask = torch.ones_like(ids, dtype=torch.bool)
     target_mask[:, 0] = False
     ours = policy.logprobs(TokenBatch(input_ids=ids, target_mask=target_mask))
-    with policy.computing():
-        logits = policy.model(input_ids=ids).logits
+    logits = policy.model(input_ids=ids).logits
     (theirs,) = selective_log_softmax(logits[:, :-1].float() / policy.temperature, ids[:, 1:])
     difference = float((ours[:, 1:] - theirs).abs().max())
     # A frozen model's own head may compute in 16 bits; the policy's never does.

@@ -26,19 +26,15 @@ def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
     if config.optim == "adamw":
         # Unfused, AdamW makes temporaries as large as all the weights.
         return torch.optim.AdamW(groups, **options, fused=trained[0].is_cuda or None)
-    optimizer: torch.optim.Optimizer = _bitsandbytes_class(config.optim)(groups, **options)
-    return optimizer
-
-
-def _bitsandbytes_class(optim: str) -> Any:
     try:
-        import bitsandbytes
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
     except ImportError:
-        raise EngineError(f'train.optim = "{optim}" needs bitsandbytes: pip install "ampo[qlora]"') from None
-    return {
-        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
-        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
-    }[optim]
+        raise EngineError(
+            f'train.optim = "{config.optim}" needs bitsandbytes: pip install "ampo[qlora]"'
+        ) from None
+    kind = {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}[config.optim]
+    optimizer: torch.optim.Optimizer = kind(groups, **options)
+    return optimizer
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
