@@ -66,11 +66,12 @@ def servers_version(teacher: TeacherConfig) -> str:
 
 
 def _find_server(teacher: TeacherConfig, url: str) -> Server:
+    headers = _headers(teacher)
     options = _client_options(teacher, url) | {"timeout": CONNECT_SECONDS, "max_retries": 2}
     with openai.OpenAI(**options) as client:
         try:
-            served: dict[str, Any] = {model.id: model for model in client.models.list()}
-            version = _version(client, url)
+            served: dict[str, Any] = {model.id: model for model in client.models.list(extra_headers=headers)}
+            version = _version(client, url, headers)
         except GONE as error:
             return Server(url=url, gone=_reason(error, teacher))
         except openai.APIStatusError as error:
@@ -88,10 +89,11 @@ def _find_server(teacher: TeacherConfig, url: str) -> Server:
     )
 
 
-def _version(client: openai.OpenAI, url: str) -> str:
+def _version(client: openai.OpenAI, url: str, headers: dict[str, Any]) -> str:
     """Returns vLLM's version, which it gives beside its API; other servers have no common way."""
     try:
-        answer: Any = client.get(url.rstrip("/").removesuffix("/v1") + "/version", cast_to=object)
+        path = url.rstrip("/").removesuffix("/v1") + "/version"
+        answer: Any = client.get(path, cast_to=object, options={"headers": headers})
     except openai.APIError:
         return UNKNOWN
     return str(answer.get("version", UNKNOWN)) if isinstance(answer, dict) else UNKNOWN
@@ -171,7 +173,7 @@ class OpenAIEngine:
             server.busy += 1
             try:
                 answer = await clients[server.url].completions.create(
-                    **self._arguments(request, sampling, server)
+                    **self._arguments(request, sampling, server), extra_headers=_headers(self._teacher)
                 )
                 completion = self._completion(request, sampling, answer, server)
                 if completion is not None:
@@ -257,15 +259,19 @@ async def _close(tasks: Tasks, clients: Mapping[str, openai.AsyncOpenAI]) -> Non
 
 def _client_options(teacher: TeacherConfig, url: str) -> dict[str, Any]:
     """Returns a client's options, the key included: to be passed on at once and never kept."""
-    options = {
+    return {
         "base_url": url,
+        # The client insists on a key; without one the header that would carry it is left out.
+        "api_key": os.environ[teacher.api_key_env] if teacher.api_key_env else "none",
         "timeout": openai.Timeout(teacher.request_timeout, connect=CONNECT_SECONDS),
         "max_retries": teacher.max_retries,
     }
-    if teacher.api_key_env:
-        return options | {"api_key": os.environ[teacher.api_key_env]}
-    # The client insists on a key, which would be OPENAI_API_KEY's; no header carries this one.
-    return options | {"api_key": "none", "default_headers": {"Authorization": openai.Omit()}}
+
+
+def _headers(teacher: TeacherConfig) -> dict[str, Any]:
+    """Returns the headers of every call: without `api_key_env` no key is sent, whatever is in the
+    environment."""
+    return {} if teacher.api_key_env else {"Authorization": openai.Omit()}
 
 
 def _stop_ids(teacher: TeacherConfig, tokenizer: Any) -> tuple[int, ...]:
