@@ -15,6 +15,8 @@ from conftest import tiny_gemma, tiny_tokenizer
 from precompute.engines import Completion, Request, Sampling
 from precompute.engines.transformers_engine import TransformersEngine
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WINDOW = 8
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=24)
 

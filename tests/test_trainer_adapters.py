@@ -68,33 +68,6 @@ def test_qlora_keeps_four_bits_and_trains_its_adapters(tmp_path: Path) -> None:
     assert len(moved) == 7 * 2
 
 
-NF4 = (
-    -1.0, -0.6961928, -0.5250731, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
-    0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
-)  # fmt: skip
-"""QLoRA, appendix E."""
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_four_bits_are_the_papers_nf4_at_a_width_of_whole_blocks(dtype: torch.dtype) -> None:
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    torch.manual_seed(0)
-    weight = torch.randn(96, 128, dtype=dtype)
-    packed, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
-    # By hand: each block of 64 over its largest value, to the nearest of the 16 levels.
-    blocks = weight.float().reshape(-1, 64)
-    scales = blocks.abs().amax(dim=1, keepdim=True)
-    levels = torch.tensor(NF4)
-    nearest = levels[((blocks / scales)[..., None] - levels).abs().argmin(-1)]
-    by_hand = (nearest * scales).reshape(weight.shape)
-    found = dequantize_4bit(packed, state).float()
-    # Double quantization keeps a scale in 8 bits: some 1 % off; bfloat16 rounds by 0.4 % at most.
-    assert (found - by_hand).norm() / by_hand.norm() < 0.02
-    # Of normal weights nf4 loses 0.09 of their size; a block read with its neighbour's scale loses far more.
-    assert (found - weight.float()).norm() / weight.float().norm() == pytest.approx(0.09, abs=0.01)
-
-
 def test_four_bits_at_a_width_that_bitsandbytes_computes_wrongly_are_refused(tmp_path: Path) -> None:
     tiny_model(hidden_size=64, intermediate_size=96).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.config import TrainConfig
-from trainer.student.optimizer import learning_rate_at, make_optimizer, set_learning_rate
+from trainer.student.optimizer import learning_rate_at, make_optimizer
 
 
 def rates(steps: range, **changes: Any) -> list[float]:
@@ -88,16 +88,3 @@ def test_the_config_names_the_kind_and_its_constants(optim: str, kind: str) -> N
     assert type(optimizer).__name__ == kind
     for group in optimizer.param_groups:
         assert (tuple(group["betas"]), group["lr"]) == ((0.7, 0.8), 0.3)
-
-
-def test_set_learning_rate_moves_every_group_and_the_next_step_uses_it() -> None:
-    model = torch.nn.Linear(1, 1)
-    optimizer = make_optimizer(model, TrainConfig(learning_rate=1.0, weight_decay=0.0))
-    set_learning_rate(optimizer, 0.25)
-    before = [parameter.item() for parameter in model.parameters()]
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 3.0)
-    optimizer.step()
-    # Adam's first step has the length of the learning rate: m / sqrt(v) = 3 / 3 = 1.
-    after = [parameter.item() for parameter in model.parameters()]
-    assert after == pytest.approx([value - 0.25 for value in before], abs=1e-6)
