@@ -154,9 +154,8 @@ def verify(
 
     Example: `ampo verify samples.jsonl --gold-column answer --failed 50 --out verdicts.parquet`
     """
-    from precompute.verify.tables import verify_tables
     from precompute.verify.verifier import Verifier
-    from precompute.verify.verify_file import PairFile, verify_file
+    from precompute.verify.verify_file import PairFile, verify_file, verify_tables
     from trainer.config import read_config
 
     settings = read_config(config, set_)

@@ -20,13 +20,13 @@ import pytest
 from rich.console import Console
 from verify_processes import needs_proc, wait_until, workers_of
 
-from precompute.verify.tables import verify_tables
 from precompute.verify.verifier import Verifier
 from precompute.verify.verify_file import (
     BATCH_ROWS,
     FileReport,
     PairFile,
     verify_file,
+    verify_tables,
 )
 from store.errors import ProblemsError, UserError
 
@@ -81,9 +81,9 @@ def test_counts_rows_by_verdict_and_keeps_the_first_that_failed(verifier: Verifi
     report = verified(verifier, write_jsonl(tmp_path / "rows.jsonl", ROWS), failed=3)
     counts = {verdict: VERDICTS.count(verdict) for verdict in set(VERDICTS)}
     assert {verdict: rows for verdict, rows in report.verdicts.items() if rows} == counts
-    assert (report.rows, report.matches) == (9, 3)
+    assert (report.rows, report.verdicts["match"]) == (9, 3)
     assert (report.response_column, report.gold_column) == ("completion", "answer")
-    assert [(row.row, row.verdict, row.gold, row.answer) for row in report.failed] == [
+    assert [(row["row"], row["verdict"], row["gold"], row["answer"]) for row in report.failed] == [
         (2, "mismatch", "5", "500"),
         (3, "no_answer", "5", None),
         (4, "no_answer", "5", None),
@@ -179,9 +179,9 @@ def test_cells_are_read_as_in_problem_files(verifier: Verifier, tmp_path: Path) 
     for number, row in enumerate(rows):
         file = tmp_path / f"{number}.parquet"
         pq.write_table(pa.Table.from_pylist([row]), file)
-        assert verified(verifier, file).matches == 1
+        assert verified(verifier, file).verdicts["match"] == 1
     file = write_jsonl(tmp_path / "listed.jsonl", [{"text": "\\boxed{5}", "gold": ["5"]}])
-    assert verified(verifier, file).matches == 1
+    assert verified(verifier, file).verdicts["match"] == 1
 
 
 def test_the_tables_say_what_failed(verifier: Verifier, tmp_path: Path) -> None:

@@ -17,16 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from precompute.problems.data_rows import (
-    SUFFIXES,
-    Leaf,
-    Row,
-    cell_of,
-    data_rows,
-    find_column,
-    has_cell,
-    turns_of,
-)
+from precompute.problems.data_rows import SUFFIXES, Row, cell_of, data_rows, find_column, has_cell, turns_of
 from precompute.problems.problem_files import ProblemReader
 from store.errors import ProblemsError
 from store.records import Problem
@@ -97,13 +88,10 @@ class ImportForm:
         if columns.teacher and self._teacher is None:
             find_column(file, row, columns.teacher, (), "--teacher-column")
 
-    def rows(self, *, texts: bool = True) -> Iterator[tuple[Problem, list[ForeignTrace]]]:
-        """Yields each row's problem and traces. Without `texts` these may be empty: Parquet is read faster.
-
-        Raises ProblemsError that names file and row.
-        """
+    def rows(self) -> Iterator[tuple[Problem, list[ForeignTrace]]]:
+        """Yields each row's problem and traces. Raises ProblemsError that names file and row."""
         for file in self.files:
-            for number, row in data_rows(file, skip=None if texts else self._is_text):
+            for number, row in data_rows(file):
                 problem = self._problems.problem(file, number, row)
                 try:
                     traces = list(self._traces(row, problem))
@@ -116,10 +104,6 @@ class ImportForm:
             for number, row in data_rows(file):
                 return file, number, row
         raise ProblemsError(f"{self.files[0]} holds no row")
-
-    def _is_text(self, leaf: Leaf) -> bool:
-        """Returns whether a leaf is the long text. A plain column of texts is kept for their number."""
-        return leaf[0] == self.text and len(leaf) > 1 and leaf[-1] == "content"
 
     def _traces(self, row: Row, problem: Problem) -> Iterator[ForeignTrace]:
         named = cell_of(row, self._teacher) if self._teacher and has_cell(row, self._teacher) else None

@@ -88,7 +88,7 @@ def _survey(form: ImportForm) -> _Survey:
     problems: dict[str, Problem] = {}
     sources: dict[str, str] = {}
     traces = 0
-    for problem, row in form.rows(texts=False):
+    for problem, row in form.rows():
         problems.setdefault(problem.problem_id, problem)
         for trace in row:
             known = sources.setdefault(trace.teacher, trace.source)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +24,6 @@ BATCH_ROWS = 64
 READ_BYTES = 1 << 20
 
 Row = Mapping[str, Any]
-Leaf = tuple[str, ...]
-"""Path of a value in a Parquet schema, from the outside in, e.g. ("reward_model", "ground_truth")."""
 
 
 class Turn(NamedTuple):
@@ -38,18 +36,18 @@ class Turn(NamedTuple):
 
 
 def data_rows(
-    file: Path, *, kind: str = "data file", skip: Callable[[Leaf], bool] | None = None
+    file: Path, *, kind: str = "data file", columns: list[str] | None = None
 ) -> Iterator[tuple[int, Row]]:
     """Yields (row number from 1, row) of a .parquet file, or of a .jsonl, .ndjson or .json file with an
     object a line, whose row number is the line's.
 
-    `skip` chooses a Parquet file's leaves that need not be read: they are missing from the rows, but every
-    column keeps at least one. Raises ProblemsError, calling the file a `kind`.
+    Of a Parquet file only the `columns` are read, e.g. `reward_model.ground_truth`; None: all.
+    Raises ProblemsError, calling the file a `kind`.
     """
     if file.suffix not in SUFFIXES:
         raise ProblemsError(f"{file} ends in {file.suffix!r}; a {kind} ends in {', '.join(SUFFIXES)}")
     try:
-        yield from _parquet_rows(file, skip) if file.suffix == ".parquet" else _json_rows(file)
+        yield from _parquet_rows(file, columns) if file.suffix == ".parquet" else _json_rows(file)
     except FileNotFoundError:
         raise ProblemsError(f"no {kind} at {file}") from None
     except IsADirectoryError:
@@ -58,12 +56,11 @@ def data_rows(
         raise ProblemsError(f"no permission to read {file}") from None
 
 
-def _parquet_rows(file: Path, skip: Callable[[Leaf], bool] | None) -> Iterator[tuple[int, Row]]:
+def _parquet_rows(file: Path, columns: list[str] | None) -> Iterator[tuple[int, Row]]:
     number = 0
     try:
         with file.open("rb") as handle, pq.ParquetFile(handle, buffer_size=READ_BYTES) as parquet:
-            leaves = _wanted(parquet.schema, skip)
-            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=leaves, use_threads=False):
+            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=columns, use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
@@ -71,14 +68,6 @@ def _parquet_rows(file: Path, skip: Callable[[Leaf], bool] | None) -> Iterator[t
         raise ProblemsError(
             f"{file} is not a readable Parquet file: {' '.join(str(error).split())}"
         ) from None
-
-
-def _wanted(schema: Any, skip: Callable[[Leaf], bool] | None) -> list[str]:
-    """Returns the leaves to read, at least one of each column."""
-    leaves = [tuple(schema.column(index).path.split(".")) for index in range(len(schema))]
-    wanted = [leaf for leaf in leaves if skip is None or not skip(leaf)]
-    whole = {leaf[0] for leaf in leaves} - {leaf[0] for leaf in wanted}
-    return [".".join(leaf) for leaf in leaves if leaf in wanted or leaf[0] in whole]
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, Row]]:

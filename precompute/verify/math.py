@@ -12,8 +12,8 @@ reading or comparing what a model wrote may take forever. It departs from math-v
 - Numbers agree in six decimals *and* six significant digits; math-verify's absolute rounding takes
   10^{-20} for 10^{-22}.
 
-And so that it is quick: readings are cached, plain numbers bypass the grammar, the quick mode of the grammar
-comes first, and a difference that shows in numbers needs no `simplify` to be believed.
+And so that it is quick: readings are cached, the quick mode of the grammar comes first, and a difference that
+shows in numbers needs no `simplify`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from precompute.verify.base import Outcome
 
 SHOWN_CHARS = 1_000
 KEPT_READINGS = 512
-"""Texts whose readings a worker caches."""
 CLEARLY = 1e-5
 """Relative difference above which two values are not roundings of one another; math-verify's own limit is
 1e-6, absolute."""
@@ -77,11 +76,7 @@ _PRODUCT = re.compile(rf"((?<![\w.\\])\d[\d.]*(?=\s*(?:{_FACTOR}))|\)(?=\s*(?:{_
 _NO_NUMBER = re.compile(rf"{_NUMBER_BEGINS}\d[\d.]*{_SPACE}+\d|\.\d+\.\d")
 _EXPONENT = re.compile(r"(?<=\d)[eE]([-+]?\d+)(?![\d.])")
 _BARE_POINT = re.compile(r"(?<=\d)\.(?![\d.])")
-_INTEGER = re.compile(r"-?[0-9]{1,300}")
-_DECIMAL = re.compile(r"-?[0-9]{1,7}\.[0-9]{1,7}")
-_FRACTION = re.compile(r"(?P<sign>-?)\\[dtc]?frac\{(?P<above>[0-9]{1,300})\}\{(?P<below>[0-9]{1,300})\}")
 _DOUBLE_POWER = re.compile(r"\^\s*(?:-?\w+|\{[^{}]*\})\s*\^")
-
 
 _UNCLEAR = (
     # Of 28 % math-verify makes 28; the others have no value, or one that takes long.
@@ -92,45 +87,32 @@ _UNCLEAR = (
 
 def compare(gold: str, answer: str) -> Outcome:
     """Returns `match`, `mismatch` or `gold_unparseable`."""
-    gold_latex, answer_latex = plain_latex(gold), plain_latex(answer)
-    gold_math, parsed_gold = _read(gold_latex), _said(gold_latex)
+    gold_math, answer_math = read_math(gold), read_math(answer)
     if gold_math is None:
         return Outcome("gold_unparseable", "the gold answer cannot be parsed")
-    answer_math = _read(answer_latex)
     if answer_math is None:
-        return Outcome("mismatch", "the answer cannot be parsed", parsed_gold)
+        return Outcome("mismatch", "the answer cannot be parsed", _shown(gold_math))
     reason = "match" if agree(gold_math, answer_math) else "mismatch"
-    return Outcome(reason, "", parsed_gold, _said(answer_latex))
+    return Outcome(reason, "", _shown(gold_math), _shown(answer_math))
 
 
-@lru_cache(maxsize=KEPT_READINGS)
-def _said(latex: str) -> str | None:
-    math_object = _read(latex)
-    return None if math_object is None else shown(math_object)
-
-
-def shown(math_object: Any) -> str:
-    """Returns sympy's text of an object, cut to SHOWN_CHARS. An object that it cannot write (an integer of
-    more than 4,300 digits, for example) is named by its type."""
+def _shown(math_object: Any) -> str:
+    """Returns sympy's text of an object, cut to SHOWN_CHARS; the type of one that it cannot write, e.g. of an
+    integer of more than 4,300 digits."""
     try:
         return str(math_object)[:SHOWN_CHARS]
     except (ValueError, RecursionError):
         return f"<{type(math_object).__name__}>"
 
 
+@lru_cache(maxsize=KEPT_READINGS)
 def read_math(text: str) -> Any | None:
     """Returns the whole of `text` as a sympy object; None when it is not one, or not a definite one."""
-    return _read(plain_latex(text))
-
-
-@lru_cache(maxsize=KEPT_READINGS)
-def _read(latex: str) -> Any | None:
+    latex = plain_latex(text)
     if not latex or _NO_NUMBER.search(latex) or _DOUBLE_POWER.search(latex):
         return None
     try:
-        math_object = plain_number(latex)
-        if math_object is None:
-            math_object = parse(normalized(latex))
+        math_object = parse(normalized(latex))
         if not isinstance(math_object, sympy.Basic | sympy.MatrixBase):
             return None
         undefined = math_object.has(sympy.nan, sympy.zoo)
@@ -156,18 +138,6 @@ def _ends_in_a_variable(latex: str) -> bool:
     before = latex[: match.start()]
     rest = _COMMAND.sub("", before.rpartition("=")[2])
     return bool(_OPERATOR.search(before)) or not rest.endswith(" ") or any(map(str.isalpha, rest))
-
-
-def plain_number(latex: str) -> Any | None:
-    """Returns what the grammar returns for an integer, a short decimal or a fraction; None for all else."""
-    if _INTEGER.fullmatch(latex):
-        return sympy.Integer(latex)
-    if _DECIMAL.fullmatch(latex) and latex != "0.5":  # of which math-verify makes a fraction
-        return sympy.Float(latex)
-    fraction = _FRACTION.fullmatch(latex)
-    if fraction is None or not int(fraction["below"]):
-        return None
-    return sympy.Rational(int(fraction["sign"] + fraction["above"]), int(fraction["below"]))
 
 
 class _Reader(_Latex2Sympy):  # type: ignore[misc]

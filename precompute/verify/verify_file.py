@@ -9,13 +9,15 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import tee
+from dataclasses import dataclass
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.console import Group
+from rich.markup import escape
 
 from precompute.config import AnswerForm
 from precompute.problems.data_rows import cell_of, data_rows, find_column, gold_of, turns_of
@@ -23,18 +25,23 @@ from precompute.verify.verifier import Verifier
 from store.errors import ProblemsError, UserError
 from store.format.files import whole_file
 from store.records import VERDICTS
+from store.terminal.tables import clipped, plain_table
 
 RESPONSE_COLUMNS = ("response", "completion", "text", "output", "generation", "prediction", "solution")
 GOLD_COLUMNS = ("gold", "answer", "ground_truth", "reward_model.ground_truth", "gold_answer")
+
+RowVerdict = dict[str, Any]
+"""The verdict on one row: the columns of SCHEMA."""
 
 OUT_SUFFIXES = (".parquet", ".jsonl")
 BATCH_ROWS = 1_024
 """Verdicts that become one batch of a Parquet file."""
 COUNT_BYTES = 1 << 20
+SHOWN_CHARS = 80
 
 SCHEMA = pa.schema(
     [
-        ("row", pa.int64()),
+        ("row", pa.int64()),  # from 1; of a JSON-lines file the line
         ("verdict", pa.string()),
         ("is_correct", pa.bool_()),
         ("gold", pa.string()),
@@ -45,23 +52,6 @@ SCHEMA = pa.schema(
         ("detail", pa.string()),
     ]
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowVerdict:
-    """The verdict on one row; the fields of SCHEMA."""
-
-    row: int
-    """From 1; of a JSON-lines file the line."""
-    verdict: str
-    """One of store.records.VERDICTS."""
-    is_correct: bool
-    gold: str
-    answer: str | None
-    parsed_gold: str | None
-    parsed_answer: str | None
-    n_answers: int
-    detail: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,15 +67,9 @@ class FileReport:
     failed: Sequence[RowVerdict]
     """The first rows that do not match, up to the number that was requested."""
 
-    @property
-    def matches(self) -> int:
-        """Number of rows whose answer is the gold answer."""
-        return self.verdicts["match"]
-
 
 Progress = Callable[[int, int, str], None]
 """(rows verified, rows of the file, a note)."""
-Sink = Callable[[RowVerdict], object]
 
 
 class PairFile:
@@ -107,10 +91,7 @@ class PairFile:
 
     def rows(self) -> Iterator[tuple[int, str, str]]:
         """Yields (row number from 1, response, gold)."""
-        wanted = (f"{self.response}.", f"{self.gold}.")
-        for number, row in data_rows(
-            self.file, skip=lambda leaf: not f"{'.'.join(leaf)}.".startswith(wanted)
-        ):
+        for number, row in data_rows(self.file, columns=[self.response, self.gold]):
             try:
                 turns = turns_of(cell_of(row, self.response), self.response)
                 gold = gold_of(cell_of(row, self.gold), self.gold)
@@ -140,13 +121,19 @@ def verify_file(
     `out` appears whole, at the end, or not at all. Raises UserError for a wrong file or `out`.
     """
     counts, kept, total = Counter[str](), list[RowVerdict](), pairs.count()
-    with _sink(pairs.file, out) as write:
+
+    def counted() -> Iterator[RowVerdict]:
         for done, row in enumerate(row_verdicts(pairs, verifier, form), start=1):
-            counts[row.verdict] += 1
-            if row.verdict != "match" and len(kept) < failed:
+            counts[row["verdict"]] += 1
+            if row["verdict"] != "match" and len(kept) < failed:
                 kept.append(row)
-            write(row)
             progress(done, max(done, total), f"{counts['match'] / done:.1%} match")
+            yield row
+
+    with _sink(pairs.file, out) as write:
+        rows = counted()
+        while batch := list(islice(rows, BATCH_ROWS)):
+            write(batch)
     return FileReport(
         file=str(pairs.file),
         response_column=pairs.response,
@@ -162,17 +149,17 @@ def row_verdicts(pairs: PairFile, verifier: Verifier, form: AnswerForm | None) -
     rows, again = tee(pairs.rows())
     verdicts = verifier.stream(((response, gold) for _, response, gold in rows), form)
     for verdict, (number, _, gold) in zip(verdicts, again, strict=False):
-        yield RowVerdict(
-            row=number,
-            verdict=verdict.reason,
-            is_correct=verdict.is_correct,
-            gold=_storable(gold),
-            answer=None if verdict.answer is None else _storable(verdict.answer),
-            parsed_gold=verdict.parsed_gold,
-            parsed_answer=verdict.parsed_answer,
-            n_answers=verdict.n_answers,
-            detail=verdict.detail,
-        )
+        yield {
+            "row": number,
+            "verdict": verdict.reason,
+            "is_correct": verdict.is_correct,
+            "gold": _storable(gold),
+            "answer": None if verdict.answer is None else _storable(verdict.answer),
+            "parsed_gold": verdict.parsed_gold,
+            "parsed_answer": verdict.parsed_answer,
+            "n_answers": verdict.n_answers,
+            "detail": verdict.detail,
+        }
 
 
 def _storable(text: str) -> str:
@@ -181,9 +168,9 @@ def _storable(text: str) -> str:
 
 
 @contextmanager
-def _sink(file: Path, out: Path | None) -> Iterator[Sink]:
+def _sink(file: Path, out: Path | None) -> Iterator[Callable[[list[RowVerdict]], object]]:
     if out is None:
-        yield lambda row: None
+        yield lambda rows: None
         return
     if out.suffix not in OUT_SUFFIXES:
         raise UserError(f"--out {out}: a file of verdicts ends in {' or '.join(OUT_SUFFIXES)}")
@@ -191,24 +178,31 @@ def _sink(file: Path, out: Path | None) -> Iterator[Sink]:
         raise UserError(f"--out {out}: that is the file to verify; give another name")
     with whole_file(out) as handle:
         if out.suffix == ".jsonl":
-            yield lambda row: handle.write(json.dumps(asdict(row)).encode() + b"\n")
+            yield lambda rows: handle.writelines(json.dumps(row).encode() + b"\n" for row in rows)
         else:
-            with pq.ParquetWriter(handle, SCHEMA, compression="zstd") as writer, _batched(writer) as write:
-                yield write
+            with pq.ParquetWriter(handle, SCHEMA, compression="zstd") as writer:
+                yield lambda rows: writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
 
 
-@contextmanager
-def _batched(writer: pq.ParquetWriter) -> Iterator[Sink]:
-    waiting: list[dict[str, Any]] = []
-
-    def flush() -> None:
-        writer.write_batch(pa.RecordBatch.from_pylist(waiting, schema=SCHEMA))
-        waiting.clear()
-
-    def write(row: RowVerdict) -> None:
-        waiting.append(asdict(row))
-        if len(waiting) == BATCH_ROWS:
-            flush()
-
-    yield write
-    flush()
+def verify_tables(report: FileReport) -> Group:
+    """Returns the counts by verdict, and gold and answer of the failed rows that were kept."""
+    counts = plain_table(
+        f"{report.rows:,} rows of {report.file}: {report.response_column} / {report.gold_column}",
+        text=("verdict",),
+        numbers=("rows", "share"),
+    )
+    for verdict, rows in report.verdicts.items():
+        if rows:
+            colour = "green" if verdict == "match" else "red"
+            counts.add_row(f"[{colour}]{verdict}[/]", f"{rows:,}", f"{rows / report.rows:.1%}")
+    if not report.failed:
+        return Group(counts)
+    total = report.rows - report.verdicts["match"]
+    failed = plain_table(
+        f"the first {len(report.failed):,} of {total:,} rows that do not match",
+        text=("row", "verdict", "gold", "answer", "detail"),
+    )
+    for row in report.failed:
+        cells = (escape(clipped(row[name] or "-", SHOWN_CHARS)) for name in ("gold", "answer", "detail"))
+        failed.add_row(str(row["row"]), row["verdict"], *cells)
+    return Group(counts, failed)
