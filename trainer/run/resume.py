@@ -35,13 +35,8 @@ class TrainReport:
         return self.done.step
 
 
-def optimizer_at(parts: Parts, done: Position) -> torch.optim.Optimizer:
-    """Returns the optimizer that took the last step: SFT has its own."""
-    return parts.sft.optimizer if done.step == 0 and done.sft_step else parts.optimizer
-
-
 def find_complete_start(run: RunFiles, config: Config, resume: str) -> Path | None:
-    """Returns `find_start`; RunError when that checkpoint is damaged, or another config trained it."""
+    """Returns `find_start`. Raises RunError when the checkpoint is damaged, or another config trained it."""
     start_from = find_start(run, config, resume)
     if start_from is not None:
         checkpoint.check_complete(start_from)
@@ -50,7 +45,7 @@ def find_complete_start(run: RunFiles, config: Config, resume: str) -> Path | No
 
 
 def check_unchanged(run: RunFiles, config: Config, resume: str, start_from: Path | None) -> None:
-    """RunError when another process trained the run while this one was loading."""
+    """Raises RunError when another process trained the run while this one was loading."""
     if find_start(run, config, resume) != start_from:
         raise RunError(
             f"{run.root} was trained by another process meanwhile; the same command goes on from there"
@@ -58,7 +53,7 @@ def check_unchanged(run: RunFiles, config: Config, resume: str, start_from: Path
 
 
 def find_start(run: RunFiles, config: Config, resume: str) -> Path | None:
-    """Returns the checkpoint to resume from, None for a new run. RunError when steps would be lost."""
+    """Returns the checkpoint to resume from, None for a new run. Raises RunError when steps would be lost."""
     own = checkpoint.checkpoints(run.checkpoints)
     if resume == "auto":
         if not own:
@@ -82,14 +77,15 @@ def find_start(run: RunFiles, config: Config, resume: str) -> Path | None:
 
 def check_same_beginning(run: RunFiles, config: Config) -> None:
     """Raises RunError when a run without a checkpoint was begun with another config."""
-    if not (run.root / "config.toml").exists() or not any(
-        row["step"] > 0 or "sft/step" in row for row in run.metrics()
-    ):
-        return
-    begun_with = load_config(Config, str(run.root / "config.toml"), [])
-    changed = checkpoint.differences(begun_with.model_dump(mode="json"), config)
-    if changed:
-        raise RunError(f"{run.root} holds a run with {'; '.join(changed)}; choose another run.name")
+    if any(row["step"] > 0 or "sft/step" in row for row in run.metrics()):
+        begun_with = load_config(Config, str(run.root / "config.toml"), [])
+        if changed := checkpoint.differences(begun_with.model_dump(mode="json"), config):
+            raise RunError(f"{run.root} holds a run with {'; '.join(changed)}; choose another run.name")
+
+
+def optimizer_at(parts: Parts, done: Position) -> torch.optim.Optimizer:
+    """Returns the optimizer that took the last step: SFT has its own."""
+    return parts.sft.optimizer if done.step == 0 and done.sft_step else parts.optimizer
 
 
 def resume_state(parts: Parts, start_from: Path | None, *, changed_store: bool) -> Position:
