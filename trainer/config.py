@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from precompute.config import (
     BOXED_INSTRUCTION,
@@ -31,8 +31,8 @@ class StudentConfig(Section):
     """A directory or a hub name."""
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type that the forward pass computes in; auto: bfloat16 on CUDA, float32 elsewhere. Weights that train
-    are float32, since steps of 1e-6 vanish in bfloat16; frozen ones (use_peft) have this type."""
+    """Type of the forward pass and of frozen weights; auto: bfloat16 on CUDA, float32 elsewhere. Weights that
+    train are float32, since steps of 1e-6 vanish in bfloat16."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     use_peft: bool = False
     """Trains LoRA adapters on all linear layers and keeps the model itself frozen."""
@@ -45,8 +45,7 @@ class StudentConfig(Section):
     system_prompt: str | None = BOXED_INSTRUCTION
     """None: the problem's own system turn, if any. An empty string: no system turn."""
     chat_template: str | None = None
-    """A file with a Jinja chat template; checkpoints include it. None: the tokenizer's own; without one, the
-    prompt is plain text after the BOS token."""
+    """A file with a Jinja chat template. None: the tokenizer's own, or plain text after the BOS token."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     answer_form: Literal["auto", "boxed", "answer_tags"] = "auto"
     """Form in which the student must mark its final answer; auto: read off the system prompt."""
@@ -87,15 +86,14 @@ class RolloutConfig(Section):
     top_p: Share = 1.0
     """Below 1, sampler and trainer disagree and the ratio is biased."""
     top_k: Count = 0
-    """0: off. The same bias as top_p."""
+    """0: off; biased as top_p."""
     batch_size: Positive = 128
     """Sequences that are sampled at once."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """transformers samples with the very model that trains. vllm has a copy of it, in a process of its own or
-    behind `base_urls`, which gets the new weights after every step."""
+    """transformers samples with the model that trains. vllm has a copy, which gets every step's weights."""
     base_urls: BaseUrls = ()
-    """For vllm alone, as all keys below: servers of the student, e.g. ["http://127.0.0.1:8000/v1"], which see
-    `sync_dir` (or the run's directory) under the same path; empty: a process on the student's device."""
+    """vllm's servers of the student, e.g. ["http://127.0.0.1:8000/v1"], which see `sync_dir` under the same
+    path; empty: a process on the student's device."""
     served_model_name: str | None = None
     """Name of the student at the servers; None: `student.model`."""
     sync_dir: str | None = None
@@ -122,11 +120,6 @@ class RolloutConfig(Section):
     def _servers_are_vllm(self) -> Self:
         if self.base_urls and self.engine != "vllm":
             raise ValueError('base_urls are servers of vllm: set engine = "vllm", or leave them out')
-        if self.served_model_name is not None and not self.base_urls:
-            raise ValueError(
-                f"served_model_name = {self.served_model_name!r} is the student's name at servers: set "
-                "base_urls, or leave it out"
-            )
         return self
 
     max_refills: Count = 0
@@ -135,10 +128,8 @@ class RolloutConfig(Section):
 
 
 class GuidanceConfig(Section):
-    """[guidance]: when the store is queried, and which traces replace failed samples.
-
-    Each choice by name may also be module:function or file.py:function of your own (docs/extending.md).
-    """
+    """[guidance]: when the store is queried, and which traces replace failed samples. trigger, select and
+    loss may also be module:function or file.py:function of your own (docs/extending.md)."""
 
     trigger: str = "all_fail"
     """all_fail: AMPO. never: GRPO. always: a single-teacher mixed policy in the manner of LUFFY."""
@@ -151,8 +142,7 @@ class GuidanceConfig(Section):
     gamma: Annotated[float, Field(gt=0)] = 0.1
     """gamma in f(x) = x / (x + gamma), the weight of a teacher's token."""
     loss: str = "shaped"
-    """Loss of a teacher's tokens. shaped: x = pi_theta (the published runs). shaped_ratio: x = pi_theta /
-    pi_teacher (equation 7)."""
+    """shaped: x = pi_theta (the published runs). shaped_ratio: x = pi_theta / pi_teacher (equation 7)."""
     teachers: tuple[str, ...] = ()
     """Only these teachers' traces are used; empty: those of all teachers in the store."""
 
@@ -173,9 +163,8 @@ class TrainConfig(Section):
     max_tokens_per_microbatch: Positive = 32768
     """Prompt and response tokens of one forward pass, padding included. Changes memory, never the result."""
     logits_chunk_tokens: Positive = 1024
-    """Response tokens whose logits exist at once. The backward pass takes about 28 bytes of memory for each
-    of them and each entry of the vocabulary: 4.1 GiB for 1024 tokens and 152,000 entries. Changes memory
-    and speed, not the result."""
+    """Response tokens whose logits exist at once: 4.1 GiB for 1024 tokens and a vocabulary of 152,000.
+    Changes memory and speed, never the result."""
     objective: str = "clip"
     """Loss of the student's tokens: clip, or module:function of your own (docs/extending.md)."""
     loss_type: str = "ampo"
@@ -189,16 +178,14 @@ class TrainConfig(Section):
     dual_clip: NotNegative = 0.0
     """Largest ratio that counts where the advantage is negative, e.g. 3.0; 0: off."""
     is_cap: NotNegative = 2.0
-    """Largest weight pi_trainer / pi_sampler of a token, which corrects for another engine's arithmetic;
-    0: no correction."""
+    """Largest weight pi_trainer / pi_sampler of a token, which corrects for the engine; 0: no correction."""
     mask_truncated_completions: bool = False
     """Samples cut at rollout.max_completion_length count in their group's mean and train nothing."""
     entropy_coef: NotNegative = 0.001
     beta: NotNegative = 0.0
     """Weight of the KL to the student before training; 0 keeps no reference model."""
     optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """adamw_8bit and paged_adamw_8bit are bitsandbytes', for one process. The paged one moves its state to
-    host memory when the GPU is full."""
+    """The 8-bit ones are bitsandbytes', for one process; paged: moved to host memory when the GPU is full."""
     learning_rate: NotNegative = 1e-6
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Count = 0
@@ -226,10 +213,7 @@ class TrainConfig(Section):
 
 
 class SftConfig(Section):
-    """[sft]: supervised steps on the store's verified traces before RL; train.max_steps = 0: SFT alone.
-
-    Optimizer, micro-batches and clipping are [train]'s; RL then begins with a fresh optimizer state.
-    """
+    """[sft]: supervised steps on the store's verified traces before RL; train.max_steps = 0: SFT alone."""
 
     steps: Count = 0
     """Optimizer steps; 0: no SFT."""
@@ -249,30 +233,17 @@ class EvalConfig(Section):
     """n samples of each problem: avg@n, and the unbiased pass@k for each k <= n."""
     temperature: NotNegative = 0.6
     top_p: Share = 1.0
-    k: tuple[Positive, ...] = (1, 8)
+    k: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 8)
     engine: Literal["auto", "vllm", "transformers", "openai"] = "auto"
-    """Engine of `ampo eval`; during training the rollouts' engine samples evaluations, too. auto: vllm
-    where it is installed and an accelerator is available."""
-    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """Engine of `ampo eval` alone. auto: vllm where it is installed and an accelerator is available."""
+    engine_args: Annotated[dict[str, Any], AfterValidator(checked_engine_args)] = Field(default_factory=dict)
     """Keys of a [[teachers]] table for vllm and openai under `ampo eval`, e.g. {tensor_parallel_size = 2} or
     {base_urls = ["http://127.0.0.1:8000/v1"]}."""
 
-    @field_validator("engine_args")
-    @classmethod
-    def _arguments_are_an_engines(cls, more: dict[str, Any]) -> dict[str, Any]:
-        return checked_engine_args(more)
-
-    @field_validator("k")
-    @classmethod
-    def _k_is_given(cls, k: tuple[int, ...]) -> tuple[int, ...]:
-        if not k:
-            raise ValueError("give at least one k, e.g. [1, 8]")
-        return tuple(sorted(set(k)))
-
     @model_validator(mode="after")
     def _k_fits_samples(self) -> Self:
-        if self.k[-1] > self.samples:
-            raise ValueError(f"k = {self.k[-1]} needs samples >= {self.k[-1]}, not {self.samples}")
+        if max(self.k) > self.samples:
+            raise ValueError(f"k = {max(self.k)} needs samples >= {max(self.k)}, not {self.samples}")
         return self
 
 
@@ -319,8 +290,7 @@ class Config(PrecomputeConfig):
     rollout: RolloutConfig = RolloutConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     rewards: dict[str, float] = DEFAULT_REWARDS
-    """[rewards]: name or module:function -> weight; R is the weighted sum. Those that are not given keep
-    their default, correct = 0.9 and format = 0.1; 0 switches one off."""
+    """Name or module:function -> weight; those that are not given keep their default; 0: off."""
     sft: SftConfig = SftConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()

@@ -8,8 +8,7 @@ answer:
 
     s(c) = 1/|y*| * sum_i log pi_theta(y*_i | q, z_c, y*_<i)          r_p(c) = exp(s(c))
 
-The sequence joins ids (prompt, z_c, y*), so the answer's position is known by construction. Every query and
-every candidate becomes a QueryRow in the run's files.
+The sequence joins ids (prompt, z_c, y*), so the answer's position is known by construction.
 """
 
 from __future__ import annotations
@@ -268,7 +267,7 @@ class Guide:
         for group in groups:
             best_first = ranked[group.problem_id]
             size = guidance_size(group, len(best_first), self.config.k)
-            samples = [candidate.as_sample() for candidate in best_first[:size]]
+            samples = [candidate.sample for candidate in best_first[:size]]
             verifying.append([(sample, self.rewarder.verify(group.prompt, sample)) for sample in samples])
         guided = {}
         for group, pending in zip(groups, verifying, strict=True):

@@ -34,24 +34,15 @@ class Candidate:
     """A trace in the student's tokens and answer form."""
 
     trace: Trace
-    text: str
-    token_ids: tuple[int, ...]
-    """[T], the student's EOS included."""
+    sample: Sample
+    """The trace as a sample that is not verified yet."""
     reasoning_ids: tuple[int, ...]
     """z_c, up to and including the opening of the final answer."""
-    teacher_logprobs: tuple[float, ...] | None
-    """[T] where the guided loss reads them."""
 
-    def as_sample(self) -> Sample:
-        """Returns the trace as a sample that is not verified yet."""
-        return Sample(
-            token_ids=self.token_ids,
-            text=self.text,
-            finish_reason=self.trace.finish_reason,
-            logprobs=self.teacher_logprobs,
-            trace_id=self.trace.trace_id,
-            teacher=self.trace.teacher,
-        )
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """[T], the student's EOS included."""
+        return self.sample.token_ids
 
 
 class StudentTokens(Protocol):
@@ -109,13 +100,15 @@ class TraceReader:
                 "of the tokens that the student has to write (its answer form, its EOS); use "
                 'guidance.loss = "shaped", or leave the teacher out of guidance.teachers'
             )
-        return Candidate(
-            trace=trace,
-            text=text,
+        sample = Sample(
             token_ids=trace.token_ids if self.own_ids else (*self.encode(text), self.student.eos_id),
-            reasoning_ids=self.encode(reasoning),
-            teacher_logprobs=trace.logprobs if self.own_ids else None,
+            text=text,
+            finish_reason=trace.finish_reason,
+            logprobs=trace.logprobs if self.own_ids else None,
+            trace_id=trace.trace_id,
+            teacher=trace.teacher,
         )
+        return Candidate(trace=trace, sample=sample, reasoning_ids=self.encode(reasoning))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Returns the student's ids of `text`, without special tokens."""
@@ -123,9 +116,7 @@ class TraceReader:
 
 
 def in_students_form(trace: Trace, form: AnswerForm, *, opens_think: bool) -> tuple[str, str]:
-    """Returns (z_c, text): the trace as the student must write it, by answer form and by thinking.
-
-    z_c is the text up to and including the opening of its final answer. A student whose prompt ends inside
+    """Returns (z_c, text): the trace as the student must write it. A student whose prompt ends inside
     `<think>` closes it first; a thought that the teacher's prompt opened is opened in the text.
     """
     solution = _verified_answer(trace)

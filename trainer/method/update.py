@@ -31,7 +31,7 @@ class NonFiniteError(FloatingPointError):
     def __init__(self, message: str, sequences: Sequence[TrainSequence]) -> None:
         super().__init__(f"{message}: not finite; this optimizer step was not taken")
         self.sequences = tuple(sequences)
-        """The micro-batch with the loss; the whole optimizer step where only the gradient is non-finite."""
+        """The micro-batch with the loss, or the optimizer step with the gradient."""
 
 
 @dataclass(slots=True, eq=False)
@@ -48,10 +48,7 @@ class Updater:
 
     def update(self, groups: Sequence[Group], advantages: Tensor) -> dict[str, float]:
         """Takes one optimizer step for each mini-batch of `mini_batch_problems` groups; returns the metrics.
-
-        Args:
-            groups, advantages: the whole step's, on every rank; advantages [N, G] of the members.
-        """
+        `groups` and `advantages` [N, G] are the whole step's, on every rank."""
         size = self.train.mini_batch_problems
         masked = self.train.mask_truncated_completions
         batches = [
@@ -81,12 +78,8 @@ class Updater:
         sequences: Sequence[TrainSequence],
         micro_batches: Sequence[Sequence[TrainSequence]] | None = None,
     ) -> dict[str, float]:
-        """Takes one optimizer step; returns its metrics.
-
-        Args:
-            sequences: the whole optimizer step's, on every rank; its counts are the denominators.
-            micro_batches: this rank's; None: cut from `sequences`.
-        """
+        """Takes one optimizer step; returns its metrics. The counts of `sequences`, the whole optimizer
+        step's, are the denominators; `micro_batches` are this rank's, None: cut from `sequences`."""
         counts = count(sequences, self.max_completion_length)
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.model.train()
@@ -152,15 +145,12 @@ class Updater:
     @torch.no_grad()
     def _with_old_logprobs(self, micro_batches: list[list[TrainSequence]]) -> list[list[TrainSequence]]:
         """Returns the micro-batches with log-probabilities under the policy as it is now."""
-        carried = []
+        carried: list[list[TrainSequence]] = []
         with self.policy.gathered():
             for sequences in micro_batches:
                 batch = train_batch(sequences, pad_id=self.policy.pad_id, device=self.policy.device)
-                logprobs = self.policy.logprobs(batch)
-                rows = [row[mask].tolist() for row, mask in zip(logprobs, batch.target_mask, strict=True)]
-                carried.append(
-                    [replace(s, old_logprobs=tuple(row)) for s, row in zip(sequences, rows, strict=True)]
-                )
+                rows = zip(sequences, self.policy.logprobs(batch), batch.target_mask, strict=True)
+                carried.append([replace(s, old_logprobs=tuple(row[m].tolist())) for s, row, m in rows])
         return carried
 
 
