@@ -261,8 +261,7 @@ def store_import(
     Example: `ampo store import openr1_math_4longcots.parquet traces --rename deepseek-ai/DeepSeek-R1=r1`
     """
     from precompute.imports.foreign_rows import ImportColumns, ImportForm, TeacherNames, file_name, files_at
-    from precompute.imports.import_report import import_tables
-    from precompute.imports.import_traces import import_traces
+    from precompute.imports.import_traces import import_table, import_traces
     from precompute.verify.verifier import Verifier
     from trainer.config import read_config
 
@@ -286,12 +285,12 @@ def store_import(
             verifier=verifier,
             filters=settings.filters,
             tokenizer=tokenizer,
-            progress=lambda counts: meter(counts.done, counts.total, counts.note),
+            progress=meter,
         )
     if json_:
         emit_json(asdict(report))
     else:
-        console_of().print(import_tables(report))
+        console_of().print(import_table(report))
 
 
 def _renames(pairs: list[str]) -> dict[str, str]:

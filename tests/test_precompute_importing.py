@@ -21,8 +21,7 @@ from run_examples import PROBLEMS, config_of, metrics_of, write_problems, write_
 
 from precompute.config import FiltersConfig, StoreConfig
 from precompute.imports.foreign_rows import ImportColumns, ImportForm, TeacherNames, files_at
-from precompute.imports.import_report import ImportCounts, ImportReport
-from precompute.imports.import_traces import import_traces
+from precompute.imports.import_traces import ImportReport, import_traces
 from precompute.run.refilter import refilter
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, EngineError, ProblemsError, RecipeChangedError, StoreError
@@ -278,8 +277,8 @@ def many(path: Path, rows: int) -> Path:
 def test_an_import_that_the_user_interrupts_keeps_what_was_verified_and_goes_on(tmp_path: Path) -> None:
     file = many(tmp_path / "many.jsonl", 300)
 
-    def interrupt(counts: ImportCounts) -> None:
-        if counts.new >= 50:
+    def interrupt(done: int, total: int, note: str) -> None:
+        if done >= 50:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

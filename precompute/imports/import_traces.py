@@ -15,40 +15,66 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import blake2b
 from itertools import tee
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
+from rich.text import Text
+
 from precompute.config import FiltersConfig, StoreConfig, TeacherConfig
 from precompute.imports.foreign_rows import ForeignTrace, ImportForm
-from precompute.imports.import_report import ImportCounts, ImportReport, TeacherImport
-from precompute.problems.prompts import demanded_form
+from precompute.problems.prompts import demanded_form, tokenizer_fingerprint
 from precompute.run.filters import why_filtered
+from precompute.run.part_buffer import PartBuffer
 from precompute.run.refilter import check_filters, filter_settings
 from precompute.verify.verifier import Verdict, Verifier
 from store.errors import ConfigError, EngineError, RecipeChangedError
-from store.records import Problem, TeacherRecord, Trace
+from store.records import VERDICTS, Problem, TeacherRecord, Trace
+from store.terminal.tables import plain_table
 from store.writer import StoreWriter
 
-HELD_TRACES = 4096
-"""Largest number of verified traces, of all teachers, that wait to be written."""
 UNKNOWN_SEED = -1
 
-Progress = Callable[[ImportCounts], None]
-"""Called after each row."""
+Progress = Callable[[int, int, str], None]
+"""(traces done, traces in the files, a note)."""
+
+
+@dataclass(slots=True)
+class TeacherImport:
+    """Counts of one teacher's traces."""
+
+    teacher: str
+    source: str
+    """The files' name for it."""
+    found: int = 0
+    """Traces in the files."""
+    empty: int = 0
+    """Without a text; left out."""
+    repeated: int = 0
+    """The pair's text once more; left out."""
+    existing: int = 0
+    """In the store before."""
+    new: int = 0
+    verdicts: dict[str, int] = field(default_factory=dict)
+    """Number of new traces by verdict; a verdict that does not occur is missing."""
+    filtered: int = 0
+    """Number of new verified traces that a filter keeps from the student."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Survey:
-    """Contents of the files without the texts."""
+class ImportReport:
+    """Result of an import."""
 
-    problems: Mapping[str, Problem]
-    sources: Mapping[str, str]
-    """The store's name of a teacher -> the files' name."""
-    traces: int
+    store: str
+    files: tuple[str, ...]
+    problems: int
+    """Number of different problems in the files."""
+    teachers: tuple[TeacherImport, ...]
+    seconds: float
 
 
 def import_traces(
@@ -58,33 +84,55 @@ def import_traces(
     verifier: Verifier,
     filters: FiltersConfig = FiltersConfig(),  # noqa: B008  It is frozen.
     tokenizer: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total, note: None,
 ) -> ImportReport:
     """Verifies the traces of the form's files into the store at `store.path`, which is created if missing.
 
     The files are read twice, a few rows at a time; problems stay in memory, texts do not. `tokenizer`: a
     directory or hub name, for token ids and counts, without which `min_tokens` and `max_tokens` filter
-    nothing. Raises UserErrors before anything is written, except for a row that cannot be read, and
-    KeyboardInterrupt after writing what was verified: the same call goes on.
+    nothing. Raises UserErrors before anything is written, except for a row that cannot be read. Whatever
+    ends it, all that was verified is written, and the same call goes on.
     """
     began = time.monotonic()
-    survey = _survey(form)
-    tokens = _Tokens(tokenizer)
-    records = _records(form, survey, tokens.fingerprint, filters)
+    problems, sources, total = _survey(form)
+    loaded = None if tokenizer is None else _load_tokenizer(tokenizer)
+    records = _records(form, sources, loaded, filters)
+    counts = {name: TeacherImport(name, source) for name, source in sorted(sources.items())}
+
+    def report() -> None:
+        done = sum(each.empty + each.repeated + each.existing + each.new for each in counts.values())
+        progress(done, total, _verified_share(list(counts.values())))
+
     with StoreWriter.open(store.path, verifier=verifier.name, verifier_version=verifier.version) as writer:
-        _register(writer, survey, records)
-        work = _Import(records, survey, writer, verifier, filters, tokens, store, progress)
-        work.run(form)
-        return ImportReport(
-            store=str(writer.path),
-            files=tuple(map(str, form.files)),
-            problems=len(survey.problems),
-            teachers=tuple(work.counts[name] for name in sorted(work.counts)),
-            seconds=time.monotonic() - began,
-        )
+        _register(writer, problems, records)
+        stored = {name: writer.done(name) for name in records}
+        parts = {
+            name: PartBuffer(writer.append, part_traces=store.part_traces, part_seconds=store.part_seconds)
+            for name in records
+        }
+        lacking, again = tee(_lacking(form, stored, counts, report))
+        verdicts = verifier.stream((t.text, t.problem.answer, t.problem.question) for t, _ in lacking)
+        try:
+            for verdict, (foreign, index) in zip(verdicts, again, strict=False):
+                trace = _trace(foreign, index, verdict, records[foreign.teacher], loaded, filters)
+                _count(counts[foreign.teacher], trace)
+                parts[foreign.teacher].add(trace)
+                report()
+        finally:
+            for part in parts.values():
+                part.write()
+    return ImportReport(
+        store=str(writer.path),
+        files=tuple(map(str, form.files)),
+        problems=len(problems),
+        teachers=tuple(counts.values()),
+        seconds=time.monotonic() - began,
+    )
 
 
-def _survey(form: ImportForm) -> _Survey:
+def _survey(form: ImportForm) -> tuple[dict[str, Problem], dict[str, str], int]:
+    """Returns the problems by id, the store's name of each teacher -> the files' name, and the number of
+    traces."""
     problems: dict[str, Problem] = {}
     sources: dict[str, str] = {}
     traces = 0
@@ -100,14 +148,24 @@ def _survey(form: ImportForm) -> _Survey:
             traces += 1
     if not traces:
         raise ConfigError(f"{form.files[0]} holds no trace: its column {form.text!r} is empty in every row")
-    return _Survey(problems=problems, sources=sources, traces=traces)
+    return problems, sources, traces
+
+
+def _load_tokenizer(model: str) -> Any:
+    from precompute.engines.registry import load_tokenizer
+
+    try:
+        return load_tokenizer(TeacherConfig(name="import", model=model))
+    except EngineError as error:  # the config has no teacher "import"
+        reason = str(error).removeprefix("teacher 'import': model ")
+        raise EngineError(f"--tokenizer {reason}") from error
 
 
 def _records(
-    form: ImportForm, survey: _Survey, tokenizer_fingerprint: str, filters: FiltersConfig
+    form: ImportForm, sources: Mapping[str, str], tokenizer: Any, filters: FiltersConfig
 ) -> dict[str, TeacherRecord]:
     """Returns the teachers' records by the store's names."""
-    content = content_of(form.files)
+    content = _content_hash(form.files)
     named = form.files[0].name if len(form.files) == 1 else f"{len(form.files)} files"
     return {
         name: TeacherRecord(
@@ -120,14 +178,14 @@ def _records(
             system_prompt=None,
             chat_template_kwargs={},
             sampling={"text_column": form.text},
-            tokenizer_fingerprint=tokenizer_fingerprint,
+            tokenizer_fingerprint="" if tokenizer is None else tokenizer_fingerprint(tokenizer),
             filters=filter_settings(filters),
         )
-        for name, source in survey.sources.items()
+        for name, source in sources.items()
     }
 
 
-def content_of(files: Sequence[Path]) -> str:
+def _content_hash(files: Sequence[Path]) -> str:
     """Returns 16 hex digits of blake2b over the files' bytes, one after the other."""
     digest = blake2b(digest_size=8)
     for path in files:
@@ -137,7 +195,9 @@ def content_of(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _register(writer: StoreWriter, survey: _Survey, records: Mapping[str, TeacherRecord]) -> None:
+def _register(
+    writer: StoreWriter, problems: Mapping[str, Problem], records: Mapping[str, TeacherRecord]
+) -> None:
     """Checks every recipe before anything is written."""
     for record in records.values():
         check_filters(writer, record)
@@ -147,163 +207,104 @@ def _register(writer: StoreWriter, survey: _Survey, records: Mapping[str, Teache
             raise RecipeChangedError(
                 f"{error}; or import with --rename {record.model}=NAME or --teacher-prefix PREFIX"
             ) from None
-    writer.write_problems(list(survey.problems.values()))
+    writer.write_problems(list(problems.values()))
     for record in records.values():
         writer.register_teacher(record)
 
 
-class _Tokens:
-    """Token ids by a tokenizer, or none without one."""
-
-    def __init__(self, model: str | None) -> None:
-        self._tokenizer: Any = None
-        self.fingerprint = ""
-        if model is not None:
-            from precompute.engines.registry import load_tokenizer
-            from precompute.problems.prompts import tokenizer_fingerprint
-
-            try:
-                self._tokenizer = load_tokenizer(TeacherConfig(name="import", model=model))
-            except EngineError as error:  # the config has no teacher "import"
-                reason = str(error).removeprefix("teacher 'import': model ")
-                raise EngineError(f"--tokenizer {reason}") from error
-            self.fingerprint = tokenizer_fingerprint(self._tokenizer)
-
-    def ids(self, text: str) -> tuple[int, ...]:
-        """Returns the text's ids and the EOS id, as if the teacher had generated it."""
-        if self._tokenizer is None:
-            return ()
-        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        eos = self._tokenizer.eos_token_id
-        return (*ids, eos) if eos is not None else tuple(ids)
-
-
-@dataclass(frozen=True, slots=True)
-class _Indexed:
-    """A trace that the store lacks."""
-
-    trace: ForeignTrace
-    sample_index: int
+def _lacking(
+    form: ImportForm,
+    stored: Mapping[str, Mapping[str, Mapping[int, bool]]],
+    counts: Mapping[str, TeacherImport],
+    report: Callable[[], None],
+) -> Iterator[tuple[ForeignTrace, int]]:
+    """Yields the traces that the store lacks, each with its sample index. Counts all others."""
+    seen: dict[tuple[str, str], list[bytes]] = {}
+    for _, row in form.rows():
+        for trace in row:
+            count, problem_id = counts[trace.teacher], trace.problem.problem_id
+            count.found += 1
+            texts = seen.setdefault((problem_id, trace.teacher), [])
+            text = blake2b(trace.text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            if not trace.text.strip():
+                count.empty += 1
+            elif text in texts:
+                count.repeated += 1
+            else:
+                texts.append(text)
+                if len(texts) - 1 not in stored[trace.teacher].get(problem_id, {}):
+                    yield trace, len(texts) - 1
+                    continue
+                count.existing += 1
+            report()
 
 
-class _Import:
-    """The second reading: sample indices, verdicts, parts."""
-
-    def __init__(
-        self,
-        records: Mapping[str, TeacherRecord],
-        survey: _Survey,
-        writer: StoreWriter,
-        verifier: Verifier,
-        filters: FiltersConfig,
-        tokens: _Tokens,
-        config: StoreConfig,
-        progress: Progress | None,
-    ) -> None:
-        self.counts = {name: TeacherImport(name, source) for name, source in survey.sources.items()}
-        self._records = records
-        self._done = {name: writer.done(name) for name in records}
-        self._seen: dict[tuple[str, str], list[bytes]] = {}
-        self._writer = writer
-        self._verifier = verifier
-        self._filters = filters
-        self._tokens = tokens
-        self._config = config
-        self._progress = progress or (lambda counts: None)
-        self._all = ImportCounts(survey.traces)
-        self._ready: dict[str, list[Trace]] = {}
-        self._written = time.monotonic()
-
-    def run(self, form: ImportForm) -> None:
-        """Reads, verifies, writes; also what was verified when the user interrupts."""
-        lacking, again = tee(self._lacking(form))
-        verdicts = self._verifier.stream(
-            (each.trace.text, each.trace.problem.answer, each.trace.problem.question) for each in lacking
-        )
-        try:
-            for verdict, indexed in zip(verdicts, again, strict=False):
-                self._keep(self._trace(indexed, verdict))
-        except KeyboardInterrupt:
-            self._write_all()
-            raise
-        self._write_all()
-
-    def _lacking(self, form: ImportForm) -> Iterator[_Indexed]:
-        for _, row in form.rows():
-            for trace in row:
-                indexed = self._index(trace)
-                self._all.done += 1
-                if indexed is not None:
-                    yield indexed
-            self._progress(self._all)
-
-    def _index(self, trace: ForeignTrace) -> _Indexed | None:
-        """Returns the trace with its index; None where there is nothing to verify."""
-        counts = self.counts[trace.teacher]
-        counts.found += 1
-        if not trace.text.strip():
-            counts.empty += 1
-            return None
-        problem_id = trace.problem.problem_id
-        texts = self._seen.setdefault((problem_id, trace.teacher), [])
-        text = blake2b(trace.text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        if text in texts:
-            counts.repeated += 1
-            return None
-        texts.append(text)
-        if len(texts) - 1 in self._done[trace.teacher].get(problem_id, {}):
-            counts.existing += 1
-            return None
-        return _Indexed(trace, len(texts) - 1)
-
-    def _keep(self, trace: Trace) -> None:
-        counts = self.counts[trace.teacher]
-        counts.new += 1
-        counts.verdicts[trace.verdict] = counts.verdicts.get(trace.verdict, 0) + 1
-        counts.filtered += trace.is_correct and not trace.is_usable
-        self._all.new += 1
-        self._all.verified += trace.is_correct
-        ready = self._ready.setdefault(trace.teacher, [])
-        ready.append(trace)
-        if len(ready) >= self._config.part_traces:
-            self._writer.append(self._ready.pop(trace.teacher))
-        late = time.monotonic() - self._written >= self._config.part_seconds
-        if late or sum(map(len, self._ready.values())) >= HELD_TRACES:
-            self._write_all()
-
-    def _trace(self, indexed: _Indexed, verdict: Verdict) -> Trace:
-        trace = indexed.trace
-        token_ids = self._tokens.ids(trace.text)
-        record = self._records[trace.teacher]
-        return Trace(
-            problem_id=trace.problem.problem_id,
-            teacher=trace.teacher,
-            sample_index=indexed.sample_index,
-            text=trace.text,
-            answer=verdict.answer,
-            answer_start=verdict.answer_start,
+def _trace(
+    foreign: ForeignTrace,
+    sample_index: int,
+    verdict: Verdict,
+    record: TeacherRecord,
+    tokenizer: Any,
+    filters: FiltersConfig,
+) -> Trace:
+    token_ids: tuple[int, ...] = ()
+    if tokenizer is not None:  # the EOS is added as if the teacher had generated the text
+        eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        token_ids = (*tokenizer(foreign.text, add_special_tokens=False, verbose=False)["input_ids"], *eos)
+    return Trace(
+        problem_id=foreign.problem.problem_id,
+        teacher=foreign.teacher,
+        sample_index=sample_index,
+        text=foreign.text,
+        answer=verdict.answer,
+        answer_start=verdict.answer_start,
+        n_tokens=len(token_ids),
+        token_ids=token_ids,
+        logprobs=(),
+        finish_reason="stop",
+        verdict=verdict.reason,
+        is_correct=verdict.is_correct,
+        seed=UNKNOWN_SEED,
+        generation_fingerprint=record.generation_fingerprint,
+        created_at=datetime.now(UTC),
+        verdict_detail=verdict.detail,
+        parsed_answer=verdict.parsed_answer,
+        parsed_gold=verdict.parsed_gold,
+        filtered=why_filtered(
+            filters,
+            text=foreign.text,
             n_tokens=len(token_ids),
-            token_ids=token_ids,
-            logprobs=(),
-            finish_reason="stop",
-            verdict=verdict.reason,
-            is_correct=verdict.is_correct,
-            seed=UNKNOWN_SEED,
-            generation_fingerprint=record.generation_fingerprint,
-            created_at=datetime.now(UTC),
-            verdict_detail=verdict.detail,
-            parsed_answer=verdict.parsed_answer,
-            parsed_gold=verdict.parsed_gold,
-            filtered=why_filtered(
-                self._filters,
-                text=trace.text,
-                n_tokens=len(token_ids),
-                form=demanded_form(record, trace.problem),
-                opens_think=False,
-            ),
-        )
+            form=demanded_form(record, foreign.problem),
+            opens_think=False,
+        ),
+    )
 
-    def _write_all(self) -> None:
-        for teacher in list(self._ready):
-            self._writer.append(self._ready.pop(teacher))
-        self._written = time.monotonic()
+
+def _count(counts: TeacherImport, trace: Trace) -> None:
+    counts.new += 1
+    counts.verdicts[trace.verdict] = counts.verdicts.get(trace.verdict, 0) + 1
+    counts.filtered += trace.is_correct and not trace.is_usable
+
+
+def _verified_share(teachers: Sequence[TeacherImport]) -> str:
+    new = sum(teacher.new for teacher in teachers)
+    verified = sum(teacher.verdicts.get("match", 0) for teacher in teachers)
+    return f"verified {verified / new:.1%}" if new else ""
+
+
+def import_table(report: ImportReport) -> Group:
+    """Returns a row per teacher with the verdicts on the new traces, and a line of totals."""
+    counted = {
+        name: [getattr(teacher, name) for teacher in report.teachers]
+        for name in ("found", "empty", "repeated", "existing", "new", "filtered")
+    } | {verdict: [teacher.verdicts.get(verdict, 0) for teacher in report.teachers] for verdict in VERDICTS}
+    shown = {
+        name: each for name, each in counted.items() if any(each) or name in ("found", "new", "existing")
+    }
+    table = plain_table(f"imported into {report.store}", text=("teacher",), numbers=tuple(shown))
+    for index, teacher in enumerate(report.teachers):
+        table.add_row(teacher.teacher, *(f"{each[index]:,}" for each in shown.values()))
+    files = report.files[0] if len(report.files) == 1 else f"{len(report.files)} files"
+    share = _verified_share(report.teachers)
+    totals = f"{sum(counted['new']):,} new traces{f', {share}' if share else ''}; {report.seconds:.1f} s"
+    return Group(table, Text(f"{files}: {report.problems:,} problems; {totals}"))

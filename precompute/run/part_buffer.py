@@ -28,7 +28,7 @@ class PartBuffer:
         if not self._traces:
             self._deadline = time.monotonic() + self._part_seconds
         self._traces.append(trace)
-        if len(self._traces) >= self._part_traces:
+        if len(self._traces) >= self._part_traces or time.monotonic() >= self._deadline:
             self.write()
 
     def write(self) -> None:
