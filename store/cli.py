@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,10 +21,19 @@ from store.terminal.console import (
     print_line,
 )
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 ShownRows = Annotated[int, typer.Option("--limit", min=0, help="At most N rows; 0: all.")]
 
 inspect_app = typer.Typer(no_args_is_help=True, help="Look into a store, and the trainer's queries to it.")
 app = typer.Typer(no_args_is_help=True, help="Check, compact, export or rebuild a store.")
+
+
+def _show(rows: list[dict[str, Any]], table: RenderableType, as_json: bool, as_csv: bool) -> None:
+    """Prints rows as JSON or CSV where one is requested, else their table."""
+    if not emit_rows(rows, as_json, as_csv):
+        console_of().print(table)
 
 
 @inspect_app.command("summary")
@@ -79,8 +88,6 @@ def inspect_traces(
 
     if verdict is not None and verdict not in VERDICTS:
         raise UserError(f"--verdict {verdict}: one of {', '.join(VERDICTS)}")
-    if usable and filtered:
-        raise UserError("--usable and --filtered exclude each other: give one of them")
     with TraceStore(store) as opened:
         traces = opened.traces(
             problem_id=None if problem is None else problem_id_of(opened, problem),
@@ -94,8 +101,7 @@ def inspect_traces(
         if why:
             golds = {each.problem_id: each.answer for each in opened.problems()}
             rows = [row | {"gold": golds.get(row["problem_id"])} for row in rows]
-    if not emit_rows(rows, json_, csv_):
-        console_of().print(why_table(rows) if why else traces_table(rows, full=problem is not None))
+    _show(rows, why_table(rows) if why else traces_table(rows, full=problem is not None), json_, csv_)
 
 
 @inspect_app.command("problems")
@@ -118,8 +124,7 @@ def inspect_problems(
 
     with TraceStore(store) as opened:
         rows = problem_rows(opened, uncovered=uncovered, limit=limit or None)
-    if not emit_rows(rows, json_, csv_):
-        console_of().print(problems_table(rows))
+    _show(rows, problems_table(rows), json_, csv_)
 
 
 @inspect_app.command("agreement")
@@ -133,8 +138,7 @@ def inspect_agreement(store: StorePath = "traces", json_: JsonFlag = False, csv_
 
     with TraceStore(store) as opened:
         pairs = agreements(opened)
-    if not emit_rows(pairs, json_, csv_):
-        console_of().print(agreement_table(pairs))
+    _show(pairs, agreement_table(pairs), json_, csv_)
 
 
 @inspect_app.command("lengths")
@@ -150,18 +154,14 @@ def inspect_lengths(
     Example: `ampo inspect store lengths traces --png lengths.png`
     """
     from store.reader import TraceStore
-    from store.reports.lengths import length_rows, lengths, lengths_table, plot_lengths
+    from store.reports.lengths import length_rows, lengths_table, plot_lengths
 
     with TraceStore(store) as opened:
-        found = lengths(opened, unit)
+        found = length_rows(opened, unit)
     if png is not None:
         plot_lengths(found, unit, png)
-    rows = length_rows(found)
-    if emit_rows(rows, json_, csv_):
-        return
-    console_of().print(lengths_table(rows, unit))
-    if png is not None:
-        print_line(f"plotted {png}")
+    rows = [{name: row[name] for name in row if name != "lengths"} for row in found]
+    _show(rows, lengths_table(rows, unit), json_, csv_)
 
 
 @inspect_app.command("sql", epilog=views_help())
@@ -208,10 +208,11 @@ def store_reindex(store: StorePath = "traces") -> None:
     from store.format.index import reindex
     from store.terminal.progress import Meter
 
-    with Meter("indexing parts") as progress:
-        report = reindex(store, progress=progress)
-    print_line(f"indexed {report.traces:,} traces in {report.parts} parts, {report.seconds:.1f} s")
-    for part in report.damaged:
+    with Meter("indexing parts") as progress, reindex(store, progress=progress) as index:
+        (traces,) = index.rows("SELECT count(*) AS traces, count(DISTINCT part) AS parts FROM idx.rows")
+        damaged = index.damaged()
+    print_line(f"indexed {traces['traces']:,} traces in {traces['parts']:,} parts")
+    for part in damaged:
         print_line(f"[yellow]left out:[/] {escaped(part.part)}: {escaped(part.reason)}")
 
 
@@ -257,7 +258,8 @@ def store_compact(store: StorePath = "traces") -> None:
 
     with Meter("writing traces") as progress:
         report = compact(store, progress=progress)
-    print_line(report.line if report.traces else "nothing to do: the store is compact")
+    before, after = report.parts
+    print_line(f"{report.traces:,} traces rewritten: {before:,} parts before, {after:,} now")
 
 
 @app.command("forget")
@@ -272,8 +274,8 @@ def store_forget(
     from store.upkeep.compaction import forget
 
     with Meter("writing traces") as progress:
-        report = forget(store, teacher, progress=progress)
-    print_line(report.line if report.traces else f"forgot {teacher}")
+        forget(store, teacher, progress=progress)
+    print_line(f"forgot {teacher}")
 
 
 _FORMS = (
@@ -297,9 +299,6 @@ def store_export(
         int | None, typer.Option(min=1, help="At most N traces of a problem; the teachers take turns.")
     ] = None,
     system_prompt: Annotated[str | None, typer.Option(help=_SYSTEM)] = None,
-    license_: Annotated[
-        str, typer.Option("--license", help="For the data card of hf, e.g. apache-2.0.")
-    ] = "unknown",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
     json_: JsonFlag = False,
 ) -> None:
@@ -309,17 +308,15 @@ def store_export(
 
     Example: `ampo store export traces --to verl --out train.parquet --max-per-problem 4`
     """
-    from store.export.exporting import ExportOptions, check_out, export
+    from store.export.exporting import ExportOptions, export
     from store.reader import TraceStore
     from store.terminal.progress import Meter
 
-    check_out(out.absolute(), to, overwrite=overwrite)
     options = ExportOptions(
         everything=not only_verified,
         teachers=tuple(teacher or ()),
         max_per_problem=max_per_problem,
         system_prompt=system_prompt,
-        license=license_,
         overwrite=overwrite,
     )
     with TraceStore(store) as opened, Meter("exporting") as meter:

@@ -25,11 +25,10 @@ from store.records import Problem, TeacherRecord, Trace
 _ROWS = f"SELECT {', '.join(ROW_COLUMNS)} FROM idx.rows"
 
 # The ids are part of the text, not a parameter: only then does DuckDB skip row groups by them.
-_OF_PROBLEMS = """
-    WHERE problem IN ({problems})
+_CANDIDATES = """
+    WHERE problem IN ({problems}) AND (NOT $usable OR (is_correct AND filtered IS NULL))
       AND ($teachers::VARCHAR[] IS NULL OR list_contains($teachers::VARCHAR[], teacher))
 """
-_USABLE = " AND is_correct AND filtered IS NULL"
 
 _TRACES = """
     WHERE ($problem::UBIGINT IS NULL OR problem = $problem)
@@ -43,7 +42,6 @@ _REFRESHES = 5
 """Attempts at reading parts that are being replaced."""
 
 _ID = re.compile(r"[0-9a-f]{16}")
-
 
 _CONTENTS = """
     SELECT teacher, count(*) AS traces, bit_xor(trace) AS mark FROM idx.rows
@@ -81,21 +79,29 @@ class TraceStore:
         return self.index.damaged()
 
     def candidates(
-        self, problem_ids: Sequence[str], *, teachers: Sequence[str] | None = None, tokens: bool = False
+        self,
+        problem_ids: Sequence[str],
+        *,
+        teachers: Sequence[str] | None = None,
+        tokens: bool = False,
+        usable: bool = True,
     ) -> dict[str, list[Trace]]:
         """Returns the usable traces of each problem, [] for a problem without one.
 
         In order of teacher, sample_index, trace_id. `teachers`: None for all. Without `tokens` the traces
-        have empty `token_ids` and `logprobs`, and are read in a third of the time.
+        have empty `token_ids` and `logprobs`, and are read in a third of the time. Without `usable` the
+        wrong and the filtered traces are returned too.
         Raises StoreDamagedError for a part that was damaged after its indexing.
         """
-        return self._of_problems(_USABLE, problem_ids, teachers, tokens=tokens)
-
-    def of_problems(
-        self, problem_ids: Sequence[str], *, teachers: Sequence[str] | None = None, tokens: bool = False
-    ) -> dict[str, list[Trace]]:
-        """Returns all traces of each problem, wrong and filtered ones too; else as `candidates`."""
-        return self._of_problems("", problem_ids, teachers, tokens=tokens)
+        found: dict[str, list[Trace]] = {problem_id: [] for problem_id in problem_ids}
+        numbers = [str(int(problem_id, 16)) for problem_id in found if _ID.fullmatch(problem_id)]
+        if not numbers:
+            return found
+        where = _CANDIDATES.format(problems=", ".join(numbers))
+        parameters = {"usable": usable, "teachers": None if teachers is None else list(teachers)}
+        for trace in self._read(where, parameters, tokens=tokens):
+            found[trace.problem_id].append(trace)
+        return found
 
     def usable(
         self, problem_ids: Sequence[str], *, teachers: Sequence[str] | None = None
@@ -136,19 +142,6 @@ class TraceStore:
             "limit": limit,
         }
         return self._read(_TRACES, parameters, tokens=tokens)
-
-    def _of_problems(
-        self, condition: str, problem_ids: Sequence[str], teachers: Sequence[str] | None, *, tokens: bool
-    ) -> dict[str, list[Trace]]:
-        found: dict[str, list[Trace]] = {problem_id: [] for problem_id in problem_ids}
-        numbers = [str(int(problem_id, 16)) for problem_id in found if _ID.fullmatch(problem_id)]
-        if not numbers:
-            return found
-        parameters = {"teachers": None if teachers is None else list(teachers)}
-        where = _OF_PROBLEMS.format(problems=", ".join(numbers)) + condition
-        for trace in self._read(where, parameters, tokens=tokens):
-            found[trace.problem_id].append(trace)
-        return found
 
     def _read(self, where: str, parameters: Mapping[str, object], *, tokens: bool) -> list[Trace]:
         """Returns the traces of a condition, in order of problem, teacher, sample and trace_id."""

@@ -55,10 +55,10 @@ class StoreWriter:
     shard. Their traces must not overlap.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, locks: Sequence[FileLock] = ()) -> None:
+    def __init__(self, root: Path, manifest: Manifest) -> None:
         self.path = root
         self.manifest = manifest
-        self._locks = locks
+        self._locks = ExitStack()
         self._fingerprints = {
             name: record.generation_fingerprint for name, record in read_teachers(root).items()
         }
@@ -76,10 +76,8 @@ class StoreWriter:
         """
         root = Path(path).absolute()
         is_fresh(root)
-        with ExitStack() as undo:
-            locks = take_locks(root, shard)
-            for lock in locks:
-                undo.callback(lock.release)
+        with ExitStack() as locks:
+            _take_locks(locks, root, shard)
             if shard is None:
                 with disk_errors_named(root):
                     remove_orphans(root)
@@ -87,8 +85,8 @@ class StoreWriter:
             manifest = read_manifest(root)
             _check_verifier(root, manifest, verifier, verifier_version)
             _enter_parts(root, manifest)
-            writer = cls(root, manifest, locks)
-            undo.pop_all()
+            writer = cls(root, manifest)
+            writer._locks = locks.pop_all()
         return writer
 
     @classmethod
@@ -128,10 +126,11 @@ class StoreWriter:
         Raises RecipeChangedError for traces of this name from another recipe. The same recipe may come from
         another engine: the record then names the engine used last.
         """
-        if record.name != Path(record.name).name or record.name.startswith("."):
-            raise ValueError(f"teacher name {record.name!r} cannot be a file name")
-        if record.name == ALL:
-            raise StoreError(f"a teacher cannot be named {ALL!r}: parts/{ALL} is for compacted parts")
+        if record.name in (ALL, "") or "/" in record.name or record.name.startswith("."):
+            raise StoreError(
+                f"a teacher cannot be named {record.name!r}: its parts are in parts/NAME, compacted ones in "
+                f"parts/{ALL}"
+            )
         self.check_recipe(record)
         with whole_file(self.path / TEACHERS / f"{record.name}.json") as file:
             file.write((json.dumps(teacher_json(record), indent=2, ensure_ascii=False) + "\n").encode())
@@ -139,8 +138,9 @@ class StoreWriter:
 
     def check_recipe(self, record: TeacherRecord) -> None:
         """Raises RecipeChangedError for traces of this name from another recipe."""
-        made = self._made_with(record.name)
-        if made is None or made == record.generation_fingerprint:
+        sql = "SELECT generation_fingerprint AS made FROM idx.rows WHERE teacher = $teacher LIMIT 1"
+        made = "".join(row["made"] for row in self._rows(sql, record.name))
+        if made in ("", record.generation_fingerprint):
             return
         known = read_teachers(self.path).get(record.name)
         changes = f"generation_fingerprint {made} -> {record.generation_fingerprint}"
@@ -151,30 +151,20 @@ class StoreWriter:
             f"give the teacher a new name, or run `ampo store forget {self.path} --teacher {record.name}`"
         )
 
-    def _made_with(self, teacher: str) -> str | None:
-        """Returns the fingerprint in the traces themselves; None without a readable one."""
-        rows = self._rows(
-            "SELECT generation_fingerprint FROM idx.rows WHERE teacher = $teacher LIMIT 1", teacher
-        )
-        return rows[0]["generation_fingerprint"] if rows else None
-
     def append(self, traces: Sequence[Trace]) -> Path | None:
         """Writes one part; returns its path, or None without traces.
 
-        The traces must be of one registered teacher and new to the store (see `done`). The part is durable
+        The traces must be of registered teachers and new to the store (see `done`). The part is durable
         and visible to readers on return, and invisible before.
         """
         if not traces:
             return None
-        names = sorted({trace.teacher for trace in traces})
-        if len(names) > 1:
-            raise ValueError(f"a part is of one teacher, not of {', '.join(names)}")
-        fingerprint = self._fingerprints.get(names[0])
         for trace in traces:
+            fingerprint = self._fingerprints.get(trace.teacher)
             if trace.generation_fingerprint != fingerprint:
                 raise ValueError(
                     f"trace {trace.trace_id} has recipe {trace.generation_fingerprint}, "
-                    f"teacher {names[0]!r} is registered with {fingerprint}"
+                    f"teacher {trace.teacher!r} is registered with {fingerprint}"
                 )
         part, entry = write_traces(self.path, traces)
         change_parts(self.path, add={part: entry})
@@ -205,8 +195,7 @@ class StoreWriter:
 
     def close(self) -> None:
         """Releases the lock."""
-        for lock in self._locks:
-            lock.release()
+        self._locks.close()
 
     def __enter__(self) -> Self:
         return self
@@ -234,36 +223,25 @@ def _may_contain(part: str, parts: Mapping[str, PartEntry], teacher: str) -> boo
     return teacher in parts[part].traces if part in parts else part.startswith((f"{teacher}/", f"{ALL}/"))
 
 
-def take_locks(root: Path, shard: str | None) -> list[FileLock]:
-    """Takes the locks of a writer of the store or of one shard. Raises StoreBusyError and StoreError."""
+def _take_locks(stack: ExitStack, root: Path, shard: str | None) -> None:
+    """Takes the locks of a writer of the store or of one shard; the stack releases them.
+
+    Raises StoreBusyError and StoreError.
+    """
     locks = [FileLock(root / WRITE_LOCK, shared=shard is not None)]
     if shard is not None:
         locks.append(FileLock(root / shard_lock(shard)))
-    with ExitStack() as undo:
-        for lock in locks:
-            if not _acquire(lock, root):
-                raise StoreBusyError(_busy_message(root, lock))
-            undo.callback(lock.release)
-        undo.pop_all()
-    return locks
-
-
-def _acquire(lock: FileLock, root: Path) -> bool:
-    try:
-        make_directory(root)
-        return lock.acquire(wait=False)
-    except OSError as error:
-        raise StoreError(f"cannot write to the store at {root}: {error.strerror}") from error
-
-
-def _busy_message(root: Path, lock: FileLock) -> str:
-    # Shards share one lock, and its file names the last one, which may have ended.
-    others = [FileLock(path) for path in sorted(root.glob(shard_lock("*")))]
-    pid = next((pid for each in (lock, *others) if (pid := each.holder())), None)
-    return (
-        f"{root} is being written by {f'process {pid}' if pid else 'another process'}; "
-        "wait for it to end, or set store.path to another directory"
-    )
+    for lock in locks:
+        with disk_errors_named(root):
+            make_directory(root)
+            acquired = lock.acquire(wait=False)
+        if not acquired:
+            pid = lock.holder()
+            raise StoreBusyError(
+                f"{root} is being written by {f'process {pid}' if pid else 'another process'}; "
+                "wait for it to end, or set store.path to another directory"
+            )
+        stack.callback(lock.release)
 
 
 def _check_writable(root: Path) -> None:
@@ -292,14 +270,10 @@ def recipe_changes(old: Mapping[str, Any], new: Mapping[str, Any], under: str = 
     return changes
 
 
-def _excerpts(before: object, after: object, width: int = 40) -> list[str]:
-    """Returns both values as reprs, long texts cut to a window around the first difference."""
+def _excerpts(before: object, after: object) -> list[str]:
+    """Returns both values as reprs, texts cut to 40 characters around the first difference."""
     if not (isinstance(before, str) and isinstance(after, str)):
         return [repr(before), repr(after)]
-    pairs = zip(before, after, strict=False)
-    common = next((at for at, (one, other) in enumerate(pairs) if one != other), 0)
-    start = max(0, common - width // 4) if max(len(before), len(after)) > width else 0
-    return [
-        f"{'...' if start else ''}{text[start : start + width]!r}{'...' if start + width < len(text) else ''}"
-        for text in (before, after)
-    ]
+    pairs = enumerate(zip(before, after, strict=False))
+    start = max(0, next((at for at, (one, other) in pairs if one != other), 0) - 10)
+    return [f"{'...' if start else ''}{text[start : start + 40]!r}" for text in (before, after)]

@@ -65,7 +65,6 @@ def test_questions_in_tables_json_and_csv(store: Path, tmp_path: Path) -> None:
         (["store", "import", "x.jsonl", "--rename", "ada"], "--rename ada: write OLD=NEW"),
         (["store", "import", "x.jsonl", "--teacher-prefix", "a/"], "--teacher-prefix a/"),
         (["inspect", "store", "traces", "STORE", "--problem", "zz"], "--problem zz: no problem_id"),
-        (["inspect", "store", "traces", "STORE", "--usable", "--filtered"], "exclude each other"),
         (["inspect", "store", "lengths", "STORE", "--unit", "words"], "--unit words: one of tokens, chars"),
         (["inspect", "store", "sql", "DELETE FROM traces", "STORE"], "SQL: give one SELECT"),
         (["inspect", "store", "agreement", "nowhere"], "no trace store at"),

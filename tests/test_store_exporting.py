@@ -76,7 +76,6 @@ def test_verl_is_a_row_a_problem_with_its_traces_in_target_lst(root: Path, suffi
     assert [target["source"] for target in second["target_lst"]] == ["ada"]
     assert second["extra_info"]["index"] == 1
     assert (report.rows, report.problems, report.traces) == (2, 2, {"ada": 2, "bob": 1})
-    assert report.bytes == out.stat().st_size
 
 
 def test_luffy_is_a_row_a_trace_with_the_one_message_in_target(root: Path) -> None:
@@ -135,10 +134,10 @@ def test_teachers_take_turns() -> None:
     ("form", "out", "options", "complaint"),
     [
         ("csv", "x.csv", {}, r"--to = 'csv': give one of chat, hf, luffy, verl, or module:function"),
-        ("verl", "x.csv", {}, r"verl needs a file that ends in \.parquet or \.jsonl"),
-        ("hf", "x.parquet", {}, r"hf makes a directory, not a \.parquet file"),
+        ("verl", "x.csv", {}, r"verl makes a file that ends in \.parquet or \.jsonl"),
+        ("hf", "x.parquet", {}, r"hf makes a directory"),
         ("verl", "there.jsonl", {}, "exists already; --overwrite replaces it"),
-        ("hf", "full", {"overwrite": True}, "is not a data set of this command"),
+        ("hf", "full", {"overwrite": True}, "is no output of this command"),
         ("verl", "x.jsonl", {"teachers": ("eve",)}, "--teacher eve: .* has ada, bob"),
     ],
 )
@@ -189,7 +188,7 @@ def test_datasets_loads_the_directory_and_the_hub_reads_its_card(root: Path) -> 
     from huggingface_hub import DatasetCard
 
     out = root.parent / "set"
-    run(root, out, "hf", everything=True, license="apache-2.0")
+    run(root, out, "hf", everything=True)
     loaded = load_dataset(str(out), cache_dir=str(root.parent / "cache"))
     assert list(loaded) == ["train"]
     rows = loaded["train"].to_list()
@@ -201,18 +200,16 @@ def test_datasets_loads_the_directory_and_the_hub_reads_its_card(root: Path) -> 
         ("What is 1 + 1?", "bob", "mismatch", None),
     ]
     card = DatasetCard.load(out / "README.md")
-    assert card.data.license == "apache-2.0"
+    assert card.data.license == "unknown"
     # bob: one of two traces is verified.
     assert "| bob | models/bob | 2 | 2 | 50.0% |" in card.text
-    for said in ("math-verify 0.9.0", '"temperature": 1.0', teacher("ada").generation_fingerprint):
+    for said in (
+        "look up the terms of both",
+        "math-verify 0.9.0",
+        '"temperature": 1.0',
+        teacher("ada").generation_fingerprint,
+    ):
         assert said in card.text
-
-
-def test_a_card_without_a_licence_says_what_to_look_up(root: Path) -> None:
-    run(root, root.parent / "set", "hf")
-    text = (root.parent / "set" / "README.md").read_text(encoding="utf-8")
-    assert text.startswith("---\nlicense: unknown\n")
-    assert "look up the terms of both" in text
 
 
 def test_a_form_of_ones_own_is_a_function_in_a_file(root: Path) -> None:

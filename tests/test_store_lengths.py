@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 from store_examples import make_store, trace, wrong
 
 from store.errors import StoreError, UserError
 from store.reader import TraceStore
-from store.reports.lengths import bin_edges, length_rows, lengths, lengths_table, plot_lengths
+from store.reports.lengths import length_rows, lengths_table, plot_lengths
 
 
 @pytest.fixture
@@ -25,7 +22,7 @@ def root(tmp_path: Path) -> Path:
 
 def test_quantiles_are_those_of_the_sorted_lengths(root: Path) -> None:
     with TraceStore(root) as store:
-        rows = length_rows(lengths(store, "tokens"))
+        rows = length_rows(store, "tokens")
     assert [(row["teacher"], row["traces"], row["count"]) for row in rows] == [
         ("ada", "verified", 5), ("ada", "other", 1), ("bob", "verified", 1),
     ]  # fmt: skip
@@ -38,40 +35,28 @@ def test_quantiles_are_those_of_the_sorted_lengths(root: Path) -> None:
 
 def test_characters_are_those_of_the_texts(root: Path) -> None:
     with TraceStore(root) as store:
-        found = lengths(store, "chars")
-    # "ada says: it is \boxed{0}" and "no idea"
-    assert found == {("ada", "verified"): [25] * 5, ("ada", "other"): [7], ("bob", "verified"): [25]}
+        found = length_rows(store, "chars")
+        with pytest.raises(UserError, match="--unit words: one of tokens, chars"):
+            length_rows(store, "words")
+    # "ada says: it is \\boxed{0}" and "no idea"
+    assert [(row["teacher"], row["traces"], row["lengths"]) for row in found] == [
+        ("ada", "verified", [25] * 5), ("ada", "other", [7]), ("bob", "verified", [25]),
+    ]  # fmt: skip
 
 
 def test_tokens_that_nobody_counted_are_no_lengths(tmp_path: Path) -> None:
     uncounted = trace(0, "ada", n_tokens=0, token_ids=(), logprobs=())
-    with TraceStore(make_store(tmp_path / "traces", [uncounted], [trace(0, "bob")])) as store:
-        assert list(lengths(store, "tokens")) == [("bob", "verified")]
-        assert [teacher for teacher, _ in lengths(store, "chars")] == ["ada", "bob"]
-        with pytest.raises(UserError, match="--unit words: one of tokens, chars"):
-            lengths(store, "words")
-    with (
-        TraceStore(make_store(tmp_path / "imported", [uncounted])) as store,
-        pytest.raises(StoreError, match="--unit chars measures the texts"),
-    ):
-        lengths(store, "tokens")
-
-
-@given(st.lists(st.integers(0, 5000), min_size=1, max_size=50))
-def test_bins_are_equal_few_and_reach_the_99_percent_quantile(values: list[int]) -> None:
-    edges = bin_edges(values)
-    assert edges[0] == min(values)
-    assert 2 <= len(edges) <= 41
-    assert len({after - before for before, after in pairwise(edges)}) == 1
-    # Of at most 50 lengths all but the longest lie within the 99 % quantile.
-    assert sum(value >= edges[-1] for value in values) <= 1
+    with TraceStore(make_store(tmp_path / "traces", [uncounted])) as store:
+        with pytest.raises(StoreError, match="no trace with a length in tokens; try --unit chars"):
+            length_rows(store, "tokens")
+        assert [row["teacher"] for row in length_rows(store, "chars")] == ["ada"]
 
 
 def test_the_picture_has_a_panel_a_teacher_and_the_table_fits(root: Path) -> None:
     from matplotlib.image import imread
 
     with TraceStore(root) as store:
-        found = lengths(store, "tokens")
+        found = length_rows(store, "tokens")
     plot_lengths(found, "tokens", root.parent / "lengths.png")
     pixels = imread(root.parent / "lengths.png")[..., :3]
     height, width = pixels.shape[:2]
@@ -80,5 +65,5 @@ def test_the_picture_has_a_panel_a_teacher_and_the_table_fits(root: Path) -> Non
     assert blue[: height // 2].any(), "ada's verified traces are drawn in the upper panel"
     assert blue[height // 2 :].any(), "bob's in the lower"
     console = Console(width=80, record=True)
-    console.print(lengths_table(length_rows(found), "tokens"))
+    console.print(lengths_table(found, "tokens"))
     assert "…" not in console.export_text()

@@ -54,12 +54,12 @@ def test_all_traces_of_problems_are_the_wrong_and_the_filtered_too(tmp_path: Pat
     held = trace(0, "ada", 1, filtered="max_tokens: 9 tokens, more than 8")
     root = make_store(tmp_path / "traces", [wrong(0, "ada"), held], [trace(0, "bob"), wrong(2, "bob")])
     with TraceStore(root) as store:
-        found = store.of_problems(IDS[:2], teachers=["ada"])
+        found = store.candidates(IDS[:2], teachers=["ada"], usable=False)
         assert {key: [t.sample_index for t in traces] for key, traces in found.items()} == {
             IDS[0]: [0, 1],
             IDS[1]: [],
         }
-        assert [t.teacher for t in store.of_problems([IDS[2]])[IDS[2]]] == ["bob"]
+        assert [t.teacher for t in store.candidates([IDS[2]], usable=False)[IDS[2]]] == ["bob"]
         assert store.candidates([IDS[2]]) == {IDS[2]: []}
 
 
@@ -142,7 +142,7 @@ def test_a_newer_store_is_refused_and_a_broken_manifest_named(root: Path) -> Non
     with pytest.raises(StoreDamagedError, match=r"manifest\.json cannot be read"):
         TraceStore(root)
     (root / "manifest.json").write_text('{"schema_version": 2}')
-    with pytest.raises(StoreDamagedError, match="no 'verifier'"):
+    with pytest.raises(StoreDamagedError, match="is broken: 'parts'"):
         TraceStore(root)
 
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,8 +51,6 @@ class ExportOptions:
     """The teachers take turns: the first trace of each, then the second."""
     system_prompt: str | None = None
     """Replaces every system turn; None: the problem's (chat: the teacher's), empty: none."""
-    license: str = "unknown"
-    """For a data set's card."""
     overwrite: bool = False
 
 
@@ -68,7 +65,6 @@ class ExportReport:
     rows: int = 0
     traces: dict[str, int]
     """By teacher."""
-    bytes: int = 0
 
     @property
     def line(self) -> str:
@@ -76,7 +72,7 @@ class ExportReport:
         teachers = ", ".join(f"{name} {count:,}" for name, count in sorted(self.traces.items()))
         return (
             f"wrote {self.path}: {self.form}, {self.rows:,} rows, {self.problems:,} problems, "
-            f"{sum(self.traces.values()):,} traces ({teachers}), {self.bytes / 2**20:.1f} MiB"
+            f"{sum(self.traces.values()):,} traces ({teachers})"
         )
 
 
@@ -98,12 +94,10 @@ def export(
     rows = (row for solved in _solved(store, options, report, progress) for row in rows_of(solved))
     if rows_of is hf_rows:
         _write_directory(out, rows, store, options, report)
-        report.bytes = (out / DATA_FILE).stat().st_size
     else:
         with whole_file(out) as file:
             report.rows = WRITERS[out.suffix](file, rows, form)
             _refuse_nothing(report, store)
-        report.bytes = out.stat().st_size
     return report
 
 
@@ -111,18 +105,14 @@ def check_out(out: Path, form: str, *, overwrite: bool) -> Form:
     """Returns the form's function. Raises ConfigError for an unknown form, UserError where it cannot be
     written to `out`."""
     rows_of = lookup(EXPORT_FORMS, form, key="--to")
-    makes_directory = rows_of is hf_rows
-    if makes_directory and out.suffix in WRITERS:
-        raise UserError(f"--out {out}: hf makes a directory, not a {out.suffix} file")
-    if not makes_directory and out.suffix not in WRITERS:
-        raise UserError(f"--out {out}: {form} needs a file that ends in {' or '.join(WRITERS)}")
-    if out.exists():
-        if not overwrite:
-            raise UserError(f"--out {out} exists already; --overwrite replaces it")
-        if makes_directory and not _is_export(out):
-            raise UserError(f"--out {out} is not a data set of this command; name another directory")
-        if not makes_directory and not out.is_file():
-            raise UserError(f"--out {out} is a directory; {form} makes a file")
+    is_directory = rows_of is hf_rows
+    if is_directory == (out.suffix in WRITERS):
+        kind = "directory" if is_directory else f"file that ends in {' or '.join(WRITERS)}"
+        raise UserError(f"--out {out}: {form} makes a {kind}")
+    if out.exists() and not overwrite:
+        raise UserError(f"--out {out} exists already; --overwrite replaces it")
+    if out.exists() and not (_is_export(out) if is_directory else out.is_file()):
+        raise UserError(f"--out {out} is no output of this command; name another path")
     return rows_of
 
 
@@ -137,10 +127,13 @@ def _solved(
 ) -> Iterator[Solved]:
     """Yields the problems with a trace to export, in order of arrival; counts them in the report."""
     problems, records = store.problems(), store.teachers()
-    fetch = store.of_problems if options.everything else store.candidates
     for start in range(0, len(problems), PROBLEMS_AT_ONCE):
         batch = problems[start : start + PROBLEMS_AT_ONCE]
-        found = fetch([problem.problem_id for problem in batch], teachers=options.teachers or None)
+        found = store.candidates(
+            [problem.problem_id for problem in batch],
+            teachers=options.teachers or None,
+            usable=not options.everything,
+        )
         for problem in batch:
             traces = in_turns(found[problem.problem_id])[: options.max_per_problem]
             if traces:
@@ -152,19 +145,17 @@ def _solved(
                     system_prompt=options.system_prompt,
                 )
                 report.problems += 1
-                report.traces = dict(Counter(report.traces) + Counter(trace.teacher for trace in traces))
+                for trace in traces:
+                    report.traces[trace.teacher] = report.traces.get(trace.teacher, 0) + 1
         if progress is not None:
             progress(start + len(batch), len(problems))
 
 
 def in_turns(traces: Sequence[Trace]) -> list[Trace]:
     """Returns each teacher's first trace, by name of the teacher, then each one's second, and so on."""
-    seen: Counter[str] = Counter()
-    ranked = []
-    for trace in sorted(traces, key=lambda trace: (trace.teacher, trace.sample_index)):
-        ranked.append((seen[trace.teacher], trace))
-        seen[trace.teacher] += 1
-    return [trace for _, trace in sorted(ranked, key=lambda pair: (pair[0], pair[1].teacher))]
+    ordered = sorted(traces, key=lambda trace: (trace.teacher, trace.sample_index))
+    by_teacher = [list(each) for _, each in groupby(ordered, key=lambda trace: trace.teacher)]
+    return [trace for turn in zip_longest(*by_teacher) for trace in turn if trace is not None]
 
 
 def _refuse_nothing(report: ExportReport, store: TraceStore) -> None:
@@ -206,19 +197,18 @@ WRITERS: dict[str, Callable[[BinaryIO, Rows, str], int]] = {".parquet": write_pa
 def _write_directory(
     out: Path, rows: Rows, store: TraceStore, options: ExportOptions, report: ExportReport
 ) -> None:
-    """Writes a directory aside and renames it; an earlier one goes only when the new one is whole."""
+    """Writes a directory aside and renames it."""
     aside = out.with_name(f"{TMP_MARK}{out.name}")
-    before = out.with_name(f"{TMP_MARK}before-{out.name}")
-    with ExitStack() as cleanup:
-        for leftover in (aside, before):
-            shutil.rmtree(leftover, ignore_errors=True)
-            cleanup.callback(shutil.rmtree, leftover, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
         with disk_errors_named(out):
             with whole_file(aside / DATA_FILE) as file:
                 report.rows = write_parquet(file, rows, "hf", schema_of(HF_COLUMNS))
                 _refuse_nothing(report, store)
             (aside / "README.md").write_text(data_card(store, options, report), encoding="utf-8")
             if out.exists():
-                out.rename(before)
+                shutil.rmtree(out)
             aside.rename(out)
             sync(out.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

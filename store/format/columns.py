@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from store.records import TeacherRecord
+
 
 @dataclass(frozen=True, slots=True)
 class Column:
@@ -47,32 +49,10 @@ PROBLEM_COLUMNS = (
     Column("system_prompt", "string", "system turn that came with the problem, or null"),
 )
 
-TEACHER_COLUMNS = tuple(
-    Column(name, "string", doc)
-    for name, doc in (
-        ("name", "name of the teacher"),
-        ("model", "path or name of the model"),
-        ("revision", "revision of the model, or null"),
-        ("engine", "engine that sampled last"),
-        ("engine_version", "its version"),
-        ("chat_template", "Jinja source of the prompt"),
-        ("system_prompt", "system turn of every prompt, or null: each problem's"),
-        ("chat_template_kwargs", "arguments of the template, JSON"),
-        ("sampling", "sampling parameters, JSON"),
-        ("tokenizer_fingerprint", "content hash of the vocabulary"),
-        ("answer_form", "form in which answers are looked for, or null: as the system turn demands"),
-        ("filters", "filters of the traces, JSON"),
-        ("generation_fingerprint", "content hash of the recipe"),
-    )
-)
+TEACHER_COLUMNS = (*TeacherRecord.__dataclass_fields__, "generation_fingerprint")
 
-PART_COLUMNS = (
-    Column("part", "string", "path below parts/"),
-    Column("size", "int64", "bytes"),
-    Column("mtime_ns", "int64", "time of the last change"),
-    Column("rows", "int64", "traces"),
-    Column("error", "string", "reason why the part cannot be read, or null"),
-)
+PART_COLUMNS = ("part", "size", "mtime_ns", "rows", "error")
+"""Path below parts/, bytes, time of the last change, traces, and the reason why the part cannot be read."""
 
 TOKEN_COLUMNS = ("token_ids", "logprobs")
 """Two thirds of a row's bytes; read on demand only."""
@@ -80,9 +60,9 @@ TOKEN_COLUMNS = ("token_ids", "logprobs")
 BIG_COLUMNS = ("text", *TOKEN_COLUMNS)
 """Columns that the index does not hold."""
 
-VIEWS: Mapping[str, Sequence[Column]] = {
-    "traces": (*TRACE_COLUMNS, Column("is_usable", "bool", "verified and not filtered")),
-    "problems": PROBLEM_COLUMNS,
+VIEWS: Mapping[str, Sequence[str]] = {
+    "traces": (*(column.name for column in TRACE_COLUMNS), "is_usable"),
+    "problems": [column.name for column in PROBLEM_COLUMNS],
     "teachers": TEACHER_COLUMNS,
     "parts": PART_COLUMNS,
 }
@@ -91,7 +71,5 @@ VIEWS: Mapping[str, Sequence[Column]] = {
 
 def views_help() -> str:
     """Returns the views and their columns in markdown."""
-    views = (
-        f"**{name}** ({', '.join(column.name for column in columns)})" for name, columns in VIEWS.items()
-    )
+    views = (f"**{name}** ({', '.join(columns)})" for name, columns in VIEWS.items())
     return f"Views: {'; '.join(views)}."

@@ -75,12 +75,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove_orphans(root: Path) -> list[Path]:
+def remove_orphans(root: Path) -> None:
     """Removes half-written files of killed writers below `root`; requires the write lock. Raises OSError."""
-    orphans = sorted(root.rglob(f"{TMP_MARK}*"))
-    for orphan in orphans:
+    for orphan in root.rglob(f"{TMP_MARK}*"):
         orphan.unlink(missing_ok=True)
-    return orphans
 
 
 class FileLock:

@@ -13,18 +13,15 @@ let DuckDB skip nearly all of two million rows when 64 problems are queried.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import duckdb
-import pyarrow as pa
 
 from store.errors import StoreDamagedError, StoreError
-from store.format.columns import BIG_COLUMNS, PART_COLUMNS, TRACE_COLUMNS
+from store.format.columns import BIG_COLUMNS, TRACE_COLUMNS
 from store.format.files import INDEX_LOCK, FileLock
 from store.format.manifest import INDEX, PARTS, read_manifest
 from store.format.parts import (
@@ -62,10 +59,8 @@ PLAIN_COLUMNS = [column.name for column in _PLAIN]
 ROW_COLUMNS = ["problem", "trace", "created_us", *PLAIN_COLUMNS, "part", "row_group", "row"]
 """Columns of `idx.rows`: all that store.format.part_reader needs of a trace."""
 
-_PART_COLUMNS = ", ".join(f"{column.name} {column.kind}" for column in PART_COLUMNS)
-
 _TABLES = f"""
-    CREATE TABLE idx.parts ({_PART_COLUMNS});
+    CREATE TABLE idx.parts (part VARCHAR, size BIGINT, mtime_ns BIGINT, rows BIGINT, error VARCHAR);
     CREATE TABLE idx.rows (problem UBIGINT, trace UBIGINT, created_us BIGINT,
         {", ".join(f"{column.name} {column.kind}" for column in _PLAIN)},
         part VARCHAR, row_group INTEGER, row INTEGER);
@@ -86,20 +81,9 @@ _SORT = """
 
 # A part that lost a doubled trace is read again: the part with the other one may be gone.
 _REUSABLE = """
-    SELECT part, size, mtime_ns FROM old.parts AS p
+    SELECT part, size, mtime_ns, rows FROM old.parts AS p
     WHERE error IS NULL AND rows = (SELECT count(*) FROM old.rows AS t WHERE t.part = p.part)
 """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IndexReport:
-    """Counts of an indexing."""
-
-    parts: int
-    """Whole parts."""
-    traces: int
-    damaged: tuple[DamagedPart, ...]
-    seconds: float
 
 
 class Index:
@@ -123,15 +107,6 @@ class Index:
         except duckdb.Error as error:
             raise StoreDamagedError(f"{self.name} is broken: {one_line(error)}; {WAY_OUT}") from error
 
-    def add_table(self, name: str, table: pa.Table) -> None:
-        """Lets queries read an Arrow table under a name."""
-        self.connection.register(name, table)
-
-    def stamps(self) -> dict[str, PartStamp]:
-        """Returns size and time of every part, damaged ones too, as of the building of the index."""
-        rows = self.rows("SELECT part, size, mtime_ns FROM idx.parts")
-        return {row["part"]: PartStamp(size=row["size"], mtime_ns=row["mtime_ns"]) for row in rows}
-
     def damaged(self) -> tuple[DamagedPart, ...]:
         """Returns the parts that could not be read."""
         rows = self.rows("SELECT part, error FROM idx.parts WHERE error IS NOT NULL ORDER BY part")
@@ -148,8 +123,8 @@ class Index:
         self.close()
 
 
-def reindex(path: str | os.PathLike[str], *, progress: Progress | None = None) -> IndexReport:
-    """Builds the index of the store at `path` from its parts alone.
+def reindex(path: str | os.PathLike[str], *, progress: Progress | None = None) -> Index:
+    """Builds the index of the store at `path` from its parts alone, and opens it.
 
     Raises what read_manifest raises, and StoreError when the directory cannot be written.
     """
@@ -157,7 +132,7 @@ def reindex(path: str | os.PathLike[str], *, progress: Progress | None = None) -
     read_manifest(root)
     try:
         with FileLock(root / INDEX_LOCK):
-            return _replace(root, old=None, progress=progress)
+            return _replaced(root, reuse=False, progress=progress)
     except (OSError, duckdb.IOException) as error:
         raise StoreError(f"cannot write {root / INDEX}: {one_line(error)}") from error
 
@@ -169,49 +144,33 @@ def refresh_index(root: Path) -> None:
 
 def open_index(root: Path) -> Index:
     """Returns an index of exactly the present parts, building it first where it is missing or stale."""
-    index = _open_current(root)
-    if index is not None:
+    if index := _current(root):
         return index
-    try:
-        with FileLock(root / INDEX_LOCK):
-            # The holder of the lock before may have built it.
-            index = _open_current(root)
-            if index is None:
-                _replace(root, old=root / INDEX)
-                index = _attach(root / INDEX)
-    except (OSError, StoreError, duckdb.IOException):
-        return _in_memory(root)
-    return index or _in_memory(root)
+    with suppress(OSError, StoreError, duckdb.IOException), FileLock(root / INDEX_LOCK):
+        # The holder of the lock before may have built it.
+        return _current(root) or _replaced(root, reuse=True)
+    return _built(root, ":memory:", reuse=True)
 
 
-def _open_current(root: Path) -> Index | None:
-    index = _attach(root / INDEX)
-    if index is None:
-        return None
-    with suppress(StoreDamagedError):
-        if index.stamps() == list_parts(root):
+def _current(root: Path) -> Index | None:
+    """Returns the index on disk; None where it is missing, broken, or not of exactly the present parts."""
+    with suppress(duckdb.Error, StoreDamagedError), ExitStack() as stack:
+        index = stack.enter_context(_attached(root / INDEX))
+        index.rows(f"SELECT {', '.join(ROW_COLUMNS)} FROM idx.rows LIMIT 0")
+        rows = index.rows("SELECT part, size, mtime_ns FROM idx.parts")
+        if {row["part"]: (row["size"], row["mtime_ns"]) for row in rows} == list_parts(root):
+            stack.pop_all()
             return index
-    index.close()
     return None
 
 
-def _attach(path: Path) -> Index | None:
-    """Returns the index at `path`; None where this version of DuckDB and of ampo can read none."""
-    if not path.exists():
-        return None
+def _attached(path: Path) -> Index:
+    """Opens an index file. Raises duckdb.Error."""
+    # Attached, not connected to: `duckdb.connect` would hand out the file that an earlier connection
+    # of this process still has open under the same name.
     connection = _connect()
-    try:
-        # Attached, not connected to: `duckdb.connect` would hand out the file that an earlier connection
-        # of this process still has open under the same name.
-        connection.execute(f"ATTACH {quoted(path)} AS idx (READ_ONLY)")
-        index = Index(connection, str(path))
-        index.rows(f"SELECT {', '.join(ROW_COLUMNS)} FROM idx.rows LIMIT 0")
-        index.rows("SELECT trace_id, is_usable FROM idx.traces LIMIT 0")
-        index.rows("SELECT part, size, mtime_ns, rows, error FROM idx.parts LIMIT 0")
-    except (duckdb.Error, StoreDamagedError):
-        connection.close()
-        return None
-    return index
+    connection.execute(f"ATTACH {quoted(path)} AS idx (READ_ONLY)")
+    return Index(connection, str(path))
 
 
 def _connect() -> duckdb.DuckDBPyConnection:
@@ -224,88 +183,56 @@ def quoted(text: object) -> str:
     return "'" + str(text).replace("'", "''") + "'"
 
 
-def _replace(root: Path, *, old: Path | None, progress: Progress | None = None) -> IndexReport:
-    for _ in range(REBUILDS):
-        with suppress(FileNotFoundError):
-            return _built(root, list_parts(root), old=old, progress=progress)
-    raise StoreDamagedError(f"the parts of {root} change faster than they can be indexed; try again")
-
-
-def _built(
-    root: Path, parts: Mapping[str, PartStamp], *, old: Path | None, progress: Progress | None
-) -> IndexReport:
+def _replaced(root: Path, *, reuse: bool, progress: Progress | None = None) -> Index:
+    """Builds the index aside, renames and opens it; requires the index lock."""
     building = root / BUILDING
-    for leftover in (building, building.with_name(BUILDING + ".wal")):
-        leftover.unlink(missing_ok=True)
-    with ExitStack() as stack:
-        connection = _connect()
-        stack.callback(connection.close)
-        connection.execute(f"ATTACH {quoted(building)} AS idx (ROW_GROUP_SIZE {ROW_GROUP_ROWS})")
-        report = _fill(connection, root, parts, old=old, progress=progress)
-        connection.execute("DETACH idx")
+    _built(root, building, reuse=reuse, progress=progress).close()
     building.replace(root / INDEX)
-    return report
+    return _attached(root / INDEX)
 
 
-def _in_memory(root: Path) -> Index:
+def _built(root: Path, target: Path | str, *, reuse: bool, progress: Progress | None = None) -> Index:
+    """Builds an index of the present parts in a new file, or in memory; `reuse`: with rows of the old one."""
     for _ in range(REBUILDS):
-        connection = _connect()
-        connection.execute("ATTACH ':memory:' AS idx")
-        with suppress(FileNotFoundError):
-            _fill(connection, root, list_parts(root), old=root / INDEX)
-            return Index(connection, f"the index in memory of {root}")
-        connection.close()
+        for leftover in (root / BUILDING, root / f"{BUILDING}.wal"):
+            if target == root / BUILDING:
+                leftover.unlink(missing_ok=True)
+        with suppress(FileNotFoundError), ExitStack() as stack:
+            connection = stack.enter_context(_connect())
+            connection.execute(f"ATTACH {quoted(target)} AS idx (ROW_GROUP_SIZE {ROW_GROUP_ROWS})")
+            _fill(connection, root, old=root / INDEX if reuse else None, progress=progress)
+            stack.pop_all()
+            return Index(connection, f"the index of {root}")
     raise StoreDamagedError(f"the parts of {root} change faster than they can be indexed; try again")
 
 
 def _fill(
-    connection: duckdb.DuckDBPyConnection,
-    root: Path,
-    parts: Mapping[str, PartStamp],
-    *,
-    old: Path | None,
-    progress: Progress | None = None,
-) -> IndexReport:
-    """Fills the attached database `idx`. Raises FileNotFoundError when one of the parts is gone."""
-    began = time.perf_counter()
+    connection: duckdb.DuckDBPyConnection, root: Path, *, old: Path | None, progress: Progress | None
+) -> None:
+    """Fills the attached database `idx`. Raises FileNotFoundError when a part is removed meanwhile."""
     connection.execute(_TABLES)
-    reused = _reuse(connection, parts, old) if old is not None else []
-    damaged: list[DamagedPart] = []
+    parts = list_parts(root)
+    reused = _reuse(connection, parts, old) if old is not None else {}
     for done, (part, stamp) in enumerate(parts.items(), start=1):
-        if part not in reused:
-            count, error = _add_part(connection, root, part)
-            damaged += [DamagedPart(part=part, reason=error)] if error else []
-            values = [part, stamp.size, stamp.mtime_ns, count, error]
-            connection.execute("INSERT INTO idx.parts VALUES (?, ?, ?, ?, ?)", values)
+        count, error = (reused[part], None) if part in reused else _add_part(connection, root, part)
+        connection.execute("INSERT INTO idx.parts VALUES (?, ?, ?, ?, ?)", [part, *stamp, count, error])
         if progress is not None:
             progress(done, len(parts))
     connection.execute(_SORT)
-    (traces,) = connection.execute("SELECT count(*) FROM idx.rows").fetchone() or (0,)
-    return IndexReport(
-        parts=len(parts) - len(damaged),
-        traces=traces,
-        damaged=tuple(damaged),
-        seconds=time.perf_counter() - began,
-    )
 
 
-def _reuse(connection: duckdb.DuckDBPyConnection, parts: Mapping[str, PartStamp], old: Path) -> list[str]:
-    """Takes the rows of unaltered parts from the old index; returns those parts."""
-    if not old.exists():
-        return []
+def _reuse(
+    connection: duckdb.DuckDBPyConnection, parts: Mapping[str, PartStamp], old: Path
+) -> dict[str, int]:
+    """Copies the rows of unaltered parts from the old index; returns those parts, each with its rows."""
     try:
         connection.execute(f"ATTACH {quoted(old)} AS old (READ_ONLY)")
-        connection.execute("BEGIN")
-        candidates = connection.execute(_REUSABLE).fetchall()
-        same = [row[0] for row in candidates if parts.get(row[0]) == PartStamp(size=row[1], mtime_ns=row[2])]
-        connection.execute("INSERT INTO found FROM old.rows WHERE part IN (SELECT unnest(?))", [same])
-        connection.execute("INSERT INTO idx.parts FROM old.parts WHERE part IN (SELECT unnest(?))", [same])
-        connection.execute("COMMIT")
+        rows = connection.execute(_REUSABLE).fetchall()
+        same = {part: count for part, size, time, count in rows if parts.get(part) == (size, time)}
+        connection.execute("INSERT INTO found FROM old.rows WHERE part IN (SELECT unnest(?))", [list(same)])
     except duckdb.Error:
         # An index that cannot be read is as good as none.
-        with suppress(duckdb.Error):
-            connection.execute("ROLLBACK")
-        return []
+        return {}
     return same
 
 

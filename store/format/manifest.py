@@ -47,7 +47,7 @@ class PartEntry:
     """teacher -> verified traces among them; teachers without one are missing."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The verifier of the traces, the schema, and the checksum of every part."""
 
@@ -112,15 +112,11 @@ def read_manifest(root: Path) -> Manifest:
             f"{root} has schema version {content['schema_version']}, this ampo reads {SCHEMA_VERSION}; "
             "install the ampo that wrote it, or set store.path to a new directory"
         )
-    missing = [name for name in Manifest.__dataclass_fields__ if name not in content]
-    if missing:
-        raise StoreDamagedError(f"{path} has no {missing[0]!r}; restore the file from a copy")
     try:
         parts = {part: PartEntry(**entry) for part, entry in content["parts"].items()}
-    except (TypeError, AttributeError) as error:
-        raise StoreDamagedError(f"{path} has a broken entry in 'parts': {error}; restore the file") from error
-    known = {name: content[name] for name in Manifest.__dataclass_fields__}
-    return Manifest(**known | {"parts": parts})
+        return Manifest(**content | {"parts": parts})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StoreDamagedError(f"{path} is broken: {error}; restore the file from a copy") from error
 
 
 def create_manifest(root: Path, *, verifier: str, verifier_version: str) -> None:
@@ -128,18 +124,10 @@ def create_manifest(root: Path, *, verifier: str, verifier_version: str) -> None
     with FileLock(root / MANIFEST_LOCK):
         if is_fresh(root):
             created = datetime.now(UTC).isoformat(timespec="seconds")
-            write_manifest(
-                root,
-                Manifest(
-                    schema_version=SCHEMA_VERSION,
-                    verifier=verifier,
-                    verifier_version=verifier_version,
-                    created=created,
-                ),
-            )
+            _write(root, Manifest(SCHEMA_VERSION, verifier, verifier_version, created))
 
 
-def write_manifest(root: Path, manifest: Manifest) -> None:
+def _write(root: Path, manifest: Manifest) -> None:
     """Writes the whole file; requires the manifest's lock."""
     with whole_file(root / MANIFEST) as file:
         file.write((json.dumps(asdict(manifest), indent=1) + "\n").encode())
@@ -150,4 +138,4 @@ def change_parts(root: Path, *, add: Mapping[str, PartEntry], drop: Collection[s
     with FileLock(root / MANIFEST_LOCK):
         manifest = read_manifest(root)
         kept = {part: entry for part, entry in manifest.parts.items() if part not in drop}
-        write_manifest(root, replace(manifest, parts=kept | dict(add)))
+        _write(root, replace(manifest, parts=kept | dict(add)))

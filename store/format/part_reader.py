@@ -55,12 +55,7 @@ class PartReader:
                 piece = self._file(part).read_row_group(group, columns=names, use_threads=False).select(names)
                 if piece.schema != schema:
                     raise ValueError("its columns are not those of a trace")
-                inside = [row["row"] for row in members]
-                first, count = inside[0], len(inside)
-                if inside[-1] - first == count - 1:  # neighbours: no copy
-                    pieces.append(piece.slice(first, count))
-                else:
-                    pieces.append(piece.take(inside))
+                pieces.append(piece.take([row["row"] for row in members]))
         return pa.concat_tables(pieces)
 
     def _file(self, part: str) -> pq.ParquetFile:

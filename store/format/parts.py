@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,8 +34,7 @@ _DIGEST = re.compile(r"[0-9a-f]{16}")
 SMALL_COLUMNS = [name for name in TRACE_SCHEMA.names if name not in BIG_COLUMNS]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartStamp:
+class PartStamp(NamedTuple):
     """Size and time of a part: they differ in an altered one."""
 
     size: int
@@ -58,12 +60,12 @@ def write_part(root: Path, table: pa.Table) -> tuple[str, PartEntry]:
     pq.write_table(table, sink, **PART_OPTIONS)
     content = sink.getvalue()
     digest = blake2b(content, digest_size=16).hexdigest()
-    teachers = counts(table["teacher"])
-    directory = next(iter(teachers)) if len(teachers) == 1 else ALL
+    entry = _entry(content.size, digest, table)
+    directory = next(iter(entry.traces)) if len(entry.traces) == 1 else ALL
     part = f"{directory}/part-{_next_number(root / PARTS / directory):06d}-{digest[:16]}.parquet"
     with whole_file(root / PARTS / part) as file:
         file.write(content)
-    return part, PartEntry(bytes=content.size, blake2b=digest, traces=teachers, verified=verified_of(table))
+    return part, entry
 
 
 def write_traces(root: Path, traces: Sequence[Trace]) -> tuple[str, PartEntry]:
@@ -76,17 +78,25 @@ def entry_of(path: Path) -> PartEntry:
     digest = file_digest(path)
     with open_part(path) as file:
         table = file.read(columns=["teacher", "is_correct"], use_threads=False)
-    size = path.stat().st_size
-    return PartEntry(bytes=size, blake2b=digest, traces=counts(table["teacher"]), verified=verified_of(table))
+    return _entry(path.stat().st_size, digest, table)
+
+
+def _entry(size: int, digest: str, table: pa.Table) -> PartEntry:
+    verified = table.filter(table["is_correct"])
+    return PartEntry(
+        bytes=size, blake2b=digest, traces=_counts(table["teacher"]), verified=_counts(verified["teacher"])
+    )
+
+
+def _counts(column: pa.ChunkedArray) -> dict[str, int]:
+    """Returns value -> occurrences, sorted by value."""
+    return dict(sorted(Counter(column.to_pylist()).items()))
 
 
 def file_digest(path: Path) -> str:
     """Returns 32 hex digits of blake2b over a file's bytes."""
-    digest = blake2b(digest_size=16)
     with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
 
 
 def check_digest(path: Path) -> None:
@@ -102,17 +112,6 @@ def check_digest(path: Path) -> None:
 def digest_in_name(part: str) -> str:
     """Returns the beginning of the checksum in a part's name."""
     return part.removesuffix(".parquet").rpartition("-")[2]
-
-
-def verified_of(table: pa.Table) -> dict[str, int]:
-    """Returns teacher -> verified rows."""
-    return counts(table.filter(table["is_correct"])["teacher"])
-
-
-def counts(column: pa.ChunkedArray) -> dict[str, int]:
-    """Returns value -> occurrences, sorted by value."""
-    found = {row["values"]: row["counts"] for row in column.value_counts().to_pylist()}
-    return dict(sorted(found.items()))
 
 
 def _next_number(directory: Path) -> int:
@@ -142,8 +141,7 @@ def _listed(root: Path) -> dict[str, PartStamp]:
     for path in sorted((root / PARTS).glob("*/part-*.parquet")):
         with suppress(FileNotFoundError):  # removed since it was listed
             stat = path.stat()
-            stamp = PartStamp(size=stat.st_size, mtime_ns=stat.st_mtime_ns)
-            stamps[f"{path.parent.name}/{path.name}"] = stamp
+            stamps[f"{path.parent.name}/{path.name}"] = PartStamp(stat.st_size, stat.st_mtime_ns)
     return stamps
 
 

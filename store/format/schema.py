@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -80,13 +80,9 @@ def problem_of(row: Mapping[str, Any]) -> Problem:
 
 def teacher_json(record: TeacherRecord) -> dict[str, Any]:
     """Returns the content of `teachers/<name>.json`: the record, and the fingerprint of its recipe."""
-    fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-    plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in fields.items()}
-    return {**plain, "generation_fingerprint": record.generation_fingerprint}
+    return {**asdict(record), "generation_fingerprint": record.generation_fingerprint}
 
 
 def teacher_of(content: Mapping[str, Any]) -> TeacherRecord:
     """Returns the record of `teacher_json`. Raises TypeError when fields are missing or unknown."""
-    return TeacherRecord(
-        **{name: value for name, value in content.items() if name != "generation_fingerprint"}
-    )
+    return TeacherRecord(**{name: content[name] for name in content if name != "generation_fingerprint"})

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from store.errors import UserError
 from store.format.columns import TOKEN_COLUMNS
 from store.format.manifest import Manifest
@@ -22,21 +24,21 @@ class TeacherReport:
     teacher: str
     model: str | None
     """None when the teacher's record is missing."""
-    problems: int = 0
+    problems: int
     """Problems with at least one trace of it."""
-    covered: int = 0
+    covered: int
     """Problems with at least one usable trace of it."""
-    traces: int = 0
-    verified: int = 0
-    filtered: int = 0
+    traces: int
+    verified: int
+    filtered: int
     """Verified traces that a filter excludes."""
     verdicts: Mapping[str, int]
     """verdict -> traces; verdicts that do not occur are left out. A truncated response may be a `match` that
     is not verified."""
-    tokens: int = 0
+    tokens: int
     """Sum over all counted traces, in the teacher's own tokens."""
-    verified_tokens: int = 0
-    uncounted: int = 0
+    verified_tokens: int
+    uncounted: int
     """Traces without a count of tokens: imports without a tokenizer."""
 
     @property
@@ -74,17 +76,16 @@ class StoreReport:
 
 
 _TEACHERS = """
-    SELECT teacher, count(DISTINCT problem_id) AS problems,
-           count(DISTINCT problem_id) FILTER (is_usable) AS covered,
-           count(*) AS traces, count(*) FILTER (is_correct) AS verified,
+    SELECT coalesce(t.teacher, r.name) AS teacher, any_value(r.model) AS model,
+           count(DISTINCT problem_id) AS problems, count(DISTINCT problem_id) FILTER (is_usable) AS covered,
+           count(trace_id) AS traces, count(*) FILTER (is_correct) AS verified,
            count(*) FILTER (is_correct AND NOT is_usable) AS filtered,
-           sum(n_tokens)::BIGINT AS tokens,
+           coalesce(histogram(verdict), MAP {}) AS verdicts,
+           coalesce(sum(n_tokens), 0)::BIGINT AS tokens,
            coalesce(sum(n_tokens) FILTER (is_correct), 0)::BIGINT AS verified_tokens,
            count(*) FILTER (n_tokens = 0) AS uncounted
-    FROM idx.traces GROUP BY teacher ORDER BY teacher
+    FROM idx.traces AS t FULL JOIN registered AS r ON t.teacher = r.name GROUP BY 1 ORDER BY 1
 """
-
-_VERDICTS = "SELECT teacher, verdict, count(*) AS traces FROM idx.traces GROUP BY ALL ORDER BY ALL"
 
 _PARTS = """
     SELECT count(*) AS parts, coalesce(sum(size), 0)::BIGINT AS bytes FROM idx.parts WHERE error IS NULL
@@ -104,7 +105,11 @@ _PROBLEMS = """
 
 def store_report(store: TraceStore) -> StoreReport:
     """Returns counts per teacher and verdict, tokens, coverage."""
-    teachers = _teacher_reports(store)
+    records = store.teachers().values()
+    registered = {"name": [each.name for each in records], "model": [each.model for each in records]}
+    schema = pa.schema([("name", pa.string()), ("model", pa.string())])
+    store.index.connection.register("registered", pa.table(registered, schema))
+    teachers = tuple(TeacherReport(**row) for row in store.index.rows(_TEACHERS))
     covering = [len(row["teachers"]) for row in problem_rows(store)]
     parts = store.index.rows(_PARTS)[0]
     return StoreReport(
@@ -123,22 +128,6 @@ def store_report(store: TraceStore) -> StoreReport:
     )
 
 
-def _teacher_reports(store: TraceStore) -> tuple[TeacherReport, ...]:
-    records = store.teachers()
-    counts = {row["teacher"]: row for row in store.index.rows(_TEACHERS)}
-    verdicts: dict[str, dict[str, int]] = {}
-    for row in store.index.rows(_VERDICTS):
-        verdicts.setdefault(row["teacher"], {})[row["verdict"]] = row["traces"]
-    return tuple(
-        TeacherReport(
-            **counts.get(name, {"teacher": name}),
-            model=records[name].model if name in records else None,
-            verdicts=verdicts.get(name, {}),
-        )
-        for name in sorted(records.keys() | counts.keys())
-    )
-
-
 def problem_rows(
     store: TraceStore, *, uncovered: bool = False, limit: int | None = None
 ) -> list[dict[str, Any]]:
@@ -147,7 +136,7 @@ def problem_rows(
     Columns: problem_id, question, answer, source, traces, verified, filtered (of the verified), teachers
     (with a usable trace). `uncovered`: only problems without a usable trace.
     """
-    store.index.add_table("stored_problems", table_of(store.problems(), PROBLEM_SCHEMA))
+    store.index.connection.register("stored_problems", table_of(store.problems(), PROBLEM_SCHEMA))
     return store.index.rows(_PROBLEMS, {"uncovered": uncovered, "limit": limit})
 
 

@@ -22,7 +22,7 @@ from store.format.columns import TEACHER_COLUMNS
 from store.format.index import open_index, quoted
 from store.format.manifest import PARTS
 from store.format.parts import one_line
-from store.format.schema import PROBLEM_SCHEMA, TRACE_SCHEMA, schema_of, table_of, teacher_json
+from store.format.schema import PROBLEM_SCHEMA, TRACE_SCHEMA, table_of, teacher_json
 from store.reader import TraceStore
 from store.records import TeacherRecord
 
@@ -41,7 +41,6 @@ _SETTINGS = (
     "temp_directory = ''",
     "allowed_directories = [{parts}]",
     "enable_external_access = false",
-    "autoload_known_extensions = false",
     "python_enable_replacements = false",
     "lock_configuration = true",
 )
@@ -71,11 +70,10 @@ class StoreSql:
         parts = self._index.rows("SELECT part FROM idx.parts WHERE error IS NULL ORDER BY part")
         parts_root = f"{store.path / PARTS}/"
         files = ", ".join(quoted(parts_root + row["part"]) for row in parts)
-        self._index.add_table(
-            "no_traces", TRACE_SCHEMA.append(pa.field("filename", pa.string())).empty_table()
-        )
-        self._index.add_table("problems", table_of(store.problems(), PROBLEM_SCHEMA))
-        self._index.add_table("teachers", _teachers_table(list(store.teachers().values())))
+        nothing = TRACE_SCHEMA.append(pa.field("filename", pa.string())).empty_table()
+        connection.register("no_traces", nothing)
+        connection.register("problems", table_of(store.problems(), PROBLEM_SCHEMA))
+        connection.register("teachers", _teachers_table(list(store.teachers().values())))
         rows = f"read_parquet([{files}], filename = true)" if files else "no_traces"
         connection.execute(_TRACES.format(rows=rows, parts=quoted(parts_root)))
         connection.execute("CREATE TEMP VIEW parts AS FROM idx.parts")
@@ -131,7 +129,7 @@ def _teachers_table(records: Sequence[TeacherRecord]) -> pa.Table:
         }
         for record in records
     ]
-    return pa.Table.from_pylist(rows, schema_of(TEACHER_COLUMNS))
+    return pa.Table.from_pylist(rows, pa.schema([(name, pa.string()) for name in TEACHER_COLUMNS]))
 
 
 def _in_one_line(error: duckdb.Error) -> str:

@@ -27,8 +27,15 @@ def summary_tables(report: StoreReport) -> Group:
     `covered`: problems with a usable trace; `filtered`: verified traces that a filter excludes; `tokens`:
     mean, `-` where they were never counted.
     """
-    lines = [_totals(report), *_uncounted(report)]
-    return Group(_teachers(report), coverage_table(report.coverage), Text("\n".join(lines)))
+    blocks: list[RenderableType] = [_teachers(report), coverage_table(report.coverage), Text(_totals(report))]
+    if uncounted := [teacher.teacher for teacher in report.teachers if teacher.uncounted]:
+        blocks.append(
+            Text(
+                f"tokens of {', '.join(uncounted)}: unknown where imported without a tokenizer; to count "
+                "them, forget the teacher and import its traces again with --tokenizer MODEL"
+            )
+        )
+    return Group(*blocks)
 
 
 def _teachers(report: StoreReport) -> Table:
@@ -66,23 +73,11 @@ def coverage_table(coverage: Mapping[int, int]) -> Table:
 def _totals(report: StoreReport) -> str:
     damaged = f"; {len(report.damaged)} damaged parts left out" if report.damaged else ""
     filtered = f", {report.filtered:,} of them filtered" if report.filtered else ""
-    unknown = not report.tokens and any(teacher.uncounted for teacher in report.teachers)
-    tokens = "unknown" if unknown else f"{report.tokens:,}"
     return (
         f"{report.problems:,} problems, {report.traces:,} traces ({report.verified:,} verified{filtered}), "
-        f"{tokens} tokens, {report.parts} parts, {report.bytes / 2**20:.1f} MiB{damaged}; "
+        f"{report.tokens:,} tokens, {report.parts} parts, {report.bytes / 2**20:.1f} MiB{damaged}; "
         f"verified by {report.manifest.verifier} {report.manifest.verifier_version}"
     )
-
-
-def _uncounted(report: StoreReport) -> list[str]:
-    """Returns the teachers whose tokens are unknown, and the commands that count them."""
-    names = [teacher.teacher for teacher in report.teachers if teacher.uncounted]
-    return names and [
-        f"tokens of {', '.join(names)}: unknown where imported without a tokenizer; to count them,\n"
-        f"  ampo store forget {report.path} --teacher NAME     (each of these)\n"
-        f"  ampo store import FILE {report.path} --tokenizer MODEL"
-    ]
 
 
 def problems_table(rows: Sequence[Row]) -> Table:
@@ -158,12 +153,12 @@ def _verdict(row: Row) -> str:
 
 def _reason(row: Row) -> str:
     truncated = row["verdict"] == "match" and not row["is_correct"]
-    reasons = (
+    reasons = [
         row["verdict_detail"],
         "not correct because the response was truncated" if truncated else "",
         f"filtered: {row['filtered']}" if row["filtered"] else "",
-    )
-    return "; ".join(reason for reason in reasons if reason)
+    ]
+    return "; ".join(filter(None, reasons))
 
 
 def sql_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, width: int) -> Table:
@@ -186,33 +181,28 @@ def sql_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, width: i
 
 def check_table(report: CheckReport, *, repaired: bool) -> Group:
     """Returns the findings, the traces lost by teacher, and the commands that restore them."""
-    head = Text(f"{report.path}: {report.parts:,} parts, {report.bytes / 2**20:,.1f} MiB read")
-    blocks: list[RenderableType] = [head]
+    lines = [f"{report.path}: {report.parts:,} parts, {report.bytes / 2**20:,.1f} MiB read"]
     if report.entered:
-        blocks.append(Text(f"entered in the manifest: {', '.join(report.entered)}"))
+        lines.append(f"entered in the manifest: {', '.join(report.entered)}")
     if not report.findings:
-        return Group(*blocks, Text("every part is whole", style="green"))
+        return Group(Text("\n".join(lines)), Text("every part is whole", style="green"))
     table = plain_table(text=["part", "fault", "detail", "traces lost"])
     for finding in report.findings:
         lost = ", ".join(f"{teacher} {count:,}" for teacher, count in finding.traces.items())
         table.add_row(escape(finding.part), f"[red]{finding.fault}[/]", escape(finding.detail), lost or "-")
-    return Group(*blocks, table, Text("\n".join(_what_to_do(report, repaired))))
-
-
-def _what_to_do(report: CheckReport, repaired: bool) -> list[str]:
-    lost = [
-        f"{teacher}: {count:,} traces ({report.lost_verified.get(teacher, 0):,} verified)"
+    after = [
+        f"lost of {teacher}: {count:,} traces ({report.lost_verified.get(teacher, 0):,} verified)"
         for teacher, count in report.lost.items()
-    ]
-    lines = ["lost: " + "; ".join(lost) if lost else "no trace of this store is lost"]
-    if not repaired:
-        lines.append(f"`ampo store check {report.path} --repair` moves these files to {QUARANTINE}/")
-    elif report.moved:
-        lines.append(f"moved to {report.path}/{QUARANTINE}")
-    if lost:
+    ] or ["no trace of this store is lost"]
+    after.append(
+        f"moved to {report.path}/{QUARANTINE}: {len(report.moved)} files"
+        if repaired
+        else f"`ampo store check {report.path} --repair` moves these files to {QUARANTINE}/"
+    )
+    if report.lost:
         teachers = " ".join(f"--teacher {teacher}" for teacher in report.lost)
-        lines.append(
+        after.append(
             f"`ampo precompute teachers --config ... {teachers}` samples exactly the lost traces again; for "
             "imported traces, `ampo store import` of the same file"
         )
-    return lines
+    return Group(Text("\n".join(lines)), table, Text("\n".join(after)))

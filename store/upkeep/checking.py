@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 """Called with (files checked, all files)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Finding:
     """A file that is not as in the manifest."""
 
@@ -106,9 +106,7 @@ def _examine(root: Path, progress: Progress | None) -> CheckReport:
         entry = entries.get(name)
         if fault := _fault(root / PARTS / name, entry):
             lost = (entry.traces, entry.verified) if entry else ({}, {})
-            findings.append(
-                Finding(part=name, fault=fault[0], detail=fault[1], traces=lost[0], verified=lost[1])
-            )
+            findings.append(Finding(name, *fault, *lost))
         if progress is not None:
             progress(done, len(names))
     # A compaction may have removed parts meanwhile.

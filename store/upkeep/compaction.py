@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import pyarrow as pa
-
 from store.errors import StoreError
 from store.format.files import disk_errors_named
 from store.format.index import Index, open_index, quoted, refresh_index
@@ -40,17 +38,6 @@ class CompactionReport:
     """Traces written; 0: nothing to do."""
     parts: tuple[int, int]
     """Number of parts before and after."""
-    bytes: tuple[int, int]
-    """Size of all parts before and after."""
-
-    @property
-    def line(self) -> str:
-        """The report in one line."""
-        before, after = (
-            f"{parts} parts of {size / 2**20:,.1f} MiB"
-            for parts, size in zip(self.parts, self.bytes, strict=True)
-        )
-        return f"{self.traces:,} traces rewritten: {before} before, {after} now"
 
 
 def compact(
@@ -64,7 +51,7 @@ def compact(
     with StoreWriter.reopen(path) as writer, open_index(writer.path) as index:
         parts = [row["part"] for row in index.rows("SELECT part FROM idx.parts WHERE error IS NULL")]
         if _is_compact(parts, index, part_traces):
-            return _report(writer.path, before=_sizes(writer.path), traces=0)
+            return CompactionReport(traces=0, parts=(len(parts), len(parts)))
         return _rewrite(writer.path, index, parts, "true", part_traces, progress)
 
 
@@ -84,8 +71,8 @@ def forget(
         if not parts and not record.exists():
             known = ", ".join(sorted(file.stem for file in record.parent.glob("*.json"))) or "none"
             raise StoreError(f"no teacher {teacher!r} in {writer.path}; its teachers: {known}")
-        index.add_table("parts_of_teacher", pa.table({"part": pa.array(parts, pa.string())}))
-        others = f"part IN (SELECT part FROM parts_of_teacher) AND teacher <> {quoted(teacher)}"
+        listed = ", ".join(map(quoted, parts)) or "NULL"
+        others = f"part IN ({listed}) AND teacher <> {quoted(teacher)}"
         report = _rewrite(writer.path, index, parts, others, PART_TRACES, progress)
         with disk_errors_named(record):
             record.unlink(missing_ok=True)
@@ -95,10 +82,11 @@ def forget(
 def _is_compact(parts: Sequence[str], index: Index, part_traces: int) -> bool:
     """Returns whether the parts do not overlap and are no more than necessary."""
     rows = index.rows(
-        "SELECT min(problem) AS low, max(problem) AS high FROM idx.rows GROUP BY part ORDER BY low"
+        """SELECT min(problem) AS low, max(problem) AS high, count(*) AS traces
+           FROM idx.rows GROUP BY part ORDER BY low"""
     )
     overlap = any(left["high"] >= right["low"] for left, right in pairwise(rows))
-    traces = index.rows("SELECT count(*) AS traces FROM idx.rows")[0]["traces"]
+    traces = sum(row["traces"] for row in rows)
     return not overlap and len(rows) == len(parts) <= traces // part_traces + 1
 
 
@@ -106,7 +94,7 @@ def _rewrite(
     root: Path, index: Index, parts: Sequence[str], chosen: str, part_traces: int, progress: Progress | None
 ) -> CompactionReport:
     """Rewrites the traces for which the SQL condition `chosen` is true, then removes their `parts`."""
-    before = _sizes(root)
+    before = len(list_parts(root))
     total = index.rows(f"SELECT count(*) AS traces FROM idx.rows WHERE {chosen}")[0]["traces"]
     written = 0
     with closing(PartReader(root)) as reader, new_parts(root) as new:
@@ -118,7 +106,7 @@ def _rewrite(
             if progress is not None:
                 progress(written, total)
     swap_parts(root, old=parts, new=new)
-    return _report(root, before=before, traces=written)
+    return CompactionReport(traces=written, parts=(before, len(list_parts(root))))
 
 
 @contextmanager
@@ -152,14 +140,3 @@ def _ranges(index: Index, chosen: str, part_traces: int) -> Iterator[str]:
     for row in rows:
         yield f"{chosen} AND problem > {low} AND problem <= {row['last']}"
         low = row["last"]
-
-
-def _sizes(root: Path) -> tuple[int, int]:
-    """Returns number and bytes of the parts."""
-    stamps = list_parts(root)
-    return len(stamps), sum(stamp.size for stamp in stamps.values())
-
-
-def _report(root: Path, *, before: tuple[int, int], traces: int) -> CompactionReport:
-    after = _sizes(root)
-    return CompactionReport(traces=traces, parts=(before[0], after[0]), bytes=(before[1], after[1]))
