@@ -23,9 +23,10 @@ from precompute.config_file import load_config
 from precompute.run import pipeline
 from store.terminal.tables import plain_table
 from trainer.config import Config
-from trainer.reports.inspection import curve, read_metrics
+from trainer.reports.inspection import curve
 from trainer.reports.plots import plot_runs
 from trainer.telemetry.console import TrainReporter
+from trainer.telemetry.metrics import read_metrics
 from trainer.train import train
 
 METHODS = {

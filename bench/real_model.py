@@ -37,16 +37,17 @@ from trainer.method.groups import Group, Rewarder
 from trainer.method.guidance import answer_scores, bare_answer
 from trainer.method.rollouts import demanded_form
 from trainer.method.teacher_traces import Candidate
-from trainer.reports.inspection import open_run, query_rows, read_metrics
+from trainer.reports.inspection import open_run, query_rows
 from trainer.reports.tables import by_query
 from trainer.run.checkpoint import checkpoints
 from trainer.run.prompts import fitting_prompts, usable_problems
-from trainer.run.run_dir import step_of
+from trainer.run.run_dir import Position
 from trainer.run.setup import make_guide
 from trainer.student.batches import fill, pad
 from trainer.student.load import load_policy
 from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
+from trainer.telemetry.metrics import read_metrics
 
 Pair = tuple[Group, Candidate]
 
@@ -81,7 +82,7 @@ def main() -> None:
         for teacher in sorted({reading.teacher for reading in before})
     }
     Console().print(table({**figures, **{f"by {name}": row for name, row in by_teacher.items()}}))
-    told = {"steps": step_of(last), **of_run(run), "verified": verified_shares(config.store.path)}
+    told = {"steps": Position.of(last).step, **of_run(run), "verified": verified_shares(config.store.path)}
     print(json.dumps({"bench": "real_model", **figures, "teachers": by_teacher, **told}))
 
 

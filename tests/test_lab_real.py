@@ -25,8 +25,9 @@ from store.reader import TraceStore
 from store.records import Problem
 from store.reports.report import store_report
 from trainer.config import Config
-from trainer.reports.inspection import query_rows, read_metrics
+from trainer.reports.inspection import query_rows
 from trainer.telemetry.console import TrainReporter
+from trainer.telemetry.metrics import read_metrics
 from trainer.train import train
 
 ROOT = Path(__file__).parent.parent

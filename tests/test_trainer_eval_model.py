@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from precompute.config_file import load_config
 from store.errors import ConfigError, EngineError, RunError
 from trainer.config import Config
 from trainer.eval_model import EvalReport, evaluate_model, opened
-from trainer.evaluation import EVAL_SCHEMA
+from trainer.evaluation import EvalSample
 from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 
@@ -79,7 +80,7 @@ def test_a_finished_evaluation_is_repeated_from_its_files(
     first = evaluated(world, model_dir)
     rows = rows_of(first.out)
     assert len(rows) == 4 * 3
-    assert list(rows[0]) == EVAL_SCHEMA.names
+    assert list(rows[0]) == [field.name for field in fields(EvalSample)]
     assert json.loads((first.out / "results.json").read_text()) == json.loads(json.dumps(first.results))
     assert first.out.parent == world / "runs" / "evals"
     assert first.out.name.startswith(f"{model_dir.name}-heldout-")

@@ -12,11 +12,11 @@ from run_examples import PROBLEMS, config_of, write_problems, write_store
 from safetensors.torch import load_file
 
 from trainer.config import StudentConfig
-from trainer.reports.inspection import read_metrics
 from trainer.student.batches import pad
 from trainer.student.load import load_policy
 from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
+from trainer.telemetry.metrics import read_metrics
 from trainer.train import train
 
 # Longer than the window of 8, and padded.

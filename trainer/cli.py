@@ -240,9 +240,10 @@ def inspect_run(
 
     Example: `ampo inspect run runs/lab-ampo runs/lab-grpo --png curves.png`
     """
-    from trainer.reports.inspection import open_run, read_metrics
+    from trainer.reports.inspection import open_run
     from trainer.reports.plots import plot_runs
     from trainer.reports.tables import comparison_table, curves_table, evaluations_table, time_line
+    from trainer.telemetry.metrics import read_metrics
 
     roots = [open_run(path) for path in runs] if runs else [open_run()]
     # Two runs may have one name in two folders.

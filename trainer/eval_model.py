@@ -1,7 +1,7 @@
 """`ampo eval`: one model, one problem file, any engine; after an interruption the same call continues.
 
     DIR/eval.json                      the recipe of the samples; other recipes are refused
-    DIR/samples/part-000001.parquet    one row per sample (EVAL_SCHEMA); a part appears whole or not at all
+    DIR/samples/part-000001.parquet    one row per sample (EvalSample); a part appears whole or not at all
     DIR/results.json                   written when all samples exist
 
 `SELECT source, avg(is_correct::INT) FROM 'DIR/samples/*.parquet' GROUP BY source` works in DuckDB.
@@ -17,9 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from precompute.config import TeacherConfig
 from precompute.engines import Engine
 from precompute.engines.registry import load_engine, prepare_engine, resolve_engine
@@ -30,7 +27,6 @@ from store.format.files import FileLock, disk_errors_named, make_directory, remo
 from store.records import content_hash
 from trainer.config import Config
 from trainer.evaluation import (
-    EVAL_SCHEMA,
     EvalSample,
     Evaluation,
     eval_samples,
@@ -41,6 +37,7 @@ from trainer.evaluation import (
 from trainer.method.groups import Prompt, Rewarder
 from trainer.method.rollouts import demanded_form
 from trainer.run.prompts import fitting_prompts, usable_problems
+from trainer.run.rows import read_rows, write_rows
 from trainer.run.saved_model import ADAPTERS, as_saved, check_model, fingerprint
 from trainer.student.load import load_policy, load_tokenizer
 from trainer.telemetry.console import TrainReporter
@@ -180,7 +177,7 @@ def opened(root: Path, recipe: Mapping[str, Any]) -> Iterator[None]:
 def read_samples(root: Path) -> list[EvalSample]:
     """Returns all samples of the directory."""
     parts = sorted((root / "samples").glob("part-*.parquet"))
-    return [EvalSample(**row) for part in parts for row in pq.read_table(part).to_pylist()]
+    return [row for part in parts for row in read_rows(part, EvalSample)]
 
 
 def write_samples(root: Path, samples: Iterable[EvalSample]) -> None:
@@ -200,9 +197,7 @@ def write_samples(root: Path, samples: Iterable[EvalSample]) -> None:
 
 def _write_part(folder: Path, samples: Sequence[EvalSample]) -> None:
     number = len(list(folder.glob("part-*.parquet"))) + 1
-    table = pa.Table.from_pylist([asdict(sample) for sample in samples], schema=EVAL_SCHEMA)
-    with whole_file(folder / f"part-{number:06d}.parquet") as file:
-        pq.write_table(table, file, compression="zstd")
+    write_rows(folder / f"part-{number:06d}.parquet", EvalSample, samples)
 
 
 def _write_json(path: Path, body: Mapping[str, Any]) -> None:

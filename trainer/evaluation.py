@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import comb
 from statistics import fmean
 
 import numpy as np
-import pyarrow as pa
 
 from precompute.engines import Engine, Sampling
 from trainer.config import Config, EvalConfig
@@ -44,19 +43,6 @@ class EvalSample:
     finish_reason: str
     """`stop` or `length`."""
     text: str
-
-
-_ARROW = {"str": pa.string(), "int": pa.int32(), "bool": pa.bool_(), "float": pa.float64()}
-
-
-def row_schema(record: type) -> pa.Schema:
-    """Returns the fields of a dataclass as Parquet columns."""
-    return pa.schema(
-        [(field.name, _ARROW[str(field.type).removesuffix(" | None")]) for field in fields(record)]
-    )
-
-
-EVAL_SCHEMA = row_schema(EvalSample)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

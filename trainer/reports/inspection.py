@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,13 +35,6 @@ def open_run(path: str | Path | None = None) -> Path:
     if not (root / "config.toml").is_file():
         raise RunError(f"no run at {root} (no config.toml there); `ampo train` makes one")
     return root
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl, without a last one that a crash truncated."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def query_rows(

@@ -1,13 +1,16 @@
-"""The metrics of a step, by TRL's names where TRL has one. Pure."""
+"""The metrics of a step, by TRL's names where TRL has one."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trainer.method.groups import Group
-from trainer.method.guidance import QueryRow
+if TYPE_CHECKING:  # `ampo inspect` reads metrics without torch
+    from trainer.method.groups import Group
+    from trainer.method.guidance import QueryRow
 
 MEASURED = ("seconds/", "share/", "tokens_per_second/", "memory/", "store/latency_ms")
 """Prefixes of the names that a clock or a meter measures: they differ between two equal runs."""
@@ -68,3 +71,10 @@ def query_metrics(queries: Sequence[QueryRow]) -> dict[str, Any]:
             for name in teachers
         },
     }
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl, without a last one that a crash truncated."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    return [json.loads(line) for line in lines[:-1]]
