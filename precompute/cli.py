@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,47 +23,50 @@ from store.terminal.console import (
 )
 from store.terminal.progress import Meter
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from precompute.run.plan import PrecomputePlan
-    from trainer.config import Config
-
 app = typer.Typer(no_args_is_help=True, help="The offline stage: teachers fill the store.")
+
+
+TeacherOption = Annotated[
+    list[str] | None, typer.Option("--teacher", help="Only this teacher. May be repeated; default: all.")
+]
+StoreArgument = Annotated[
+    str | None, typer.Argument(help="The store's directory; default: the config's store.path.")
+]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(
+        help="auto, vllm, transformers, openai, or module:function (your own); default: each teacher's. "
+        "ray: the teachers' own engines on the workers of a Ray cluster, the one at RAY_ADDRESS or the "
+        "one that `ray start` started on this machine; see [ray] in the config."
+    ),
+]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        help="i/n, e.g. 3/16: only the i-th of n shards of the problems, beside processes that take the "
+        "others into the same store. All must name the same n."
+    ),
+]
+ProbeOption = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Let each teacher take one sample of N problems, keep nothing, and show the cost of a run: "
+        "tokens, hours, disk. Implies --dry-run.",
+    ),
+]
 
 
 @app.command("teachers")
 def precompute_teachers(
     config: ConfigOption = None,
     set_: SetOption = None,
-    teacher: Annotated[
-        list[str] | None, typer.Option(help="Only this teacher. May be repeated; default: all.")
-    ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            help="auto, vllm, transformers, openai, or module:function (your own); default: each teacher's. "
-            "ray: the teachers' own engines on the workers of a Ray cluster, the one at RAY_ADDRESS or the "
-            "one that `ray start` started on this machine; see [ray] in the config."
-        ),
-    ] = None,
+    teacher: TeacherOption = None,
+    engine: EngineOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N problems.")] = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            help="i/n, e.g. 3/16: only the i-th of n shards of the problems, beside processes that take the "
-            "others into the same store. All must name the same n."
-        ),
-    ] = None,
+    shard: ShardOption = None,
     dry_run: DryRun = False,
-    probe: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Let each teacher take one sample of N problems, keep nothing, and show the cost of a run: "
-            "tokens, hours, disk. Implies --dry-run.",
-        ),
-    ] = 0,
+    probe: ProbeOption = 0,
 ) -> None:
     """Let teachers solve the training problems; verify every solution into the store.
 
@@ -73,36 +76,30 @@ def precompute_teachers(
 
     On many machines with a common directory: `ampo precompute teachers --config F --shard 3/16`
     """
+    from precompute.config_file import toml_of
     from precompute.run import pipeline
     from precompute.run.progress import ConsoleReporter
     from precompute.run.shard import Shard
-    from precompute.run.tables import report_tables
+    from precompute.run.tables import plan_tables, report_tables
     from trainer.config import read_config
+    from trainer.method.rollouts import demanded_form
 
-    part = Shard.parse(shard) if shard is not None else None
     settings, console = read_config(config, set_), console_of()
-    names = list(teacher) if teacher else None
+    chosen: dict[str, Any] = {"teachers": teacher, "engine": engine, "limit": limit}
+    chosen["shard"] = None if shard is None else Shard.parse(shard)
     if dry_run or probe:
         with _on_interrupt("nothing was kept"), ConsoleReporter(console) as reporter:
-            plan = pipeline.plan(
-                settings,
-                teachers=names,
-                engine=engine,
-                limit=limit,
-                shard=part,
-                probe=probe,
-                reporter=reporter,
-            )
-        _show_plan(console, settings, plan)
+            plan = pipeline.plan(settings, **chosen, probe=probe, reporter=reporter)
+        print_config(console, toml_of(settings))
+        student_form = demanded_form(settings.student, [plan.first_problem])
+        console.print(plan_tables(plan, student_form=student_form))
         return
     kept = "what the workers wrote" if engine == "ray" else "every verified trace"
     with (
         _on_interrupt(f"{kept} is kept. Go on with the same command"),
         ConsoleReporter(console) as reporter,
     ):
-        report = pipeline.run(
-            settings, teachers=names, engine=engine, limit=limit, shard=part, reporter=reporter
-        )
+        report = pipeline.run(settings, **chosen, reporter=reporter)
     console.print(report_tables(report))
 
 
@@ -114,16 +111,6 @@ def _on_interrupt(message: str, *, stderr: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         console_of(stderr=stderr).print(f"\ninterrupted; {message}.")
         raise typer.Exit(130) from None
-
-
-def _show_plan(console: Console, config: Config, plan: PrecomputePlan) -> None:
-    from precompute.config_file import toml_of
-    from precompute.run.tables import plan_tables
-    from trainer.method.rollouts import demanded_form
-
-    print_config(console, toml_of(config))
-    student_form = demanded_form(config.student, [plan.first_problem])
-    console.print(plan_tables(plan, student_form=student_form))
 
 
 def verify(
@@ -177,12 +164,8 @@ def verify(
 
 
 def store_refilter(
-    store: Annotated[
-        str | None, typer.Argument(help="The store's directory; default: the config's store.path.")
-    ] = None,
-    teacher: Annotated[
-        list[str] | None, typer.Option(help="Only this teacher. May be repeated; default: all.")
-    ] = None,
+    store: StoreArgument = None,
+    teacher: TeacherOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -212,51 +195,49 @@ def store_refilter(
     console.print(refilter_table(reports))
 
 
+RenameOption = Annotated[
+    list[str] | None,
+    typer.Option("--rename", help="OLD=NEW: the file's teacher OLD is NEW in the store. May be repeated."),
+]
+QuestionColumn = Annotated[
+    str | None, typer.Option(help="Default: question, problem or prompt (a text, or messages).")
+]
+AnswerColumn = Annotated[str | None, typer.Option(help="Default: answer, gold or reward_model.ground_truth.")]
+TextColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Default: target_lst, target, text, response, completion or output: a text, or a list of "
+        "{content, source}."
+    ),
+]
+TeacherColumn = Annotated[str | None, typer.Option(help="Default: teacher or extra_info.teacher.")]
+CountTokenizer = Annotated[
+    str | None,
+    typer.Option(help="A model whose tokenizer gives token ids and counts; default: none, they stay 0."),
+]
+
+
 def store_import(
     file: Annotated[
         Path, typer.Argument(help="Parquet or JSON lines; or a directory of such files, read as one.")
     ],
-    store: Annotated[
-        str | None, typer.Argument(help="The store's directory; default: the config's store.path.")
-    ] = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="The teacher of traces without a teacher's name.")
-    ] = None,
-    rename: Annotated[
-        list[str] | None,
-        typer.Option(help="OLD=NEW: the file's teacher OLD is NEW in the store. May be repeated."),
-    ] = None,
+    store: StoreArgument = None,
+    teacher: Annotated[str | None, typer.Option(help="Teacher of traces that name none.")] = None,
+    rename: RenameOption = None,
     teacher_prefix: Annotated[str, typer.Option(help="Put before every teacher's name.")] = "",
-    question_column: Annotated[
-        str | None, typer.Option(help="Default: question, problem or prompt (a text, or messages).")
-    ] = None,
-    answer_column: Annotated[
-        str | None, typer.Option(help="Default: answer, gold or reward_model.ground_truth.")
-    ] = None,
-    text_column: Annotated[
-        str | None,
-        typer.Option(
-            help="Default: target_lst, target, text, response, completion or output: a text, or a list of "
-            "{content, source}."
-        ),
-    ] = None,
-    teacher_column: Annotated[
-        str | None, typer.Option(help="Default: teacher or extra_info.teacher.")
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="A model whose tokenizer gives token ids and counts; default: none, they stay 0."),
-    ] = None,
+    question_column: QuestionColumn = None,
+    answer_column: AnswerColumn = None,
+    text_column: TextColumn = None,
+    teacher_column: TeacherColumn = None,
+    tokenizer: CountTokenizer = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     json_: JsonFlag = False,
 ) -> None:
-    """Import traces from elsewhere into a store; each is verified again. Wrong ones are kept with their
-    verdict, and those that the config's [filters] reject with the reason.
+    """Import traces from elsewhere into a store; each is verified again and filtered, and all are kept.
 
     Reads AMPO's form (a row a problem, `target_lst` of {content, source}), LUFFY's (`target`), and plain rows
-    of question, answer, teacher and text. The same file again changes nothing; stopped at any moment, the
-    same command goes on.
+    of question, answer, teacher and text. Stopped at any moment, the same command goes on.
 
     Example: `ampo store import openr1_math_4longcots.parquet traces --rename deepseek-ai/DeepSeek-R1=r1`
     """
@@ -273,7 +254,6 @@ def store_import(
         question=question_column, answer=answer_column, text=text_column, teacher=teacher_column
     )
     form = ImportForm(files_at(file), columns, names)
-    console_of(stderr=True).print(f"reading {file}", highlight=False, soft_wrap=True)
     with (
         _on_interrupt("what was verified is kept. Go on with the same command", stderr=True),
         Verifier.configured(settings.verify) as verifier,

@@ -6,12 +6,14 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from rich.console import Console
@@ -88,7 +90,7 @@ def test_every_sample_is_kept_with_what_it_takes_to_trust_it(filled: tuple[Path,
     assert len({trace.seed for trace in traces}) == 64
     # With one seed for both samples of a (problem, teacher) there would be 32 texts at most.
     assert len({(trace.problem_id, trace.teacher, trace.text) for trace in traces}) > 32
-    assert report.teachers[0].verified_share > report.teachers[1].verified_share
+    assert report.teachers[0].verified > report.teachers[1].verified
 
 
 def test_the_report_counts_what_the_store_holds(filled: tuple[Path, PrecomputeReport]) -> None:
@@ -99,7 +101,6 @@ def test_the_report_counts_what_the_store_holds(filled: tuple[Path, PrecomputeRe
         assert (outcome.problems, outcome.samples, outcome.new_samples) == (16, 32, 32)
         assert outcome.verified == sum(trace.is_correct for trace in own)
         assert outcome.tokens == outcome.new_tokens == sum(trace.n_tokens for trace in own)
-        assert outcome.mean_tokens == outcome.tokens / 32
     covering: dict[str, set[str]] = {trace.problem_id: set() for trace in traces}
     for trace in traces:
         covering[trace.problem_id] |= {trace.teacher} if trace.is_correct else set()
@@ -113,9 +114,9 @@ def test_a_second_run_samples_nothing_and_adds_no_part(filled: tuple[Path, Preco
     before = files_of(store / "parts")
     again = pipeline.run(config(store, GOOD | {"samples": 2}, POOR | {"samples": 2}), limit=16)
     assert files_of(store / "parts") == before
-    assert [outcome.new_samples for outcome in again.teachers] == [0, 0]
-    assert [(o.samples, o.verified, o.tokens) for o in again.teachers] == [
-        (o.samples, o.verified, o.tokens) for o in report.teachers
+    nothing = {"new_samples": 0, "new_tokens": 0, "seconds": 0.0}
+    assert [replace(now, **nothing) for now in again.teachers] == [
+        replace(then, **nothing) for then in report.teachers
     ]
     assert again.coverage == report.coverage
 
@@ -126,7 +127,7 @@ def test_a_plan_says_what_is_left_and_touches_nothing(filled: tuple[Path, Precom
     plan = pipeline.plan(config(store, GOOD | {"samples": 3}), limit=20)
     (teacher,) = plan.teachers
     # 20 problems x 3 samples, of which 16 x 2 are there: 28 are left, of 120 tokens at most.
-    assert (teacher.samples_stored, teacher.problems_left, teacher.samples_left) == (32, 20, 28)
+    assert (teacher.samples_stored, teacher.samples_left) == (32, 28)
     assert teacher.most_tokens == 28 * 120
     assert teacher.engine == "transformers"
     assert teacher.first_prompt == "<|user|>30-7+9-5+1-8-5<|end|><|assistant|>"
@@ -148,15 +149,17 @@ def test_another_recipe_under_the_same_name_is_refused(filled: tuple[Path, Preco
     assert files_of(store / "parts") == before
 
 
-def test_a_damaged_part_costs_its_own_samples_alone(tmp_path: Path) -> None:
-    settings = config(tmp_path / "traces", GOOD, part_traces=4)
-    pipeline.run(settings, limit=8)
-    before = keys_of(tmp_path / "traces")
-    part = next((tmp_path / "traces" / "parts").rglob("*.parquet"))
+def test_a_damaged_part_costs_its_own_samples_alone(
+    filled: tuple[Path, PrecomputeReport], tmp_path: Path
+) -> None:
+    store = shutil.copytree(filled[0], tmp_path / "traces")
+    before = keys_of(store)
+    part = next((store / "parts" / "totals").glob("*.parquet"))
+    rows = pq.read_metadata(part).num_rows
     part.write_bytes(part.read_bytes()[:-20])
-    report = pipeline.run(settings, limit=8)
-    assert report.teachers[0].new_samples == 4
-    assert keys_of(tmp_path / "traces") == before
+    report = pipeline.run(config(store, GOOD | {"samples": 2}), limit=16)
+    assert report.teachers[0].new_samples == rows
+    assert keys_of(store) == before
 
 
 def test_a_filtered_trace_is_kept_counted_and_no_candidate(tmp_path: Path) -> None:
@@ -241,7 +244,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_traces(tmp_path: Path) -
     duration = time.monotonic() - started
     moments = random.Random(3)
     parts = []
-    for _ in range(5):
+    for _ in range(3):
         process = start(str(torn), 2, 12, None)
         process.join(moments.uniform(0.2, 1.0) * duration)
         process.kill()
@@ -340,23 +343,17 @@ def test_golds_that_do_not_parse_are_left_out_and_reported(tmp_path: Path) -> No
 PROGRESS = TeacherProgress(teacher="totals", done=70, total=100, verified=5, new=20, tokens=800, seconds=10.0)
 
 
-def test_progress_in_numbers_worked_out_by_hand() -> None:
-    # 20 samples verified in 10 s, 30 still to come: 15 s. 5 of 20 verified; 800 tokens in 10 s.
-    assert PROGRESS.eta_seconds == 15.0
-    assert PROGRESS.verified_share == 0.25
-    assert PROGRESS.tokens_per_second == 80.0
-
-
 def test_without_a_terminal_progress_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with ConsoleReporter(Console(width=200)) as reporter:
         reporter.message("totals: loading [model]")
         reporter.progress(PROGRESS)
-        reporter.finished(PROGRESS)
-        reporter.finished(replace(PROGRESS, filtered=2))
+        # 5 of 20 verified; 800 tokens in 10 s.
+        reporter.progress(replace(PROGRESS, filtered=2), last=True)
+        reporter.progress(TeacherProgress(teacher="words", done=7, total=7), last=True)
     assert capsys.readouterr().out.splitlines() == [
         "totals: loading [model]",
-        "totals: 70/100  verified 25%  80 tokens/s  ETA 15 s",
-        "totals: 70/100  verified 25%  filtered 2  80 tokens/s  ETA 15 s",
+        "totals: 70/100  verified 25%  filtered 2  80 tokens/s",
+        "words: 7/7  nothing left to do",
     ]
 
 
@@ -364,7 +361,6 @@ def test_on_a_terminal_progress_is_a_bar() -> None:
     console = Console(width=120, force_terminal=True, record=True)
     with ConsoleReporter(console) as reporter:
         reporter.stage("checking gold answers", 1, 2)
-        reporter.stage("checking gold answers", 2, 2)
         reporter.progress(PROGRESS)
     text = console.export_text()
     assert "70/100" in text

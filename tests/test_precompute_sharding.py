@@ -62,13 +62,9 @@ def finished(*processes: Any) -> None:
 
 
 def keys_of(store: Path) -> dict[tuple[str, int], str]:
-    """(problem, sample) -> trace_id as the part files have them; one that stands twice fails."""
+    """(problem, sample) -> trace_id"""
     with TraceStore(store) as opened:
-        rows = opened.traces()
-    assert len(list(store.rglob("part-*.parquet"))) > 0
-    keys = {(trace.problem_id, trace.sample_index): trace.trace_id for trace in rows}
-    assert len(keys) == len(rows)
-    return keys
+        return {(trace.problem_id, trace.sample_index): trace.trace_id for trace in opened.traces()}
 
 
 def rows_in_parts(store: Path) -> int:
@@ -78,19 +74,11 @@ def rows_in_parts(store: Path) -> int:
     return sum(pq.read_metadata(part).num_rows for part in store.rglob("part-*.parquet"))
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process makes of all problems."""
-    store = tmp_path_factory.mktemp("whole") / "traces"
-    finished(start(store, None))
-    assert len(keys_of(store)) == PROBLEMS * SAMPLES
-    return store
-
-
 def test_a_shard_is_read_from_what_users_write() -> None:
     assert Shard.parse("3/16") == Shard(number=3, count=16)
     assert (Shard.parse("3/16").name, str(Shard.parse("3/16"))) == ("3-of-16", "3/16")
-    assert Shard.parse("1/1").holds("00000000000000ff")
+    # 0xff = 255 = 63 * 4 + 3: the fourth of four.
+    assert [Shard(number=n, count=4).holds("00000000000000ff") for n in (1, 2, 3, 4)] == [False] * 3 + [True]
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "a/b", "", "-1/4", "1/4/2", "²/4"])
@@ -98,12 +86,6 @@ def test_a_bad_shard_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^--shard '.*': write i/n, .* e\.g\. --shard 3/16$") as error:
         Shard.parse(text)
     assert repr(text) in str(error.value)
-
-
-def test_which_shard_holds_a_problem_in_numbers_worked_out_by_hand() -> None:
-    # 0xff = 255 = 63 * 4 + 3: the fourth of four; 0x100 = 256 = 64 * 4: the first.
-    assert [Shard(number=n, count=4).holds("00000000000000ff") for n in (1, 2, 3, 4)] == [False] * 3 + [True]
-    assert Shard(number=1, count=4).holds("0000000000000100")
 
 
 @given(
@@ -123,12 +105,20 @@ def test_every_problem_is_in_exactly_one_shard_wherever_it_stands(
         assert set(shard.of(mixed)) == set(shard.of(problems))
 
 
-def test_two_shards_at_once_make_what_one_process_makes(whole: Path, tmp_path: Path) -> None:
-    store = tmp_path / "traces"
-    finished(start(store, "1/2"), start(store, "2/2"))
+def test_two_shards_at_once_make_what_one_process_makes_also_when_one_is_killed(tmp_path: Path) -> None:
+    whole, store = tmp_path / "whole", tmp_path / "traces"
+    finished(start(whole, None))
+    killed, other = start(store, "1/2"), start(store, "2/2")
+    while not list(store.rglob("part-*.parquet")):
+        time.sleep(0.01)
+    killed.kill()
+    killed.join()
+    kept = rows_in_parts(store)
+    finished(other, start(store, "1/2"))
+    assert 0 < kept < PROBLEMS * SAMPLES
     assert keys_of(store) == keys_of(whole)
-    assert rows_in_parts(store) == PROBLEMS * SAMPLES
-    # Done is done, whoever asks; and a report counts the problems of its own shard.
+    assert rows_in_parts(store) == PROBLEMS * SAMPLES == len(keys_of(whole))
+    # A second run has nothing to do, and a report counts the problems of its own shard.
     reports = [pipeline.run(config(store), limit=PROBLEMS, shard=Shard.parse(f"{n}/2")) for n in (1, 2)]
     assert [report.teachers[0].new_samples for report in reports] == [0, 0]
     sizes = [report.problems.used for report in reports]
@@ -137,21 +127,6 @@ def test_two_shards_at_once_make_what_one_process_makes(whole: Path, tmp_path: P
     assert [report.teachers[0].samples for report in reports] == [size * SAMPLES for size in sizes]
     assert [sum(report.coverage) for report in reports] == sizes
     assert problems_line(reports[0].problems).endswith(f"{sizes[0]} problems used (shard 1/2)")
-
-
-def test_a_killed_shard_goes_on_beside_the_other(whole: Path, tmp_path: Path) -> None:
-    store = tmp_path / "traces"
-    killed, other = start(store, "1/2"), start(store, "2/2")
-    while not list(store.rglob("part-*.parquet")):
-        time.sleep(0.01)
-    killed.kill()
-    killed.join()
-    kept = rows_in_parts(store)
-    again = start(store, "1/2")
-    finished(other, again)
-    assert 0 < kept < PROBLEMS * SAMPLES
-    assert keys_of(store) == keys_of(whole)
-    assert rows_in_parts(store) == PROBLEMS * SAMPLES
 
 
 def test_a_shard_without_a_problem_has_nothing_to_do(tmp_path: Path) -> None:

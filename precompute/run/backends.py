@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Protocol
 
 from precompute.config import PrecomputeConfig, TeacherConfig
 from precompute.engines.registry import load_engine, prepare_engine, resolve_engine
-from precompute.run.plan import TeacherOutcome
 from precompute.run.progress import Reporter
 from precompute.run.shard import Shard
 from precompute.run.solve import PreparedTeacher, Solver, longest_prompt
@@ -24,63 +20,17 @@ RAY = "ray"
 """Chosen instead of an engine: the teachers' own engines, on the workers of a Ray cluster."""
 
 
-class Backend(Protocol):
-    """Machines that teachers work on."""
-
-    @property
-    def shard(self) -> str | None:
-        """Name of the shard that the store's writer is opened for."""
-        ...
-
-    def engine_of(self, teacher: TeacherConfig) -> tuple[str, str]:
-        """Returns (resolved engine, its version). Raises EngineError for keys that it cannot honour."""
-        ...
-
-    def solve(
-        self,
-        teacher: PreparedTeacher,
-        problems: Sequence[Problem],
-        config: PrecomputeConfig,
-        writer: StoreWriter,
-        verifier: Verifier,
-        reporter: Reporter,
-    ) -> TeacherOutcome:
-        """Adds the samples that the store lacks of one teacher; the outcome's counts of the store stay 0."""
-        ...
-
-
-@contextmanager
-def open_backend(
-    config: PrecomputeConfig, engine: str | None, shard: Shard | None, reporter: Reporter
-) -> Iterator[Backend]:
-    """Connects to the cluster for the engine "ray"; any other engine (None: each teacher's own) is local.
-
-    Raises EngineError, and ConfigError for a shard on a cluster.
-    """
-    if engine != RAY:
-        yield Local(engine, shard.name if shard else None)
-        return
-    if shard is not None:
-        raise ConfigError(f"--shard {shard}: --engine ray splits the problems itself; give one of the two")
-    if find_spec("ray") is None:
-        raise EngineError('engine "ray" is not installed; pip install "ampo[ray]" installs it')
-    from precompute.run.ray_cluster import connected
-
-    with connected(config, reporter) as cluster:
-        yield cluster
-
-
-@dataclass(frozen=True, slots=True)
-class Local:
+class Backend:
     """This process, one teacher after the other."""
 
-    engine: str | None
-    """Overrides the teachers' own."""
-    shard: str | None
+    def __init__(self, engine: str | None = None, shard: str | None = None) -> None:
+        """`engine` overrides the teachers' own; `shard` names the store's writer."""
+        self._engine = engine
+        self.shard = shard
 
     def engine_of(self, teacher: TeacherConfig) -> tuple[str, str]:
-        """Makes all checks that need no model."""
-        engine = resolve_engine(self.engine or teacher.engine)
+        """Returns (resolved engine, its version) after all checks that need no model. Raises EngineError."""
+        engine = resolve_engine(self._engine or teacher.engine)
         return engine, prepare_engine(teacher, engine)
 
     def solve(
@@ -91,9 +41,8 @@ class Local:
         writer: StoreWriter,
         verifier: Verifier,
         reporter: Reporter,
-    ) -> TeacherOutcome:
-        """Loads the model if samples are missing, and solves."""
-        started = time.monotonic()
+    ) -> None:
+        """Adds the samples of one teacher that the store lacks; loads the model if there are any."""
         done = writer.done(teacher.name)
         solver = Solver(teacher, problems, done, verifier=verifier, filters=config.filters, reporter=reporter)
         if solver.left:
@@ -109,13 +58,25 @@ class Local:
                 )
             ) as engine:
                 solver.run(engine, writer.append, config.store)
-        progress = solver.progress()
-        reporter.finished(progress)
-        return TeacherOutcome(
-            name=teacher.name,
-            model=teacher.config.model,
-            engine=teacher.engine,
-            new_samples=progress.new,
-            new_tokens=progress.tokens,
-            seconds=time.monotonic() - started,
-        )
+        reporter.progress(solver.progress(), last=True)
+
+
+@contextmanager
+def open_backend(
+    config: PrecomputeConfig, engine: str | None, shard: Shard | None, reporter: Reporter
+) -> Iterator[Backend]:
+    """Connects to the cluster for the engine "ray"; any other engine (None: each teacher's own) is local.
+
+    Raises EngineError, and ConfigError for a shard on a cluster.
+    """
+    if engine != RAY:
+        yield Backend(engine, shard.name if shard else None)
+        return
+    if shard is not None:
+        raise ConfigError(f"--shard {shard}: --engine ray splits the problems itself; give one of the two")
+    if find_spec("ray") is None:
+        raise EngineError('engine "ray" is not installed; pip install "ampo[ray]" installs it')
+    from precompute.run.ray_cluster import connected
+
+    with connected(config.ray, reporter) as cluster:
+        yield cluster

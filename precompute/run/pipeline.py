@@ -6,6 +6,8 @@ there. Every sample has a seed of its own, so that it is the same sample then.
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,7 +28,7 @@ from precompute.run.plan import (
     coverage,
     stored_counts,
 )
-from precompute.run.probe import expect, run_probe
+from precompute.run.probe import run_probe
 from precompute.run.progress import Reporter
 from precompute.run.refilter import check_filters, filter_settings
 from precompute.run.shard import Shard
@@ -40,7 +42,6 @@ from precompute.run.solve import (
 )
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, ProblemsError
-from store.reader import TraceStore
 from store.records import Problem, TeacherRecord, content_hash
 from store.writer import StoreWriter
 
@@ -66,30 +67,57 @@ def run(
         shard: only this share of the problems, which may be empty.
     """
     reporter = reporter or Reporter()
-    outcomes = []
     with ExitStack() as stack:
         backend = stack.enter_context(open_backend(config, engine, shard, reporter))
         prepared = prepare_teachers(config, teachers, backend)
         verifier = stack.enter_context(Verifier.configured(config.verify))
         problems, summary = read_problems(config, limit, shard, verifier, reporter)
-        with StoreWriter.open(
-            config.store.path,
-            verifier=verifier.name,
-            verifier_version=verifier.version,
-            shard=backend.shard,
-        ) as writer:
-            for teacher in prepared:
-                check_filters(writer, teacher.record)
-            writer.write_problems(problems)
-            for teacher in prepared:
-                writer.register_teacher(teacher.record)
-            for teacher in prepared:
-                for damaged in writer.damaged(teacher.name):
-                    reporter.message(
-                        f"{damaged.part} cannot be read ({damaged.reason}); its samples are taken again"
-                    )
-                outcomes.append(backend.solve(teacher, problems, config, writer, verifier, reporter))
-    return _report(config, summary, problems, outcomes)
+        writer = stack.enter_context(
+            StoreWriter.open(
+                config.store.path,
+                verifier=verifier.name,
+                verifier_version=verifier.version,
+                shard=backend.shard,
+            )
+        )
+        for teacher in prepared:
+            check_filters(writer, teacher.record)
+        writer.write_problems(problems)
+        for teacher in prepared:
+            writer.register_teacher(teacher.record)
+        before, seconds = stored_counts(writer.path, problems), {}
+        for teacher in prepared:
+            started = time.monotonic()
+            for damaged in writer.damaged(teacher.name):
+                reporter.message(
+                    f"{damaged.part} cannot be read ({damaged.reason}); its samples are taken again"
+                )
+            backend.solve(teacher, problems, config, writer, verifier, reporter)
+            seconds[teacher.name] = time.monotonic() - started
+    return _report(summary, problems, writer.path, before, seconds)
+
+
+def _report(
+    summary: ProblemsSummary,
+    problems: Sequence[Problem],
+    store: Path,
+    before: Mapping[str, Counter[str]],
+    seconds: Mapping[str, float],
+) -> PrecomputeReport:
+    after = stored_counts(store, problems)
+    outcomes = [
+        TeacherOutcome(
+            name=name,
+            new_samples=after[name]["samples"] - before[name]["samples"],
+            new_tokens=after[name]["tokens"] - before[name]["tokens"],
+            seconds=took,
+            **after[name],
+        )
+        for name, took in seconds.items()
+    ]
+    return PrecomputeReport(
+        problems=summary, store=str(store), teachers=tuple(outcomes), coverage=coverage(store, problems)
+    )
 
 
 def plan(
@@ -113,24 +141,19 @@ def plan(
     with open_backend(config, engine, shard, reporter) as backend:
         prepared = prepare_teachers(config, teachers, backend)
     path = str(Path(config.store.path).absolute())
-    plans = []
     with Verifier.configured(config.verify) as verifier:
         problems, summary = read_problems(config, limit, shard, verifier, reporter)
         if not problems:
             raise ProblemsError(f"shard {shard} holds none of the problems; there is nothing to plan")
         store = StoreWriter.peek(path, verifier=verifier.name, verifier_version=verifier.version)
-        stored = [_stored(store, teacher) for teacher in prepared]
-        for teacher, done in zip(prepared, stored, strict=True):
-            plans.append(_teacher_plan(teacher, problems, done, reporter))
-        for number, (teacher, done) in enumerate(zip(prepared, stored, strict=True)):
-            if probe and (
-                measured := run_probe(
-                    teacher, problems, done, config, count=probe, verifier=verifier, reporter=reporter
-                )
-            ):
-                samples = [done.get(problem.problem_id, {}) for problem in problems]
-                least, most = expect(teacher.config, samples, measured, part_traces=config.store.part_traces)
-                plans[number] = replace(plans[number], probe=measured, least=least, most=most)
+        stored = [(teacher, _stored(store, teacher)) for teacher in prepared]
+        plans = [_teacher_plan(teacher, problems, done, reporter) for teacher, done in stored]
+        if probe:
+            probes = [
+                run_probe(teacher, problems, done, config, count=probe, verifier=verifier, reporter=reporter)
+                for teacher, done in stored
+            ]
+            plans = [replace(each, probe=found) for each, found in zip(plans, probes, strict=True)]
     return PrecomputePlan(
         problems=summary,
         store=path,
@@ -235,43 +258,18 @@ def _teacher_plan(
 ) -> TeacherPlan:
     prompts = fill_prompts(teacher, problems, reporter)
     stored = [done.get(problem.problem_id, {}) for problem in problems]
-    left = [samples_left(teacher.config, samples) for samples in stored]
+    left = sum(samples_left(teacher.config, samples) for samples in stored)
     first = prompts[problems[0].problem_id]
     return TeacherPlan(
         name=teacher.name,
-        model=teacher.config.model,
         engine=teacher.engine,
         sample_budget=teacher.config.sample_budget,
         samples_stored=sum(map(len, stored)),
         usable_stored=sum(sum(samples.values()) for samples in stored),
-        problems_left=sum(count > 0 for count in left),
-        samples_left=sum(left),
+        samples_left=left,
+        most_tokens=left * teacher.config.max_tokens,
         longest_prompt=longest_prompt(prompts),
-        most_tokens=sum(left) * teacher.config.max_tokens,
-        weight_bytes=_weight_bytes(teacher.config.model),
         first_prompt=first.text,
         opens_think=first.opens_think,
         answer_form=demanded_form(teacher.config, problems[0]),
     )
-
-
-def _weight_bytes(model: str) -> int | None:
-    files = [file for kind in ("*.safetensors", "*.bin") for file in Path(model).glob(kind)]
-    return sum(file.stat().st_size for file in files) if files else None
-
-
-def _report(
-    config: PrecomputeConfig,
-    summary: ProblemsSummary,
-    problems: Sequence[Problem],
-    outcomes: Sequence[TeacherOutcome],
-) -> PrecomputeReport:
-    ids = [problem.problem_id for problem in problems]
-    with TraceStore(config.store.path) as store:
-        counts = stored_counts(store, ids)
-        return PrecomputeReport(
-            problems=summary,
-            store=str(store.path),
-            teachers=tuple(replace(each, **counts.get(each.name, {})) for each in outcomes),
-            coverage=coverage(store, ids),
-        )

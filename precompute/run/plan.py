@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from precompute.config import AnswerForm
-from precompute.run.probe import Expectation, Probe
+from precompute.run.probe import Probe
 from store.reader import TraceStore
 from store.records import Problem
 
@@ -17,7 +18,6 @@ class TeacherPlan:
     """One teacher's share of a plan."""
 
     name: str
-    model: str
     engine: str
     """Resolved."""
     sample_budget: int
@@ -26,16 +26,12 @@ class TeacherPlan:
     """Samples of these problems that the store already has."""
     usable_stored: int
     """Usable ones among them: verified and not filtered."""
-    problems_left: int
-    """Problems that still get samples."""
     samples_left: int
     """With `until_verified` an upper bound."""
-    longest_prompt: int
-    """Length in the teacher's tokens, over all problems."""
     most_tokens: int
     """Upper bound: samples_left * max_tokens."""
-    weight_bytes: int | None
-    """Size of the weight files; None without a local directory."""
+    longest_prompt: int
+    """Length in the teacher's tokens, over all problems."""
     first_prompt: str
     """Prompt of the first problem, as the teacher sees it."""
     opens_think: bool
@@ -44,10 +40,6 @@ class TeacherPlan:
     """Form in which the answer to that prompt is searched."""
     probe: Probe | None = None
     """Measurements; None without a probe, or when no sample is left."""
-    least: Expectation | None = None
-    """With a probe: the expectation if all problems are equally hard."""
-    most: Expectation | None = None
-    """With a probe: the expectation if each problem is solved always or never."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +74,6 @@ class TeacherOutcome:
     """One teacher's traces of the chosen problems, from all runs, and the cost of this run."""
 
     name: str
-    model: str
-    engine: str
     new_samples: int
     """Samples of this run."""
     new_tokens: int
@@ -97,16 +87,6 @@ class TeacherOutcome:
     """Verified ones that a filter rejects."""
     tokens: int = 0
     """Sum over all samples, in the teacher's own tokens."""
-
-    @property
-    def verified_share(self) -> float:
-        """Share of verified samples, in [0, 1]."""
-        return self.verified / self.samples if self.samples else 0.0
-
-    @property
-    def mean_tokens(self) -> float:
-        """Mean tokens of a sample."""
-        return self.tokens / self.samples if self.samples else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,16 +118,19 @@ _COVERING = """
 """
 
 
-def stored_counts(store: TraceStore, problem_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Returns teacher -> counts of TeacherOutcome, for the teachers with a trace of these problems."""
-    rows = store.index.rows(_COUNTS, {"problem_ids": list(problem_ids)})
-    return {row.pop("teacher"): row for row in rows}
+def stored_counts(path: str | Path, problems: Sequence[Problem]) -> defaultdict[str, Counter[str]]:
+    """Returns teacher -> counts of TeacherOutcome, over the traces of these problems."""
+    with TraceStore(path) as store:
+        rows = store.index.rows(_COUNTS, {"problem_ids": [problem.problem_id for problem in problems]})
+    return defaultdict(Counter, {row.pop("teacher"): Counter(row) for row in rows})
 
 
-def coverage(store: TraceStore, problem_ids: Sequence[str]) -> tuple[int, ...]:
+def coverage(path: str | Path, problems: Sequence[Problem]) -> tuple[int, ...]:
     """Returns PrecomputeReport.coverage."""
-    rows = store.index.rows(_COVERING, {"problem_ids": list(problem_ids)})
+    with TraceStore(path) as store:
+        rows = store.index.rows(_COVERING, {"problem_ids": [problem.problem_id for problem in problems]})
+        teachers = len(store.teachers())
     by_count: Mapping[int, int] = {row["teachers"]: row["problems"] for row in rows}
-    most = max(len(store.teachers()), *by_count, 0)
-    covered = sum(by_count.values())
-    return (len(problem_ids) - covered, *(by_count.get(count, 0) for count in range(1, most + 1)))
+    most = max(teachers, *by_count, 0)
+    uncovered = len(problems) - sum(by_count.values())
+    return (uncovered, *(by_count.get(count, 0) for count in range(1, most + 1)))

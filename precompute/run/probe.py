@@ -1,13 +1,11 @@
 """The cost of a run, measured before it begins: a few problems are sampled and nothing is kept.
 
-probe (N problems x 1 sample)  --tokens/s, tokens, verified share, bytes-->  expectation for the rest
+probe (N problems x 1 sample)  --tokens/s, tokens, usable share, bytes-->  expectation for the rest
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -17,7 +15,7 @@ from tempfile import TemporaryDirectory
 from precompute.config import PrecomputeConfig, TeacherConfig
 from precompute.engines.registry import load_engine
 from precompute.run.progress import Reporter
-from precompute.run.solve import PreparedTeacher, Solver, longest_prompt, next_samples, samples_left
+from precompute.run.solve import Done, PreparedTeacher, Solver, longest_prompt, next_samples, samples_left
 from precompute.verify.verifier import Verifier
 from store.format.parts import write_traces
 from store.records import Problem, Trace
@@ -28,7 +26,7 @@ WARM_UP_TOKENS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """Measurements of one teacher."""
+    """Measurements of one teacher, and what they let expect for its remaining samples."""
 
     samples: int
     """One for each probed problem."""
@@ -42,91 +40,48 @@ class Probe:
     it: a short probe underestimates the speed."""
     load_seconds: float
     """Until the engine was ready."""
-    trace_bytes: float
-    """Size that one more trace adds to a part."""
-    part_bytes: float
-    """Size of a part apart from its traces."""
+    bytes: int
+    """Size of a part with the samples."""
+    left: float
+    """Expected number of samples that the store still lacks."""
 
     @property
-    def usable_share(self) -> float:
-        """Share of usable samples, in [0, 1]."""
-        return self.usable / self.samples
+    def tokens_left(self) -> float:
+        """Expected tokens of the remaining samples."""
+        return self.left * self.tokens / self.samples
 
     @property
-    def mean_tokens(self) -> float:
-        """Mean tokens of a sample."""
-        return self.tokens / self.samples
+    def seconds_left(self) -> float:
+        """Expected duration of the run, loading included."""
+        return self.load_seconds + self.left * self.seconds / self.samples
 
     @property
-    def tokens_per_second(self) -> float:
-        """Tokens of all samples together, per second."""
-        return self.tokens / self.seconds
+    def bytes_left(self) -> float:
+        """Expected size of the remaining samples on disk."""
+        return self.left * self.bytes / self.samples
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Expectation:
-    """Expected size and cost of one teacher's remaining samples."""
+def expected_samples(teacher: TeacherConfig, done: Iterable[Mapping[int, bool]], share: float) -> float:
+    """Returns the expected further samples for problems with the samples `done` (sample_index -> usable).
 
-    samples: float
-    tokens: float
-    seconds: float
-    """Loading included."""
-    bytes: float
-    """Size of the parts on disk."""
-
-
-def expected_tries(share: float, *, wanted: int, tries: int) -> float:
-    """Returns the expected samples until `wanted` are usable or `tries` are taken, each usable with
-    probability `share`: E[min(T, tries)] = sum over t < tries of P(fewer than `wanted` of t are usable)."""
-    return math.fsum(
-        math.comb(t, usable) * share**usable * (1 - share) ** (t - usable)
-        for t in range(tries)
-        for usable in range(min(wanted, t + 1))
-    )
-
-
-def split_tries(share: float, *, wanted: int, tries: int) -> float:
-    """Returns the expected samples if problems differ as much as they can: a share of them is always solved,
-    the others never, and those take every try."""
-    return share * min(wanted, tries) + (1 - share) * tries
-
-
-def expect(
-    teacher: TeacherConfig, done: Iterable[Mapping[int, bool]], probe: Probe, *, part_traces: int
-) -> tuple[Expectation, Expectation]:
-    """Returns (least, most) for problems with the samples `done` (sample_index -> usable) in the store.
-
-    Without `until_verified` both are equal. With it, least assumes that all problems are equally hard, and
-    most that each is solved always or never; wrong samples are assumed to be as long as right ones.
+    With `until_verified`, problems are assumed to differ as much as they can, which needs the most samples: a
+    `share` of them is always solved, the others never, and those take every try.
     """
-    left: Counter[tuple[int, int]] = Counter()  # (missing usable traces, tries left) -> problems
+    expected = 0.0
     for samples in done:
-        if tries := samples_left(teacher, samples):
-            left[(teacher.until_verified or 0) - sum(samples.values()), tries] += 1
-    least = most = 0.0
-    for (wanted, tries), problems in left.items():
-        if teacher.until_verified is None:
-            least, most = least + problems * tries, most + problems * tries
+        tries = samples_left(teacher, samples)
+        if teacher.until_verified is not None:
+            wanted = teacher.until_verified - sum(samples.values())
+            expected += share * min(wanted, tries) + (1 - share) * tries
         else:
-            least += problems * expected_tries(probe.usable_share, wanted=wanted, tries=tries)
-            most += problems * split_tries(probe.usable_share, wanted=wanted, tries=tries)
-    return _cost(least, probe, part_traces), _cost(most, probe, part_traces)
-
-
-def _cost(samples: float, probe: Probe, part_traces: int) -> Expectation:
-    tokens = samples * probe.mean_tokens
-    return Expectation(
-        samples=samples,
-        tokens=tokens,
-        seconds=probe.load_seconds + tokens / probe.tokens_per_second if samples else 0.0,
-        bytes=samples * probe.trace_bytes + math.ceil(samples / part_traces) * probe.part_bytes,
-    )
+            expected += tries
+    return expected
 
 
 def run_probe(
     teacher: PreparedTeacher,
     problems: Sequence[Problem],
-    done: Mapping[str, Mapping[int, bool]],
+    done: Done,
     config: PrecomputeConfig,
     *,
     count: int,
@@ -156,24 +111,18 @@ def run_probe(
         loaded = time.monotonic()
         solver.run(engine, traces.extend, config.store)
         seconds = time.monotonic() - loaded
-    reporter.finished(solver.progress())
-    trace_bytes, part_bytes = measured_bytes(traces)
+    reporter.progress(solver.progress(), last=True)
+    with TemporaryDirectory() as directory:
+        size = write_traces(Path(directory), traces)[1].bytes
+    usable = sum(trace.is_usable for trace in traces)
+    stored = [done.get(problem.problem_id, {}) for problem in problems]
     return Probe(
         samples=len(traces),
         verified=sum(trace.is_correct for trace in traces),
-        usable=sum(trace.is_usable for trace in traces),
+        usable=usable,
         tokens=sum(trace.n_tokens for trace in traces),
         seconds=seconds,
         load_seconds=loaded - started,
-        trace_bytes=trace_bytes,
-        part_bytes=part_bytes,
+        bytes=size,
+        left=expected_samples(teacher.config, stored, usable / len(traces)),
     )
-
-
-def measured_bytes(traces: Sequence[Trace]) -> tuple[float, float]:
-    """Returns (bytes that one more trace adds, bytes of a part apart from its traces), from parts written
-    for the purpose."""
-    with TemporaryDirectory() as directory:
-        whole, one = (write_traces(Path(directory), some)[1].bytes for some in (traces, traces[:1]))
-    trace_bytes = (whole - one) / (len(traces) - 1) if len(traces) > 1 else float(one)
-    return trace_bytes, one - trace_bytes

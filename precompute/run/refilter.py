@@ -30,9 +30,6 @@ from store.writer import StoreWriter, recipe_changes
 
 READ_COLUMNS = ["teacher", "problem_id", "text", "n_tokens", "answer_start", "is_correct", "filtered"]
 
-Progress = Callable[[int, int], None]
-"""Called with (traces read, traces in all)."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefilterReport:
@@ -72,13 +69,13 @@ def refilter(
     filters: FiltersConfig,
     *,
     teachers: Sequence[str] | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] = lambda read, total: None,
 ) -> tuple[RefilterReport, ...]:
     """Applies `filters` to the stored traces of `teachers` (None: all of the store).
 
-    Stopped at any moment, the same call goes on. Raises what StoreWriter.open raises, StoreDamagedError for a
-    part that cannot be read, and StoreError for an unknown teacher or a full disk; the store is then as
-    before.
+    `progress` is called with (traces read, all traces). Stopped at any moment, the same call goes on.
+    Raises what StoreWriter.open raises, StoreDamagedError for a part that cannot be read, and StoreError for
+    an unknown teacher or a full disk; the store is then as before.
     """
     root = Path(path).absolute()
     read_manifest(root)
@@ -95,8 +92,7 @@ def refilter(
                     name, new[name] = write_part(root, changed)
                     old.append(part)
                 seen += sum(entry.traces.values())
-                if progress is not None:
-                    progress(seen, total)
+                progress(seen, total)
         swap_parts(root, old=old, new=new)
         # Last: as long as the records name the old filters, a run is refused and names `refilter`.
         for record in records.values():
@@ -124,21 +120,20 @@ def _refiltered(
 ) -> pa.Table | None:
     """Returns the part's rows with new filter results, and counts them; None if nothing has changed."""
     with damage_named(path), open_part(path) as file:
-        rows = file.read(columns=READ_COLUMNS, use_threads=False).to_pylist()
-        after = []
-        for row in rows:
-            if (record := records.get(row["teacher"])) is None:
-                after.append(row["filtered"])
-                continue
-            after.append(_why_filtered(filters, record, problems[row["problem_id"]], row))
+        table = file.read(use_threads=False)
+    after = []
+    for row in table.select(READ_COLUMNS).to_pylist():
+        now = before = row["filtered"]
+        if record := records.get(row["teacher"]):
+            now = _why_filtered(filters, record, problems[row["problem_id"]], row)
             verified = row["is_correct"]
             counts[record.name, "traces"] += 1
             counts[record.name, "verified"] += verified
-            counts[record.name, "filtered_before"] += verified and row["filtered"] is not None
-            counts[record.name, "filtered_now"] += verified and after[-1] is not None
-        if after == [row["filtered"] for row in rows]:
-            return None
-        table = file.read(use_threads=False)
+            counts[record.name, "filtered_before"] += verified and before is not None
+            counts[record.name, "filtered_now"] += verified and now is not None
+        after.append(now)
+    if after == table["filtered"].to_pylist():
+        return None
     column = table.schema.get_field_index("filtered")
     return table.set_column(column, table.schema.field(column), pa.array(after, pa.string()))
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from datetime import timedelta
 
 from rich.console import Group, RenderableType
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
 from precompute.config import AnswerForm
 from precompute.run.plan import PrecomputePlan, PrecomputeReport, ProblemsSummary, TeacherPlan
-from precompute.run.probe import Expectation, Probe
 from precompute.run.refilter import RefilterReport
 from precompute.verify.final_answer import CLOSING, OPENING, find_answer, to_form
 from store.reports.tables import coverage_table
@@ -25,13 +26,14 @@ def report_tables(report: PrecomputeReport) -> Group:
         numbers=["problems", "samples", "verified", "filtered", "tokens", "tokens/s", "time"],
     )
     for teacher in report.teachers:
+        samples = max(teacher.samples, 1)
         table.add_row(
             teacher.name,
             f"{teacher.problems:,}",
             f"{teacher.samples:,}",
-            f"{teacher.verified_share:.1%}",
+            f"{teacher.verified / samples:.1%}",
             f"{teacher.filtered:,}",
-            f"{teacher.mean_tokens:.1f}",
+            f"{teacher.tokens / samples:.1f}",
             f"{teacher.new_tokens / teacher.seconds:,.0f}" if teacher.new_tokens else "-",
             f"{teacher.seconds:.1f} s",
         )
@@ -49,7 +51,7 @@ def plan_tables(plan: PrecomputePlan, *, student_form: AnswerForm) -> Group:
         _plan_table(plan),
     ]
     if any(teacher.probe for teacher in plan.teachers):
-        parts += _probe_tables(plan)
+        parts.append(_probe_table(plan))
     for teacher in plan.teachers:
         parts += [Text(f"first prompt of {teacher.name}:"), Text(teacher.first_prompt, style="cyan")]
         parts.append(Text(form_line(teacher, student_form, plan.first_problem.answer)))
@@ -60,96 +62,47 @@ def _plan_table(plan: PrecomputePlan) -> Table:
     table = plain_table(
         f"plan for {plan.store}",
         text=["teacher", "engine"],
-        numbers=["samples", "there", "usable", "left", "tokens\nat most", "longest\nprompt", "weights"],
+        numbers=["samples", "stored", "usable", "left", "tokens\nat most", "longest\nprompt"],
     )
     for teacher in plan.teachers:
-        size = "-" if teacher.weight_bytes is None else f"{teacher.weight_bytes / 2**20:,.1f} MiB"
-        table.add_row(
-            teacher.name,
-            teacher.engine,
-            f"{plan.problems.used:,} x {teacher.sample_budget}",
-            f"{teacher.samples_stored:,}",
-            f"{teacher.usable_stored:,}",
-            f"{teacher.samples_left:,}",
-            short_count(teacher.most_tokens),
-            f"{teacher.longest_prompt:,}",
-            size,
+        counts = (
+            teacher.samples_stored,
+            teacher.usable_stored,
+            teacher.samples_left,
+            teacher.most_tokens,
+            teacher.longest_prompt,
         )
+        budget = f"{plan.problems.used:,} x {teacher.sample_budget}"
+        table.add_row(teacher.name, teacher.engine, budget, *(f"{count:,}" for count in counts))
     return table
 
 
-def _probe_tables(plan: PrecomputePlan) -> list[RenderableType]:
-    """Returns the measurements, and the expectation for the samples that are left with its sum."""
-    measured = plain_table("measured on a probe")
-    expected = plain_table("expected for what is left")
-    for table in (measured, expected):
-        table.add_column("teacher", no_wrap=True)
-    for name in ("samples", "verified", "usable", "tokens each", "tokens/s", "loading"):
-        measured.add_column(name, justify="right")
-    for name in ("samples", "tokens", "time", "disk"):
-        expected.add_column(name, justify="right")
-    both: list[tuple[Expectation, Expectation]] = []
-    for teacher in plan.teachers:
-        if teacher.probe and teacher.least and teacher.most:
-            both.append((teacher.least, teacher.most))
-            measured.add_row(teacher.name, *_probe_cells(teacher.probe))
-            expected.add_row(teacher.name, *_expectation_cells(*both[-1:]))
-        else:
-            expected.add_row(teacher.name, "nothing")
-    expected.add_section()
-    expected.add_row("all", *_expectation_cells(*both))
-    return [measured, expected]
+def _probe_table(plan: PrecomputePlan) -> Table:
+    """Returns the measurements, and the expected cost of the remaining samples."""
+    table = plain_table(
+        "measured on a probe, and expected for the rest",
+        text=["teacher"],
+        numbers=["verified", "usable", "tokens\neach", "tokens/s", "samples", "tokens", "time", "disk"],
+    )
+    probes = [(teacher.name, teacher.probe) for teacher in plan.teachers if teacher.probe]
+    for name, probe in probes:
+        table.add_row(
+            name,
+            f"{probe.verified / probe.samples:.0%}",
+            f"{probe.usable / probe.samples:.0%}",
+            f"{probe.tokens / probe.samples:,.0f}",
+            f"{probe.tokens / probe.seconds:,.0f}",
+            *_cost(probe.left, probe.tokens_left, probe.seconds_left, probe.bytes_left),
+        )
+    columns = [(p.left, p.tokens_left, p.seconds_left, p.bytes_left) for _, p in probes]
+    table.add_section()
+    table.add_row("all", "", "", "", "", *_cost(*map(sum, zip(*columns, strict=True))))
+    return table
 
 
-def _probe_cells(probe: Probe) -> list[str]:
-    return [
-        f"{probe.samples:,}",
-        f"{probe.verified / probe.samples:.1%}",
-        f"{probe.usable_share:.1%}",
-        f"{probe.mean_tokens:,.0f}",
-        short_count(probe.tokens_per_second),
-        short_time(probe.load_seconds),
-    ]
-
-
-def _expectation_cells(*both: tuple[Expectation, Expectation]) -> list[str]:
-    """Returns sums of (least, most) over teachers: samples, tokens, time, disk; `a .. b` if they differ."""
-
-    def cell(quantity: Callable[[Expectation], float], shown: Callable[[float], str]) -> str:
-        texts = [shown(sum(map(quantity, expectations))) for expectations in zip(*both, strict=True)]
-        return " .. ".join(dict.fromkeys(texts))
-
-    return [
-        cell(lambda each: each.samples, short_count),
-        cell(lambda each: each.tokens, short_count),
-        cell(lambda each: each.seconds, short_time),
-        cell(lambda each: each.bytes, short_bytes),
-    ]
-
-
-def short_count(count: float) -> str:
-    """`950`, `1.2k`, `3.4M`, `56G`"""
-    return _scaled(count, 1000, ("", "k", "M", "G", "T"))
-
-
-def short_bytes(size: float) -> str:
-    """`950 B`, `1.2 KiB`, `3.4 MiB`"""
-    return _scaled(size, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
-
-
-def short_time(seconds: float) -> str:
-    """`12 s`, `3.4 min`, `5.6 h`, `120 h`"""
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.{1 if seconds < 100 * size else 0}f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def _scaled(value: float, step: int, units: Sequence[str]) -> str:
-    power = 0
-    while round(value) >= step and power + 1 < len(units):
-        value, power = value / step, power + 1
-    return f"{value:.{1 if power and value < 100 else 0}f}{units[power]}"
+def _cost(samples: float, tokens: float, seconds: float, size: float) -> list[str]:
+    time = timedelta(seconds=round(seconds))
+    return [f"{samples:,.0f}", f"{tokens:,.0f}", str(time), decimal(round(size))]
 
 
 def form_line(teacher: TeacherPlan, student_form: AnswerForm, answer: str) -> str:
@@ -166,10 +119,11 @@ def form_line(teacher: TeacherPlan, student_form: AnswerForm, answer: str) -> st
 
 def refilter_table(reports: Sequence[RefilterReport]) -> Table:
     """Returns the filtered traces per teacher, before and now."""
-    table = plain_table("verified traces that filters reject")
-    table.add_column("teacher", no_wrap=True)
-    for name in ("traces", "verified", "before", "now"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = plain_table(
+        "verified traces that filters reject",
+        text=["teacher"],
+        numbers=["traces", "verified", "before", "now"],
+    )
     for report in reports:
         counts = (report.traces, report.verified, report.filtered_before, report.filtered_now)
         table.add_row(report.teacher, *(f"{count:,}" for count in counts))
@@ -178,11 +132,8 @@ def refilter_table(reports: Sequence[RefilterReport]) -> Table:
 
 def problems_line(summary: ProblemsSummary) -> str:
     """Returns the counts of the problem file's rows."""
+    unparseable = len(summary.unparseable)
     repeats = f", {summary.duplicates:,} repeated" if summary.duplicates else ""
-    left_out = (
-        f", {len(summary.unparseable):,} with a gold answer that cannot be parsed"
-        if summary.unparseable
-        else ""
-    )
+    left_out = f", {unparseable:,} with a gold answer that cannot be parsed" if unparseable else ""
     part = f" (shard {summary.shard})" if summary.shard else ""
     return f"{summary.path}: {summary.rows:,} rows{repeats}{left_out}; {summary.used:,} problems used{part}"

@@ -42,25 +42,33 @@ def progress_bars(console: Console) -> Progress:
     )
 
 
-class Meter:
-    """Progress of one task on stderr. A context manager, called with (done, total)."""
+class Bars:
+    """Progress of several tasks on a console. A context manager."""
 
-    def __init__(self, label: str) -> None:
-        self._label = label
-        self._console = console_of(stderr=True)
-        self._bars = progress_bars(self._console)
-        self._task: TaskID | None = None
-        self._printed = time.monotonic()
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = progress_bars(console)
+        self._tasks: dict[str, TaskID] = {}
+        self._printed: dict[str, float] = {}
 
-    def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Moves the bar; without a terminal prints a line when the last one is LINE_SECONDS old."""
-        if self._console.is_terminal:
-            if self._task is None:
-                self._task = self._bars.add_task(self._label, total=total, note=note)
-            self._bars.update(self._task, completed=done, total=total, note=note)
-        elif time.monotonic() - self._printed >= LINE_SECONDS:
-            self._console.print(f"{self._label}: {done:,}/{total:,}  {note}", highlight=False)
-            self._printed = time.monotonic()
+    def show(self, label: str, done: int, total: int, note: str = "", *, last: bool = False) -> None:
+        """Moves the label's bar; without a terminal prints a line when its last one is LINE_SECONDS old, and
+        the last one."""
+        now = time.monotonic()
+        if label not in self._tasks:
+            # Work of earlier runs does not count towards the speed.
+            self._tasks[label] = self._bars.add_task(label, total=total, completed=done, note=note)
+            self._printed[label] = now
+        task = self._tasks[label]
+        self._bars.update(task, completed=done, total=total, note=note)
+        if not self._console.is_terminal and (last or now - self._printed[label] >= LINE_SECONDS):
+            self._printed[label] = now
+            rest = self._bars.tasks[task].time_remaining
+            self.message(f"{label}: {done:,}/{total:,}  {note}" + (f"  ETA {rest:.0f} s" if rest else ""))
+
+    def message(self, text: str) -> None:
+        """Prints a line."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -68,3 +76,15 @@ class Meter:
 
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
+
+
+class Meter(Bars):
+    """Progress of one task on stderr, called with (done, total)."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__(console_of(stderr=True))
+        self._label = label
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Moves the bar."""
+        self.show(self._label, done, total, note)
