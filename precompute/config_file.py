@@ -45,14 +45,10 @@ class Section(BaseModel):
     def _none_is_a_word(cls, table: Any) -> Any:
         if not isinstance(table, dict):
             return table
-        return {
-            key: None if value == NONE and _can_be_none(cls, key) else value for key, value in table.items()
+        can_be_none = {
+            key for key, field in cls.model_fields.items() if type(None) in get_args(field.annotation)
         }
-
-
-def _can_be_none(model: type[BaseModel], key: Any) -> bool:
-    field = model.model_fields.get(key)
-    return field is not None and type(None) in get_args(field.annotation)
+        return {key: None if value == NONE and key in can_be_none else value for key, value in table.items()}
 
 
 C = TypeVar("C", bound=Section)
@@ -82,39 +78,35 @@ def read_tree(path: Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         names = " extends ".join(each.name for each in chain)
         raise ConfigError(f"{path.absolute()} extends itself in the end: {names}")
     try:
-        tree = read_toml(str(path))
+        tree = read_toml(path)
     except ConfigError as error:
         raise ConfigError(f"{error} ({above[-1]} extends it)" if above else str(error)) from None
     base = tree.pop(EXTENDS, None)
     if base is None:
         return tree
     if not isinstance(base, str):
-        raise ConfigError(f"{path.absolute()}: extends = {_short(base)}: give the path of one TOML file")
-    return _overlaid(read_tree(path.parent / base, above=chain), tree)
+        raise ConfigError(f"{path.absolute()}: extends = {short(base)}: give the path of one TOML file")
+    merged: dict[str, Any] = _overlaid(read_tree(path.parent / base, above=chain), tree)
+    return merged
 
 
-def _overlaid(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
-    tables = {
-        key: _overlaid(base[key], value)
-        for key, value in tree.items()
-        if isinstance(value, dict) and isinstance(base.get(key), dict)
-    }
-    return {**base, **tree, **tables}
+def _overlaid(base: Any, tree: Any) -> Any:
+    if not (isinstance(base, dict) and isinstance(tree, dict)):
+        return tree
+    return base | {key: _overlaid(base.get(key), value) for key, value in tree.items()}
 
 
-def read_toml(path: str) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     """Returns the file's tables."""
     try:
-        with Path(path).open("rb") as file:
+        with path.open("rb") as file:
             return tomllib.load(file)
     except FileNotFoundError:
-        raise ConfigError(f"no config file at {Path(path).absolute()}") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{Path(path).absolute()} is a directory; --config takes a TOML file") from None
-    except PermissionError:
-        raise ConfigError(f"no permission to read {Path(path).absolute()}") from None
+        raise ConfigError(f"no config file at {path.absolute()}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path.absolute()}: {error.strerror}; give a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{Path(path).absolute()} is not valid TOML: {error}") from None
+        raise ConfigError(f"{path.absolute()} is not valid TOML: {error}") from None
 
 
 def set_key(tree: dict[str, Any], override: str) -> None:
@@ -164,14 +156,14 @@ def explain(schema: type[Section], error: ValidationError) -> str:
         known = sorted(table.model_fields if table else ())
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key {where} = {_short(first['input'])}; {hint}"
+        return f"unknown key {where} = {short(first['input'])}; {hint}"
     if kind == "missing":
         return f"{where} is missing; it has no default"
     if kind == SECRET:
         return f"{where}: {reason}"
     if _table_at(schema, location) is not None:
         return _explain_table(kind, where, reason, first["input"])
-    return f"{where} = {_short(first['input'])}: {reason[:1].lower()}{reason[1:]}"
+    return f"{where} = {short(first['input'])}: {reason[:1].lower()}{reason[1:]}"
 
 
 def _table_at(schema: type[Section], location: tuple[int | str, ...]) -> type[BaseModel] | None:
@@ -209,7 +201,8 @@ def dotted(location: tuple[int | str, ...]) -> str:
     return text.lstrip(".")
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Returns a value for an error message: its repr, cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -219,22 +212,22 @@ def toml_of(config: BaseModel) -> str:
     lines: list[str] = []
     for name, value in config.model_dump(mode="json").items():
         for table in value if isinstance(value, list) else [value]:
-            lines.append(f"[[{name}]]" if isinstance(value, list) else f"[{name}]")
-            # The names of [rewards] may be `module:function`, which is no bare key.
-            lines.extend(
-                f"{key if key.isidentifier() else _toml_value(key)} = {_toml_value(item)}"
-                for key, item in table.items()
-            )
-            lines.append("")
+            lines += [f"[[{name}]]" if isinstance(value, list) else f"[{name}]", *_assignments(table), ""]
     return "\n".join(lines)
 
 
+def _assignments(table: dict[str, Any]) -> list[str]:
+    """Returns `key = value` for each; a key such as `module:function` in quotes."""
+    return [
+        f"{key if key.isidentifier() else _toml_value(key)} = {_toml_value(value)}"
+        for key, value in table.items()
+    ]
+
+
 def _toml_value(value: Any) -> str:
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
     if isinstance(value, dict):
-        return (
-            "{" + ", ".join(f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
-        )
+        return "{" + ", ".join(_assignments(value)) + "}"
     # TOML writes numbers and strings as JSON does, DEL apart.
     return json.dumps(NONE if value is None else value, ensure_ascii=False).replace("\x7f", "\\u007f")

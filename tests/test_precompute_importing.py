@@ -134,20 +134,6 @@ def test_luffys_form_and_plain_rows_are_one_trace_a_row(tmp_path: Path) -> None:
     assert one.trace_id == two.trace_id
 
 
-def test_what_a_file_claims_is_not_believed(tmp_path: Path) -> None:
-    row = PLAIN | {"text": "\\boxed{5}", "verdict": "match", "is_correct": True}
-    bring(jsonl(tmp_path / "liar.jsonl", row), tmp_path / "traces")
-    (trace,) = traces_of(tmp_path / "traces")
-    assert (trace.verdict, trace.is_correct) == ("mismatch", False)
-
-
-def test_a_gold_that_cannot_be_parsed_earns_nothing_and_says_why(tmp_path: Path) -> None:
-    row = PLAIN | {"answer": "np.arcsin(10/13)", "text": "\\boxed{np.arcsin(10/13)}"}
-    bring(jsonl(tmp_path / "gold.jsonl", row), tmp_path / "traces")
-    (trace,) = traces_of(tmp_path / "traces")
-    assert (trace.verdict, trace.is_correct) == ("gold_unparseable", False)
-
-
 def test_a_users_verifier_decides_and_its_name_and_hash_are_recorded(tmp_path: Path) -> None:
     code = "def same_city(answer, gold, **_):\n    return answer.lower() == gold.lower()\n"
     (tmp_path / "cities.py").write_text(code)
@@ -199,13 +185,6 @@ def test_another_file_under_the_same_teacher_is_refused_with_the_way_out(tmp_pat
     with TraceStore(tmp_path / "traces") as store:
         assert sorted(store.teachers()) == ["r1", "r1b", "two-r1"]
         assert store.teachers()["two-r1"].model == "r1"
-
-
-def test_other_texts_of_the_same_file_are_another_recipe(tmp_path: Path) -> None:
-    file = jsonl(tmp_path / "two.jsonl", PLAIN | {"text": "\\boxed{4}", "long": "so it is \\boxed{4}"})
-    bring(file, tmp_path / "traces")
-    with pytest.raises(RecipeChangedError, match=r"sampling\.text_column 'text' -> 'long'"):
-        bring(file, tmp_path / "traces", columns=ImportColumns(text="long"))
 
 
 def test_a_directory_is_read_as_one_file(tmp_path: Path) -> None:

@@ -9,10 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from precompute.problems.problem_files import ProblemSet, load_problems, split_by_gold
+from precompute.problems.problem_files import load_problems, split_by_gold
 from precompute.problems.prompts import answer_form_of
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, ProblemsError
@@ -112,22 +110,6 @@ def test_equal_rows_are_one_problem_and_are_counted(tmp_path: Path) -> None:
     assert [problem.repeats for problem in loaded.problems] == [2, 1]
 
 
-@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("12")), min_size=1, max_size=8))
-def test_the_problems_are_the_distinct_rows_in_order(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]]
-) -> None:
-    path = jsonl(tmp_path_factory.mktemp("rows"), *({"question": q, "answer": a} for q, a in rows))
-    loaded = load_problems(path)
-    assert [(p.question, p.answer) for p in loaded.problems] == list(dict.fromkeys(rows))
-    assert loaded.rows == loaded.duplicates + len(loaded.problems) == len(rows)
-
-
-def test_blank_lines_and_other_scripts_are_no_trouble(tmp_path: Path) -> None:
-    path = tmp_path / "problems.json"
-    path.write_text('\n{"question": "二加二?", "answer": "4"}\n\n', encoding="utf-8")
-    assert load_problems(path).problems[0].question == "二加二?"
-
-
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
@@ -161,7 +143,7 @@ def test_a_bad_file_is_named_with_its_whole_path(tmp_path: Path, monkeypatch: py
         "empty.jsonl": "holds no problem",
         "cut.jsonl": "row 1: this line is not JSON",
         "cut.parquet": "is not a readable Parquet file",
-        "folder.jsonl": "is a directory",
+        "folder.jsonl": "cannot read .*: Is a directory",
         "table.csv": "ends in '.csv'",
     }.items():
         with pytest.raises(ProblemsError, match=complaint) as error:
@@ -188,29 +170,12 @@ def test_problems_are_split_by_whether_their_gold_can_be_parsed() -> None:
     assert [problem.answer for problem in unparseable] == ["np.arcsin(10/13)"]
 
 
-@pytest.fixture(scope="module")
-def shared_problems() -> ProblemSet:
-    if not SHARED_PROBLEMS.exists():
-        pytest.skip(f"{SHARED_PROBLEMS} is not here")
-    return load_problems(SHARED_PROBLEMS)
-
-
-def test_the_real_evaluation_file_loads(shared_problems: ProblemSet) -> None:
+@pytest.mark.skipif(not SHARED_PROBLEMS.exists(), reason=f"{SHARED_PROBLEMS} is not here")
+def test_the_real_evaluation_file_loads() -> None:
+    shared_problems = load_problems(SHARED_PROBLEMS)
     # AIME and AMC problems stand in it several times, for averages over samples.
     assert (shared_problems.rows, len(shared_problems.problems)) == (2019, 1560)
     assert shared_problems.duplicates == 459
     sources = {problem.source for problem in shared_problems.problems}
     assert sources == {"aime", "amc", "math", "minerva", "olympiad_bench"}
     assert {answer_form_of(problem.system_prompt) for problem in shared_problems.problems} == {"answer_tags"}
-
-
-def test_golds_of_the_real_file_that_do_not_parse_are_reported(shared_problems: ProblemSet) -> None:
-    minerva = [problem for problem in shared_problems.problems if problem.source == "minerva"]
-    some = [problem for problem in minerva if "E_{" in problem.answer or "np." in problem.answer]
-    with Verifier(workers=2) as verifier:
-        usable, unparseable = split_by_gold([*minerva[:10], *some], verifier)
-    assert len(usable) + len(unparseable) == 10 + len(some)
-    # Of the whole file's 1,560 golds nine cannot be parsed; these are minerva's that the filter lets through.
-    assert {"np.arcsin(10/13)", "E_{1},E_{2}"} <= {problem.answer for problem in unparseable}
-    assert {"E_{1},E_{2}", "np.arcsin(10/13)"}.isdisjoint(problem.answer for problem in usable)
-    assert len(usable) >= 9

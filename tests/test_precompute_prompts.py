@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import BPE, WordLevel
+from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -65,10 +65,6 @@ def test_none_takes_the_problems_own_system_turn_and_empty_takes_none(
     assert messages[-1]["content"] == problem.question
 
 
-def test_the_config_overrules_the_problems_own_system_turn() -> None:
-    assert build_messages(WITH_SYSTEM, "Other")[0] == {"role": "system", "content": "Other"}
-
-
 def test_a_prompt_is_the_filled_template_and_its_ids() -> None:
     prompt = render_prompt(tokenizer(), WITH_SYSTEM, system_prompt=None, chat_template_kwargs={})
     assert prompt.text == "<system>Solve .<end><user>2 + 2 ?<end><assistant>"
@@ -84,12 +80,6 @@ def test_template_options_reach_the_template_and_open_thought_is_noticed(thinkin
     )
     assert prompt.opens_think is thinking
     assert prompt.text.endswith("<think>\n") is thinking
-
-
-def test_a_closed_thought_is_not_open() -> None:
-    closed = tokenizer(template=TEMPLATE.replace("<think>\n", "<think></think>"))
-    prompt = render_prompt(closed, PROBLEM, system_prompt="", chat_template_kwargs={"thinking": True})
-    assert not prompt.opens_think
 
 
 def test_a_model_without_a_template_gets_plain_text_after_its_bos() -> None:
@@ -131,12 +121,6 @@ def test_a_template_from_a_file_is_the_tokenizers_and_writes_bos_once(
     # <s>=1 once, though the tokenizer would add another; then 2=7 +=8 2=7 ?=9
     assert (prompt.text, prompt.ids) == ("<s>2 + 2 ?", (1, 7, 8, 7, 9))
     assert prompt_warning(given, prompt.text, key="k", template=str(file)) is None
-
-
-def test_no_file_leaves_the_tokenizers_own_template() -> None:
-    own = tokenizer()
-    use_template(own, None, key="student.chat_template")
-    assert own.chat_template == TEMPLATE
 
 
 def test_a_template_file_that_cannot_be_read_is_one_line_with_key_and_path(tmp_path: Path) -> None:
@@ -216,15 +200,6 @@ def test_a_fingerprint_tells_vocabularies_apart_and_nothing_else() -> None:
     assert one == tokenizer_fingerprint(tokenizer(template=None, bos_token="<s>"))
     assert one != tokenizer_fingerprint(tokenizer([*WORDS, "more"]))
     assert one != tokenizer_fingerprint(tokenizer([*WORDS[:-2], ".", "Solve"]))
-
-
-def test_a_fingerprint_tells_merges_apart() -> None:
-    def bpe(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
-        words = {word: i for i, word in enumerate(["a", "b", "ab", "ba"])}
-        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(words, merges)))
-
-    assert tokenizer_fingerprint(bpe([("a", "b")])) == tokenizer_fingerprint(bpe([("a", "b")]))
-    assert tokenizer_fingerprint(bpe([("a", "b")])) != tokenizer_fingerprint(bpe([("b", "a")]))
 
 
 def test_this_module_needs_no_torch() -> None:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -169,19 +168,6 @@ def test_a_bad_row_leaves_an_older_file_of_verdicts_as_it_was(
         verified(verifier, file, out=out)
     assert out.read_text() == "older"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", out.name]
-
-
-def test_cells_are_read_as_in_problem_files(verifier: Verifier, tmp_path: Path) -> None:
-    rows = [
-        {"text": [{"role": "assistant", "content": "\\boxed{2.50}"}], "gold": Decimal("2.5")},
-        {"text": ["a first try", "\\boxed{2.5}"], "gold": Decimal("2.5")},
-    ]
-    for number, row in enumerate(rows):
-        file = tmp_path / f"{number}.parquet"
-        pq.write_table(pa.Table.from_pylist([row]), file)
-        assert verified(verifier, file).verdicts["match"] == 1
-    file = write_jsonl(tmp_path / "listed.jsonl", [{"text": "\\boxed{5}", "gold": ["5"]}])
-    assert verified(verifier, file).verdicts["match"] == 1
 
 
 def test_the_tables_say_what_failed(verifier: Verifier, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from precompute.config_file import short
 from store.errors import ProblemsError
 
 SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json")
@@ -50,10 +51,8 @@ def data_rows(
         yield from _parquet_rows(file, columns) if file.suffix == ".parquet" else _json_rows(file)
     except FileNotFoundError:
         raise ProblemsError(f"no {kind} at {file}") from None
-    except IsADirectoryError:
-        raise ProblemsError(f"{file} is a directory, not a {kind}") from None
-    except PermissionError:
-        raise ProblemsError(f"no permission to read {file}") from None
+    except OSError as error:
+        raise ProblemsError(f"cannot read {file}: {error.strerror}") from None
 
 
 def _parquet_rows(file: Path, columns: list[str] | None) -> Iterator[tuple[int, Row]]:
@@ -111,11 +110,7 @@ def column_names(row: Row, above: str = "") -> Iterator[str]:
 
 def has_cell(row: Row, name: str) -> bool:
     """Returns whether the row has the column, which may be empty."""
-    try:
-        cell_of(row, name)
-    except ValueError:
-        return False
-    return True
+    return name in row or name in column_names(row)
 
 
 def cell_of(row: Row, name: str) -> Any:
@@ -163,9 +158,3 @@ def gold_of(cell: Any, column: str) -> str:
     if not isinstance(cell, str | None):
         raise ValueError(f"{column} is neither a text nor a number: {short(cell)}")
     return cell or ""
-
-
-def short(value: Any) -> str:
-    """Returns a value for an error message: its repr, cut to 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

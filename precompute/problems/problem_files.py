@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from precompute.problems.data_rows import Row, cell_of, data_rows, find_column, gold_of, short, turns_of
+from precompute.config_file import short
+from precompute.problems.data_rows import Row, cell_of, data_rows, find_column, gold_of, turns_of
 from precompute.verify.verifier import Verifier
 from store.errors import ProblemsError
 from store.records import Problem
