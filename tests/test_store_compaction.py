@@ -52,12 +52,6 @@ def test_a_compact_store_is_left_alone(root: Path) -> None:
     assert part.stat().st_mtime_ns == stamp
 
 
-def test_one_teacher_alone_is_compacted_once(tmp_path: Path) -> None:
-    root = make_store(tmp_path / "traces", [trace(0, "ada")], [trace(1, "ada")])
-    assert compact(root).traces == 2
-    assert compact(root).traces == 0
-
-
 def test_parts_are_cut_between_problems(root: Path) -> None:
     compact(root, part_traces=3)
     with open_index(root) as index:

@@ -47,19 +47,14 @@ class Case:
     calls: list[str]
 
 
-class Cases:
-    """Made once each: what an operation that nothing interrupts comes to."""
+class Cases(dict[str, Case]):
+    """What each operation comes to when nothing interrupts it; made once each."""
 
     def __init__(self, place: Path) -> None:
+        super().__init__()
         self._place = place
-        self._made: dict[str, Case] = {}
 
-    def __getitem__(self, name: str) -> Case:
-        if name not in self._made:
-            self._made[name] = self._make(name)
-        return self._made[name]
-
-    def _make(self, name: str) -> Case:
+    def __missing__(self, name: str) -> Case:
         begin, work = BEGINNINGS[name]
         template, whole = self._place / name / "before", self._place / name / "after"
         template.parent.mkdir()
@@ -69,7 +64,8 @@ class Cases:
         before = contents(template)
         outcome = run(work, whole)
         assert outcome.finished, outcome
-        return Case(template, work, before, contents(whole), outcome.calls)
+        self[name] = Case(template, work, before, contents(whole), outcome.calls)
+        return self[name]
 
 
 @pytest.fixture(scope="module")

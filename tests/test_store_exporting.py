@@ -59,17 +59,12 @@ def test_verl_is_a_row_a_problem_with_its_traces_in_target_lst(root: Path, suffi
         "target_lst": [
             # "ada says: it is \boxed{0}" has 25 characters.
             {
-                "content": "ada says: it is \\boxed{0}",
-                "source": "ada",
+                "content": f"{name} says: it is \\boxed{{0}}",
+                "source": name,
                 "quality_score": 1 / 25,
                 "is_correct": True,
-            },
-            {
-                "content": "bob says: it is \\boxed{0}",
-                "source": "bob",
-                "quality_score": 1 / 25,
-                "is_correct": True,
-            },
+            }
+            for name in ("ada", "bob")
         ],
         "extra_info": {"index": 0, "split": "train", "problem_id": problem(0).problem_id},
     }

@@ -49,6 +49,10 @@ def test_the_report_counts_teachers_verdicts_and_tokens(root: Path) -> None:
     assert (bob.problems, bob.covered) == (2, 1)
     assert (eve.traces, eve.verified_share, eve.mean_tokens, eve.verdicts) == (0, 0.0, None, {})
     assert (report.problems, report.traces, report.verified, report.tokens) == (4, 6, 4, 26)
+    sizes = [part.stat().st_size for part in root.rglob("part-*.parquet")]
+    assert (report.parts, report.bytes, report.damaged) == (2, sum(sizes), ())
+    # 0: ada and bob; 1: ada; 2: bob failed; 3: nobody tried.
+    assert report.coverage == {0: 2, 1: 1, 2: 1, 3: 0}
 
 
 def test_tokens_that_nobody_counted_are_unknown_and_no_zeros(tmp_path: Path) -> None:
@@ -66,20 +70,6 @@ def test_tokens_that_nobody_counted_are_unknown_and_no_zeros(tmp_path: Path) -> 
     assert told.startswith("tokens of ada, bob: unknown")
     assert "import its traces again with --tokenizer" in told
     assert any(" 5 tokens" in line for line in lines)
-
-
-def test_coverage_counts_problems_by_teachers_with_a_verified_trace(root: Path) -> None:
-    # 0: ada and bob; 1: ada; 2: bob failed; 3: nobody tried.
-    with TraceStore(root) as store:
-        assert store_report(store).coverage == {0: 2, 1: 1, 2: 1, 3: 0}
-
-
-def test_the_report_says_how_much_lies_on_disk(root: Path) -> None:
-    sizes = [part.stat().st_size for part in root.rglob("part-*.parquet")]
-    with TraceStore(root) as store:
-        report = store_report(store)
-    assert (report.parts, report.bytes) == (2, sum(sizes))
-    assert (report.path, report.manifest.verifier, report.damaged) == (str(root), "math-verify", ())
 
 
 def test_problem_rows_begin_with_what_nobody_solved(root: Path) -> None:

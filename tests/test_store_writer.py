@@ -8,14 +8,12 @@ import multiprocessing
 import os
 import resource
 import signal
-from datetime import UTC
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from store_examples import (
     JUDGE,
-    NOON,
     fork_and_be_killed,
     make_store,
     problem,
@@ -27,7 +25,7 @@ from store_examples import (
 from store.errors import RecipeChangedError, StoreError, StoreForeignError, UserError
 from store.format.files import TMP_MARK
 from store.format.parts import part_rows
-from store.format.schema import TRACE_SCHEMA, teacher_json
+from store.format.schema import TRACE_SCHEMA
 from store.reader import TraceStore
 from store.writer import StoreWriter, recipe_changes
 
@@ -197,11 +195,3 @@ def test_a_place_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Not a directory"):
         StoreWriter.open(tmp_path / "file" / "traces", **JUDGE)
-
-
-def test_a_teacher_file_holds_the_record_and_its_fingerprint(tmp_path: Path) -> None:
-    root = make_store(tmp_path / "traces", [trace(0, "ada")])
-    content = json.loads((root / "teachers" / "ada.json").read_text())
-    assert content == teacher_json(teacher("ada"))
-    assert content["generation_fingerprint"] == trace(0, "ada").generation_fingerprint
-    assert NOON.tzinfo is UTC

@@ -12,7 +12,6 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -25,16 +24,13 @@ LINE_SECONDS = 5.0
 def progress_bars(console: Console) -> Progress:
     """Returns bars with a description, a count, a note (a task field that must be given) and an ETA.
 
-    Without a terminal they draw nothing and the caller prints lines instead. A narrow terminal shows only the
-    remaining time, a wide one also the elapsed time.
+    Without a terminal they draw nothing and the caller prints lines instead.
     """
-    elapsed = [TimeElapsedColumn()] if console.width >= 100 else []
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
-        *elapsed,
         TextColumn("ETA"),
         TimeRemainingColumn(),
         console=console,
