@@ -285,44 +285,9 @@ def test_user_errors_name_what_is_wrong(tmp_path: Path) -> None:
         ConfigError, match=r"engine = 'vlm': give one of auto, openai, transformers, vllm, or"
     ):
         pipeline.run(config(store), engine="vlm")
+    with pytest.raises(ConfigError, match=r"engine = 'json:laod': json has no 'laod'"):
+        pipeline.plan(config(store, GOOD | {"engine": "json:laod"}), limit=2)
     assert not store.exists()
-
-
-OWN_ENGINE = """
-import time
-from precompute.engines import Completion
-
-class Constant:
-    name, version = "constant", "1"
-
-    def __init__(self, text, ids):
-        self.text, self.ids = text, ids
-
-    def generate(self, requests, sampling):
-        for request in requests:
-            if request is None:
-                time.sleep(0.001)
-                continue
-            sample = {"token_ids": self.ids, "logprobs": (), "finish_reason": "stop", "text": self.text}
-            yield Completion(request_id=request.request_id, **sample)
-
-    def close(self):
-        pass
-
-def load(teacher, tokenizer, *, max_length, report):
-    text = f"\\\\boxed{{{max_length}}}"
-    return Constant(text, tuple(tokenizer(text)["input_ids"]))
-"""
-
-
-def test_an_engine_of_the_users_own_is_a_function_in_a_file(tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text(OWN_ENGINE)
-    settings = config(tmp_path / "traces", GOOD | {"engine": f"{tmp_path}/own.py:load", "samples": 2})
-    assert pipeline.run(settings, limit=3).teachers[0].samples == 6
-    (text,) = {trace.text for trace in traces_of(tmp_path / "traces")}
-    assert text.startswith("\\boxed{1")
-    with pytest.raises(ConfigError, match=r"own\.py has no 'laod'"):
-        pipeline.plan(config(tmp_path / "other", GOOD | {"engine": f"{tmp_path}/own.py:laod"}), limit=3)
 
 
 def test_golds_that_do_not_parse_are_left_out_and_reported(tmp_path: Path) -> None:
