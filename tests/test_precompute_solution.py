@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from precompute.config import AnswerForm
-from precompute.verify.final_answer import CLOSING, OPENING, find_answer, has_format, reasoning, to_form
+from precompute.verify.final_answer import CLOSING, OPENING, find_answer, has_format, to_form
 
 FORMS: tuple[AnswerForm, ...] = ("boxed", "answer_tags")
 PIECES = [
@@ -143,11 +143,10 @@ def test_the_format_holds_with_exactly_one_answer(text: str, form: AnswerForm, h
 def test_a_trace_is_mapped_to_the_form_of_the_student() -> None:
     text = "7 halves: <answer>3.5</answer> Done."
     found = find_answer(text)
-    assert reasoning(text, found) == "7 halves: "
     assert to_form(text, found, "boxed") == ("7 halves: \\boxed{", " Done.")
     assert to_form(text, found, "answer_tags") == ("7 halves: <answer>", " Done.")
-    with pytest.raises(ValueError, match="without a final answer"):
-        reasoning("no answer", find_answer("no answer"))
+    with pytest.raises(ValueError, match="no final answer"):
+        to_form("no answer", find_answer("no answer"), "boxed")
 
 
 @given(texts, st.sampled_from([None, *FORMS]), st.booleans())

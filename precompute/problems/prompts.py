@@ -89,12 +89,9 @@ def render_prompt(
 def prompt_warning(
     tokenizer: PreTrainedTokenizerBase, text: str, *, key: str, template: str | None
 ) -> str | None:
-    """Returns a warning about how prompts are rendered, or None.
+    """Returns a warning about how prompts such as `text` are rendered, or None.
 
-    Args:
-        text: one of the prompts.
-        key: the config key that gives a template.
-        template: its value.
+    `key` is the config key that gives a template, `template` its value.
     """
     if tokenizer.chat_template is None:
         return (
@@ -102,8 +99,10 @@ def prompt_warning(
             f"{key} = a Jinja file gives it one"
         )
     bos = tokenizer.bos_token
-    wanted = bos is not None and (template is not None or _adds_bos(tokenizer))
-    if bos is not None and wanted and not text.startswith(bos):
+    if bos is None or text.startswith(bos):
+        return None
+    adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if template is not None or adds_bos:
         return (
             f"the prompts of {_name(tokenizer)} begin without its BOS token {bos!r}; where the model needs "
             f"it, begin the template ({key}) with {{{{ bos_token }}}}"
@@ -117,26 +116,14 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> int:
     A chat model may end a turn with another token (`<end_of_turn>`, say) than the one that its tokenizer
     calls EOS: the one that its template writes behind an answer. Else the tokenizer's, else the smallest.
     """
-    if tokenizer.chat_template is not None and (written := _written_behind_answer(tokenizer, eos_ids)):
-        return written[0]
-    own = tokenizer.eos_token_id
-    return min(eos_ids) if own is None else own
-
-
-def _written_behind_answer(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> list[int]:
     chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "ANSWER"}]
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except (TemplateError, ValueError):  # reported where prompts are rendered
-        return []
-    assert isinstance(text, str)
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except (TemplateError, ValueError):  # no template, or one that fails: reported where prompts are rendered
+        text = ""
     behind = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"]
-    return [token for token in behind if token in eos_ids]
-
-
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Returns whether the tokenizer puts one before plain text by itself."""
-    return bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
+    default = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(eos_ids)
+    return next((token for token in behind if token in eos_ids), default)
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -182,10 +169,8 @@ def _through_template(
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs)
     except TemplateSyntaxError as error:
-        raise ConfigError(
-            f"the chat template of {_name(tokenizer)} is not valid Jinja: "
-            f"line {error.lineno}: {error.message}"
-        ) from None
+        where = f"line {error.lineno}: {error.message}"
+        raise ConfigError(f"the chat template of {_name(tokenizer)} is not valid Jinja: {where}") from None
     except TemplateError as error:
         turns = " and ".join(message["role"] for message in messages)
         raise ConfigError(

@@ -63,10 +63,6 @@ class _Span:
     answer_end: int = -1
     closing_end: int = -1
 
-    @property
-    def closed(self) -> bool:
-        return self.closing_end >= 0
-
 
 def find_answer(text: str, *, form: AnswerForm | None = None, opens_think: bool = False) -> FinalAnswer:
     """Returns the final answer of `text` in `form` (None: in either).
@@ -74,7 +70,9 @@ def find_answer(text: str, *, form: AnswerForm | None = None, opens_think: bool 
     `opens_think`: the prompt ended inside a `<think>` block, so that the text begins as thinking.
     """
     spans = _outermost(_Scan(form, opens_think).spans(text))
-    good = [span for span in spans if span.closed and _holds_something(text, span)]
+    good = [
+        span for span in spans if span.closing_end >= 0 and text[span.answer_start : span.answer_end].strip()
+    ]
     if not good or good[-1] is not spans[-1]:
         return FinalAnswer(count=len(good), broken=len(spans) - len(good))
     last = good[-1]
@@ -96,24 +94,15 @@ def has_format(text: str, *, form: AnswerForm, opens_think: bool = False) -> boo
     return found.answer is not None and found.count == 1 and found.broken == 0
 
 
-def reasoning(text: str, found: FinalAnswer) -> str:
-    """Returns the text before the opening of its final answer. ValueError when it has none."""
-    if found.opening_start is None:
-        raise ValueError("a text without a final answer has no reasoning before it")
-    return text[: found.opening_start]
-
-
 def to_form(text: str, found: FinalAnswer, form: AnswerForm) -> tuple[str, str]:
     """Returns (z_c, rest): the text up to and including an opening in `form`, and the text after the answer.
 
     `z_c + answer + CLOSING[form] + rest` is the same solution written in the student's form (DESIGN 2).
     ValueError when the text has no final answer.
     """
-    return reasoning(text, found) + OPENING[form], text[found.closing_end :]
-
-
-def _holds_something(text: str, span: _Span) -> bool:
-    return bool(text[span.answer_start : span.answer_end].strip())
+    if found.opening_start is None:
+        raise ValueError("the text has no final answer")
+    return text[: found.opening_start] + OPENING[form], text[found.closing_end :]
 
 
 def _outermost(spans: list[_Span]) -> list[_Span]:
