@@ -90,9 +90,9 @@ def plain_loop(task: tuple[Sequence[PairOfTexts], Sequence[PairOfTexts]]) -> Mea
 
     logging.disable(logging.CRITICAL)
     for pairs in task:
-        started, cpu = time.perf_counter(), cpu_seconds()
+        started, cpu = time.perf_counter(), time.process_time()
         correct = tuple(verify(parse(f"\\boxed{{{gold}}}"), parse(response)) for response, gold in pairs)
-    return measured(time.perf_counter() - started, cpu_seconds() - cpu, correct)
+    return measured(time.perf_counter() - started, time.process_time() - cpu, correct)
 
 
 def service(task: tuple[Sequence[PairOfTexts], Sequence[PairOfTexts]]) -> Measured:
@@ -100,17 +100,13 @@ def service(task: tuple[Sequence[PairOfTexts], Sequence[PairOfTexts]]) -> Measur
     # The CPU time of two workers until they are warm is known only when they have ended.
     with Verifier(workers=2) as verifier:
         list(verifier.stream(first))
-    starts, own = worker_cpu_seconds(), cpu_seconds()
+    starts, own = worker_cpu_seconds(), time.process_time()
     with Verifier(workers=2) as verifier:
         list(verifier.stream(first))
         started = time.perf_counter()
         correct = tuple(verdict.is_correct for verdict in verifier.stream(pairs))
         seconds = time.perf_counter() - started
-    return measured(seconds, cpu_seconds() - own + worker_cpu_seconds() - 2 * starts, correct)
-
-
-def cpu_seconds() -> float:
-    return time.process_time()
+    return measured(seconds, time.process_time() - own + worker_cpu_seconds() - 2 * starts, correct)
 
 
 def worker_cpu_seconds() -> float:
@@ -207,14 +203,12 @@ def service_over(task: tuple[Sequence[str], int]) -> Measured:
         started = time.perf_counter()
         correct = sum(verdict.is_correct for verdict in verifier.stream(stream))
         seconds = time.perf_counter() - started
-    return measured(seconds, cpu_seconds() + worker_cpu_seconds(), (correct > 0,))
+    return measured(seconds, time.process_time() + worker_cpu_seconds(), (correct > 0,))
 
 
 def table(ways: dict[str, Measured], count: int) -> Table:
-    drawn = plain_table(f"{count} answers with repeats")
-    drawn.add_column("way", no_wrap=True)
-    for name in ("seconds", "verdicts/s", "ratio", "CPU s", "CPU ratio", "peak MiB"):
-        drawn.add_column(name, justify="right")
+    figures = ("seconds", "verdicts/s", "ratio", "CPU s", "CPU ratio", "peak MiB")
+    drawn = plain_table(f"{count} answers with repeats", text=("way",), numbers=figures)
     first = next(iter(ways.values()))
     for name, way in ways.items():
         drawn.add_row(
