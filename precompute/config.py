@@ -58,7 +58,8 @@ class StoreConfig(Section):
     part_traces: Positive = 512
     """A part file is written after this many verified traces..."""
     part_seconds: Annotated[float, Field(gt=0)] = 15.0
-    """...or this many seconds, whichever comes first. Smaller parts lose less work to a crash."""
+    """...or with the first trace after this many seconds, whichever comes first. Smaller parts lose less work
+    to a crash."""
 
 
 class VerifyConfig(Section):

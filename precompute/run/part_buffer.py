@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
 
@@ -13,7 +12,7 @@ Append = Callable[[Sequence[Trace]], object]
 
 
 class PartBuffer:
-    """Writes a part as soon as it has `part_traces` traces or its first one is `part_seconds` old."""
+    """Writes a part once it has `part_traces` traces, or a trace arrives `part_seconds` after its first."""
 
     def __init__(self, append: Append, *, part_traces: int, part_seconds: float) -> None:
         self._append = append
@@ -38,11 +37,3 @@ class PartBuffer:
             self._failed = True
             self._append(traces)
             self._failed = False
-
-    async def write_in_time(self) -> None:
-        """Writes parts that have become `part_seconds` old, until it is cancelled."""
-        while True:
-            due = self._deadline - time.monotonic()
-            if self._traces and due <= 0:
-                self.write()
-            await asyncio.sleep(due if self._traces else self._part_seconds)

@@ -169,16 +169,7 @@ class Solver:
                 await self._solve(problem, queue, part)
 
         at_once = min(max(OPEN_PROBLEMS, 4 * self.teacher.config.batch_size), len(self.left))
-        solving: asyncio.Future[Any] = asyncio.gather(*(solve_next() for _ in range(at_once)))
-        writing: asyncio.Future[Any] = asyncio.create_task(part.write_in_time())
-        try:
-            done, _ = await asyncio.wait([solving, writing], return_when=asyncio.FIRST_COMPLETED)
-            for each in done:
-                each.result()
-        finally:
-            solving.cancel()
-            writing.cancel()
-            await asyncio.gather(solving, writing, return_exceptions=True)
+        await asyncio.gather(*(solve_next() for _ in range(at_once)))
 
     async def _solve(self, problem: Problem, queue: RequestQueue, part: PartBuffer) -> None:
         """Takes the samples of one problem.
