@@ -13,10 +13,10 @@ import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from store.errors import EngineError
 from store.format.files import whole_file
@@ -25,7 +25,7 @@ PROJECT = "ampo"
 """Project of the runs, where WANDB_PROJECT or TRACKIO_PROJECT names no other."""
 
 
-class Trackers:
+class Trackers(AbstractContextManager["Trackers"]):
     """All programs that `run.report_to` names. A context manager that closes them."""
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -61,9 +61,13 @@ class Trackers:
         """
         if not self._names:
             return
-        identity, self._sft_steps = _identity(run, is_new=after == (0, 0)), sft_steps
+        path = run / "tracker_id"  # distinguishes this run from others of its name
+        if after == (0, 0) or not path.exists():
+            with whole_file(path) as file:
+                file.write(secrets.token_hex(4).encode())
+        name, self._sft_steps = f"{run.name}-{path.read_text()}", sft_steps
         last = (after[0] + sft_steps if after[0] else after[1]) or -1
-        self._started = [_start(name, run, dict(config), identity, last) for name in self._names]
+        self._started = [_start(each, run, dict(config), name, last) for each in self._names]
         for row in rows:
             self.log(row)
 
@@ -79,48 +83,37 @@ class Trackers:
             if step > known or (is_between and step == known):
                 tracker.log(numbers, step=step)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for tracker, _ in self._started:
+    def __exit__(self, *_: object) -> None:
+        for tracker, _known in self._started:
             tracker.finish()
         self._started = []
 
 
-def _start(name: str, run: Path, config: dict[str, Any], identity: str, last: int) -> tuple[Any, int]:
-    """The started tracker, and the last step that it has."""
+def _start(program: str, run: Path, config: dict[str, Any], name: str, last: int) -> tuple[Any, int]:
+    """Returns the started tracker, and the last step that it has."""
     from accelerate import PartialState, tracking
 
     PartialState()  # accelerate's own log lines need it
-    if name == "tensorboard":
-        has_events = (run / name).exists()
+    project = os.environ.get(f"{program.upper()}_PROJECT", PROJECT)
+    if program == "tensorboard":
+        has_events = (run / program).exists()
         # Events past the last checkpoint are hidden.
-        board = tracking.TensorBoardTracker(name, logging_dir=run, purge_step=last + 1)
+        board = tracking.TensorBoardTracker(program, logging_dir=run, purge_step=last + 1)
         board.start()
         if not has_events:
             board.log({"config": json.dumps(config)}, step=0)
         return board, last if has_events else -1
-    project = os.environ.get(f"{name.upper()}_PROJECT", PROJECT)
-    if name == "trackio":
-        options = {"name": f"{run.name}-{identity}", "config": config, "resume": "allow"}
-        database = tracking.TrackioTracker(project, **options)
+    if program == "trackio":
+        database = tracking.TrackioTracker(project, name=name, config=config, resume="allow")
         database.start()
         # It stores a step twice without a warning, and no public name gives its last step.
         return database, database.tracker._next_step - 1
-    return _start_wandb(project, run, config, identity)
-
-
-def _start_wandb(project: str, run: Path, config: dict[str, Any], identity: str) -> tuple[Any, int]:
-    """A resumed run continues under its id. Offline it has to log all steps again, since `wandb sync` keeps
-    the last directory of a run only."""
-    from accelerate.tracking import WandBTracker
     from wandb import Error
 
-    options = {"name": run.name, "id": f"{run.name}-{identity}", "resume": "allow", "dir": run}
-    tracker = WandBTracker(project, config=config, settings={"console": "off"}, **options)
+    # A resumed run continues under its id. Offline it has to log all steps again, since `wandb sync` keeps
+    # the last directory of a run only.
+    options = {"name": run.name, "id": name, "resume": "allow", "dir": run, "config": config}
+    tracker = tracking.WandBTracker(project, settings={"console": "off"}, **options)
     try:
         tracker.start()
     except Error as error:
@@ -129,14 +122,3 @@ def _start_wandb(project: str, run: Path, config: dict[str, Any], identity: str)
             f"run.report_to: wandb cannot start: {reason}; `wandb login`, or set WANDB_MODE=offline"
         ) from error
     return tracker, tracker.tracker.starting_step - 1
-
-
-def _identity(run: Path, *, is_new: bool) -> str:
-    """Distinguishes this run from others of its name; a resumed run keeps its own."""
-    path = run / "tracker.json"
-    if path.exists() and not is_new:
-        return str(json.loads(path.read_text(encoding="utf-8"))["identity"])
-    identity = secrets.token_hex(4)
-    with whole_file(path) as file:
-        file.write(json.dumps({"identity": identity}).encode() + b"\n")
-    return identity
