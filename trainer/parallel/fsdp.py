@@ -6,38 +6,36 @@ all of them.
 Each rank keeps 1/size of every weight in float32. A layer's weights are gathered while it computes, in the
 type that it computes in, and resharded afterwards. Gradients are summed in float32.
 
-In a single process nothing is changed, and FSDP2 is not imported.
+In a single process nothing is changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from store.errors import ConfigError, EngineError
+from store.errors import ConfigError
 from trainer.config import Config
 from trainer.parallel.world import World
 
-
-class Shardable(Protocol):
-    """The part of a Policy that is needed here."""
-
-    model: Any
-    causal: Any
-    device: torch.device
-    dtype: torch.dtype
-    target_values: Any
-    gathered: Any
-    shards: list[Any]
-    is_gathered: bool
-
-    def computing(self) -> AbstractContextManager[Any]: ...
+Policy = Any
+"""A student.policy.Policy, which is a layer above this one."""
+UNSHARDED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def check_shardable(config: Config, world: World) -> None:
@@ -57,20 +55,16 @@ def check_shardable(config: Config, world: World) -> None:
 
 
 def initial_device(world: World) -> torch.device | None:
-    """The device on which `load_policy` creates a model that `shard` then moves; None: the student's own."""
+    """Returns the device that holds the model until `shard` moves it; None: the student's."""
     if world.size == 1:
         return None
     return torch.device("cpu" if world.is_main else "meta")
 
 
-def shard(policy: Shardable, world: World) -> None:
+def shard(policy: Policy, world: World) -> None:
     """Shards the policy's weights over the ranks, which have to make each pass together from here on."""
     if world.size == 1:
         return
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-
-    _check_same_model(policy, world)
     mesh = init_device_mesh(policy.device.type, (world.size,))
     # Layers are gathered in the type they compute in. Embedding, last norm and head stay float32, since the
     # residual stream and the logits are computed in it.
@@ -98,28 +92,17 @@ def shard(policy: Shardable, world: World) -> None:
     register_fsdp_forward_method(policy.causal, "target_values")
     policy.target_values = policy.causal.target_values
     policy.gathered = partial(gathered_weights, policy)
-    _first_pass(policy)
+    # A first pass makes FSDP find its root module, which `gathered_weights` needs.
+    with torch.no_grad(), policy.computing():
+        policy.causal(input_ids=torch.zeros((1, 2), dtype=torch.long, device=policy.device))
+    policy.causal.reset_iter_state()
 
 
-def _check_same_model(policy: Shardable, world: World) -> None:
-    named = [*policy.causal.named_parameters(), *policy.causal.named_buffers()]
-    mine = [(name, tensor.shape, tensor.dtype) for name, tensor in named]
-    assert world.from_main(lambda: mine) == mine, "all ranks load the same model"
-
-
-def _broadcast_buffers(policy: Shardable) -> None:
+def _broadcast_buffers(policy: Policy) -> None:
     """Copies rank 0's buffers to all ranks. Some, such as rotary frequencies, are in no file."""
     for module in policy.causal.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, _from_rank_0(buffer, policy.device))
-        missing = [
-            name for name, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta
-        ]
-        if missing:
-            raise EngineError(
-                f"{type(policy.causal).__name__} is not supported in several processes: {missing[0]} of its "
-                f"{type(module).__name__} is neither a weight nor a buffer"
-            )
 
 
 def _broadcast_weights(module: nn.Module, device: torch.device) -> None:
@@ -136,22 +119,14 @@ def _broadcast_weights(module: nn.Module, device: torch.device) -> None:
 
 @torch.no_grad()
 def _from_rank_0(tensor: Tensor, device: torch.device) -> Tensor:
-    """Rank 0's values, in every rank."""
+    """Returns rank 0's values, in every rank."""
     copy = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
     dist.broadcast(copy, src=0)
     return copy
 
 
-@torch.no_grad()
-def _first_pass(policy: Shardable) -> None:
-    """Makes FSDP find its root module, which `gathered_weights` needs."""
-    with policy.computing():
-        policy.causal(input_ids=torch.zeros((1, 2), dtype=torch.long, device=policy.device))
-    policy.causal.reset_iter_state()
-
-
 @contextmanager
-def gathered_weights(policy: Shardable) -> Iterator[None]:
+def gathered_weights(policy: Policy) -> Iterator[None]:
     """Gathers all weights in every rank for the block, in which each computes at its own pace. Nests."""
     if policy.is_gathered:
         yield
@@ -171,38 +146,30 @@ def gathered_weights(policy: Shardable) -> Iterator[None]:
         policy.causal.reset_iter_state()
 
 
-def trained_weights(policy: Shardable) -> dict[str, Any] | None:
-    """Name -> unsharded weight on the CPU, of the weights that train, on rank 0; the others get none.
+def trained_weights(policy: Policy) -> dict[str, Any] | None:
+    """Returns name -> unsharded weight on the CPU, of the weights that train; {} in ranks other than 0.
 
     None where nothing is sharded: the model's own weights are meant then. All ranks have to call it.
     """
     if not policy.shards:
         return None
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    return get_model_state_dict(policy.model, options=options)
+    return get_model_state_dict(policy.model, options=replace(UNSHARDED, ignore_frozen_params=True))
 
 
-def optimizer_state(policy: Shardable, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Unsharded `state_dict` with weights by name, on rank 0's CPU; the others get none.
+def optimizer_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Returns the unsharded `state_dict` on the CPU, with weights by name; {} in ranks other than 0.
 
     The number of ranks makes no difference to it. All ranks have to call it.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-
     if not optimizer.state:  # torch would take a step to make one
         return optimizer.state_dict()
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_optimizer_state_dict(policy.model, optimizer, options=options)
+    return get_optimizer_state_dict(policy.model, optimizer, options=UNSHARDED)
 
 
-def load_optimizer_state(policy: Shardable, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_optimizer_state(policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Loads what `optimizer_state` returned; each rank takes its shard of it."""
     if not policy.shards:
         optimizer.load_state_dict(state)
         return
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
     options = StateDictOptions(full_state_dict=True)
     set_optimizer_state_dict(policy.model, optimizer, state, options=options)

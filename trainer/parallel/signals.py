@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 from trainer.parallel.world import World
 
@@ -21,11 +19,11 @@ class StopRequest:
         self._prints = prints
 
     def agreed(self, world: World) -> str | None:
-        """The signal that any rank has received, the same in all ranks; every rank has to call it."""
-        return next((signal for signal in world.gather(self.signal) if signal is not None), None)
+        """Returns the signal that any rank has received, equal in all ranks; every rank has to call it."""
+        return next((name for name in world.gather(self.signal) if name is not None), None)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler."""
+        """Handles a signal."""
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
@@ -36,14 +34,10 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals(*, prints: bool = True) -> Iterator[StopRequest]:
-    """Routes SIGINT and SIGTERM to a StopRequest for the block; outside the main thread it never fires."""
+    """Routes SIGINT and SIGTERM to a StopRequest for the block. Python allows it in the main thread only."""
     request = StopRequest(prints=prints)
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    before: dict[int, Any] = {
-        number: signal.signal(number, request.receive) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, request.receive) for number in numbers}
     try:
         yield request
     finally:

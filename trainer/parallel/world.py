@@ -48,11 +48,11 @@ class World:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """Every `size`-th item, from index `rank` on."""
+        """Returns every `size`-th item, from index `rank` on."""
         return list(items[self.rank :: self.size])
 
     def gather(self, mine: T) -> list[T]:
-        """[size], every rank's value, in every rank."""
+        """Returns [size], every rank's value, in every rank."""
         if self.size == 1:
             return [mine]
         found: list[Any] = [None] * self.size
@@ -64,7 +64,7 @@ class World:
         self.gather(None)
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """The value that `make` returns in rank 0, in every rank; the others do not call it."""
+        """Returns rank 0's `make()`, in every rank; the others do not call it."""
         if self.size == 1:
             return make()
         found: list[Any] = [make() if self.is_main else None]
@@ -77,19 +77,16 @@ ALONE = World()
 
 
 def full_tensor(tensor: Any) -> Tensor:
-    """The unsharded tensor. All ranks have to call it."""
+    """Returns the unsharded tensor. All ranks have to call it."""
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full
 
 
 @contextmanager
 def torchrun_world(device: torch.device) -> Iterator[World]:
-    """The ranks that `torchrun` started, for the block; ALONE where it did not start this process.
+    """Yields the ranks that `torchrun` started; ALONE where it did not start this process.
 
-    Where a rank fails, all end, and the reason is printed once.
-
-    Args:
-        device: the student's.
+    Where a rank fails, all end, and the reason is printed once. `device`: the student's.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if not dist.is_torchelastic_launched() or size == 1:

@@ -167,7 +167,7 @@ def make_updater(config: Config, policy: Policy, optimizer: torch.optim.Optimize
 
 
 def open_store(config: Config, stack: ExitStack) -> TraceStore | None:
-    """Returns the store if the run reads it; StoreError when a configured teacher is not in it."""
+    """Returns the store if the run reads it. Raises StoreError when a configured teacher is not in it."""
     if config.guidance.trigger == "never" and not config.sft.steps:
         return None
     store = stack.enter_context(TraceStore(config.store.path))
