@@ -19,14 +19,11 @@ def explain_step(run: RunFiles, step: Position, saved: Path | None) -> Iterator[
     where = f"the last checkpoint is {saved}" if saved else "no checkpoint exists yet"
     try:
         yield
-    except FloatingPointError as error:
-        batch = ""
-        if isinstance(error, NonFiniteError):
-            batch = f"its batch is in {run.write_failed_batch(step, error.sequences)}; "
-        raise TrainingError(
-            f"{step}: {error}; {batch}{where}; a smaller train.learning_rate often helps"
-        ) from error
-    except EngineError as error:
+    except NonFiniteError as error:
+        batch = run.write_failed_batch(step, error.sequences)
+        cause = f"{error}; its batch is in {batch}; a smaller train.learning_rate often helps"
+        raise TrainingError(f"{step}: {cause}; {where}") from error
+    except (FloatingPointError, EngineError) as error:
         raise TrainingError(f"{step}: {error}; {where}") from error
     except torch.OutOfMemoryError as error:
         raise TrainingError(
