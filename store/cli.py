@@ -308,7 +308,8 @@ def store_export(
 
     Example: `ampo store export traces --to verl --out train.parquet --max-per-problem 4`
     """
-    from store.export.exporting import ExportOptions, export
+    from store.export.export_forms import ExportOptions
+    from store.export.exporting import export
     from store.reader import TraceStore
     from store.terminal.progress import Meter
 

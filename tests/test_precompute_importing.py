@@ -25,7 +25,8 @@ from precompute.imports.import_traces import ImportReport, import_traces
 from precompute.run.refilter import refilter
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, EngineError, ProblemsError, RecipeChangedError, StoreError
-from store.export.exporting import ExportOptions, export
+from store.export.export_forms import ExportOptions
+from store.export.exporting import export
 from store.reader import TraceStore
 from store.records import Problem, Trace
 from trainer.telemetry.console import TrainReporter

@@ -15,8 +15,8 @@ from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
 
 from precompute.imports.foreign_rows import ImportColumns, ImportForm, TeacherNames
 from store.errors import StoreError, UserError
-from store.export.export_forms import EXPORT_FORMS, Solved
-from store.export.exporting import WRITERS, ExportOptions, ExportReport, export, in_turns
+from store.export.export_forms import EXPORT_FORMS, ExportOptions, ExportReport, Solved
+from store.export.exporting import WRITERS, export, in_turns
 from store.reader import TraceStore
 from store.records import Problem
 from store.writer import StoreWriter

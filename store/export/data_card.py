@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from huggingface_hub import DatasetCardData
 
-from store.export.export_forms import HF_COLUMNS
+from store.export.export_forms import HF_COLUMNS, ExportOptions, ExportReport
 from store.reader import TraceStore
 from store.records import TeacherRecord
 from store.reports.report import store_report
-
-if TYPE_CHECKING:
-    from store.export.exporting import ExportOptions, ExportReport
 
 _LICENSE = """\
 The traces are the output of the models below and the problems come from the sources in the column `source`:

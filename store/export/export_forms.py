@@ -19,6 +19,43 @@ from store.records import Problem, TeacherRecord, Trace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """Selection of traces and their form."""
+
+    everything: bool = False
+    """Wrong and filtered traces too; otherwise usable ones alone."""
+    teachers: tuple[str, ...] = ()
+    """Empty: all."""
+    max_per_problem: int | None = None
+    """The teachers take turns: the first trace of each, then the second."""
+    system_prompt: str | None = None
+    """Replaces every system turn; None: the problem's (chat: the teacher's), empty: none."""
+    overwrite: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class ExportReport:
+    """Counts of an export."""
+
+    path: str
+    form: str
+    problems: int = 0
+    """With at least one trace."""
+    rows: int = 0
+    traces: dict[str, int]
+    """By teacher."""
+
+    @property
+    def line(self) -> str:
+        """The report in one line."""
+        teachers = ", ".join(f"{name} {count:,}" for name, count in sorted(self.traces.items()))
+        return (
+            f"wrote {self.path}: {self.form}, {self.rows:,} rows, {self.problems:,} problems, "
+            f"{sum(self.traces.values()):,} traces ({teachers})"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Solved:
     """A problem with the traces to export, at least one."""
 

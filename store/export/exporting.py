@@ -9,7 +9,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import groupby, islice, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +18,15 @@ import pyarrow.parquet as pq
 
 from store.errors import StoreError, UserError
 from store.export.data_card import data_card
-from store.export.export_forms import EXPORT_FORMS, HF_COLUMNS, Form, Solved, hf_rows
+from store.export.export_forms import (
+    EXPORT_FORMS,
+    HF_COLUMNS,
+    ExportOptions,
+    ExportReport,
+    Form,
+    Solved,
+    hf_rows,
+)
 from store.format.files import TMP_MARK, disk_errors_named, sync, whole_file
 from store.format.parts import one_line
 from store.format.schema import schema_of
@@ -37,43 +44,6 @@ DATA_FILE = "data/train.parquet"
 Rows = Iterator[dict[str, Any]]
 Progress = Callable[[int, int], None]
 """Called with (problems done, all problems)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportOptions:
-    """Selection of traces and their form."""
-
-    everything: bool = False
-    """Wrong and filtered traces too; otherwise usable ones alone."""
-    teachers: tuple[str, ...] = ()
-    """Empty: all."""
-    max_per_problem: int | None = None
-    """The teachers take turns: the first trace of each, then the second."""
-    system_prompt: str | None = None
-    """Replaces every system turn; None: the problem's (chat: the teacher's), empty: none."""
-    overwrite: bool = False
-
-
-@dataclass(slots=True, kw_only=True)
-class ExportReport:
-    """Counts of an export."""
-
-    path: str
-    form: str
-    problems: int = 0
-    """With at least one trace."""
-    rows: int = 0
-    traces: dict[str, int]
-    """By teacher."""
-
-    @property
-    def line(self) -> str:
-        """The report in one line."""
-        teachers = ", ".join(f"{name} {count:,}" for name, count in sorted(self.traces.items()))
-        return (
-            f"wrote {self.path}: {self.form}, {self.rows:,} rows, {self.problems:,} problems, "
-            f"{sum(self.traces.values()):,} traces ({teachers})"
-        )
 
 
 def export(
