@@ -66,7 +66,7 @@ class VerifyConfig(Section):
     """[verify]: the verifier of teacher and student alike."""
 
     default: str = "math"
-    """The kind of verification: a name in precompute.verify.base.VERIFIERS, or a function of yours as
+    """The kind of verification: a name in precompute.verify.registry.VERIFIERS, or a function of yours as
     `module:function` or `file.py:function`."""
     workers: Positive = 2
     """Worker processes; each parses one answer at a time."""

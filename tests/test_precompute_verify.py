@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from precompute.verify.base import verifier_record
+from precompute.verify.registry import verifier_record
 from precompute.verify.verifier import MAX_ANSWER_CHARS, VERIFIER_VERSION, Verifier, verify_answer
 from store.errors import ConfigError
 

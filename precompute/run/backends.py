@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from importlib.util import find_spec
+from collections.abc import Sequence
+from contextlib import closing
 
 from precompute.config import PrecomputeConfig, TeacherConfig
 from precompute.engines.registry import load_engine, prepare_engine, resolve_engine
 from precompute.run.progress import Reporter
-from precompute.run.shard import Shard
 from precompute.run.solve import PreparedTeacher, Solver, longest_prompt
 from precompute.verify.verifier import Verifier
-from store.errors import ConfigError, EngineError
 from store.records import Problem
 from store.writer import StoreWriter
 
@@ -59,24 +56,3 @@ class Backend:
             ) as engine:
                 solver.run(engine, writer.append, config.store)
         reporter.progress(solver.progress(), last=True)
-
-
-@contextmanager
-def open_backend(
-    config: PrecomputeConfig, engine: str | None, shard: Shard | None, reporter: Reporter
-) -> Iterator[Backend]:
-    """Connects to the cluster for the engine "ray"; any other engine (None: each teacher's own) is local.
-
-    Raises EngineError, and ConfigError for a shard on a cluster.
-    """
-    if engine != RAY:
-        yield Backend(engine, shard.name if shard else None)
-        return
-    if shard is not None:
-        raise ConfigError(f"--shard {shard}: --engine ray splits the problems itself; give one of the two")
-    if find_spec("ray") is None:
-        raise EngineError('engine "ray" is not installed; pip install "ampo[ray]" installs it')
-    from precompute.run.ray_cluster import connected
-
-    with connected(config.ray, reporter) as cluster:
-        yield cluster

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from precompute.config import PrecomputeConfig, TeacherConfig
 from precompute.engines.registry import load_tokenizer
 from precompute.problems.problem_files import load_problems, of_key, split_by_gold
 from precompute.problems.prompts import demanded_form, tokenizer_fingerprint
-from precompute.run.backends import RAY, Backend, open_backend
+from precompute.run.backends import RAY, Backend
 from precompute.run.plan import (
     PrecomputePlan,
     PrecomputeReport,
@@ -41,7 +42,7 @@ from precompute.run.solve import (
     samples_left,
 )
 from precompute.verify.verifier import Verifier
-from store.errors import ConfigError, ProblemsError
+from store.errors import ConfigError, EngineError, ProblemsError
 from store.records import Problem, TeacherRecord, content_hash
 from store.writer import StoreWriter
 
@@ -273,3 +274,24 @@ def _teacher_plan(
         opens_think=first.opens_think,
         answer_form=demanded_form(teacher.config, problems[0]),
     )
+
+
+@contextmanager
+def open_backend(
+    config: PrecomputeConfig, engine: str | None, shard: Shard | None, reporter: Reporter
+) -> Iterator[Backend]:
+    """Connects to the cluster for the engine "ray"; any other engine (None: each teacher's own) is local.
+
+    Raises EngineError, and ConfigError for a shard on a cluster.
+    """
+    if engine != RAY:
+        yield Backend(engine, shard.name if shard else None)
+        return
+    if shard is not None:
+        raise ConfigError(f"--shard {shard}: --engine ray splits the problems itself; give one of the two")
+    if find_spec("ray") is None:
+        raise EngineError('engine "ray" is not installed; pip install "ampo[ray]" installs it')
+    from precompute.run.ray_cluster import connected
+
+    with connected(config.ray, reporter) as cluster:
+        yield cluster

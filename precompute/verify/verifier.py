@@ -1,6 +1,6 @@
 """The verifier of teacher and student alike: is the final answer of a response equal to the gold answer?
 
-    response --(final_answer.find_answer, linear)--> answer --(worker process, verify/base.py)--> Verdict
+    response --(final_answer.find_answer, linear)--> answer --(worker process, verify/registry.py)--> Verdict
 
 Parsing mathematics that a model wrote may take forever or all memory (2^{2^{2^{...}}}), and no signal and no
 thread can stop it. So it happens in worker processes with a limit on their memory, which are killed at a
@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from precompute.config import AnswerForm, VerifyConfig
-from precompute.verify.base import PAIRWISE, Outcome, Request, verifier_record
+from precompute.verify.base import Outcome, Request
 from precompute.verify.final_answer import FinalAnswer, find_answer
 from precompute.verify.plain_numbers import compare_numbers
 from precompute.verify.pool import WorkerPool
+from precompute.verify.registry import PAIRWISE, verifier_record
 
 VERIFIER_NAME, VERIFIER_VERSION = verifier_record("math")
 

@@ -10,7 +10,8 @@ import signal
 from contextlib import suppress
 from numbers import Real
 
-from precompute.verify.base import VERIFIERS, Outcome, Request, VerifierFunction, chosen_verifier
+from precompute.verify.base import Outcome, Request, VerifierFunction
+from precompute.verify.registry import VERIFIERS, chosen_verifier
 
 CPU_SECONDS = 1
 """A computation ends this long after its deadline even where nobody is left to kill it."""
