@@ -438,6 +438,21 @@ def test_a_run_is_trained_by_one_process_at_a_time(world: Path, model_dir: Path)
     assert run(world, model_dir, run__name="held", train__max_steps=1).step == 1
 
 
+def test_what_another_process_trained_while_this_one_was_loading_is_not_overwritten(
+    world: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.assemble
+
+    def slowly(*arguments: Any) -> loop.Parts:
+        monkeypatch.setattr(loop, "assemble", real)
+        run(world, model_dir, run__name="overtaken", train__max_steps=1)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "assemble", slowly)
+    with pytest.raises(RunError, match="by another process meanwhile"):
+        run(world, model_dir, run__name="overtaken", train__max_steps=1)
+
+
 def test_a_store_that_covers_less_than_half_is_told(world: Path, model_dir: Path, tmp_path: Path) -> None:
     # 8 of the 12 problems have a trace; with 8 strangers beside them 8 of 20.
     strangers = [Problem(question=f"{n}-0", answer=str(n)) for n in range(8)]

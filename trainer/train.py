@@ -30,6 +30,7 @@ from trainer.parallel.world import ALONE, World
 from trainer.run.errors import explain_memory, explain_step
 from trainer.run.resume import (
     TrainReport,
+    check_unchanged,
     find_complete_start,
     resume_state,
     save_checkpoint,
@@ -64,14 +65,15 @@ def train(
     Raises UserError for everything that a user can mend, before the first step.
     """
     run = RunFiles(Path(config.run.dir).absolute() / config.run.name, writes=world.is_main)
+    start_from = world.from_main(lambda: find_complete_start(run, config, resume))
     run.check_writable()
     with ExitStack() as stack:
-        stack.enter_context(run.held())
-        start_from = world.from_main(lambda: find_complete_start(run, config, resume))
         with explain_memory("setting up the run"):
             parts = assemble(config, run, start_from, reporter, stack, world)
         with explain_memory(f"loading the optimizer of {start_from}"):
             done = resume_state(parts, start_from, changed_store=changed_store)
+        stack.enter_context(run.held())
+        world.from_main(lambda: check_unchanged(run, config, resume, start_from))
         resumed = start_from is not None and start_from.parent == run.checkpoints
         after = done if resumed else Position()
         run.start(config, after=after, processes=world.size)

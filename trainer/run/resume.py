@@ -44,6 +44,14 @@ def find_complete_start(run: RunFiles, config: Config, resume: str) -> Path | No
     return start_from
 
 
+def check_unchanged(run: RunFiles, config: Config, resume: str, start_from: Path | None) -> None:
+    """Raises RunError when another process trained the run while this one was loading."""
+    if find_start(run, config, resume) != start_from:
+        raise RunError(
+            f"{run.root} was trained by another process meanwhile; the same command goes on from there"
+        )
+
+
 def find_start(run: RunFiles, config: Config, resume: str) -> Path | None:
     """Returns the checkpoint to resume from, None for a new run. Raises RunError when steps would be lost."""
     own = checkpoint.checkpoints(run.checkpoints)

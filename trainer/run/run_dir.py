@@ -131,8 +131,8 @@ class RunFiles:
         if not self.writes:
             yield
             return
-        self.root.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.root.with_name(f".{self.root.name}.lock"))
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.root / ".train.lock")
         if not lock.acquire(wait=False):
             raise RunError(
                 f"{self.root} is being trained by process {lock.holder() or 'unknown'}; wait for it to end, "
