@@ -225,9 +225,9 @@ def test_dry_run_shows_everything_and_touches_nothing(small_world: Path, model_d
 
 def test_a_warning_before_the_first_step_is_said_once(small_world: Path, model_dir: Path) -> None:
     overrides = settings(small_world, model_dir, run__name="warned", train__max_steps=0)
-    done = ampo("train", *sets(overrides), "--set", "rollout.vllm_sleep=false")
+    done = ampo("train", *sets(overrides), "--set", "rollout.top_p=0.9")
     assert done.returncode == 0, done.stderr
-    assert (done.stdout + done.stderr).count("rollout.vllm_sleep = False is not read") == 1
+    assert (done.stdout + done.stderr).count("rollout.top_p below 1") == 1
 
 
 def test_the_resolved_config_of_a_dry_run_is_a_config(

@@ -321,7 +321,6 @@ def test_a_prompt_with_brackets_is_shown_as_it_is(tmp_path: Path, model_dir: Pat
     assert "<user>[b]1[/b]+1<assistant>" in report
 
 
-def test_a_key_that_is_not_read_is_warned_of(world: Path, model_dir: Path) -> None:
-    report, _ = printed(config_of(world, model_dir, rollout__vllm_gpu_memory_utilization=0.3))
-    assert 'rollout.vllm_gpu_memory_utilization = 0.3 is not read: rollout.engine = "transformers"' in report
+def test_a_sampler_that_biases_training_is_warned_of(world: Path, model_dir: Path) -> None:
+    assert "rollout.top_p below 1" in printed(config_of(world, model_dir, rollout__top_p=0.9))[0]
     assert "warning" not in printed(config_of(world, model_dir))[0]
