@@ -171,7 +171,7 @@ def test_the_pipeline_fills_a_store_through_vllm(
         }
     )
     report = pipeline.run(settings, engine="vllm", limit=16)
-    assert (report.teachers[0].engine, report.teachers[0].samples) == ("vllm", 16)
+    assert report.teachers[0].samples == 16
     with TraceStore(tmp_path / "traces") as store:
         assert store.teachers()["totals"].engine == "vllm"
         assert len(store.traces()) == 16

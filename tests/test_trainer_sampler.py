@@ -39,7 +39,6 @@ URLS = ["http://127.0.0.1:8000/v1"]
     ("changes", "said"),
     [
         ({"rollout__base_urls": URLS}, r'set engine = "vllm"'),
-        (VLLM | {"rollout__served_model_name": "s"}, "served_model_name = 's' .* set base_urls"),
         (VLLM | {"rollout__base_urls": ["gpu1:8000"]}, "is not a URL"),
         (VLLM | {"rollout__base_urls": ["http://user:sesame@gpu1/v1"]}, "carries no key"),
         (VLLM | {"rollout__vllm_args__max_num_seqs": 4}, "set rollout.batch_size"),
