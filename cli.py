@@ -1,8 +1,8 @@
 """The `ampo` command; mounts the commands of precompute/, store/, trainer/ and lab/.
 
-ampo precompute teachers     teachers solve, the verifier judges, the store keeps
-ampo train                   the student samples, asks where all failed, learns
-ampo inspect store queries   what was asked, what came back, what was used
+ampo precompute teachers     teachers solve problems; verified traces go into the store
+ampo train                   the student samples, queries the store where all failed, learns
+ampo inspect store queries   what the trainer queried, what came back, what it used
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
     # Before torch loads OpenMP: threads that spin while they wait make a step 10 to 15 times slower as soon
     # as anything else (our own verifier's workers, say) wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # At import it tells of a faster kernel that no package of ours wants.
+    # At import it reports a faster kernel that nothing here needs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()

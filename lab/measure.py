@@ -48,15 +48,15 @@ def sample(
     """Samples one solution per row of prompt_ids [B, P] at temperature 1: [B, T], END_ID after its end."""
     cache = DynamicCache(config=model.config)
     tokens = prompt_ids
-    drawn: list[Tensor] = []
+    sampled: list[Tensor] = []
     running = torch.ones(len(prompt_ids), dtype=torch.bool)
-    while len(drawn) < max_new_tokens and bool(running.any()):
+    while len(sampled) < max_new_tokens and bool(running.any()):
         step = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         tokens = torch.multinomial(step.logits[:, -1].softmax(-1), 1, generator=generator)
         tokens = tokens.masked_fill(~running[:, None], END_ID)
         running &= tokens[:, 0] != END_ID
-        drawn.append(tokens)
-    return torch.cat(drawn, dim=1)
+        sampled.append(tokens)
+    return torch.cat(sampled, dim=1)
 
 
 def is_correct(text: str, chain: Chain) -> bool:

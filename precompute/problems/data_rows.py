@@ -28,7 +28,7 @@ Row = Mapping[str, Any]
 
 
 class Turn(NamedTuple):
-    """A text in a cell, with what its entry tells about it."""
+    """A text in a cell, with the other facts of its entry."""
 
     text: str
     """Empty where there is none."""
