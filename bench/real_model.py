@@ -33,7 +33,7 @@ from store.reader import TraceStore
 from store.reports.report import store_report
 from store.terminal.tables import plain_table
 from trainer.config import Config
-from trainer.method.groups import Group, Rewarder
+from trainer.method.groups import Group
 from trainer.method.guidance import answer_scores, bare_answer
 from trainer.method.rollouts import demanded_form
 from trainer.method.teacher_traces import Candidate
@@ -42,7 +42,7 @@ from trainer.reports.tables import by_query
 from trainer.run.checkpoint import checkpoints
 from trainer.run.prompts import fitting_prompts, usable_problems
 from trainer.run.run_dir import Position
-from trainer.run.setup import make_guide
+from trainer.run.setup import trace_reader
 from trainer.student.batches import fill, pad
 from trainer.student.load import load_policy
 from trainer.student.policy import Policy
@@ -109,16 +109,14 @@ def read_traces(config: Config, model: str) -> list[Reading]:
         store = stack.enter_context(TraceStore(config.store.path))
         problems = usable_problems(config, "train", verifier, TrainReporter())
         form = demanded_form(config.student, problems)
-        rewarder = Rewarder(verifier, answer_form=form, weights=config.rewards)
-        guide = make_guide(config, store, policy, rewarder)
+        traces = trace_reader(config, store, policy, form)
         prompts = fitting_prompts(config, problems, policy.tokenizer, TrainReporter())
-        assert guide.traces is not None
         pairs = [
             (Group(prompt=prompt, samples=()), candidate)
-            for prompt, candidates in guide.traces.all_candidates(prompts)
+            for prompt, candidates in traces.all_candidates(prompts)
             for candidate in candidates
         ]
-        gold = [guide.traces.encode(bare_answer(group.prompt.problem.answer)) for group, _ in pairs]
+        gold = [traces.encode(bare_answer(group.prompt.problem.answer)) for group, _ in pairs]
         answers = answer_scores(
             policy,
             [

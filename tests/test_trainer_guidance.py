@@ -20,7 +20,7 @@ from store.errors import ConfigError, StoreError
 from store.reader import TraceStore
 from store.records import Problem, TeacherRecord, Trace
 from store.writer import StoreWriter
-from trainer.config import DEFAULT_REWARDS, GuidanceConfig
+from trainer.config import DEFAULT_REWARDS, Config, GuidanceConfig, RolloutConfig, TrainConfig
 from trainer.method.groups import Group, Rewarder, Sample
 from trainer.method.guidance import (
     Guide,
@@ -30,8 +30,8 @@ from trainer.method.guidance import (
     guidance_size,
     mean_probability_scores,
 )
-from trainer.method.teacher_traces import Candidate, TraceReader
-from trainer.run.setup import check_tokenizers
+from trainer.method.teacher_traces import Candidate
+from trainer.run.setup import check_tokenizers, trace_reader
 from trainer.student.policy import Policy
 
 PROBLEMS = [Problem(question=f"{n}+1", answer=str(n + 1)) for n in range(3)]
@@ -105,20 +105,16 @@ def group(problem: Problem, correct: tuple[bool, ...] = (False,) * 4) -> Group:
     return Group(prompt=prompt_of(problem, prompt_ids), samples=samples)
 
 
-def guide_of(store: Any, rewarder: Rewarder, *, max_length: int = 200, **changes: Any) -> Guide:
-    config, policy = (
-        GuidanceConfig(**changes),
-        Policy(tiny_model(), tiny_tokenizer(), dtype=torch.float32),
+def guide_of(
+    store: Any, rewarder: Rewarder, *, max_length: int = 200, max_tokens: int = 120, **changes: Any
+) -> Guide:
+    config = Config(
+        guidance=GuidanceConfig(**changes),
+        rollout=RolloutConfig(max_completion_length=max_length),
+        train=TrainConfig(max_tokens_per_microbatch=max_tokens),
     )
-    traces = TraceReader(
-        store=store,
-        student=policy,
-        form=rewarder.answer_form,
-        teachers=config.teachers,
-        max_length=max_length,
-        own_ids=config.reads_teacher_logprobs,
-    )
-    return Guide(config, traces, policy, rewarder, max_tokens=120, seed=0)
+    policy = Policy(tiny_model(), tiny_tokenizer(), dtype=torch.float32)
+    return Guide(config, trace_reader(config, store, policy, rewarder.answer_form), policy, rewarder)
 
 
 def test_only_groups_in_which_all_failed_are_queried(store: TraceStore, rewarder: Rewarder) -> None:
@@ -213,7 +209,7 @@ def test_nothing_is_scored_where_every_candidate_is_placed_or_none(
         ("bob", None, 1, True),
     ]
     assert [len(each.guidance) for each in guided] == [3, 1]
-    guide.config = GuidanceConfig(k=3, trigger="always")
+    guide.config = Config(guidance=GuidanceConfig(k=3, trigger="always"))
     _, rows = guide.guide([group(PROBLEMS[0], (True,) * 4)], step=1)
     assert {row.selected for row in rows} == {False}
     assert not passes
@@ -288,8 +284,7 @@ def test_a_non_finite_score_stops_and_names_the_culprit(store: TraceStore, rewar
 
 
 def test_places_and_scores_do_not_depend_on_the_token_budget(store: TraceStore, rewarder: Rewarder) -> None:
-    wide, narrow = guide_of(store, rewarder), guide_of(store, rewarder)
-    narrow.max_tokens = 1
+    wide, narrow = guide_of(store, rewarder), guide_of(store, rewarder, max_tokens=1)
     a = wide.guide([group(p) for p in PROBLEMS], step=3)
     b = narrow.guide([group(p) for p in PROBLEMS], step=3)
     assert [g.guidance.keys() for g in a[0]] == [g.guidance.keys() for g in b[0]]
@@ -326,8 +321,7 @@ def test_a_selector_of_the_users_own_gets_scores_in_one_pass_over_the_step(
     best, passes = guide_of(store, rewarder, k=1), []
     groups = [group(PROBLEMS[0]), group(PROBLEMS[1])]
     by_score = {row.teacher: row.score for row in best.guide(groups, step=1)[1][:3]}
-    guide = guide_of(store, rewarder, k=1, select="test_trainer_guidance:worst")
-    guide.max_tokens = 10_000
+    guide = guide_of(store, rewarder, k=1, max_tokens=10_000, select="test_trainer_guidance:worst")
     guide.policy.model.model.register_forward_hook(lambda *_: passes.append(1))
     _, rows = guide.guide(groups, step=1)
     assert [row.teacher for row in rows[:3]] == sorted(by_score, key=by_score.get)  # type: ignore[arg-type]

@@ -19,10 +19,9 @@ from store.reader import TraceStore
 from trainer.config import Config
 from trainer.method.groups import Prompt
 from trainer.method.sft import Sft
-from trainer.parallel.world import ALONE
 from trainer.run.checkpoint import checkpoints
 from trainer.run.prompts import fitting_prompts
-from trainer.run.setup import make_sft
+from trainer.run.setup import trace_reader
 from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
 from trainer.train import TrainReport, train
@@ -56,7 +55,7 @@ def prompts_of(config: Config) -> list[Prompt]:
 def sft_of(world: Path, store: TraceStore, *, temperature: float = 1.0, **changes: Any) -> Sft:
     config = config_of(world, world, **{**SFT, **changes})
     policy = Policy(tiny_model(), tiny_tokenizer(), dtype=torch.float32, temperature=temperature)
-    return make_sft(config, policy, store, "boxed", prompts_of(config), TrainReporter(), ALONE)
+    return Sft(config, policy, trace_reader(config, store, policy, "boxed"), prompts_of(config))
 
 
 def run(world: Path, model: Path, **changes: Any) -> TrainReport:

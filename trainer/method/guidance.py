@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from store.registry import lookup
-from trainer.config import GuidanceConfig
+from trainer.config import Config
 from trainer.method.groups import Group, Rewarder
 from trainer.method.rollouts import seed_of
 from trainer.method.teacher_traces import Candidate, TraceReader
@@ -99,7 +99,7 @@ class Scorer:
         """problem_id -> candidates, of the groups that use some of theirs and leave others out."""
         for group in groups:
             found = candidates[group.problem_id]
-            if 0 < guidance_size(group, len(found), guide.config.k) < len(found):
+            if 0 < guidance_size(group, len(found), guide.config.guidance.k) < len(found):
                 self.choosing[group.problem_id] = found
         self.known: dict[str, float] = {}
         """trace_id -> s, of the candidates scored so far."""
@@ -123,7 +123,8 @@ class Scorer:
             prompt = self._prompts[candidate.trace.problem_id]
             answer_ids = guide.traces.encode(bare_answer(prompt.problem.answer))
             sequences.append(((*prompt.ids, *candidate.reasoning_ids, *answer_ids), len(answer_ids)))
-        scores = answer_scores(guide.policy, sequences, score=guide.config.score, max_tokens=guide.max_tokens)
+        max_tokens, rule = guide.config.train.max_tokens_per_microbatch, guide.config.guidance.score
+        scores = answer_scores(guide.policy, sequences, score=rule, max_tokens=max_tokens)
         for (trace_id, candidate), score in zip(candidates.items(), scores, strict=True):
             if not math.isfinite(score):
                 raise FloatingPointError(
@@ -202,14 +203,11 @@ class QueryRow:
 class Guide:
     """Queries, selects and replaces."""
 
-    config: GuidanceConfig
+    config: Config
     traces: TraceReader | None
     """None where the trigger never queries."""
     policy: Policy
     rewarder: Rewarder
-    max_tokens: int
-    """Tokens of one forward pass that scores."""
-    seed: int
 
     def guide(
         self, groups: Sequence[Group], *, step: int, timer: Timer = nullcontext
@@ -218,8 +216,8 @@ class Guide:
 
         `timer` gets `query` (the store, and traces into the student's tokens), `score` and `place`.
         """
-        is_triggered = lookup(TRIGGERS, self.config.trigger, key="guidance.trigger")
-        select = lookup(SELECTORS, self.config.select, key="guidance.select")
+        is_triggered = lookup(TRIGGERS, self.config.guidance.trigger, key="guidance.trigger")
+        select = lookup(SELECTORS, self.config.guidance.select, key="guidance.select")
         queried = [group for group in groups if is_triggered(group.n_correct, len(group.samples))]
         if not queried or self.traces is None:
             return list(groups), []
@@ -234,7 +232,7 @@ class Guide:
         with timer("score"):
             scorer, ranked = Scorer(self, queried, candidates), {}
             for group in queried:
-                rng = Random(seed_of(self.seed, "select", step, group.problem_id))
+                rng = Random(seed_of(self.config.train.seed, "select", step, group.problem_id))
                 ranked[group.problem_id] = select(group, candidates[group.problem_id], scorer, rng)
         with timer("place"):
             guided = self._replace_samples(queried, ranked, step)
@@ -266,14 +264,14 @@ class Guide:
         verifying = []
         for group in groups:
             best_first = ranked[group.problem_id]
-            size = guidance_size(group, len(best_first), self.config.k)
+            size = guidance_size(group, len(best_first), self.config.guidance.k)
             samples = [candidate.sample for candidate in best_first[:size]]
             verifying.append([(sample, self.rewarder.verify(group.prompt, sample)) for sample in samples])
         guided = {}
         for group, pending in zip(groups, verifying, strict=True):
             traces = [self.rewarder.reward(group.prompt, *each) for each in pending]
             failed = [index for index, sample in enumerate(group.samples) if not sample.is_correct]
-            rng = Random(seed_of(self.seed, "place", step, group.problem_id))
+            rng = Random(seed_of(self.config.train.seed, "place", step, group.problem_id))
             indices = sorted(rng.sample(failed, len(traces)))
             guided[group.problem_id] = replace(group, guidance=dict(zip(indices, traces, strict=True)))
         return guided

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -38,12 +39,20 @@ class Sft:
         config: Config,
         policy: Policy,
         traces: TraceReader | None,
-        chosen: Sequence[ChosenTrace] = (),
+        prompts: Sequence[Prompt],
+        on_problem: Callable[[int, int], None] = lambda done, total: None,
         world: World = ALONE,
     ) -> None:
-        """`traces` is None and `chosen` (see `choose_traces`) empty where there are no supervised steps."""
-        self.config, self.seed = config.sft, config.train.seed
-        self.policy, self.traces, self.chosen = policy, traces, chosen
+        """Chooses the traces if there are supervised steps; `traces` is None where no step reads the store.
+
+        `on_problem` is called with (problems done, problems in all).
+        """
+        self.config, self.seed, self.policy = config.sft, config.train.seed, policy
+        # In the student's own tokens, whatever `guidance.loss` is.
+        self.traces = traces and replace(traces, own_ids=False)
+        self.chosen: list[ChosenTrace] = []
+        if self.traces is not None and config.sft.steps:
+            self.chosen = choose_traces(config.sft, self.traces, prompts, on_problem)
         self.optimizer = make_optimizer(policy.model, config.train)
         length = config.rollout.max_completion_length
         self.updater = Updater(
@@ -94,14 +103,11 @@ def choose_traces(
     config: SftConfig,
     traces: TraceReader,
     prompts: Sequence[Prompt],
-    on_problem: Callable[[int, int], None] = lambda done, total: None,
+    on_problem: Callable[[int, int], None],
 ) -> list[ChosenTrace]:
     """Returns every trace that `sft.traces` chooses, in the order of problems, teachers and samples.
 
-    `on_problem` is called with (problems done, problems in all).
-
-    Raises:
-        StoreError: there are fewer than a step needs.
+    Raises StoreError when there are fewer than a step needs.
     """
     chosen: list[ChosenTrace] = []
     for done, (prompt, candidates) in enumerate(traces.all_candidates(prompts), start=1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from trainer.method.groups import REWARDS, Prompt, Rewarder
 from trainer.method.guidance import SELECTORS, TRIGGERS, Guide
 from trainer.method.loss import make_policy_loss
 from trainer.method.rollouts import demanded_form
-from trainer.method.sft import Sft, choose_traces
+from trainer.method.sft import Sft
 from trainer.method.teacher_traces import TraceReader
 from trainer.method.update import Updater
 from trainer.parallel.fsdp import check_shardable, initial_device, shard
@@ -91,9 +92,9 @@ def assemble(
     )
     form = demanded_form(config.student, problems)
     rewarder = Rewarder(verifier, answer_form=form, weights=config.rewards)
-    guide = make_guide(config, store, policy, rewarder)
-    if store is not None:
-        check_store(config, store, guide, train_prompts, reporter)
+    traces = None if store is None else trace_reader(config, store, policy, form)
+    if store is not None and traces is not None:
+        check_store(config, store, traces, train_prompts, reporter)
     shard(policy, world)
     prompts = [prompt.ids for prompt in (*train_prompts, *eval_prompts)]
     sampler = make_sampler(config, policy, prompts, run.root, stack, world)
@@ -111,8 +112,10 @@ def assemble(
         optimizer=optimizer,
         sampler=sampler,
         rewarder=rewarder,
-        sft=make_sft(config, policy, store, form, train_prompts, reporter, world),
-        guide=guide,
+        sft=Sft(
+            config, policy, traces, train_prompts, partial(reporter.sampling, "traces for SFT"), world=world
+        ),
+        guide=Guide(config, traces, policy, rewarder),
         updater=updater,
         trackers=trackers,
         train_prompts=train_prompts,
@@ -181,13 +184,13 @@ def open_store(config: Config, stack: ExitStack) -> TraceStore | None:
 
 
 def check_store(
-    config: Config, store: TraceStore, guide: Guide, prompts: Sequence[Prompt], reporter: TrainReporter
+    config: Config, store: TraceStore, traces: TraceReader, prompts: Sequence[Prompt], reporter: TrainReporter
 ) -> None:
     """Warns when the store knows few of the problems; refuses traces that `shaped_ratio` cannot use."""
-    if config.guidance.reads_teacher_logprobs and guide.traces is not None:
-        fingerprint = tokenizer_fingerprint(guide.policy.tokenizer)
+    if config.guidance.reads_teacher_logprobs:
+        fingerprint = tokenizer_fingerprint(traces.student.tokenizer)
         check_tokenizers(store.teachers(), fingerprint, config.guidance.teachers)
-        for _ in guide.traces.all_candidates(prompts):  # raises for the first trace that does not fit
+        for _ in traces.all_candidates(prompts):  # raises for the first trace that does not fit
             pass
     known = covered(store, [prompt.problem for prompt in prompts], config)
     if known < len(prompts) / 2:
@@ -219,48 +222,13 @@ def check_tokenizers(
             )
 
 
-def trace_reader(
-    config: Config, store: TraceStore, policy: Policy, form: AnswerForm, *, own_ids: bool
-) -> TraceReader:
-    """Returns the reader of the store's traces; `own_ids`: in the teachers' own tokens."""
+def trace_reader(config: Config, store: TraceStore, policy: Policy, form: AnswerForm) -> TraceReader:
+    """Returns the reader of the store's traces, in the tokens that `guidance.loss` needs."""
     return TraceReader(
         store=store,
         student=policy,
         form=form,
         teachers=config.guidance.teachers,
         max_length=config.rollout.max_completion_length,
-        own_ids=own_ids,
+        own_ids=config.guidance.reads_teacher_logprobs,
     )
-
-
-def make_guide(config: Config, store: TraceStore | None, policy: Policy, rewarder: Rewarder) -> Guide:
-    """Returns the guide with the config's trigger and selector."""
-    own_ids = config.guidance.reads_teacher_logprobs
-    return Guide(
-        config.guidance,
-        None if store is None else trace_reader(config, store, policy, rewarder.answer_form, own_ids=own_ids),
-        policy,
-        rewarder,
-        max_tokens=config.train.max_tokens_per_microbatch,
-        seed=config.train.seed,
-    )
-
-
-def make_sft(
-    config: Config,
-    policy: Policy,
-    store: TraceStore | None,
-    form: AnswerForm,
-    prompts: Sequence[Prompt],
-    reporter: TrainReporter,
-    world: World,
-) -> Sft:
-    """Returns SFT with its traces chosen; without `sft.steps` it has none."""
-    if not config.sft.steps or store is None:
-        return Sft(config, policy, None, world=world)
-    # In the student's own tokens, whatever `guidance.loss` is.
-    reader = trace_reader(config, store, policy, form, own_ids=False)
-    chosen = choose_traces(
-        config.sft, reader, prompts, lambda done, total: reporter.sampling("traces for SFT", done, total)
-    )
-    return Sft(config, policy, reader, chosen, world)
