@@ -24,7 +24,7 @@ from precompute.run import pipeline
 from store.terminal.tables import plain_table
 from trainer.config import Config
 from trainer.reports.inspection import curve
-from trainer.reports.plots import plot_runs
+from trainer.reports.plots import figure_of
 from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.metrics import read_metrics
 from trainer.train import train
@@ -54,7 +54,8 @@ def main() -> None:
             console.print(f"{method} seed {seed}: held-out pass@1 {passed:.3f}  ({seconds:.0f} s)")
     console.print(table(runs))
     if options.png:
-        plot_runs({method: mean_curves(rows) for method, rows in runs.items()}, options.png)
+        curves = {method: mean_curves(rows) for method, rows in runs.items()}
+        figure_of(curves).savefig(options.png, dpi=110)
     print(json.dumps(summary(runs, options)))
 
 

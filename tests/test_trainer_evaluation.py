@@ -68,11 +68,6 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(samples: int) -
             assert pass_at_k(samples=samples, correct=correct, k=k) == pytest.approx(share)
 
 
-def test_a_pass_at_k_of_fewer_samples_is_refused() -> None:
-    with pytest.raises(ValueError, match="pass@5 of 1 correct in 4 samples does not exist"):
-        pass_at_k(samples=4, correct=1, k=5)
-
-
 def test_evaluations_sample_at_their_own_temperature_and_the_rollouts_length() -> None:
     config = Config(
         eval=EvalConfig(temperature=0.3, top_p=0.9),

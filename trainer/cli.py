@@ -148,7 +148,7 @@ def evaluate(
     With servers: `ampo eval MODEL --engine openai --set eval.engine_args.base_urls='["http://gpu1:8000/v1"]'`
     """
     from trainer.config import read_config
-    from trainer.eval_model import evaluate_model
+    from trainer.eval_model import evaluate_model, results_of
     from trainer.reports.tables import evaluation_table
     from trainer.telemetry.console import ConsoleReporter
 
@@ -163,7 +163,7 @@ def evaluate(
         console.print("\ninterrupted; verified samples are kept. Continue with the same command.")
         raise typer.Exit(130) from None
     if json_:
-        emit_json({**report.results, "out": str(report.out)})
+        emit_json({**results_of(settings, report.evaluation), "out": str(report.out)})
     else:
         console_of().print(evaluation_table(model, report.evaluation))
 
@@ -241,7 +241,7 @@ def inspect_run(
     Example: `ampo inspect run runs/lab-ampo runs/lab-grpo --png curves.png`
     """
     from trainer.reports.inspection import open_run
-    from trainer.reports.plots import plot_runs
+    from trainer.reports.plots import figure_of
     from trainer.reports.tables import comparison_table, curves_table, evaluations_table, time_line
     from trainer.telemetry.metrics import read_metrics
 
@@ -250,7 +250,7 @@ def inspect_run(
     unique = len({root.name for root in roots}) == len(roots)
     found = {root.name if unique else str(root): read_metrics(root) for root in roots}
     if png is not None:
-        plot_runs(found, png)
+        figure_of(found).savefig(png, dpi=110)
     if emit_rows([{"run": name, **row} for name, rows in found.items() for row in rows], json_, csv_):
         return
     console = console_of()

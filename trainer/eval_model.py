@@ -54,8 +54,6 @@ class EvalReport:
 
     out: Path
     evaluation: Evaluation
-    results: dict[str, Any]
-    """The body of results.json."""
 
 
 @contextmanager
@@ -107,9 +105,8 @@ def evaluate_model(config: Config, reporter: TrainReporter, *, out: Path | None 
                     )
                     write_samples(root, new)
             evaluation = evaluation_of(config.eval, read_samples(root), prompts)
-            results = results_of(config, evaluation)
-            _write_json(root / "results.json", results)
-    return EvalReport(out=root, evaluation=evaluation, results=results)
+            _write_json(root / "results.json", results_of(config, evaluation))
+    return EvalReport(out=root, evaluation=evaluation)
 
 
 def recipe_of(
@@ -209,9 +206,9 @@ def _engine_name(config: Config) -> str:
     """Returns the engine, checked before anything is loaded."""
     name = resolve_engine(config.eval.engine)
     if name == "transformers":
-        for key in config.eval.engine_args:
+        if config.eval.engine_args:
             raise ConfigError(
-                f"eval.engine_args.{key}: the engine transformers reads student.dtype, student.device and "
+                "eval.engine_args: the engine transformers reads student.dtype, student.device and "
                 "rollout.batch_size instead"
             )
         return name
@@ -237,8 +234,7 @@ def _loaded(
         return
     longest = max(len(prompt.ids) for prompt in prompts)
     teacher = _as_teacher(config, engine_name)
-    report = reporter.warned
-    engine = load_engine(teacher, engine_name, tokenizer, longest_prompt=longest, report=report)
+    engine = load_engine(teacher, engine_name, tokenizer, longest_prompt=longest, report=reporter.warned)
     with closing(engine):
         yield engine
 

@@ -8,7 +8,7 @@ Evaluations during training and `ampo eval` generate the same samples from the s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from statistics import fmean
@@ -18,7 +18,7 @@ import numpy as np
 from precompute.engines import Engine, Sampling
 from trainer.config import Config, EvalConfig
 from trainer.method.groups import Prompt, Rewarder
-from trainer.method.rollouts import rewarded_samples
+from trainer.method.rollouts import OnSample, rewarded_samples
 from trainer.parallel.world import ALONE, World
 
 RESAMPLES = 2000
@@ -114,20 +114,15 @@ class Evaluation:
 
 
 def pass_at_k(*, samples: int, correct: int, k: int) -> float:
-    """Returns the probability that k of the samples, drawn without replacement, include a correct one.
-
-    Raises ValueError for k > samples, where no unbiased estimate exists.
-    """
-    if not 0 <= correct <= samples or not 1 <= k <= samples:
-        raise ValueError(f"pass@{k} of {correct} correct in {samples} samples does not exist")
+    """Returns the probability that k <= samples of them, drawn without replacement, include a correct one."""
     return 1.0 - comb(samples - correct, k) / comb(samples, k)
 
 
-def mean_with_interval(values: Sequence[float], *, seed: int = 0) -> Estimate:
+def mean_with_interval(values: Sequence[float]) -> Estimate:
     """Returns the mean of one value per problem, and its interval by bootstrap over problems."""
     low = high = None
     if min(values) < max(values):
-        indices = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+        indices = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
         means = np.asarray(values)[indices].mean(axis=1)  # [RESAMPLES]
         low, high = map(float, np.quantile(means, (0.025, 0.975), method="inverted_cdf"))
     return Estimate(value=fmean(values), low=low, high=high)
@@ -150,7 +145,7 @@ def evaluate(
     prompts: Sequence[Prompt],
     *,
     world: World = ALONE,
-    on_sample: Callable[[int, int], None] = lambda done, total: None,
+    on_sample: OnSample = lambda done, total: None,
 ) -> Evaluation:
     """Generates and verifies `eval.samples` responses per prompt; each rank takes its share of the prompts.
 
@@ -168,7 +163,7 @@ def eval_samples(
     prompts: Sequence[Prompt],
     *,
     existing: Collection[tuple[str, int]] = (),
-    on_sample: Callable[[int, int], None] = lambda done, total: None,
+    on_sample: OnSample = lambda done, total: None,
 ) -> Iterator[EvalSample]:
     """Yields the samples that are not `existing` (problem_id, sample_index) as soon as they are verified.
 
@@ -210,10 +205,10 @@ def evaluation_of(config: EvalConfig, rows: Sequence[EvalSample], prompts: Seque
     """Computes an evaluation from rows in any order; other problems and samples are ignored."""
     found = {(row.problem_id, row.sample_index): row for row in rows}
     ordered = [found[key] for key in sample_keys(config, prompts)]
-    by_source: dict[str, list[EvalSample]] = {}
-    for row in ordered:
-        by_source.setdefault(row.source, []).append(row)
-    sources = {source: _score(rows, config.k) for source, rows in sorted(by_source.items())}
+    sources = {
+        source: _score([row for row in ordered if row.source == source], config.k)
+        for source in sorted({row.source for row in ordered})
+    }
     return Evaluation(
         n=config.samples,
         overall=_score(ordered, config.k),

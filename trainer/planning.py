@@ -30,12 +30,7 @@ from trainer.run.prompts import checked_prompts, usable_problems
 from trainer.run.resume import find_start
 from trainer.run.run_dir import Position, RunFiles
 from trainer.run.saved_model import check_model
-from trainer.run.setup import (
-    check_choices,
-    check_tokenizers,
-    covered,
-    open_store,
-)
+from trainer.run.setup import check_choices, check_tokenizers, covered, open_store
 from trainer.student.load import compute_dtype, load_tokenizer, pick_device
 from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.trackers import Trackers
@@ -204,12 +199,9 @@ def plan_memory(
     kept = width if student.use_peft else 4  # autocast over float32 weights keeps hidden states in float32
     longest = rollout.max_prompt_length + rollout.max_completion_length
     tokens = max(train.max_tokens_per_microbatch, longest)
-    mlp = width * (4 * shape.intermediate + 2 * shape.kv_width)
-    of_layer = HIDDEN_BYTES * shape.hidden + mlp
-    if (
-        student.gradient_checkpointing
-    ):  # its input; one layer that is computed again takes less than the logits
-        of_layer = kept * shape.hidden
+    of_layer = HIDDEN_BYTES * shape.hidden + width * (4 * shape.intermediate + 2 * shape.kv_width)
+    if student.gradient_checkpointing:
+        of_layer = kept * shape.hidden  # its input; a layer that is computed again takes less than the logits
     update = {
         "gradients": 4 * trained // processes,
         "activations": shape.layers * tokens * of_layer,
@@ -245,7 +237,7 @@ def memory_report(
     if card_bytes is not None:
         usable = USABLE_SHARE * card_bytes
         fits = "fits" if peak <= usable else "does not fit"
-        lines = [f"{lines[0]} of {usable / 2**20:,.0f} MiB usable: {fits}"]
+        lines[0] += f" of {usable / 2**20:,.0f} MiB usable: {fits}"
     largest = sorted((part for part in at_peak if part in REMEDIES), key=lambda part: -at_peak[part])
     lines += ["to reduce the largest parts:", *(f"  {part}: {REMEDIES[part]}" for part in largest[:3])]
     return table, Text("\n".join(lines))

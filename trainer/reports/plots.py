@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from store.errors import EngineError
 from trainer.reports.inspection import Rows, curve
@@ -25,13 +27,11 @@ SMOOTHED = 60
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
-def plot_runs(runs: Mapping[str, Rows], path: Path) -> None:
-    """Writes `figure_of` as a PNG. EngineError without matplotlib."""
-    figure_of(runs).savefig(path, dpi=110)
-
-
 def figure_of(runs: Mapping[str, Rows]) -> Any:
-    """Returns a matplotlib figure of six panels over steps, with one colour per run and one legend."""
+    """Returns a matplotlib figure of six panels over steps, with one colour per run and one legend.
+
+    Raises EngineError without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
@@ -64,19 +64,12 @@ def _plot(axes: Any, steps: Sequence[int], values: Sequence[float], colour: str)
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
     """Returns each value's mean with up to `width` neighbours on either side, fewer at the ends."""
-    means = []
-    for index in range(len(values)):
-        reach = min(width, index, len(values) - 1 - index)
-        window = values[index - reach : index + reach + 1]
-        means.append(sum(window) / len(window))
-    return means
+    reaches = [min(width, index, len(values) - 1 - index) for index in range(len(values))]
+    return [fmean(values[index - reach : index + reach + 1]) for index, reach in enumerate(reaches)]
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Returns the curve as at most `width` characters, each the mean of its share of the values."""
-    width = min(width, len(values))
-    cut = [values[len(values) * i // width : len(values) * (i + 1) // width] for i in range(width)]
-    means = [sum(part) / len(part) for part in cut]
-    low, high = min(means, default=0.0), max(means, default=0.0)
-    span = (high - low) or 1.0
-    return "".join(BLOCKS[round((mean - low) / span * (len(BLOCKS) - 1))] for mean in means)
+    """Returns a non-empty curve as at most `width` characters, each the mean of its share of the values."""
+    means = [part.mean() for part in np.array_split(values, min(width, len(values)))]
+    span = (max(means) - min(means)) or 1.0
+    return "".join(BLOCKS[round((mean - min(means)) / span * (len(BLOCKS) - 1))] for mean in means)

@@ -142,8 +142,6 @@ def load_tokenizer(config: StudentConfig, checkpoint: Path | None = None) -> Any
     the checkpoint was trained with another template.
     """
     source, revision = (str(checkpoint), None) if checkpoint else (config.model, config.revision)
-    if not source:
-        raise EngineError("student.model is not set: give a model directory or a hub name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
