@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from trainer.config import RunConfig
-from trainer.telemetry.console import ConsoleReporter
+from trainer.telemetry.console import TrainReporter
 
 ROW: dict[str, Any] = {
     "step": 7,
@@ -34,7 +34,7 @@ def test_a_step_is_a_line_with_its_numbers_and_log_txt_gets_all_lines(
     with (
         caplog.at_level(logging.INFO, logger="ampo"),
         console.capture() as capture,
-        ConsoleReporter(console, RunConfig(log_completions_every=0)) as reporter,
+        TrainReporter(console, RunConfig(log_completions_every=0)) as reporter,
     ):
         reporter.stepped(ROW, [], 60)
     step, warning = capture.get().splitlines()

@@ -75,14 +75,14 @@ def train(
 def _train(settings: Config, *, resume: str, changed_store: bool) -> None:
     from trainer.parallel.world import torchrun_world
     from trainer.student.load import pick_device
-    from trainer.telemetry.console import ConsoleReporter, TrainReporter
+    from trainer.telemetry.console import TrainReporter
     from trainer.train import train as run_training
 
     console = console_of()
     try:
         with (
             torchrun_world(pick_device(settings.student.device)) as world,
-            ConsoleReporter(console, settings.run) if world.is_main else TrainReporter() as reporter,
+            TrainReporter(console if world.is_main else None, settings.run) as reporter,
         ):
             outcome = run_training(
                 settings, resume=resume, changed_store=changed_store, reporter=reporter, world=world
@@ -150,14 +150,14 @@ def evaluate(
     from trainer.config import read_config
     from trainer.eval_model import evaluate_model, results_of
     from trainer.reports.tables import evaluation_table
-    from trainer.telemetry.console import ConsoleReporter
+    from trainer.telemetry.console import TrainReporter
 
     overrides = _eval_overrides(read_config(config, set_).eval, model, problems, samples, k, engine)
     settings = read_config(config, [*(set_ or []), *overrides])
     console = console_of(stderr=True)
 
     try:
-        with ConsoleReporter(console, settings.run) as reporter:
+        with TrainReporter(console, settings.run) as reporter:
             report = evaluate_model(settings, reporter, out=out)
     except KeyboardInterrupt:
         console.print("\ninterrupted; verified samples are kept. Continue with the same command.")

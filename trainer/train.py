@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from trainer.sampling.samplers import check_sampler_weights
 from trainer.student.optimizer import learning_rate_at, set_learning_rate
 from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.metrics import step_metrics
-from trainer.telemetry.performance import performance_metrics, step_timer
+from trainer.telemetry.performance import peak_memory, performance_metrics
 from trainer.timing import StepTimer
 
 
@@ -146,7 +147,8 @@ def run_steps(parts: Parts, done: Position, saved: Path | None, stop: StopReques
 
 def train_step(parts: Parts, step: int) -> tuple[dict[str, Any], list[Group]]:
     """Takes one sampling step and its optimizer steps; returns the metrics and the groups as they trained."""
-    config, timer = parts.config, step_timer(parts.policy.device)
+    config = parts.config
+    timer = StepTimer(peak_memory=partial(peak_memory, parts.policy.device))
     groups, queries = sample_and_guide(parts, step, timer)
     learning_rate = learning_rate_at(step, config.train)
     with timer("update"):

@@ -13,7 +13,7 @@ from store.records import Problem
 from trainer.config import Config
 from trainer.method.groups import Prompt
 from trainer.method.rollouts import problems_of_step
-from trainer.sampling.samplers import sampler_warnings
+from trainer.sampling.samplers import sampler_warning
 from trainer.student.load import TEMPLATE_KEY
 from trainer.telemetry.console import TrainReporter
 
@@ -101,6 +101,6 @@ def checked_prompts(
             f"rollout.max_completion_length = {rollout.max_completion_length} and a {longest}-token prompt "
             f"exceed the student's {positions} positions; set it to {max(positions - longest, 0)} at most"
         )
-    for warning in sampler_warnings(rollout):
+    if warning := sampler_warning(rollout):
         reporter.warned(warning)
     return train, held

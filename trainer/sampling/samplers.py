@@ -184,16 +184,16 @@ def check_sampler(config: Config) -> None:
         max_lora_rank(config.student)
 
 
-def sampler_warnings(rollout: RolloutConfig) -> list[str]:
-    """Returns warnings about keys of [rollout] that bias training, or that hide what does."""
+def sampler_warning(rollout: RolloutConfig) -> str | None:
+    """Returns a warning about keys of [rollout] that bias training, or that hide what does."""
     if rollout.top_p < 1 or rollout.top_k > 0:
-        return ["rollout.top_p below 1 or top_k above 0: sampler and trainer differ, the ratio is biased"]
+        return "rollout.top_p below 1 or top_k above 0: sampler and trainer differ, the ratio is biased"
     if rollout.base_urls and rollout.temperature != 1:
-        return [
+        return (
             f"rollout.temperature = {rollout.temperature}: vllm servers report log-probabilities at "
             "temperature 1 only, so is_cap has no effect and samples of old weights are not noticed"
-        ]
-    return []
+        )
+    return None
 
 
 def check_sampler_weights(rollout: RolloutConfig, dtype: torch.dtype, difference: float | None) -> None:

@@ -25,45 +25,16 @@ LONGEST_CELL = 220
 
 
 class TrainReporter:
-    """Base of all reporters: prints nothing and keeps the warnings. A context manager."""
+    """Prints to a rich console: bars and lines on a terminal, lines elsewhere, and the lines to log.txt.
 
-    def __init__(self) -> None:
+    A context manager. Without a console it prints nothing, and keeps the warnings.
+    """
+
+    def __init__(self, console: Console | None = None, config: RunConfig | None = None) -> None:
+        self.console = console or Console(quiet=True, force_terminal=False)
+        self.config = config or RunConfig()
         self.warnings: list[str] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def line(self, text: str) -> None:
-        """Called with a line about the run."""
-
-    def warned(self, text: str) -> None:
-        """Called with everything that a person should know."""
-        self.warnings.append(text)
-
-    def sampling(self, label: str, done: int, total: int) -> None:
-        """Called after each sample."""
-
-    def sft_stepped(self, row: dict[str, Any], steps: int) -> None:
-        """Called after each supervised step with its metrics."""
-
-    def stepped(self, row: dict[str, Any], groups: list[Group], steps: int) -> None:
-        """Called after each sampling step with its metrics and its groups; `steps`: number of the last."""
-
-    def evaluated(self, step: int, evaluation: Evaluation) -> None:
-        """Called after each evaluation."""
-
-
-class ConsoleReporter(TrainReporter):
-    """Prints to a rich console: bars and lines on a terminal, lines elsewhere, and the lines to log.txt."""
-
-    def __init__(self, console: Console, config: RunConfig) -> None:
-        super().__init__()
-        self.console = console
-        self.config = config
-        self._progress = progress_bars(console)
+        self._progress = progress_bars(self.console)
         self._bars: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
@@ -79,8 +50,8 @@ class ConsoleReporter(TrainReporter):
         self.console.print(escape(text), highlight=False, soft_wrap=True)
 
     def warned(self, text: str) -> None:
-        """Prints a warning."""
-        super().warned(text)
+        """Prints a warning, which a person should know."""
+        self.warnings.append(text)
         logger.warning(text)
         self.console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
 

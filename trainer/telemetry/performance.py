@@ -19,11 +19,6 @@ MEMORY_PHASES = ("sample", "score", "update")
 """Phases whose peak memory is reported; the others allocate little."""
 
 
-def step_timer(device: torch.device) -> StepTimer:
-    """Returns the timer of a new step."""
-    return StepTimer(peak_memory=lambda: peak_memory(device))
-
-
 def performance_metrics(timer: StepTimer, groups: Sequence[Group], trained_tokens: float) -> dict[str, Any]:
     """Returns a finished step's metrics; `trained_tokens`: response tokens that carried a gradient."""
     seconds, total, peaks = timer.seconds, timer.total(), timer.peaks
