@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console, RenderableType
 from run_examples import prompt_of
 
@@ -67,20 +66,6 @@ def test_a_long_curve_is_smoothed_over_a_faint_one_of_all_values() -> None:
     assert raw.get_alpha() < 0.5
     # The ends have no neighbour on one side, so they reach less far on both.
     assert running_mean([1.0, 2.0, 6.0, 4.0, 0.0], 2) == [1.0, 3.0, 13 / 5, 10 / 3, 0.0]
-
-
-def test_panels_and_legend_never_overlap() -> None:
-    names = [f"a-run-with-rather-a-long-name-{n}" for n in range(8)]
-    figure = figure_of({name: rows(5) for name in names})
-    FigureCanvasAgg(figure).draw()
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == names
-    renderer = figure.canvas.get_renderer()
-    boxes = [axes.get_tightbbox(renderer) for axes in figure.axes] + [legend.get_window_extent(renderer)]
-    for n, box in enumerate(boxes):
-        assert box.x0 >= 0
-        assert box.x1 <= figure.bbox.width
-        assert not [other for other in boxes[n + 1 :] if box.overlaps(other)]
 
 
 def test_a_metric_that_no_run_has_is_not_measured() -> None:

@@ -128,9 +128,8 @@ def evaluate(
     ] = None,
     k: Annotated[str, typer.Option(help="The k of pass@k, e.g. 1,8,32; default: the config's eval.k.")] = "",
     engine: Annotated[
-        str | None,
-        typer.Option(help="auto, transformers, vllm or openai; default: the config's eval.engine."),
-    ] = None,
+        str, typer.Option(help="auto, transformers, vllm or openai; default: the config's eval.engine.")
+    ] = "",
     out: Annotated[
         Path | None,
         typer.Option(help="Directory of the samples; default: one in runs/evals for this evaluation."),
@@ -169,7 +168,7 @@ def evaluate(
 
 
 def _eval_overrides(
-    eval_config: EvalConfig, model: str, problems: str, samples: int | None, k: str, engine: str | None
+    eval_config: EvalConfig, model: str, problems: str, samples: int | None, k: str, engine: str
 ) -> list[str]:
     """Returns the options as overrides of the config; n and k each follow the other where one is missing."""
     ks = [int(each) if each.strip().isdecimal() else 0 for each in k.split(",")] if k else []
@@ -178,8 +177,8 @@ def _eval_overrides(
     samples = samples or max(eval_config.samples, *ks, 1)
     ks = ks or [each for each in eval_config.k if each <= samples] or [1]
     given = {"student.model": model, "eval.samples": samples, "eval.k": ks}
-    given |= {"problems.eval": problems} if problems else {}
-    given |= {"eval.engine": engine} if engine is not None else {}
+    optional = {"problems.eval": problems, "eval.engine": engine}
+    given |= {key: value for key, value in optional.items() if value}
     return [f"{key}={json.dumps(value)}" for key, value in given.items()]
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +95,9 @@ def evaluate_model(config: Config, reporter: TrainReporter, *, out: Path | None 
             missing = sum(key not in done for key in wanted)
             reporter.line(f"{root}: {len(wanted) - missing:,} of {len(wanted):,} samples exist")
             if missing:
+                on_sample = partial(reporter.sampling, "evaluation")
                 with _loaded(config, engine_name, tokenizer, prompts, reporter) as engine:
-                    new = eval_samples(
-                        config,
-                        engine,
-                        rewarder,
-                        prompts,
-                        existing=done,
-                        on_sample=lambda count, total: reporter.sampling("evaluation", count, total),
-                    )
+                    new = eval_samples(config, engine, rewarder, prompts, existing=done, on_sample=on_sample)
                     write_samples(root, new)
             evaluation = evaluation_of(config.eval, read_samples(root), prompts)
             _write_json(root / "results.json", results_of(config, evaluation))
