@@ -255,7 +255,7 @@ def test_a_killed_rank_ends_the_others_and_the_last_checkpoint_is_whole(
     done = Position.of(found[-1]).step if found else 0
     last = {"train__max_steps": done + 1, "run__save_every": 1}
     report = train(config_of(world, model_dir, run__name=name, **last), reporter=TrainReporter())
-    assert report.step == done + 1
+    assert report.done.step == done + 1
     assert [row["step"] for row in metrics_of(path)] == list(range(1, done + 2))
 
 

@@ -148,7 +148,7 @@ def test_refilling_ends_when_its_rounds_or_the_problems_do(world: Path, model_di
 def test_two_and_two_steps_are_four_steps(straight: Path, world: Path, model_dir: Path) -> None:
     run(world, model_dir, run__name="halves", train__max_steps=2)
     report = run(world, model_dir, run__name="halves")
-    assert report.step == 4
+    assert report.done.step == 4
     assert_same_run(straight, report.run, "step-000004")
 
 
@@ -183,7 +183,7 @@ def test_what_a_killed_run_logged_past_its_checkpoint_is_written_anew(
 def test_a_run_that_is_done_does_nothing_more(straight: Path, world: Path, model_dir: Path) -> None:
     before = (straight / "metrics.jsonl").read_text()
     report = run(world, model_dir, run__name="straight")
-    assert (report.step, report.interrupted_by) == (4, None)
+    assert (report.done.step, report.interrupted_by) == (4, None)
     assert report.checkpoint == straight / "checkpoints" / "step-000004"
     assert (straight / "metrics.jsonl").read_text() == before
 
@@ -249,7 +249,7 @@ def test_changed_problems_are_refused(straight: Path, world: Path, model_dir: Pa
 
 def test_memory_settings_may_change_on_resume(straight: Path, world: Path, model_dir: Path) -> None:
     report = run(world, model_dir, run__name="straight", train__max_tokens_per_microbatch=64)
-    assert report.step == 4
+    assert report.done.step == 4
 
 
 def test_resume_never_refuses_to_write_over_a_run(straight: Path, world: Path, model_dir: Path) -> None:
@@ -260,7 +260,7 @@ def test_resume_never_refuses_to_write_over_a_run(straight: Path, world: Path, m
 def test_resume_from_a_path_starts_a_run_of_its_own(straight: Path, world: Path, model_dir: Path) -> None:
     start = straight / "checkpoints" / "step-000002"
     report = run(world, model_dir, run__name="branch", resume=str(start))
-    assert report.step == 4
+    assert report.done.step == 4
     assert metrics_of(report.run) == metrics_of(straight)[2:]
 
 
@@ -383,7 +383,7 @@ def test_a_checkpoint_that_cannot_be_written_says_so_and_leaves_the_older_ones(
             run(world, model_dir, run__name="full", run__save_every=1)
     folder = world / "runs" / "full" / "checkpoints"
     assert list(folder.iterdir()) == []
-    assert run(world, model_dir, run__name="full").step == 4
+    assert run(world, model_dir, run__name="full").done.step == 4
 
 
 def test_a_loss_that_is_not_a_number_names_step_and_checkpoint(
@@ -435,7 +435,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(world: Path, model_dir: Path)
     root = world / "runs" / "held"
     with RunFiles(root).held(), pytest.raises(RunError, match=f"trained by process {os.getpid()}; wait"):
         run(world, model_dir, run__name="held", train__max_steps=1)
-    assert run(world, model_dir, run__name="held", train__max_steps=1).step == 1
+    assert run(world, model_dir, run__name="held", train__max_steps=1).done.step == 1
 
 
 def test_what_another_process_trained_while_this_one_was_loading_is_not_overwritten(

@@ -92,7 +92,7 @@ def test_three_steps_and_three_are_six(name: str, world: Path, wide: Path) -> No
     one = run(world, wide, f"{name} straight", train__max_steps=6, **changes)
     run(world, wide, f"{name} halves", train__max_steps=3, **changes)
     two = run(world, wide, f"{name} halves", train__max_steps=6, **changes)
-    assert (one.step, two.step) == (6, 6)
+    assert (one.done.step, two.done.step) == (6, 6)
     assert [row["step"] for row in metrics_of(two.run)] == [1, 2, 3, 4, 5, 6]
     assert_same_run(one.run, two.run, "step-000006")
     saved = torch.load(two.run / "checkpoints" / "step-000006" / "optimizer.pt", weights_only=True)
@@ -141,16 +141,16 @@ def test_a_store_that_gained_a_trace_is_refused_unless_asked_for(begun: Path, mo
         run(begun, model_dir, "run", train__max_steps=3)
     reporter = TrainReporter()
     settings = config_of(begun, model_dir, run__name="run", **SMALL, train__max_steps=3)
-    assert train(settings, changed_store=True, reporter=reporter).step == 3
+    assert train(settings, changed_store=True, reporter=reporter).done.step == 3
     assert any("ada had 8 traces, now 9" in warning for warning in reporter.warnings)
     # From there on it is the store that was trained with.
-    assert run(begun, model_dir, "run", train__max_steps=4).step == 4
+    assert run(begun, model_dir, "run", train__max_steps=4).done.step == 4
 
 
 def test_a_store_that_was_moved_and_compacted_is_the_same(begun: Path, model_dir: Path) -> None:
     (begun / "traces").rename(begun / "moved")
     compact(begun / "moved")
-    assert run(begun, model_dir, "run", train__max_steps=3, store__path=str(begun / "moved")).step == 3
+    assert run(begun, model_dir, "run", train__max_steps=3, store__path=str(begun / "moved")).done.step == 3
 
 
 def test_where_a_run_is_given_for_a_checkpoint_its_last_one_is_named(
@@ -232,4 +232,4 @@ def test_a_damaged_checkpoint_is_named_with_the_last_whole_one(
     with pytest.raises(RunError, match=rf"2 is damaged: .*{said}.* remove it to go on from .*000001"):
         run(begun, model_dir, "run", train__max_steps=3)
     shutil.rmtree(damaged)
-    assert run(begun, model_dir, "run", train__max_steps=3).step == 3
+    assert run(begun, model_dir, "run", train__max_steps=3).done.step == 3

@@ -41,7 +41,7 @@ from trainer.run.setup import Parts, assemble
 from trainer.sampling.samplers import check_sampler_weights
 from trainer.student.optimizer import learning_rate_at, set_learning_rate
 from trainer.telemetry.console import TrainReporter
-from trainer.telemetry.metrics import step_metrics
+from trainer.telemetry.metrics import read_metrics, step_metrics
 from trainer.telemetry.performance import peak_memory, performance_metrics
 from trainer.timing import StepTimer
 
@@ -83,7 +83,7 @@ def train(
             config.model_dump(mode="json"),
             after=(after.step, after.sft_step),
             sft_steps=config.sft.steps,
-            rows=run.metrics(),
+            rows=read_metrics(run.root),
         )
         stack.enter_context(run.log_to_file())
         stop = stack.enter_context(stop_on_signals(prints=world.is_main))

@@ -8,7 +8,7 @@ refused.
 
 Seeds (-1) and log-probs (none) are unknown, and the texts count as complete (`stop`). Without a tokenizer a
 trace has no token ids and `n_tokens` is 0. The trainer reads neither: it tokenises the text with the
-student's tokenizer, except under `guidance.ratio = "teacher"`, which refuses imported traces.
+student's tokenizer, except under `guidance.loss = "shaped_ratio"`, which refuses imported traces.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from trainer.run.checkpoint import TrainState
 from trainer.run.errors import explain_memory
 from trainer.run.run_dir import Position, RunFiles
 from trainer.run.setup import Parts
+from trainer.telemetry.metrics import read_metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,11 +29,6 @@ class TrainReport:
     """The last checkpoint; None without one."""
     interrupted_by: str | None
     """`SIGINT` or `SIGTERM`; None when it ran to the end."""
-
-    @property
-    def step(self) -> int:
-        """Sampling steps done in all."""
-        return self.done.step
 
 
 def find_complete_start(run: RunFiles, config: Config, resume: str) -> Path | None:
@@ -77,7 +73,7 @@ def find_start(run: RunFiles, config: Config, resume: str) -> Path | None:
 
 def check_same_beginning(run: RunFiles, config: Config) -> None:
     """Raises RunError when a run without a checkpoint was begun with another config."""
-    if any(row["step"] > 0 or "sft/step" in row for row in run.metrics()):
+    if any(row["step"] > 0 or "sft/step" in row for row in read_metrics(run.root)):
         begun_with = load_config(Config, str(run.root / "config.toml"), [])
         if changed := checkpoint.differences(begun_with.model_dump(mode="json"), config):
             raise RunError(f"{run.root} holds a run with {'; '.join(changed)}; choose another run.name")

@@ -118,7 +118,7 @@ class RunFiles:
                     file.unlink()
         kept = [
             row
-            for row in self.metrics()
+            for row in read_metrics(self.root)
             if (row["sft/step"] <= after.sft_step if "sft/step" in row else row["step"] <= last)
         ]
         self._text("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
@@ -169,10 +169,6 @@ class RunFiles:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise RunError(f"cannot write {path}: {error.strerror or error}") from error
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """Returns the lines so far."""
-        return read_metrics(self.root)
 
     def write_step(
         self, step: int, groups: Sequence[Group], advantages: Tensor, queries: Sequence[QueryRow] | None

@@ -71,7 +71,7 @@ def assemble(
     stack: ExitStack,
     world: World = ALONE,
 ) -> Parts:
-    """Loads and checks everything; `weights`: the checkpoint to resume from; `stack` closes what it opens."""
+    """Loads and checks all parts. `weights`: the checkpoint to resume from; `stack` closes what is opened."""
     check_choices(config, world)
     trackers = stack.enter_context(Trackers(config.run.report_to if world.is_main else ()))
     verifier = stack.enter_context(Verifier.configured(config.verify))
