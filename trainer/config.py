@@ -271,6 +271,16 @@ class RunConfig(Section):
 
 
 DEFAULT_REWARDS = {"correct": 0.9, "format": 0.1}
+RENAMED = {
+    ("warmup", "sft_steps"): "sft.steps",
+    ("warmup", "sft_traces"): "sft.traces",
+    ("warmup", "traces_per_step"): "sft.traces_per_step",
+    ("warmup", "learning_rate"): "sft.learning_rate",
+    ("train", "format_weight"): "rewards.format (and rewards.correct)",
+    ("train", "offload_optimizer"): 'train.optim = "paged_adamw_8bit"',
+    ("guidance", "ratio"): 'guidance.loss ("shaped" or "shaped_ratio")',
+}
+"""Former key -> today's, for the error."""
 
 
 class Config(PrecomputeConfig):
@@ -285,6 +295,14 @@ class Config(PrecomputeConfig):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed_keys(cls, tree: Any) -> Any:
+        for (section, key), name in RENAMED.items():
+            if isinstance(tree, dict) and key in (tree.get(section) or {}):
+                raise ValueError(f"unknown key {section}.{key}: it is {name} now")
+        return tree
 
     @field_validator("rewards")
     @classmethod
