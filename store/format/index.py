@@ -43,6 +43,8 @@ BUILDING = ".building-index.duckdb"
 REBUILDS = 5
 """Attempts at indexing parts that are being replaced."""
 
+INTERRUPTED = "Query interrupted"
+"""Text of the RuntimeError that DuckDB makes of a Ctrl-C during a query."""
 WAY_OUT = "make it again with `ampo store reindex`"
 
 ROW_GROUP_ROWS = 2048
@@ -106,6 +108,10 @@ class Index:
             raise
         except duckdb.Error as error:
             raise StoreDamagedError(f"{self.name} is broken: {one_line(error)}; {WAY_OUT}") from error
+        except RuntimeError as error:
+            if str(error) == INTERRUPTED:
+                raise KeyboardInterrupt from error
+            raise
 
     def damaged(self) -> tuple[DamagedPart, ...]:
         """Returns the parts that could not be read."""
