@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from precompute.verify.base import Outcome, VerifierFunction
+from store.registry import lookup
 
 VERIFY_KEY = "verify.default"
 """The config key that chooses a verifier."""
@@ -44,10 +45,6 @@ _MATH_RECORD = (
 
 def chosen_verifier(name: str) -> VerifierFunction:
     """Returns the verifier that a config names. Raises ConfigError where there is no such verifier."""
-    if name in VERIFIERS:
-        return VERIFIERS[name]
-    from store.registry import lookup
-
     return lookup(VERIFIERS, name, key=VERIFY_KEY)
 
 
