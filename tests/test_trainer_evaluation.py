@@ -19,10 +19,7 @@ from trainer.config import DEFAULT_REWARDS, Config, EvalConfig, RolloutConfig, S
 from trainer.evaluation import (
     Estimate,
     Evaluation,
-    eval_samples,
-    eval_sampling,
     evaluate,
-    evaluation_of,
     mean_with_interval,
     pass_at_k,
 )
@@ -32,10 +29,10 @@ from trainer.telemetry.console import TrainReporter
 
 
 def sampling_of(samples: int, k: tuple[int, ...] = (1,), seed: int = 0) -> Config:
-    """Evaluations at temperature 1 with responses of at most 24 tokens."""
+    """Evaluations at temperature 1 and top_p 0.9, not the rollouts', with responses of at most 24 tokens."""
     return Config(
-        eval=EvalConfig(samples=samples, k=k, temperature=1.0),
-        rollout=RolloutConfig(max_completion_length=24),
+        eval=EvalConfig(samples=samples, k=k, temperature=1.0, top_p=0.9),
+        rollout=RolloutConfig(temperature=0.7, top_k=5, max_completion_length=24),
         train=TrainConfig(seed=seed),
     )
 
@@ -66,14 +63,6 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(samples: int) -
             draws = list(combinations([True] * correct + [False] * (samples - correct), k))
             share = sum(any(draw) for draw in draws) / len(draws)
             assert pass_at_k(samples=samples, correct=correct, k=k) == pytest.approx(share)
-
-
-def test_evaluations_sample_at_their_own_temperature_and_the_rollouts_length() -> None:
-    config = Config(
-        eval=EvalConfig(temperature=0.3, top_p=0.9),
-        rollout=RolloutConfig(temperature=0.7, top_p=0.5, top_k=5, max_completion_length=77),
-    )
-    assert eval_sampling(config) == Sampling(temperature=0.3, top_p=0.9, top_k=0, max_tokens=77)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +124,7 @@ class Reciting:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
         """The last request first: the order is undefined."""
+        assert sampling == Sampling(temperature=1.0, top_p=0.9, top_k=0, max_tokens=24)
         for request in reversed(requests):
             problem, sample = map(int, request.request_id.split("/"))
             text = self.texts[problem][sample]
@@ -219,21 +209,3 @@ def test_sources_are_scored_separately_and_a_repeated_problem_gets_as_many_sampl
     one = [sourced(prompt, "math") for prompt in prompts]
     alone = evaluate(sampling_of(1), Reciting(["a"], ["b"], ["c"]), rewarder, one)
     assert (alone.sources, alone.mean_of_sources) == ({}, {})
-
-
-def test_existing_samples_are_not_generated_again(rewarder: Rewarder, prompts: list[Prompt]) -> None:
-    whole = evaluate(sampling_of(4), random_engine(), rewarder, prompts)
-    there = [sample for sample in whole.samples if sample.sample_index % 2]
-    seen: list[tuple[int, int]] = []
-    rest = eval_samples(
-        sampling_of(4),
-        random_engine(),
-        rewarder,
-        prompts,
-        existing={(sample.problem_id, sample.sample_index) for sample in there},
-        on_sample=lambda done, total: seen.append((done, total)),
-    )
-    found = list(rest)
-    assert len(found) == 6
-    assert seen == [(done, 12) for done in range(7, 13)]
-    assert evaluation_of(sampling_of(4).eval, [*there, *found], prompts) == whole

@@ -13,7 +13,6 @@ from store.records import Problem
 from trainer.config import EvalConfig
 from trainer.evaluation import EvalSample, evaluation_of
 from trainer.method.groups import Group, Sample
-from trainer.method.rollouts import Prompt
 from trainer.reports.plots import COLOURS, PANELS, figure_of, running_mean
 from trainer.reports.tables import (
     comparison_table,
@@ -145,8 +144,8 @@ def test_an_evaluation_fits_eighty_columns_with_every_interval_whole() -> None:
         for n, problem in enumerate(problems)
         for s in range(32)
     ]
-    prompts = [Prompt(problem=problem, text="", ids=(1,), opens_think=False) for problem in problems]
-    evaluation = evaluation_of(EvalConfig(samples=32, k=(1, 8, 32)), rows, prompts)
+    sources = {problem.problem_id: problem.source for problem in problems}
+    evaluation = evaluation_of(EvalConfig(samples=32, k=(1, 8, 32)), rows, sources)
     text = rendered(evaluation_table("runs/ampo/checkpoints/step-000510", evaluation))
     assert max(map(len, text.splitlines())) <= 80
     # Of 32 samples 11 are right where n % 3 is 0 or 2, else 10: 107 of 320.

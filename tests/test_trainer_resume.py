@@ -20,6 +20,7 @@ from run_examples import (
     trace,
 )
 
+from precompute.run.progress import Reporter
 from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION
 from store.errors import RunError, UserError
 from store.reader import TraceStore, Usable
@@ -159,7 +160,7 @@ def test_where_a_run_is_given_for_a_checkpoint_its_last_one_is_named(
     folder = begun / "runs" / "run"
     config = config_of(begun, folder, run__name="other", problems__eval=str(begun / "train.jsonl"))
     calls: dict[str, Callable[[], object]] = {
-        "MODEL": lambda: evaluate_model(config, TrainReporter(), out=tmp_path / "eval"),
+        "MODEL": lambda: evaluate_model(config, Reporter(), out=tmp_path / "eval"),
         "CHECKPOINT": lambda: merge(folder, tmp_path / "out"),
         "student.model": lambda: train(config, reporter=TrainReporter()),
         "no checkpoint at": lambda: train(

@@ -132,7 +132,7 @@ def evaluate(
     ] = "",
     out: Annotated[
         Path | None,
-        typer.Option(help="Directory of the samples; default: one in runs/evals for this evaluation."),
+        typer.Option(help="Trace store of the samples; default: one in runs/evals for this evaluation."),
     ] = None,
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -140,31 +140,30 @@ def evaluate(
 ) -> None:
     """Measure avg@n and the unbiased pass@k of a model on a problem file, with confidence intervals.
 
-    Every sample is kept as Parquet; after an interruption the same command continues.
+    Every sample is kept in a trace store; after an interruption the same command continues.
 
     Example: `ampo eval lab/models/student --config configs/lab.toml --k 1,8,32`
 
     With servers: `ampo eval MODEL --engine openai --set eval.engine_args.base_urls='["http://gpu1:8000/v1"]'`
     """
+    from precompute.run.progress import ConsoleReporter
     from trainer.config import read_config
-    from trainer.eval_model import evaluate_model, results_of
+    from trainer.eval_model import evaluate_model
     from trainer.reports.tables import evaluation_table
-    from trainer.telemetry.console import TrainReporter
 
     overrides = _eval_overrides(read_config(config, set_).eval, model, problems, samples, k, engine)
     settings = read_config(config, [*(set_ or []), *overrides])
     console = console_of(stderr=True)
-
     try:
-        with TrainReporter(console, settings.run) as reporter:
-            report = evaluate_model(settings, reporter, out=out)
+        with ConsoleReporter(console) as reporter:
+            evaluation, results = evaluate_model(settings, reporter, out=out)
     except KeyboardInterrupt:
         console.print("\ninterrupted; verified samples are kept. Continue with the same command.")
         raise typer.Exit(130) from None
     if json_:
-        emit_json({**results_of(settings, report.evaluation), "out": str(report.out)})
+        emit_json(results)
     else:
-        console_of().print(evaluation_table(model, report.evaluation))
+        console_of().print(evaluation_table(model, evaluation))
 
 
 def _eval_overrides(

@@ -1,133 +1,105 @@
-"""`ampo eval`: one model, one problem file, any engine; after an interruption the same call continues.
+"""`ampo eval`: the offline stage with one model on the held-out problems, then pass@k of what it stored.
 
-    DIR/eval.json                      the recipe of the samples; other recipes are refused
-    DIR/samples/part-000001.parquet    one row per sample (EvalSample); a part appears whole or not at all
-    DIR/results.json                   written when all samples exist
+    DIR/                a trace store with every sample, right or wrong; `ampo inspect store` reads it
+    DIR/results.json    written when all samples exist
 
-`SELECT source, avg(is_correct::INT) FROM 'DIR/samples/*.parquet' GROUP BY source` works in DuckDB.
+The store makes an interrupted evaluation go on, and takes more samples of the same model. The model's name in
+it is a hash of all that decides about the samples, so that those of two evaluations never mix.
 """
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from precompute.config import TeacherConfig
-from precompute.engines import Engine
-from precompute.engines.registry import load_engine, prepare_engine, resolve_engine
-from precompute.engines.transformers_engine import TransformersEngine
-from precompute.verify.verifier import Verifier
-from store.errors import ConfigError, EngineError, RunError
-from store.format.files import FileLock, disk_errors_named, make_directory, remove_orphans, whole_file
-from store.records import content_hash
+from precompute.config import PrecomputeConfig, TeacherConfig
+from precompute.engines.registry import resolve_engine
+from precompute.problems.problem_files import load_problems, of_key
+from precompute.run.pipeline import run
+from precompute.run.progress import Reporter
+from store.errors import ConfigError, EngineError, UserError
+from store.format.files import whole_file
+from store.reader import TraceStore
+from store.records import Problem, content_hash
 from trainer.config import Config
-from trainer.evaluation import (
-    EvalSample,
-    Evaluation,
-    eval_samples,
-    eval_sampling,
-    evaluation_of,
-    sample_keys,
-)
-from trainer.method.groups import Prompt, Rewarder
-from trainer.method.rollouts import demanded_form
-from trainer.run.prompts import fitting_prompts, usable_problems
-from trainer.run.rows import read_rows, write_rows
-from trainer.run.saved_model import ADAPTERS, as_saved, check_model, fingerprint
-from trainer.student.load import load_policy, load_tokenizer
-from trainer.telemetry.console import TrainReporter
-
-NAME = "eval"
-"""Name of the model as a teacher of the engines."""
-PART_SECONDS = 3.0
-"""A part is written after this many seconds: the most that a kill may lose."""
+from trainer.evaluation import Evaluation, evaluation_of
+from trainer.run.saved_model import ADAPTERS, check_model, fingerprint, trained_student
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalReport:
-    """A finished evaluation and its directory."""
+def evaluate_model(
+    config: Config, reporter: Reporter, *, out: Path | None = None
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Samples `eval.samples` responses per problem of `problems.eval` into the trace store `out`.
 
-    out: Path
-    evaluation: Evaluation
-
-
-@contextmanager
-def _naming_the_model() -> Iterator[None]:
-    """Makes errors about a teacher or the student name MODEL, the command's argument."""
-    try:
-        yield
-    except EngineError as error:
-        text = str(error).removeprefix(f"teacher {NAME!r}: ").replace("student.model = ", "MODEL = ")
-        raise EngineError(text) from error
-
-
-@_naming_the_model()
-def evaluate_model(config: Config, reporter: TrainReporter, *, out: Path | None = None) -> EvalReport:
-    """Samples `eval.samples` responses per problem of `problems.eval` from `student.model` into `out`.
-
-    The default directory is run.dir/evals/MODEL-PROBLEMS-HASH, with a hash of the recipe. Problems whose gold
-    answers cannot be parsed or whose prompts are too long are reported and left out. Raises UserErrors; all
-    samples that were verified by then are kept.
+    Returns the evaluation, and the body of results.json. The default directory is
+    run.dir/evals/MODEL-PROBLEMS-HASH. Problems whose gold answers cannot be parsed are reported and left out.
+    Raises UserErrors; all samples that were verified by then are kept.
     """
     if not config.problems.eval:
         raise ConfigError("no problems to evaluate on: give --problems FILE or set problems.eval")
-    check_model(config.student)
-    engine_name = _engine_name(config)
-    with Verifier.configured(config.verify) as verifier:
-        problems = usable_problems(config, "eval", verifier, reporter)
-        tokenizer = load_tokenizer(config.student)
-        prompts = fitting_prompts(config, problems, tokenizer, reporter)
-        form = demanded_form(config.student, problems)
-        rewarder = Rewarder(verifier, answer_form=form, weights=config.rewards)
-        recipe = recipe_of(config, engine_name, prompts, rewarder)
-        names = [Path(config.student.model).absolute().name, Path(config.problems.eval).stem]
-        default = Path(config.run.dir, "evals", "-".join([*names, content_hash(recipe)[:8]]))
-        root = (out or default).absolute()
-        with opened(root, recipe):
-            done = {(row.problem_id, row.sample_index) for row in read_samples(root)}
-            wanted = sample_keys(config.eval, prompts)
-            missing = sum(key not in done for key in wanted)
-            reporter.line(f"{root}: {len(wanted) - missing:,} of {len(wanted):,} samples exist")
-            if missing:
-                on_sample = partial(reporter.sampling, "evaluation")
-                with _loaded(config, engine_name, tokenizer, prompts, reporter) as engine:
-                    new = eval_samples(config, engine, rewarder, prompts, existing=done, on_sample=on_sample)
-                    write_samples(root, new)
-            evaluation = evaluation_of(config.eval, read_samples(root), prompts)
-            _write_json(root / "results.json", results_of(config, evaluation))
-    return EvalReport(out=root, evaluation=evaluation)
+    check_model(config.student, named="MODEL")
+    _check_adapters(config)
+    teacher = as_teacher(config)
+    names = [Path(config.student.model).absolute().name, Path(config.problems.eval).stem, teacher.name[-8:]]
+    root = (out or Path(config.run.dir, "evals", "-".join(names))).absolute()
+    columns = {"question_column", "answer_column", "form"}
+    with of_key("problems.eval"):
+        problems = load_problems(config.problems.eval, **config.problems.model_dump(include=columns)).problems
+    if (repeats := max(problem.repeats for problem in problems)) > config.eval.samples:
+        reporter.message(f"the file repeats a problem {repeats} times: --samples {repeats} takes as many")
+    stage = PrecomputeConfig(
+        problems=config.problems.model_copy(update={"train": config.problems.eval}),
+        store=config.store.model_copy(update={"path": str(root)}),
+        verify=config.verify,
+        teachers=(teacher,),
+    )
+    with _names_of_this_command(teacher):
+        run(stage, reporter=reporter)
+    evaluation = stored_evaluation(config, root, teacher.name, problems)
+    results = results_of(config, evaluation) | {"out": str(root)}
+    with whole_file(root / "results.json") as file:
+        file.write((json.dumps(results, indent=2) + "\n").encode())
+    return evaluation, results
 
 
-def recipe_of(
-    config: Config, engine_name: str, prompts: Sequence[Prompt], rewarder: Rewarder
-) -> dict[str, Any]:
-    """Returns what all samples of one directory have in common; their number may grow."""
-    model = config.student.model
-    return {
-        "model": str(Path(model).absolute()) if Path(model).is_dir() else model,
-        "revision": config.student.revision,
-        "weights": fingerprint(model),
-        "problems": str(Path(config.problems.eval).absolute()),
-        "prompts": f"{len(prompts)}, {content_hash([prompt.ids for prompt in prompts])}",
-        "golds": content_hash([prompt.problem.answer for prompt in prompts]),
-        **asdict(eval_sampling(config)),
-        "seed": config.train.seed,
-        "engine": engine_name,
-        "dtype": config.eval.engine_args.get("dtype", config.student.dtype),
-        "quantization": config.eval.engine_args.get("quantization"),
-        "answer_form": rewarder.answer_form,
-        "verifier": f"{rewarder.verifier.name} {rewarder.verifier.version}",
+def as_teacher(config: Config) -> TeacherConfig:
+    """Returns the student as the teacher that the offline stage samples from, named after its recipe."""
+    student, engine_args = config.student, config.eval.engine_args
+    recipe = {
+        "model": str(Path(student.model).absolute()) if Path(student.model).is_dir() else student.model,
+        "revision": student.revision,
+        "dtype": engine_args.get("dtype", student.dtype),
+        "quantization": engine_args.get("quantization"),
+        "system_prompt": student.system_prompt,
+        "chat_template": student.chat_template,
+        "chat_template_kwargs": student.chat_template_kwargs,
+        "answer_form": None if student.answer_form == "auto" else student.answer_form,
+        "temperature": config.eval.temperature,
+        "top_p": config.eval.top_p,
+        "max_tokens": config.rollout.max_completion_length,
     }
+    hashed = content_hash(recipe, fingerprint(student.model), config.train.seed)
+    how = {"engine": config.eval.engine, "batch_size": config.rollout.batch_size, **engine_args}
+    given = {"name": f"eval-{hashed[:8]}", "samples": config.eval.samples}
+    return TeacherConfig.model_validate(recipe | how | given)
+
+
+def stored_evaluation(config: Config, root: Path, name: str, problems: tuple[Problem, ...]) -> Evaluation:
+    """Computes the evaluation from the first `eval.samples` samples of each problem in the store."""
+    sources = {problem.problem_id: problem.source for problem in problems}
+    with TraceStore(root) as store:
+        found = store.candidates(list(sources), teachers=[name], usable=False)
+    wanted = range(config.eval.samples)
+    samples = [trace for traces in found.values() for trace in traces if trace.sample_index in wanted]
+    return evaluation_of(config.eval, samples, sources)
 
 
 def results_of(config: Config, evaluation: Evaluation) -> dict[str, Any]:
-    """Returns the body of results.json and of `--json`."""
+    """Returns the results as JSON holds them."""
     return {
         "model": config.student.model,
         "problems": config.problems.eval,
@@ -139,111 +111,30 @@ def results_of(config: Config, evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def opened(root: Path, recipe: Mapping[str, Any]) -> Iterator[None]:
-    """Locks the directory for this process. RunError when it holds another recipe or something else."""
-    path = root / "eval.json"
-    if not path.exists() and root.exists() and any(root.iterdir()):
-        raise RunError(f"--out {root} holds something other than an evaluation; choose a new directory")
-    with disk_errors_named(root):
-        make_directory(root)
-        lock = FileLock(root / ".write.lock")
-        if not lock.acquire(wait=False):
-            raise RunError(f"--out {root}: another process (pid {lock.holder()}) is writing there")
-    try:
-        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else recipe
-        changed = [
-            f"{key} = {old.get(key)!r}, now {recipe[key]!r}" for key in recipe if old.get(key) != recipe[key]
-        ]
-        if changed:
-            raise RunError(
-                f"--out {root} holds an evaluation with {'; '.join(changed)}; choose another directory"
-            )
-        remove_orphans(root)
-        _write_json(path, recipe)
-        yield
-    finally:
-        lock.release()
-
-
-def read_samples(root: Path) -> list[EvalSample]:
-    """Returns all samples of the directory."""
-    parts = sorted((root / "samples").glob("part-*.parquet"))
-    return [row for part in parts for row in read_rows(part, EvalSample)]
-
-
-def write_samples(root: Path, samples: Iterable[EvalSample]) -> None:
-    """Writes samples in parts as they arrive; an exception first writes those that have arrived."""
-    buffer: list[EvalSample] = []
-    since = time.monotonic()
-    try:
-        for sample in samples:
-            buffer.append(sample)
-            if time.monotonic() - since >= PART_SECONDS:
-                _write_part(root / "samples", buffer)
-                buffer, since = [], time.monotonic()
-    finally:
-        if buffer:
-            _write_part(root / "samples", buffer)
-
-
-def _write_part(folder: Path, samples: Sequence[EvalSample]) -> None:
-    number = len(list(folder.glob("part-*.parquet"))) + 1
-    write_rows(folder / f"part-{number:06d}.parquet", EvalSample, samples)
-
-
-def _write_json(path: Path, body: Mapping[str, Any]) -> None:
-    with whole_file(path) as file:
-        file.write((json.dumps(body, indent=2) + "\n").encode())
-
-
-def _engine_name(config: Config) -> str:
-    """Returns the engine, checked before anything is loaded."""
-    name = resolve_engine(config.eval.engine)
-    if name == "transformers":
-        if config.eval.engine_args:
-            raise ConfigError(
-                "eval.engine_args: the engine transformers reads student.dtype, student.device and "
-                "rollout.batch_size instead"
-            )
-        return name
-    if (Path(config.student.model) / ADAPTERS).is_file():
-        raise EngineError(
-            f"{config.student.model} holds only adapters, which {name} cannot load as a model: "
-            f"ampo model merge {config.student.model} OUT, or --engine transformers"
-        )
-    prepare_engine(_as_teacher(config, name), name)
-    return name
-
-
-@contextmanager
-def _loaded(
-    config: Config, engine_name: str, tokenizer: Any, prompts: Sequence[Prompt], reporter: TrainReporter
-) -> Iterator[Engine]:
-    """Loads the model; with transformers as training does, so that both generate the same samples."""
-    if engine_name == "transformers":
-        student, weights = as_saved(config.student)
-        policy = load_policy(student, temperature=1.0, weights=weights)
-        with policy.computing():
-            yield TransformersEngine(policy.model, tokenizer, batch_size=config.rollout.batch_size)
+def _check_adapters(config: Config) -> None:
+    """Raises EngineError for adapters without a model that the engine can add them to."""
+    model = Path(config.student.model)
+    if not (model / ADAPTERS).is_file():
         return
-    longest = max(len(prompt.ids) for prompt in prompts)
-    teacher = _as_teacher(config, engine_name)
-    engine = load_engine(teacher, engine_name, tokenizer, longest_prompt=longest, report=reporter.warned)
-    with closing(engine):
-        yield engine
+    trained, engine = trained_student(model), resolve_engine(config.eval.engine)
+    if engine == "vllm" or (engine == "transformers" and trained is not None and trained.load_in_4bit):
+        raise EngineError(f"{model} holds only adapters; merge them first: ampo model merge {model} OUT")
 
 
-def _as_teacher(config: Config, engine_name: str) -> TeacherConfig:
-    """Returns the model in the form that the engines load."""
-    student = config.student
-    given = {
-        "name": NAME,
-        "model": student.model,
-        "revision": student.revision,
-        "engine": engine_name,
-        "max_tokens": config.rollout.max_completion_length,
-        "dtype": student.dtype,
-        "batch_size": config.rollout.batch_size,
+@contextmanager
+def _names_of_this_command(teacher: TeacherConfig) -> Iterator[None]:
+    """Makes errors of the offline stage name the keys and options of `ampo eval`."""
+    names = {
+        f"teacher {teacher.name!r}: ": "",
+        f"teachers.{teacher.name}.": "student.",
+        "problems.train": "problems.eval",
+        "store.path": "--out",
+        "max_tokens": "rollout.max_completion_length",
     }
-    return TeacherConfig.model_validate(given | config.eval.engine_args)
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for name, here in names.items():
+            text = text.replace(name, here)
+        raise type(error)(text) from error

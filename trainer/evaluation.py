@@ -1,21 +1,20 @@
 """Evaluation: avg@n and the unbiased pass@k on held-out problems, with confidence intervals.
 
 pass@k = 1 - C(n - c, k) / C(n, k)      with c of n samples correct (Chen et al. 2021, arXiv 2107.03374)
-
-Evaluations during training and `ampo eval` generate the same samples from the same weights.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import comb
 from statistics import fmean
 
 import numpy as np
 
 from precompute.engines import Engine, Sampling
+from store.records import Trace
 from trainer.config import Config, EvalConfig
 from trainer.method.groups import Prompt, Rewarder
 from trainer.method.rollouts import OnSample, rewarded_samples
@@ -27,7 +26,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalSample:
-    """One verified response: a row of an evaluation's Parquet files."""
+    """One verified response: a row of a run's evals/step-N.parquet."""
 
     problem_id: str
     source: str
@@ -78,15 +77,15 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """One evaluation with all its samples."""
+    """One evaluation."""
 
     n: int
     """Samples per problem; a problem that its file repeats more often has that many."""
     overall: Score
     sources: Mapping[str, Score]
     """Scores per source where the problem file names several; else empty."""
-    samples: tuple[EvalSample, ...]
-    """In the order of the problems."""
+    samples: tuple[EvalSample, ...] = ()
+    """During training, in the order of the problems; `ampo eval` has them in its store."""
 
     @property
     def mean_of_sources(self) -> dict[str, float]:
@@ -128,16 +127,6 @@ def mean_with_interval(values: Sequence[float]) -> Estimate:
     return Estimate(value=fmean(values), low=low, high=high)
 
 
-def eval_sampling(config: Config) -> Sampling:
-    """Returns the sampling of evaluations: their own temperature and top_p, the rollouts' length."""
-    return Sampling(
-        temperature=config.eval.temperature,
-        top_p=config.eval.top_p,
-        top_k=0,
-        max_tokens=config.rollout.max_completion_length,
-    )
-
-
 def evaluate(
     config: Config,
     engine: Engine,
@@ -149,43 +138,23 @@ def evaluate(
 ) -> Evaluation:
     """Generates and verifies `eval.samples` responses per prompt; each rank takes its share of the prompts.
 
-    One seed always gives the same samples, so that two evaluations differ by the policy alone.
+    A problem that its file repeats more often gets that many. One seed always gives the same samples, so that
+    two evaluations differ by the policy alone.
     """
-    rows = list(eval_samples(config, engine, rewarder, world.share(prompts), on_sample=on_sample))
-    gathered = [row for shares in world.gather(rows) for row in shares]
-    return evaluation_of(config.eval, gathered, prompts)
-
-
-def eval_samples(
-    config: Config,
-    engine: Engine,
-    rewarder: Rewarder,
-    prompts: Sequence[Prompt],
-    *,
-    existing: Collection[tuple[str, int]] = (),
-    on_sample: OnSample = lambda done, total: None,
-) -> Iterator[EvalSample]:
-    """Yields the samples that are not `existing` (problem_id, sample_index) as soon as they are verified.
-
-    `on_sample` is called with (samples done, samples in all), the existing ones included.
-    """
-    wanted = sample_keys(config.eval, prompts)
-    by_id = {prompt.problem.problem_id: p for p, prompt in enumerate(prompts)}
-    missing = [(by_id[key], s) for key, s in wanted if (key, s) not in existing]
-    verified = rewarded_samples(
-        engine,
-        rewarder,
-        prompts,
-        eval_sampling(config),
-        missing,
-        seed=config.train.seed,
-        key="eval",
-        on_sample=lambda done, _: on_sample(len(wanted) - len(missing) + done, len(wanted)),
+    own = world.share(prompts)
+    counts = [max(config.eval.samples, prompt.problem.repeats) for prompt in own]
+    indices = [(p, s) for p, count in enumerate(counts) for s in range(count)]
+    sampling = Sampling(
+        temperature=config.eval.temperature,
+        top_p=config.eval.top_p,
+        top_k=0,
+        max_tokens=config.rollout.max_completion_length,
     )
-    for (p, s), sample in verified:
-        yield EvalSample(
-            problem_id=prompts[p].problem.problem_id,
-            source=prompts[p].problem.source,
+    seed = config.train.seed
+    rows = [
+        EvalSample(
+            problem_id=own[p].problem.problem_id,
+            source=own[p].problem.source,
             sample_index=s,
             is_correct=sample.is_correct,
             has_format=sample.has_format,
@@ -193,42 +162,44 @@ def eval_samples(
             finish_reason=sample.finish_reason,
             text=sample.text,
         )
+        for (p, s), sample in rewarded_samples(
+            engine, rewarder, own, sampling, indices, seed=seed, key="eval", on_sample=on_sample
+        )
+    ]
+    gathered = [row for share in world.gather(rows) for row in share]
+    order = {prompt.problem.problem_id: index for index, prompt in enumerate(prompts)}
+    gathered.sort(key=lambda row: (order[row.problem_id], row.sample_index))
+    sources = {prompt.problem.problem_id: prompt.problem.source for prompt in prompts}
+    return replace(evaluation_of(config.eval, gathered, sources), samples=tuple(gathered))
 
 
-def sample_keys(config: EvalConfig, prompts: Sequence[Prompt]) -> list[tuple[str, int]]:
-    """Returns (problem_id, sample_index) of every sample; a problem has at least its repeats in the file."""
-    problems = [prompt.problem for prompt in prompts]
-    return [(each.problem_id, s) for each in problems for s in range(max(config.samples, each.repeats))]
-
-
-def evaluation_of(config: EvalConfig, rows: Sequence[EvalSample], prompts: Sequence[Prompt]) -> Evaluation:
-    """Computes an evaluation from rows in any order; other problems and samples are ignored."""
-    found = {(row.problem_id, row.sample_index): row for row in rows}
-    ordered = [found[key] for key in sample_keys(config, prompts)]
-    sources = {
-        source: _score([row for row in ordered if row.source == source], config.k)
-        for source in sorted({row.source for row in ordered})
-    }
+def evaluation_of(
+    config: EvalConfig, samples: Sequence[EvalSample | Trace], sources: Mapping[str, str]
+) -> Evaluation:
+    """Computes an evaluation from all its samples; `sources`: problem_id -> the problem's source."""
+    found = {sources[sample.problem_id] for sample in samples}
     return Evaluation(
         n=config.samples,
-        overall=_score(ordered, config.k),
-        sources=sources if len(sources) > 1 else {},
-        samples=tuple(ordered),
+        overall=_score(samples, config.k),
+        sources={
+            source: _score([each for each in samples if sources[each.problem_id] == source], config.k)
+            for source in (sorted(found) if len(found) > 1 else ())
+        },
     )
 
 
-def _score(rows: Sequence[EvalSample], k: Sequence[int]) -> Score:
-    samples = Counter(row.problem_id for row in rows)
-    correct = Counter(row.problem_id for row in rows if row.is_correct)
+def _score(samples: Sequence[EvalSample | Trace], k: Sequence[int]) -> Score:
+    counts = Counter(sample.problem_id for sample in samples)
+    correct = Counter(sample.problem_id for sample in samples if sample.is_correct)
     return Score(
-        problems=len(samples),
-        samples=(min(samples.values()), max(samples.values())),
+        problems=len(counts),
+        samples=(min(counts.values()), max(counts.values())),
         pass_at={
             each: mean_with_interval(
-                [pass_at_k(samples=n, correct=correct[problem], k=each) for problem, n in samples.items()]
+                [pass_at_k(samples=n, correct=correct[problem], k=each) for problem, n in counts.items()]
             )
             for each in sorted({1, *k})
         },
-        mean_length=fmean(row.n_tokens for row in rows),
-        cut_share=fmean(row.finish_reason == "length" for row in rows),
+        mean_length=fmean(sample.n_tokens for sample in samples),
+        cut_share=fmean(sample.finish_reason == "length" for sample in samples),
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 from precompute.config import TeacherConfig
@@ -172,7 +173,7 @@ def check_fits(teacher: TeacherConfig, longest_prompt: int) -> None:
         try:
             config = AutoConfig.from_pretrained(teacher.model, revision=teacher.revision)
         except (OSError, ValueError, KeyError) as error:
-            if teacher.base_urls:
+            if teacher.base_urls or (Path(teacher.model) / "adapter_config.json").is_file():
                 return
             raise cannot_load(teacher.model, error) from error
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
