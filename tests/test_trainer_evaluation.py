@@ -199,7 +199,7 @@ def test_sources_are_scored_separately_and_a_repeated_problem_gets_as_many_sampl
     engine = Reciting([wrong] * 4, [wrong, right], ["\\boxed{4}", wrong])
     found = evaluate(sampling_of(2, (1, 2)), engine, rewarder, chosen)
     aime, math = found.sources["aime"], found.sources["math"]
-    assert (aime.problems, aime.samples, math.problems, math.samples) == (2, (2, 4), 1, (2, 2))
+    assert (aime.problems, math.problems, len(found.samples)) == (2, 1, 8)
     assert aime.pass_at[1].value == 0.25  # (0 + 1/2) / 2: problems weigh the same, however many samples
     assert aime.pass_at[2].value == 0.5  # (0 + 1) / 2
     assert math.pass_at[1].value == 0.5

@@ -13,12 +13,11 @@ from store.records import Problem
 from trainer.config import EvalConfig
 from trainer.evaluation import EvalSample, evaluation_of
 from trainer.method.groups import Group, Sample
-from trainer.reports.plots import COLOURS, PANELS, figure_of, running_mean
+from trainer.reports.plots import COLOURS, PANELS, figure_of
 from trainer.reports.tables import (
-    comparison_table,
+    curves_table,
     evaluation_table,
     evaluations_table,
-    mean_of_last_tenth,
     time_line,
 )
 from trainer.telemetry.console import completions_table
@@ -63,19 +62,14 @@ def test_a_long_curve_is_smoothed_over_a_faint_one_of_all_values() -> None:
     raw, smooth = figure.axes[0].lines
     assert len(raw.get_xdata()) == len(smooth.get_xdata()) == 100
     assert raw.get_alpha() < 0.5
-    # The ends have no neighbour on one side, so they reach less far on both.
-    assert running_mean([1.0, 2.0, 6.0, 4.0, 0.0], 2) == [1.0, 3.0, 13 / 5, 10 / 3, 0.0]
+    # The mean over 5 neighbours on each side; the curve rises by 1/200 a step.
+    assert smooth.get_ydata()[50] == pytest.approx(raw.get_ydata()[50])
+    assert smooth.get_ydata()[0] == pytest.approx(raw.get_ydata()[0] + 15 / 11 / 200)
 
 
 def test_a_metric_that_no_run_has_is_not_measured() -> None:
     figure = figure_of({"old": [{"step": 1, "accuracy": 0.5}]})
     assert [axes.texts[0].get_text() for axes in figure.axes[1:]] == ["not measured"] * 5
-
-
-def test_a_run_ends_with_the_mean_of_its_last_tenth() -> None:
-    assert mean_of_last_tenth([*[0.0] * 18, 1.0, 3.0]) == 2.0  # two of twenty
-    assert mean_of_last_tenth([0.0, 5.0]) == 5.0  # one at least
-    assert mean_of_last_tenth([]) is None
 
 
 def rendered(table: RenderableType, width: int = 80) -> str:
@@ -86,11 +80,17 @@ def rendered(table: RenderableType, width: int = 80) -> str:
 
 
 def test_runs_are_compared_side_by_side() -> None:
-    text = rendered(comparison_table({"one": rows(20), "two": rows(10)}))
+    text = rendered(curves_table({"one": rows(20), "two": rows(10)}))
     # The last two of twenty: (19/40 + 20/40) / 2; the last of ten: 1/2.
     assert [line.split() for line in text.splitlines() if "accuracy" in line] == [
         ["accuracy", "0.487", "0.500"]
     ]
+
+
+def test_one_run_has_its_curve_as_text() -> None:
+    (line,) = [each for each in rendered(curves_table({"one": rows(8)})).splitlines() if "accuracy" in each]
+    # From 1/16 to 8/16.
+    assert line.split() == ["accuracy", "0.500", "0.062", "0.062", "0.500", "▁▂▃▄▅▆▇█"]
 
 
 def test_six_runs_with_long_names_fit_eighty_columns_with_every_number_whole() -> None:
@@ -99,7 +99,7 @@ def test_six_runs_with_long_names_fit_eighty_columns_with_every_number_whole() -
     runs = {
         f"qwen2.5-7b-ampo-seed-{n}": [{"step": 510, **dict.fromkeys(names, 12_345.678)}] for n in range(6)
     }
-    for table in (comparison_table(runs), evaluations_table(runs)):
+    for table in (curves_table(runs), evaluations_table(runs)):
         text = rendered(table)
         assert "…" not in text
         assert text.count("12,346") == 24  # 4 metrics of 6 runs

@@ -240,23 +240,18 @@ def inspect_run(
     """
     from trainer.reports.inspection import open_run
     from trainer.reports.plots import figure_of
-    from trainer.reports.tables import comparison_table, curves_table, evaluations_table, time_line
+    from trainer.reports.tables import curves_table, evaluations_table, time_line
     from trainer.telemetry.metrics import read_metrics
 
     roots = [open_run(path) for path in runs] if runs else [open_run()]
-    # Two runs may have one name in two folders.
-    unique = len({root.name for root in roots}) == len(roots)
-    found = {root.name if unique else str(root): read_metrics(root) for root in roots}
+    found = {os.path.relpath(root): read_metrics(root) for root in roots}
     if png is not None:
         figure_of(found).savefig(png, dpi=110)
     if emit_rows([{"run": name, **row} for name, rows in found.items() for row in rows], json_, csv_):
         return
     console = console_of()
-    if len(found) > 1:
-        console.print(comparison_table(found))
+    console.print(curves_table(found))
     for name, rows in found.items():
-        if len(found) == 1:
-            console.print(curves_table(name, rows))
         console.print(f"{name}: {time_line(rows)}", highlight=False, markup=False)
     if any("eval/pass@1" in row for rows in found.values() for row in rows):
         console.print(evaluations_table(found))

@@ -65,8 +65,6 @@ class Score:
     """The result on a set of problems."""
 
     problems: int
-    samples: tuple[int, int]
-    """The fewest and the most samples of one problem."""
     pass_at: Mapping[int, Estimate]
     """k -> mean over problems of the unbiased estimate; always holds 1, the mean accuracy."""
     mean_length: float
@@ -193,7 +191,6 @@ def _score(samples: Sequence[EvalSample | Trace], k: Sequence[int]) -> Score:
     correct = Counter(sample.problem_id for sample in samples if sample.is_correct)
     return Score(
         problems=len(counts),
-        samples=(min(counts.values()), max(counts.values())),
         pass_at={
             each: mean_with_interval(
                 [pass_at_k(samples=n, correct=correct[problem], k=each) for problem, n in counts.items()]

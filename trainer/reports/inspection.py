@@ -6,20 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import duckdb
+import pyarrow.parquet as pq
 
 from store.errors import RunError
 
 Rows = Sequence[dict[str, Any]]
-
-_QUERIES = """
-    SELECT * FROM read_parquet($files)
-    WHERE ($step::INT IS NULL OR step = $step)
-      AND ($problem::VARCHAR IS NULL OR starts_with(problem_id, $problem))
-      AND ($teacher::VARCHAR IS NULL OR (step, problem_id) IN (
-            SELECT (step, problem_id) FROM read_parquet($files) WHERE teacher = $teacher))
-    ORDER BY step, problem_id, rank
-"""
 
 
 def open_run(path: str | Path | None = None) -> Path:
@@ -46,14 +37,16 @@ def query_rows(
         problem: a problem_id or its beginning.
         teacher: only queries for which this teacher had a candidate.
     """
-    files = sorted(str(path) for path in (run / "queries").glob("step-*.parquet"))
-    if not files:
-        return []
-    with duckdb.connect() as connection:
-        filters = {"files": files, "step": step, "problem": problem, "teacher": teacher}
-        cursor = connection.execute(_QUERIES, filters)
-        names = [column[0] for column in cursor.description or ()]
-        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+    name = "step-*.parquet" if step is None else f"step-{step:06d}.parquet"
+    files = sorted((run / "queries").glob(name))
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    chosen = {
+        (row["step"], row["problem_id"])
+        for row in rows
+        if row["problem_id"].startswith(problem or "") and teacher in (None, row["teacher"])
+    }
+    rows = [row for row in rows if (row["step"], row["problem_id"]) in chosen]
+    return sorted(rows, key=lambda row: (row["step"], row["problem_id"], row["rank"] or 0))
 
 
 def curve(rows: Rows, key: str) -> tuple[list[int], list[float]]:

@@ -1,9 +1,9 @@
-"""Curves of one or several runs: as a PNG and as a line of text."""
+"""Curves of one or several runs as a PNG."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from statistics import fmean
+from collections.abc import Mapping
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,7 @@ PANELS = {
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
 """Okabe-Ito, which colour-blind readers can distinguish; a ninth run has the first colour again."""
 SMOOTHED = 60
-"""Longer curves are faint, with their running mean over a twentieth of the points on top."""
-BLOCKS = "▁▂▃▄▅▆▇█"
+"""Longer curves are faint, with their running mean over a tenth of the points on top."""
 
 
 def figure_of(runs: Mapping[str, Rows]) -> Any:
@@ -34,42 +33,30 @@ def figure_of(runs: Mapping[str, Rows]) -> Any:
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
     except ImportError:
         raise EngineError('a PNG needs matplotlib: pip install "ampo[plot]"') from None
     figure = Figure(figsize=(13, 7.2), layout="constrained")
-    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(runs)}
     for index, (metric, title) in enumerate(PANELS.items()):
         axes: Any = figure.add_subplot(2, 3, index + 1, title=title, xlabel="step")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
         if index < 3:
             axes.set_ylim(-0.02, 1.02)
-        for name, rows in runs.items():
-            _plot(axes, *curve(rows, metric), colours[name])
-        if not axes.lines:
+        for (name, rows), colour in zip(runs.items(), cycle(COLOURS), strict=False):
+            _plot(axes, rows, metric, colour, name)
+        if not any(len(line.get_xdata()) for line in axes.lines):
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="0.5")
-    handles = [Line2D([], [], color=colour) for colour in colours.values()]
-    figure.legend(handles, list(runs), loc="outside lower center", ncols=3, frameon=False)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def _plot(axes: Any, steps: Sequence[int], values: Sequence[float], colour: str) -> None:
+def _plot(axes: Any, rows: Rows, metric: str, colour: str, name: str) -> None:
+    steps, values = curve(rows, metric)
     if len(steps) > SMOOTHED:
         axes.plot(steps, values, linewidth=1, alpha=0.3, color=colour)
-        values = running_mean(values, len(values) // 20)
-    if steps:
-        axes.plot(steps, values, linewidth=1.8, color=colour, marker="o" if len(steps) < 30 else None)
-
-
-def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Returns each value's mean with up to `width` neighbours on either side, fewer at the ends."""
-    reaches = [min(width, index, len(values) - 1 - index) for index in range(len(values))]
-    return [fmean(values[index - reach : index + reach + 1]) for index, reach in enumerate(reaches)]
-
-
-def sparkline(values: Sequence[float], width: int) -> str:
-    """Returns a non-empty curve as at most `width` characters, each the mean of its share of the values."""
-    means = [part.mean() for part in np.array_split(values, min(width, len(values)))]
-    span = (max(means) - min(means)) or 1.0
-    return "".join(BLOCKS[round((mean - min(means)) / span * (len(BLOCKS) - 1))] for mean in means)
+        reach = len(values) // 20
+        padded = np.pad(values, reach, mode="edge")
+        values = np.convolve(padded, np.ones(2 * reach + 1) / (2 * reach + 1), mode="valid").tolist()
+    marker = "o" if len(steps) < 30 else None
+    axes.plot(steps, values, linewidth=1.8, color=colour, marker=marker, label=name)

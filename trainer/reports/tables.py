@@ -6,18 +6,18 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from statistics import median
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
 from store.terminal.tables import clipped, plain_table
 from trainer.reports.inspection import Rows, curve
-from trainer.reports.plots import sparkline
 
 if TYPE_CHECKING:
-    from trainer.evaluation import Evaluation, Score
+    from trainer.evaluation import Evaluation
 
 CURVES = (
     "sft/loss", "reward", "accuracy", "groups/all_fail", "groups/all_solved", "groups/mixed",
@@ -26,6 +26,7 @@ CURVES = (
     "tokens_per_second/sampled", "tokens_per_second/trained", "memory/peak_mib", "seconds/step",
 )  # fmt: skip
 """Metrics that `ampo inspect run` shows."""
+BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def by_query(rows: Rows) -> list[list[dict[str, Any]]]:
@@ -67,44 +68,37 @@ def summary_line(queries: Sequence[Rows]) -> str:
     used = Counter(row["teacher"] for rows in queries for row in rows if row["selected"])
     shares = ", ".join(f"{name} {count / used.total():.0%}" for name, count in sorted(used.items()))
     hits = sum(rows[0]["trace_id"] is not None for rows in queries)
-    latencies = {rows[0]["step"]: rows[0]["latency_ms"] for rows in queries}
     return (
         f"{len(queries)} queries for {len({rows[0]['problem_id'] for rows in queries})} problems; "
-        f"hit rate {hits / len(queries):.1%}; {used.total()} traces used: {shares or 'none'}; "
-        f"median latency {median(latencies.values()):.1f} ms per step"
+        f"hit rate {hits / len(queries):.1%}; {used.total()} traces used: {shares or 'none'}"
     )
 
 
-def curves_table(name: str, rows: Rows) -> Table:
-    """Returns the run's curves: first, last, smallest and largest value, and the shape as text."""
-    table = plain_table(f"run {name}", text=["metric"], numbers=["first", "last", "min", "max"])
-    table.add_column("curve")
-    for metric in CURVES:
-        _, values = curve(rows, metric)
-        if values:
-            shown = (values[0], values[-1], min(values), max(values))
-            table.add_row(metric, *map(_number, shown), sparkline(values, width=14))
-    return table
-
-
-def comparison_table(runs: Mapping[str, Rows]) -> Table:
-    """Returns several runs side by side: the mean of each metric over the last tenth of steps."""
-    table = plain_table("runs side by side (mean of the last tenth of steps)")
+def curves_table(runs: Mapping[str, Rows]) -> Table:
+    """Returns the mean of each metric over the last tenth of steps, one column a run; of a single run also
+    the first, smallest and largest value, and the curve as text."""
+    table = plain_table("mean of the last tenth of steps")
     table.add_column("", no_wrap=True)
-    for name in runs:
+    for name in (*runs, *(("first", "min", "max") if len(runs) == 1 else ())):
         table.add_column(escape(name), justify="right", overflow="fold")
     table.add_row("step", *(str(max((row["step"] for row in rows), default=0)) for rows in runs.values()))
     for metric in CURVES:
-        ends = [mean_of_last_tenth(curve(rows, metric)[1]) for rows in runs.values()]
-        if any(end is not None for end in ends):
-            table.add_row(metric, *map(_number, ends))
+        found = [curve(rows, metric)[1] for rows in runs.values()]
+        if any(found):
+            ends = [fmean(values[-max(len(values) // 10, 1) :]) if values else None for values in found]
+            cells = [*map(_number, ends)]
+            if len(runs) == 1:
+                values = found[0]
+                cells += [*map(_number, (values[0], min(values), max(values))), sparkline(values, width=14)]
+            table.add_row(metric, *cells)
     return table
 
 
-def mean_of_last_tenth(values: Sequence[float]) -> float | None:
-    """Returns the mean over at least one value; None when `values` is empty."""
-    last = values[-max(len(values) // 10, 1) :]
-    return sum(last) / len(last) if last else None
+def sparkline(values: Sequence[float], width: int) -> str:
+    """Returns a non-empty curve as at most `width` characters, each the mean of its share of the values."""
+    means = [part.mean() for part in np.array_split(values, min(width, len(values)))]
+    span = (max(means) - min(means)) or 1.0
+    return "".join(BLOCKS[round((mean - min(means)) / span * (len(BLOCKS) - 1))] for mean in means)
 
 
 def _number(value: float | None) -> str:
@@ -145,27 +139,17 @@ def evaluations_table(runs: Mapping[str, Rows]) -> Table:
 
 def evaluation_table(model: str, evaluation: Evaluation) -> Table:
     """Returns one evaluation by `ampo eval`: a row per source, and one for all problems."""
-    overall, sources = evaluation.overall, evaluation.sources
-    passes = [f"pass@{k}" for k in overall.pass_at if k > 1]
-    numbers = ["problems", "n", "avg@n", *passes, "tokens", "cut"]
-    table = plain_table(model, text=["source"], numbers=numbers)
+    passes = [f"pass@{k}" for k in evaluation.overall.pass_at if k > 1]
+    table = plain_table(
+        model, text=["source"], numbers=["problems", f"avg@{evaluation.n}", *passes, "tokens", "cut"]
+    )
     table.caption = "[ ]: 95% interval, bootstrap over problems; avg@n is pass@1"
-    for source, score in sources.items():
-        table.add_row(escape(source) or "-", *_score_cells(score))
-    if sources:
-        table.add_section()
-        means = (f"{value:.3f}" for value in evaluation.mean_of_sources.values())
-        table.add_row("mean", "", "", *means, "", "")
-    table.add_row("all", *_score_cells(overall), style="bold")
+    for source, score in (*evaluation.sources.items(), ("all", evaluation.overall)):
+        if evaluation.sources and score is evaluation.overall:
+            table.add_section()
+            means = (f"{value:.3f}" for value in evaluation.mean_of_sources.values())
+            table.add_row("mean", "", *means, "", "")
+        values = (escape(found.text(between="\n")) for found in score.pass_at.values())
+        shares = (f"{score.mean_length:.0f}", f"{score.cut_share:.0%}")
+        table.add_row(escape(source) or "-", f"{score.problems:,}", *values, *shares)
     return table
-
-
-def _score_cells(score: Score) -> list[str]:
-    fewest, most = score.samples
-    return [
-        f"{score.problems:,}",
-        str(most) if fewest == most else f"{fewest}-{most}",
-        *(escape(found.text(between="\n")) for found in score.pass_at.values()),
-        f"{score.mean_length:.0f}",
-        f"{score.cut_share:.0%}",
-    ]
