@@ -44,8 +44,6 @@ def test_defaults_are_the_papers_run() -> None:
         ("train.max_steps=-1", "train.max_steps = -1: "),
         ("train.max_steps=many", "train.max_steps = 'many': "),
         ("train.learning_rate=nan", "train.learning_rate = nan"),
-        ("train.format_weight=0.2", "unknown key train.format_weight: it is rewards.format"),
-        ("warmup.sft_steps=3", "unknown key warmup.sft_steps: it is sft.steps now"),
         ("rollout.base_urls=7", "rollout.base_urls = 7: write a list in brackets"),
         ('rollout.vllm_args={"a": 1}', "write a table in braces, e.g. {a = 1, b = true}"),
         ("teachers.a.samples=1", "teachers is a list of tables: write [[teachers]] above each"),

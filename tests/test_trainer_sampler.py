@@ -41,8 +41,6 @@ URLS = ["http://127.0.0.1:8000/v1"]
         ({"rollout__base_urls": URLS}, r'set engine = "vllm"'),
         (VLLM | {"rollout__base_urls": ["gpu1:8000"]}, "is not a URL"),
         (VLLM | {"rollout__base_urls": ["http://user:sesame@gpu1/v1"]}, "carries no key"),
-        (VLLM | {"rollout__vllm_args__max_num_seqs": 4}, "set rollout.batch_size"),
-        (VLLM | {"rollout__vllm_args__tensor_parallel_size": 2}, "base_urls"),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused_by_name(

@@ -57,22 +57,6 @@ class StudentConfig(Section):
         return self
 
 
-FIXED_VLLM_ARGS = {
-    "model": "set student.model",
-    "revision": "set student.revision",
-    "dtype": "set student.dtype",
-    "max_num_seqs": "set rollout.batch_size",
-    "max_model_len": "it follows from the longest prompt and rollout.max_completion_length",
-    "gpu_memory_utilization": "set rollout.vllm_gpu_memory_utilization",
-    "enable_sleep_mode": "set rollout.vllm_sleep",
-    "enable_lora": "set student.use_peft",
-    "max_lora_rank": "set student.lora_r",
-    "logprobs_mode": "training needs those of the sampler",
-    "tensor_parallel_size": "rollouts run on the student's device; for more GPUs start servers, base_urls",
-}
-"""Argument of `vllm.LLM` that vllm_args may not set -> the key that sets it, or the reason."""
-
-
 class RolloutConfig(Section):
     """[rollout]: how the student samples."""
 
@@ -106,15 +90,8 @@ class RolloutConfig(Section):
     vllm_sleep: bool = True
     """Frees vllm's memory for the update, between two steps' sampling; on a GPU alone."""
     vllm_args: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of `vllm.LLM`, e.g. {enforce_eager = true}."""
-
-    @field_validator("vllm_args")
-    @classmethod
-    def _fixed_arguments_are_not_set(cls, more: dict[str, Any]) -> dict[str, Any]:
-        for argument in more:
-            if where := FIXED_VLLM_ARGS.get(argument):
-                raise ValueError(f"{argument} is not set here: {where}")
-        return more
+    """Further arguments of `vllm.LLM`, e.g. {enforce_eager = true}; they win over those that follow from other
+    keys."""
 
     @model_validator(mode="after")
     def _servers_are_vllm(self) -> Self:
@@ -271,16 +248,6 @@ class RunConfig(Section):
 
 
 DEFAULT_REWARDS = {"correct": 0.9, "format": 0.1}
-RENAMED = {
-    ("warmup", "sft_steps"): "sft.steps",
-    ("warmup", "sft_traces"): "sft.traces",
-    ("warmup", "traces_per_step"): "sft.traces_per_step",
-    ("warmup", "learning_rate"): "sft.learning_rate",
-    ("train", "format_weight"): "rewards.format (and rewards.correct)",
-    ("train", "offload_optimizer"): 'train.optim = "paged_adamw_8bit"',
-    ("guidance", "ratio"): 'guidance.loss ("shaped" or "shaped_ratio")',
-}
-"""Former key -> today's, for the error."""
 
 
 class Config(PrecomputeConfig):
@@ -295,14 +262,6 @@ class Config(PrecomputeConfig):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     run: RunConfig = RunConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _renamed_keys(cls, tree: Any) -> Any:
-        for (section, key), name in RENAMED.items():
-            if isinstance(tree, dict) and key in (tree.get(section) or {}):
-                raise ValueError(f"unknown key {section}.{key}: it is {name} now")
-        return tree
 
     @field_validator("rewards")
     @classmethod
