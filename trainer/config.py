@@ -90,8 +90,8 @@ class RolloutConfig(Section):
     vllm_sleep: bool = True
     """Frees vllm's memory for the update, between two steps' sampling; on a GPU alone."""
     vllm_args: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of `vllm.LLM`, e.g. {enforce_eager = true}; they win over those that follow from other
-    keys."""
+    """Further arguments of `vllm.LLM`, e.g. {enforce_eager = true}; they win over those that ampo
+    derives from other keys."""
 
     @model_validator(mode="after")
     def _servers_are_vllm(self) -> Self:

@@ -6,7 +6,7 @@ sleep -> sync -> generate (a step's samples) -> sleep -> guide, update -> sync -
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from precompute.config import TeacherConfig
-from precompute.engines import Completion, Engine, Requests, Sampling
+from precompute.engines import Engine
 from precompute.engines.registry import resolve_engine
 from precompute.engines.transformers_engine import TransformersEngine
 from precompute.engines.vllm_engine import VllmEngine, llm_options
@@ -58,11 +58,7 @@ class SharedSampler(TransformersEngine):
 
     def __init__(self, policy: Policy, *, batch_size: int) -> None:
         super().__init__(policy.model, policy.tokenizer, batch_size=batch_size)
-        self._policy = policy
-
-    def sampling(self) -> AbstractContextManager[None]:
-        """Gathers sharded weights for the block."""
-        return self._policy.gathered()
+        self.sampling = policy.gathered
 
     def sync(self) -> None:
         """Does nothing."""
@@ -84,35 +80,26 @@ class VllmSampler:
         self._sleeps = sleeps
         self._asleep: set[str] = set()
         self._syncs = 0
-
-    def generate(self, requests: Requests, sampling: Sampling) -> Iterator[Completion]:
-        """Yields completions as Engine.generate does."""
-        return self._engine.generate(requests, sampling)
-
-    def sampling(self) -> AbstractContextManager[None]:
-        """Needs nothing: vLLM has weights of its own."""
-        return nullcontext()
+        self.generate = engine.generate
+        self.sampling = nullcontext
+        """vLLM has weights of its own to sample with."""
 
     def sync(self) -> None:
         """Writes the weights, with LoRA the adapter alone, and has vLLM load them."""
         self._syncs += 1
-        if not self._student.use_peft:
-            self._load_weights(self._weights.write_weights)
-        else:
-            if self._student.load_in_4bit and self._syncs == 1:
-                # vLLM began with the 16-bit original; the adapter is trained over the 4-bit weights.
-                self._load_weights(self._weights.write_base)
-            self._weights.write_adapter()
+        student, folder = self._student, self._weights
+        # Under QLoRA vLLM begins with the 16-bit original; the adapter is trained over the 4-bit weights.
+        if not student.use_peft or (student.load_in_4bit and self._syncs == 1):
+            # Written while vLLM sleeps: gathered weights and vLLM's memory need not fit at once.
+            folder.write_base() if student.load_in_4bit else folder.write_weights()
             self._wake("weights")
-            self._engine.load_adapter(self._weights.path, self._syncs)
+            self._engine.load_weights(folder.path)
+        if student.use_peft:
+            folder.write_adapter()
+            self._wake("weights")
+            self._engine.load_adapter(folder.path, self._syncs)
         self._wake("kv_cache")
-        self._weights.world.barrier()
-
-    def _load_weights(self, write: Callable[[], None]) -> None:
-        # Written while vLLM sleeps: gathered weights and vLLM's memory need not fit at once.
-        write()
-        self._wake("weights")
-        self._engine.load_weights(self._weights.path)
+        folder.world.barrier()
 
     def sleep(self) -> None:
         """Frees vLLM's GPU memory; with LoRA the frozen weights move to host memory."""
@@ -153,18 +140,10 @@ def make_sampler(
     if rollout.engine == "transformers":
         return SharedSampler(policy, batch_size=rollout.batch_size)
     max_length = max(len(ids) for ids in prompts) + rollout.max_completion_length
-    engine = (
-        load_servers(config, policy, world, max_length=max_length)
-        if rollout.base_urls
-        else load_vllm(config, policy, max_length=max_length)
-    )
-    directory = Path(rollout.sync_dir).absolute() if rollout.sync_dir else run
-    sampler = VllmSampler(
-        engine,
-        WeightFolder(policy, directory / f"{run.name}-weights", world, shared=bool(rollout.base_urls)),
-        config.student,
-        sleeps=_has_sleep_mode(rollout),
-    )
+    engine = load_vllm(config, policy, world, max_length=max_length)
+    folder = (Path(rollout.sync_dir).absolute() if rollout.sync_dir else run) / f"{run.name}-weights"
+    weights = WeightFolder(policy, folder, world, shared=bool(rollout.base_urls))
+    sampler = VllmSampler(engine, weights, config.student, sleeps=has_sleep_mode(rollout))
     stack.callback(sampler.close)
     sampler.sleep()
     return sampler
@@ -180,8 +159,6 @@ def check_sampler(config: Config) -> None:
             "rollout.base_urls are servers of the 16-bit model, and student.load_in_4bit trains another: "
             "leave base_urls out, and vllm gets the 4-bit weights dequantized"
         )
-    if config.student.use_peft:
-        max_lora_rank(config.student)
 
 
 def sampler_warning(rollout: RolloutConfig) -> str | None:
@@ -216,19 +193,19 @@ def check_sampler_weights(rollout: RolloutConfig, dtype: torch.dtype, difference
         )
 
 
-def max_lora_rank(student: StudentConfig) -> int:
-    """Returns the smallest rank that vllm can be configured for and the adapters fit into."""
-    rank = next((rank for rank in LORA_RANKS if rank >= student.lora_r), None)
-    if rank is None:
-        raise ConfigError(
-            f"student.lora_r = {student.lora_r} is more than vllm's {LORA_RANKS[-1]}; "
-            'lower it, or set rollout.engine = "transformers"'
+def load_vllm(
+    config: Config, policy: Policy, world: World = ALONE, *, max_length: int
+) -> VllmEngine | VllmServers:
+    """Loads the student's model in a process on the student's device, or connects to `rollout.base_urls`.
+
+    `max_length`: tokens of prompt and completion. Raises EngineError.
+    """
+    if config.rollout.base_urls:
+        from trainer.sampling.vllm_servers import VllmServers
+
+        return VllmServers(
+            student_as_teacher(config, policy.dtype), policy.tokenizer, world, max_length=max_length
         )
-    return rank
-
-
-def load_vllm(config: Config, policy: Policy, *, max_length: int) -> VllmEngine:
-    """Loads the student's model in a process of its own, on the student's device."""
     return VllmEngine(
         vllm_options(config, policy.dtype, max_length=max_length),
         policy.tokenizer,
@@ -239,27 +216,20 @@ def load_vllm(config: Config, policy: Policy, *, max_length: int) -> VllmEngine:
     )
 
 
-def load_servers(config: Config, policy: Policy, world: World, *, max_length: int) -> VllmServers:
-    """Connects to the servers of `rollout.base_urls`."""
-    from trainer.sampling.vllm_servers import VllmServers
-
-    try:
-        return VllmServers(_as_teacher(config, policy.dtype), policy.tokenizer, world, max_length=max_length)
-    except EngineError as error:
-        raise EngineError(f"rollout.base_urls: {error}") from error
-
-
 def vllm_options(config: Config, dtype: torch.dtype, *, max_length: int) -> dict[str, Any]:
     """Returns the arguments of `vllm.LLM`."""
-    options = llm_options(_as_teacher(config, dtype), max_length=max_length)
-    options |= {"logprobs_mode": "processed_logprobs", "enable_sleep_mode": _has_sleep_mode(config.rollout)}
+    options = llm_options(student_as_teacher(config, dtype), max_length=max_length)
+    options |= {"logprobs_mode": "processed_logprobs", "enable_sleep_mode": has_sleep_mode(config.rollout)}
     if config.student.use_peft:
-        rank = max_lora_rank(config.student)
+        # A rank above the largest is refused by vllm in words of its own.
+        rank = min(
+            (rank for rank in LORA_RANKS if rank >= config.student.lora_r), default=config.student.lora_r
+        )
         options |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
     return options | config.rollout.vllm_args
 
 
-def _as_teacher(config: Config, dtype: torch.dtype) -> TeacherConfig:
+def student_as_teacher(config: Config, dtype: torch.dtype) -> TeacherConfig:
     """Returns the student in the form in which the engines read a model's settings."""
     student, rollout = config.student, config.rollout
     return TeacherConfig(
@@ -285,6 +255,6 @@ def vllm_environment(device: torch.device, environment: Mapping[str, str]) -> di
     return seen
 
 
-def _has_sleep_mode(rollout: RolloutConfig) -> bool:
+def has_sleep_mode(rollout: RolloutConfig) -> bool:
     """Returns whether vLLM can sleep: only on a GPU, and only where it is a process of this run."""
     return rollout.vllm_sleep and not rollout.base_urls and torch.cuda.is_available()

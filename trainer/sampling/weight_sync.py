@@ -11,10 +11,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from store.errors import EngineError
 from trainer.parallel.world import ALONE, World, full_tensor
-from trainer.student.load import dequantized_weights
 from trainer.student.policy import Policy
 
 
@@ -35,17 +35,13 @@ class WeightFolder:
 
     def write_weights(self) -> None:
         """Writes all weights once, in the type that the student computes in."""
-        causal, state = self._policy.causal, {}
+        causal, dtype, state = self._policy.causal, self._policy.dtype, {}
         # Weights with several names, as a head that is the embedding, are written under the first.
-        first_names = {name for name, _ in causal.named_parameters()}
-        further_names = {name for name, _ in causal.named_parameters(remove_duplicate=False)} - first_names
-        for name, sharded in causal.state_dict().items():
-            if name in further_names:
-                continue
-            full = full_tensor(sharded)
+        named = reversed(causal.state_dict(keep_vars=True).items())
+        for name, sharded in {id(weight): (name, weight) for name, weight in named}.values():
+            full = full_tensor(sharded.detach())
             if self._is_writer:
-                dtype = self._policy.dtype if full.is_floating_point() else full.dtype
-                state[name] = full.to("cpu", dtype)
+                state[name] = full.to("cpu", dtype if full.is_floating_point() else full.dtype)
         self._write(lambda: causal.save_pretrained(self.path, state_dict=state))
 
     def write_adapter(self) -> None:
@@ -56,7 +52,12 @@ class WeightFolder:
 
     def write_base(self) -> None:
         """Writes the frozen weights of a 4-bit student, dequantized and without its adapter."""
-        self._write(lambda: save_file(dequantized_weights(self._policy), self.path / "model.safetensors"))
+        state = {
+            name.replace(".base_layer", ""): dequantize_bnb_weight(weight).to("cpu", self._policy.dtype)
+            for name, weight in self._policy.causal.named_parameters()
+            if ".lora_" not in name
+        }
+        self._write(lambda: save_file(state, self.path / "model.safetensors"))
 
     def remove(self) -> None:
         """Removes the folder; harmless when it does not exist."""

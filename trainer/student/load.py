@@ -124,17 +124,6 @@ def with_adapters(model: Any, config: StudentConfig, checkpoint: Path | None) ->
     return peft.get_peft_model(model, lora)
 
 
-def dequantized_weights(policy: Policy) -> dict[str, Tensor]:
-    """Returns name -> weight of the model below the adapters, on the CPU, in the type that it computes in."""
-    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-
-    return {
-        name.replace(".base_layer", ""): dequantize_bnb_weight(parameter).to("cpu", policy.dtype)
-        for name, parameter in policy.causal.named_parameters()
-        if ".lora_" not in name
-    }
-
-
 def load_tokenizer(config: StudentConfig, checkpoint: Path | None = None) -> Any:
     """Loads the student's tokenizer with the config's chat template, or the tokenizer of `checkpoint`.
 
