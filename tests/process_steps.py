@@ -28,7 +28,7 @@ from trainer.parallel.fsdp import initial_device, shard
 from trainer.parallel.world import World, full_tensor, torchrun_world
 from trainer.sampling.weight_sync import WeightFolder
 from trainer.student.batches import TrainSequence, train_batch
-from trainer.student.load import WithoutAdapters, load_policy
+from trainer.student.load import load_policy
 from trainer.student.policy import Policy
 
 
@@ -104,12 +104,12 @@ def reference(student: StudentConfig, train: TrainConfig, policy: Policy, world:
     if not train.beta:
         return None
     if student.use_peft:
-        return WithoutAdapters(policy)
+        return policy.frozen_logprobs
     place = initial_device(world)
     other = load_policy(student, temperature=0.7, initial_device=place)  # the KL is not 0
     other.model.requires_grad_(False)
     shard(other, world)
-    return other
+    return other.logprobs
 
 
 STUDENTS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from conftest import tiny_model, tiny_tokenizer, token_logprobs
 from store.errors import EngineError, RunError
 from trainer.config import StudentConfig
 from trainer.student.batches import pad
-from trainer.student.head import log_softmax_and_entropy
+from trainer.student.head import log_softmax_at
 from trainer.student.load import load_policy
 from trainer.student.policy import Policy
 
@@ -36,7 +36,7 @@ def test_statistics_agree_with_full_logits(policy: Policy) -> None:
 
 def test_entropy_of_a_fair_coin_is_ln_2_and_masked_tokens_add_nothing() -> None:
     logits = torch.tensor([[0.0, 0.0, -math.inf]])
-    logprobs, entropy = log_softmax_and_entropy(logits, torch.tensor([1]))
+    logprobs, entropy = log_softmax_at(logits, torch.tensor([1]), entropy=True)
     assert logprobs.item() == pytest.approx(math.log(0.5))
     assert entropy.item() == pytest.approx(math.log(2))
 

@@ -65,7 +65,7 @@ def test_what_biases_training_is_warned_of(changes: dict[str, Any], warning: str
 
 def test_servers_of_the_16_bit_model_are_refused_for_a_4_bit_student(tmp_path: Path) -> None:
     four_bits = {"student__use_peft": True, "student__load_in_4bit": True}
-    with pytest.raises(ConfigError, match="rollout.base_urls are servers of the 16-bit model"):
+    with pytest.raises(ConfigError, match="servers of the 16-bit model"):
         check_sampler(config_of(tmp_path, tmp_path, **VLLM, **four_bits, rollout__base_urls=URLS))
 
 

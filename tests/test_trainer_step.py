@@ -20,14 +20,14 @@ from trainer.method.groups import Group, Sample
 from trainer.method.loss import REDUCTIONS
 from trainer.method.update import IDLE, NonFiniteError, Updater, mean_metrics, member_advantages, sequences_of
 from trainer.student.batches import TrainSequence, train_batch
-from trainer.student.load import WithoutAdapters, load_policy
+from trainer.student.load import load_policy
 from trainer.student.optimizer import make_optimizer
 from trainer.student.policy import Policy
 
 PROBLEM = Problem(question="2+2", answer="4")
 
 
-def updater(train: TrainConfig, *, reference: Policy | None = None, **guidance: Any) -> Updater:
+def updater(train: TrainConfig, *, reference: Any = None, **guidance: Any) -> Updater:
     policy = Policy(tiny_model(), tiny_tokenizer(), dtype=torch.float32)
     return updater_of(policy, train, GuidanceConfig(**guidance), reference=reference)
 
@@ -238,7 +238,7 @@ def test_a_frozen_model_under_its_adapters_is_their_reference(model_dir: Path) -
                 parameter.fill_(0.1)
     batch = train_batch(sequences(0), pad_id=0, device=policy.device)
     with torch.no_grad():
-        reference = WithoutAdapters(policy).logprobs(batch)
+        reference = policy.frozen_logprobs(batch)
         assert torch.allclose(reference, plain.logprobs(batch), atol=1e-5)
         assert not torch.allclose(reference, policy.logprobs(batch), atol=1e-2)
 
@@ -246,7 +246,7 @@ def test_a_frozen_model_under_its_adapters_is_their_reference(model_dir: Path) -
 def test_beta_pulls_towards_the_reference() -> None:
     train = TrainConfig(beta=0.5, entropy_coef=0.0)
     reference = Policy(tiny_model(seed=1), tiny_tokenizer(), dtype=torch.float32)
-    made = updater(train.model_copy(update={"learning_rate": 1e-2}), reference=reference)
+    made = updater(train.model_copy(update={"learning_rate": 1e-2}), reference=reference.logprobs)
     row = TrainSequence(prompt_ids=(2,), response_ids=(9, 1), advantage=0.0, is_teacher=False)
     reports = [made.optimizer_step([row]) for _ in range(8)]
     assert reports[0]["kl"] > 0
@@ -347,7 +347,7 @@ def test_an_idle_micro_batch_adds_nothing(loss_type: str) -> None:
     rows, reports, gradients = sequences(4), [], []
     for idle in ([], [[IDLE]]):
         reference = Policy(tiny_model(seed=1), tiny_tokenizer(), dtype=torch.float32)
-        made = updater(TrainConfig(loss_type=loss_type, beta=0.1), reference=reference)
+        made = updater(TrainConfig(loss_type=loss_type, beta=0.1), reference=reference.logprobs)
         gradients.append(keep_gradient(made))
         reports.append(made.optimizer_step(rows, [*made.micro_batches(rows), *idle]))
     assert reports[0] == reports[1]

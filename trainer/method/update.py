@@ -6,7 +6,7 @@ groups --advantages--> sequences --counts--> weights --micro-batches--> gradient
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from trainer.method.groups import Group
 from trainer.method.loss import LossInputs, MicroLoss, StepCounts, Sums, group_advantages
 from trainer.parallel.world import ALONE, World, full_tensor
 from trainer.student.batches import TrainSequence, fill, scatter_values, split_over_ranks, train_batch
-from trainer.student.policy import Policy, Reference
+from trainer.student.policy import Policy
 
 IDLE = TrainSequence(prompt_ids=(0, 0), response_ids=(), advantage=0.0, is_teacher=True)
 """Micro-batch of a rank that has fewer of them than another: it adds nothing, but all ranks gather weights
@@ -43,7 +43,8 @@ class Updater:
     train: TrainConfig
     loss: MicroLoss
     max_completion_length: int
-    reference: Reference | None = None
+    reference: Callable[..., Tensor] | None = None
+    """`logprobs` of the student before training, for the KL term."""
     world: World = ALONE
 
     def update(self, groups: Sequence[Group], advantages: Tensor) -> dict[str, float]:
@@ -123,7 +124,7 @@ class Updater:
         mask, reference = batch.target_mask, None
         if self.reference is not None:
             with torch.no_grad():
-                reference = self.reference.logprobs(batch)
+                reference = self.reference(batch)
         old_known = any(s.old_logprobs is not None for s in sequences)
         sampler_known = all(s.is_teacher or s.sampler_logprobs is not None for s in sequences)
         return LossInputs(

@@ -32,9 +32,9 @@ from trainer.run.prompts import checked_prompts, usable_problems
 from trainer.run.run_dir import RunFiles
 from trainer.run.saved_model import check_model
 from trainer.sampling.samplers import Sampler, check_sampler, make_sampler
-from trainer.student.load import WithoutAdapters, load_policy
+from trainer.student.load import load_policy
 from trainer.student.optimizer import make_optimizer
-from trainer.student.policy import Policy, Reference
+from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.performance import probe_memory
 from trainer.telemetry.trackers import Trackers
@@ -146,13 +146,14 @@ def load_student(config: Config, world: World, weights: Path | None = None) -> P
 
 def make_updater(config: Config, policy: Policy, optimizer: torch.optim.Optimizer, world: World) -> Updater:
     """Returns the updater of RL; its reference for the KL is the student as it was before training."""
-    reference: Reference | None = None
+    reference = None
     if config.train.beta and config.student.use_peft:
-        reference = WithoutAdapters(policy)
+        reference = policy.frozen_logprobs
     elif config.train.beta:
-        reference = load_student(config, world)
-        reference.model.requires_grad_(False).eval()
-        shard(reference, world)
+        before = load_student(config, world)
+        before.model.requires_grad_(False).eval()
+        shard(before, world)
+        reference = before.logprobs
     return Updater(
         policy,
         optimizer,

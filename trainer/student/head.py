@@ -75,25 +75,20 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, tensor_c
     `tensor_cores`: products read 10 bits (`products_on`), for hidden states that have fewer. With 150,000
     tokens full float32 would cost more than the whole body; bfloat16 logits would be 0.125 apart.
     """
-    wide_bias = None if bias is None else bias.float()
-    if weight.dtype == torch.float32 and not tensor_cores:
-        return torch.nn.functional.linear(hidden.float(), weight, wide_bias)
     logits: Tensor = HeadProduct.apply(hidden.float(), weight, tensor_cores)  # type: ignore[no-untyped-call]
-    return logits if wide_bias is None else logits + wide_bias
+    return logits if bias is None else logits + bias.float()
 
 
-def selective_log_softmax(logits: Tensor, chosen: Tensor) -> tuple[Tensor]:
-    """Returns ([...],): log softmax of logits [..., V] at `chosen` [...], indices into V."""
-    return (logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits, dim=-1),)
+def log_softmax_at(logits: Tensor, chosen: Tensor, *, entropy: bool = False) -> tuple[Tensor, ...]:
+    """Returns ([...],): log softmax of logits [..., V] at `chosen` [...], indices into V.
 
-
-def log_softmax_and_entropy(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns ([...], [...]): log softmax at `chosen`, and the entropy of each distribution in nats.
-
-    Args as `selective_log_softmax`.
+    With `entropy` ([...], [...]): also the entropy of each distribution, in nats.
     """
     log_total = torch.logsumexp(logits, dim=-1)
+    found = logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) - log_total
+    if not entropy:
+        return (found,)
     probabilities = torch.exp(logits - log_total.unsqueeze(-1))
     # -inf logits (masked tokens) have probability 0 and add nothing: 0 * -inf would be nan.
     expected = (probabilities * logits.masked_fill(probabilities == 0, 0.0)).sum(dim=-1)
-    return logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) - log_total, log_total - expected
+    return found, log_total - expected

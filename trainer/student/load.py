@@ -5,12 +5,14 @@ Sources: LoRA arXiv 2106.09685; QLoRA arXiv 2305.14314 (nf4, double quantization
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
@@ -19,8 +21,8 @@ from precompute.engines.four_bits import check_blocks, nf4_on
 from precompute.problems.prompts import use_template
 from store.errors import EngineError, RunError
 from trainer.config import StudentConfig
-from trainer.student.batches import TokenBatch
-from trainer.student.head import selective_log_softmax
+from trainer.student.batches import pad
+from trainer.student.head import log_softmax_at
 from trainer.student.policy import LOGITS_CHUNK_TOKENS, Policy
 
 TEMPLATE_KEY = "student.chat_template"
@@ -46,30 +48,40 @@ def load_policy(
     """
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = pick_device(config.device)
+    dtype = compute_dtype(config, device)
     tokenizer = load_tokenizer(config, weights)
     on_meta = initial_device is not None and initial_device.type == "meta"
     model = _load_model(config, device, weights, initial_device or device)
     # Sampling options of a model have no effect here, and invalid ones would stop the first checkpoint.
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        eos_token_id=model.generation_config.eos_token_id,
-        pad_token_id=model.generation_config.pad_token_id,
-        bos_token_id=model.generation_config.bos_token_id,
-    )
+    special = ("eos_token_id", "pad_token_id", "bos_token_id")
+    kept = {name: getattr(model.generation_config, name) for name in special}
+    model.generation_config = GenerationConfig(**kept)  # type: ignore[no-untyped-call]
     if config.use_peft:
         model = with_adapters(model, config, None if on_meta else weights)
     _switch_dropout_off(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if not on_meta:
-        _check_head(Policy(model, tokenizer, dtype=torch.float32, temperature=temperature))
+        _check_head(Policy(model, tokenizer, dtype=torch.float32))
     return Policy(
         model,
         tokenizer,
-        dtype=compute_dtype(config, device),
+        dtype=dtype,
         temperature=temperature,
         device=device,
         logits_chunk_tokens=logits_chunk_tokens,
     )
+
+
+@contextmanager
+def naming_the_model(source: str) -> Iterator[None]:
+    """Turns an error of transformers in the block into an EngineError of one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
+        raise EngineError(
+            f"student.model = {source!r} cannot be loaded: {load_failure(source, error)}"
+        ) from error
 
 
 def _load_model(
@@ -79,20 +91,15 @@ def _load_model(
     dtype = compute_dtype(config, device)
     is_checkpoint = weights is not None and not config.use_peft
     source, revision = (str(weights), None) if is_checkpoint else (config.model, config.revision)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
-            dtype=dtype if config.use_peft else torch.float32,
-            **(nf4_on(device, dtype) if config.load_in_4bit else {}),
-            **({"device_map": {"": "meta"}} if initial_device.type == "meta" else {}),
-        )
+    options: dict[str, Any] = {"dtype": dtype if config.use_peft else torch.float32}
+    if config.load_in_4bit:
+        options |= nf4_on(device, dtype)
+    elif initial_device.type == "meta":
+        options["device_map"] = {"": "meta"}
+    with naming_the_model(source):
+        model: Any = AutoModelForCausalLM.from_pretrained(source, revision=revision, **options)
         if not config.load_in_4bit:
             return model.to(initial_device)
-    except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
-        raise EngineError(
-            f"student.model = {source!r} cannot be loaded: {load_failure(source, error)}"
-        ) from error
     check_blocks(model, device, named=f"student.model = {source!r}", instead="set load_in_4bit = false")
     return model
 
@@ -131,12 +138,8 @@ def load_tokenizer(config: StudentConfig, checkpoint: Path | None = None) -> Any
     the checkpoint was trained with another template.
     """
     source, revision = (str(checkpoint), None) if checkpoint else (config.model, config.revision)
-    try:
+    with naming_the_model(source):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
-        raise EngineError(
-            f"no tokenizer at student.model = {source!r}: {load_failure(source, error)}"
-        ) from error
     trained_with = tokenizer.chat_template
     use_template(tokenizer, config.chat_template, key=TEMPLATE_KEY)
     if checkpoint and tokenizer.chat_template != trained_with:
@@ -174,13 +177,11 @@ def _switch_dropout_off(model: nn.Module) -> None:
 def _check_head(policy: Policy) -> None:
     """Raises EngineError when the model's own log-probabilities differ from the policy's."""
     vocabulary = policy.causal.config.get_text_config().vocab_size
-    ids = torch.arange(1, 9, device=policy.device).remainder(vocabulary).unsqueeze(0)  # [1, 8]
-    target_mask = torch.ones_like(ids, dtype=torch.bool)
-    target_mask[:, 0] = False
-    ours = policy.logprobs(TokenBatch(input_ids=ids, target_mask=target_mask))
-    logits = policy.model(input_ids=ids).logits
-    (theirs,) = selective_log_softmax(logits[:, :-1].float() / policy.temperature, ids[:, 1:])
-    difference = float((ours[:, 1:] - theirs).abs().max())
+    ids = [index % vocabulary for index in range(1, 9)]
+    batch = pad([ids], [7], pad_id=policy.pad_id, device=policy.device)
+    logits = policy.model(input_ids=batch.input_ids).logits[:, :-1].float()
+    (theirs,) = log_softmax_at(logits, batch.input_ids[:, 1:])
+    difference = float((policy.logprobs(batch)[:, 1:] - theirs).abs().max())
     # A frozen model's own head may compute in 16 bits; the policy's never does.
     is_16_bit = policy.causal.get_output_embeddings().weight.dtype != torch.float32
     if not difference < (0.5 if is_16_bit else 1e-3):
@@ -188,15 +189,3 @@ def _check_head(policy: Policy) -> None:
             f"{type(policy.causal).__name__} is not supported: "
             f"its logits differ by {difference:.3g} from head(hidden states)"
         )
-
-
-class WithoutAdapters:
-    """The frozen model under a policy's adapters: a reference that takes no memory of its own."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-
-    def logprobs(self, batch: TokenBatch) -> Tensor:
-        """Returns the same as Policy.logprobs, of the frozen model."""
-        with self.policy.model.disable_adapter():
-            return self.policy.logprobs(batch)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,15 +18,9 @@ from precompute.engines.checks import eos_ids
 from precompute.problems.prompts import turn_end
 from trainer.config import TrainConfig
 from trainer.student.batches import TokenBatch
-from trainer.student.head import head_logits, log_softmax_and_entropy, selective_log_softmax
+from trainer.student.head import head_logits, log_softmax_at
 
 LOGITS_CHUNK_TOKENS: int = TrainConfig().logits_chunk_tokens
-
-
-class Reference(Protocol):
-    """The student before training, for the KL term."""
-
-    def logprobs(self, batch: TokenBatch) -> Tensor: ...
 
 
 class Policy:
@@ -89,7 +83,12 @@ class Policy:
 
     def logprobs(self, batch: TokenBatch) -> Tensor:
         """Returns [B, L] float32: log-probability of each target token, 0 elsewhere; skips the entropy."""
-        return self.target_values(batch, selective_log_softmax)[0]
+        return self.target_values(batch)[0]
+
+    def frozen_logprobs(self, batch: TokenBatch) -> Tensor:
+        """Returns the `logprobs` of the model under the adapters: the student before training."""
+        with self.model.disable_adapter():
+            return self.logprobs(batch)
 
     def logprobs_and_entropy(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Returns [B, L] float32 twice, 0 outside the target tokens: column t holds the log-probability of
@@ -97,13 +96,11 @@ class Policy:
 
         Differentiable unless called under `torch.no_grad()`.
         """
-        logprobs, entropy = self.target_values(batch, log_softmax_and_entropy)
+        logprobs, entropy = self.target_values(batch, entropy=True)
         return logprobs, entropy
 
-    def _target_values(
-        self, batch: TokenBatch, of_logits: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-    ) -> list[Tensor]:
-        """Returns each value that `of_logits` makes of (logits [N, V], targets [N]), as [B, L]."""
+    def _target_values(self, batch: TokenBatch, *, entropy: bool = False) -> list[Tensor]:
+        """Returns what `log_softmax_at` makes of the target tokens' logits [N, V], each as [B, L]."""
         mask = batch.target_mask
         with self.computing():
             # No attention mask: padding on the right changes nothing before it, and attention has kernels
@@ -114,7 +111,7 @@ class Policy:
         head, rows = self.causal.get_output_embeddings(), self.logits_chunk_tokens
         parts = []
         for h, t in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
-            chunk = (of_logits, h, t, head.weight, head.bias)
+            chunk = (h, t, head.weight, head.bias, entropy)
             # Recomputing a chunk's logits in the backward pass keeps them from piling up.
             recompute = torch.is_grad_enabled() and len(hidden) > rows
             parts.append(
@@ -128,12 +125,7 @@ class Policy:
         ]
 
     def _chunk(
-        self,
-        of_logits: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
-        hidden: Tensor,
-        targets: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        self, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, entropy: bool
     ) -> tuple[Tensor, ...]:
         # float32 whatever the model computes in: bfloat16 logits are 0.125 apart, so near scores would tie.
         with torch.autocast(self.device.type, enabled=False):
@@ -142,4 +134,6 @@ class Policy:
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         # At temperature 1 the division would only copy.
-        return of_logits(logits if self.temperature == 1 else logits / self.temperature, targets)
+        return log_softmax_at(
+            logits if self.temperature == 1 else logits / self.temperature, targets, entropy=entropy
+        )
