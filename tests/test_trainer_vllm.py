@@ -21,6 +21,7 @@ from precompute.engines.vllm_engine import VllmEngine
 from store.errors import EngineError, TrainingError
 from trainer.config import Config
 from trainer.method.groups import Group
+from trainer.parallel.world import World
 from trainer.sampling import samplers
 from trainer.sampling.samplers import VllmSampler, load_vllm
 from trainer.sampling.weight_sync import WeightFolder
@@ -53,7 +54,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(world: Path, model: Path) -> VllmEngine:
     config = config_of(world, model, rollout__engine="vllm", **LORA)
-    return load_vllm(config, load_policy(config.student, temperature=1.0), max_length=MAX_LENGTH)
+    engine = load_vllm(config, load_policy(config.student, temperature=1.0), max_length=MAX_LENGTH)
+    assert isinstance(engine, VllmEngine)
+    return engine
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +175,7 @@ def test_what_vllm_cannot_do_is_reported_in_its_words_and_ends_it(world: Path, m
 def test_a_run_trains_on_vllms_samples_and_a_killed_vllm_ends_it_in_one_line(
     engine: VllmEngine, world: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def common(config: Config, policy: Policy, *, max_length: int) -> VllmEngine:
+    def common(config: Config, policy: Policy, world: World, *, max_length: int) -> VllmEngine:
         assert max_length <= MAX_LENGTH
         return engine
 
