@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -11,11 +9,11 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from precompute_examples import GOOD, POOR, jsonl, keys_of, lab_config, start_child, traces_of
 from rich.console import Console
 
 from precompute.config import PrecomputeConfig
@@ -26,36 +24,6 @@ from precompute.run.solve import sample_seed
 from precompute.verify.verifier import verify_answer
 from store.errors import ConfigError, EngineError, ProblemsError, RecipeChangedError
 from store.reader import TraceStore
-from store.records import Trace
-
-LAB = Path(__file__).parents[1] / "lab"
-GOOD = {"name": "totals", "model": str(LAB / "models" / "teacher-totals")}
-POOR = {"name": "student", "model": str(LAB / "models" / "student")}
-
-
-def config(store: Path, *teachers: dict[str, Any], part_traces: int = 5, **problems: Any) -> PrecomputeConfig:
-    usual = {"system_prompt": "", "max_tokens": 120, "batch_size": 32}
-    return PrecomputeConfig.model_validate(
-        {
-            "problems": {"train": str(LAB / "problems" / "train.jsonl")} | problems,
-            "store": {"path": str(store), "part_traces": part_traces},
-            "verify": {"workers": 1},
-            "teachers": [usual | teacher for teacher in teachers or (GOOD, POOR)],
-        }
-    )
-
-
-def traces_of(store: Path) -> list[Trace]:
-    with TraceStore(store) as opened:
-        return opened.traces(tokens=True)
-
-
-def keys_of(store: Path) -> dict[tuple[str, str, int], str]:
-    """Every (problem, teacher, sample) with its trace_id; a doubled one fails."""
-    traces = traces_of(store)
-    keys = {(trace.problem_id, trace.teacher, trace.sample_index): trace.trace_id for trace in traces}
-    assert len(keys) == len(traces)
-    return keys
 
 
 def files_of(root: Path) -> dict[str, tuple[int, int]]:
@@ -64,13 +32,14 @@ def files_of(root: Path) -> dict[str, tuple[int, int]]:
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+TWICE = (GOOD | {"samples": 2}, POOR | {"samples": 2})
+
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PrecomputeReport]:
     """A store with 16 problems solved by two teachers, two samples each, and the run's report."""
     store = tmp_path_factory.mktemp("filled") / "traces"
-    teachers = (GOOD | {"samples": 2}, POOR | {"samples": 2})
-    return store, pipeline.run(config(store, *teachers), limit=16)
+    return store, pipeline.run(lab_config(store, *TWICE), limit=16)
 
 
 def test_every_sample_is_kept_with_what_it_takes_to_trust_it(filled: tuple[Path, PrecomputeReport]) -> None:
@@ -112,7 +81,7 @@ def test_the_report_counts_what_the_store_holds(filled: tuple[Path, PrecomputeRe
 def test_a_second_run_samples_nothing_and_adds_no_part(filled: tuple[Path, PrecomputeReport]) -> None:
     store, report = filled
     before = files_of(store / "parts")
-    again = pipeline.run(config(store, GOOD | {"samples": 2}, POOR | {"samples": 2}), limit=16)
+    again = pipeline.run(lab_config(store, *TWICE), limit=16)
     assert files_of(store / "parts") == before
     nothing = {"new_samples": 0, "new_tokens": 0, "seconds": 0.0}
     assert [replace(now, **nothing) for now in again.teachers] == [
@@ -124,7 +93,7 @@ def test_a_second_run_samples_nothing_and_adds_no_part(filled: tuple[Path, Preco
 def test_a_plan_says_what_is_left_and_touches_nothing(filled: tuple[Path, PrecomputeReport]) -> None:
     store, _ = filled
     before = files_of(store)
-    plan = pipeline.plan(config(store, GOOD | {"samples": 3}), limit=20)
+    plan = pipeline.plan(lab_config(store, GOOD | {"samples": 3}), limit=20)
     (teacher,) = plan.teachers
     # 20 problems x 3 samples, of which 16 x 2 are there: 28 are left, of 120 tokens at most.
     assert (teacher.samples_stored, teacher.samples_left) == (32, 28)
@@ -133,7 +102,7 @@ def test_a_plan_says_what_is_left_and_touches_nothing(filled: tuple[Path, Precom
     assert teacher.first_prompt == "<|user|>30-7+9-5+1-8-5<|end|><|assistant|>"
     assert files_of(store) == before
     fresh = store.parent / "not-there"
-    plan = pipeline.plan(config(fresh, GOOD), limit=4)
+    plan = pipeline.plan(lab_config(fresh, GOOD), limit=4)
     assert (plan.store, plan.store_exists, plan.teachers[0].samples_left) == (str(fresh), False, 4)
     assert not fresh.exists()
 
@@ -141,7 +110,7 @@ def test_a_plan_says_what_is_left_and_touches_nothing(filled: tuple[Path, Precom
 def test_another_recipe_under_the_same_name_is_refused(filled: tuple[Path, PrecomputeReport]) -> None:
     store, _ = filled
     before = files_of(store / "parts")
-    changed = config(store, GOOD | {"temperature": 0.5, "answer_form": "answer_tags"})
+    changed = lab_config(store, GOOD | {"temperature": 0.5, "answer_form": "answer_tags"})
     said = r"'totals'.*answer_form None -> 'answer_tags'; sampling\.temperature 1\.0 -> 0\.5"
     for command in (pipeline.plan, pipeline.run):
         with pytest.raises(RecipeChangedError, match=said):
@@ -153,20 +122,18 @@ def test_a_damaged_part_costs_its_own_samples_alone(
     filled: tuple[Path, PrecomputeReport], tmp_path: Path
 ) -> None:
     store = shutil.copytree(filled[0], tmp_path / "traces")
-    before = keys_of(store)
+    before = traces_of(store)
     part = next((store / "parts" / "totals").glob("*.parquet"))
     rows = pq.read_metadata(part).num_rows
     part.write_bytes(part.read_bytes()[:-20])
-    report = pipeline.run(config(store, GOOD | {"samples": 2}), limit=16)
+    report = pipeline.run(lab_config(store, GOOD | {"samples": 2}), limit=16)
     assert report.teachers[0].new_samples == rows
-    assert keys_of(store) == before
+    assert {trace.trace_id for trace in traces_of(store)} == {trace.trace_id for trace in before}
 
 
 def test_a_filtered_trace_is_kept_counted_and_no_candidate(tmp_path: Path) -> None:
     plan = GOOD | {"until_verified": 1, "max_samples": 3}
-    settings = config(tmp_path / "traces", plan)
-    limits = {"filters": {"max_tokens": 45}}
-    settings = settings.model_validate(settings.model_dump() | limits)
+    settings = lab_config(tmp_path / "traces", plan, filters={"max_tokens": 45})
     report = pipeline.run(settings, limit=16)
     traces = traces_of(tmp_path / "traces")
     for trace in traces:
@@ -190,7 +157,7 @@ def test_a_filtered_trace_is_kept_counted_and_no_candidate(tmp_path: Path) -> No
 
 def test_answers_are_read_in_the_form_that_the_config_names(tmp_path: Path) -> None:
     # The lab's models box their answers: read as tags, there is none.
-    pipeline.run(config(tmp_path / "traces", GOOD | {"answer_form": "answer_tags"}), limit=2)
+    pipeline.run(lab_config(tmp_path / "traces", GOOD | {"answer_form": "answer_tags"}), limit=2)
     assert {trace.verdict for trace in traces_of(tmp_path / "traces")} == {"no_answer"}
 
 
@@ -200,7 +167,7 @@ def test_a_response_that_was_cut_is_never_correct(
     whole = next(trace for trace in traces_of(filled[0]) if trace.is_correct and trace.teacher == "totals")
     # The same seed draws the same tokens; one token less leaves the answer and cuts the EOS.
     shorter = GOOD | {"max_tokens": whole.n_tokens - 1, "samples": 2}
-    pipeline.run(config(tmp_path / "traces", shorter), limit=16)
+    pipeline.run(lab_config(tmp_path / "traces", shorter), limit=16)
     key = (whole.problem_id, whole.sample_index)
     cut = next(t for t in traces_of(tmp_path / "traces") if (t.problem_id, t.sample_index) == key)
     assert cut.text == whole.text
@@ -213,7 +180,7 @@ def run_and_die(store: str, samples: int, limit: int, die_at: int | None) -> Non
     teachers = (GOOD | {"samples": samples, "batch_size": 8}, POOR | {"batch_size": 8})
     reporter = Interrupting(die_at) if die_at else Reporter()
     try:
-        pipeline.run(config(Path(store), *teachers, part_traces=3), limit=limit, reporter=reporter)
+        pipeline.run(lab_config(Path(store), *teachers, part_traces=3), limit=limit, reporter=reporter)
     except KeyboardInterrupt:
         os._exit(130)
 
@@ -227,30 +194,21 @@ class Interrupting(Reporter):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def start(*arguments: Any) -> Any:
-    """A child of a server that has the heavy imports behind it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["precompute.engines.transformers_engine", "precompute.run.pipeline"])
-    process = context.Process(target=run_and_die, args=arguments)
-    process.start()
-    return process
-
-
 def test_killed_at_random_moments_it_ends_with_the_same_traces(tmp_path: Path) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
-    start(str(tmp_path / "warm-up"), 1, 1, None).join()
+    start_child(run_and_die, str(tmp_path / "warm-up"), 1, 1, None).join()
     started = time.monotonic()
-    start(str(whole), 2, 12, None).join()
+    start_child(run_and_die, str(whole), 2, 12, None).join()
     duration = time.monotonic() - started
     moments = random.Random(3)
     parts = []
     for _ in range(3):
-        process = start(str(torn), 2, 12, None)
+        process = start_child(run_and_die, str(torn), 2, 12, None)
         process.join(moments.uniform(0.2, 1.0) * duration)
         process.kill()
         process.join()
         parts.append(len(list(torn.rglob("part-*.parquet"))))
-    start(str(torn), 2, 12, None).join()
+    start_child(run_and_die, str(torn), 2, 12, None).join()
     assert keys_of(torn) == keys_of(whole)
     assert len(keys_of(torn)) == 12 * 3
     # The kills hit runs that had written something and not yet all.
@@ -258,7 +216,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_traces(tmp_path: Path) -
 
 
 def test_ctrl_c_keeps_what_is_verified_and_the_next_run_goes_on(tmp_path: Path) -> None:
-    process = start(str(tmp_path / "traces"), 2, 12, 5)
+    process = start_child(run_and_die, str(tmp_path / "traces"), 2, 12, 5)
     process.join()
     assert process.exitcode == 130
     kept = keys_of(tmp_path / "traces")
@@ -272,35 +230,35 @@ def test_ctrl_c_keeps_what_is_verified_and_the_next_run_goes_on(tmp_path: Path) 
 def test_user_errors_name_what_is_wrong(tmp_path: Path) -> None:
     store = tmp_path / "traces"
     with pytest.raises(ConfigError, match=r"no teacher 'totls' in the config; its teachers: totals, student"):
-        pipeline.run(config(store), teachers=["totls"])
+        pipeline.run(lab_config(store, GOOD, POOR), teachers=["totls"])
     with pytest.raises(ConfigError, match=r"\[\[teachers\]\]"):
         pipeline.run(PrecomputeConfig())
     with pytest.raises(ConfigError, match=r"problems\.train is empty"):
-        pipeline.run(config(store, train=""))
+        pipeline.run(lab_config(store, GOOD, problems={}))
     with pytest.raises(EngineError, match=r"teacher 'x': model '.*absent': there is no directory"):
-        pipeline.run(config(store, {"name": "x", "model": str(tmp_path / "absent")}))
+        pipeline.run(lab_config(store, {"name": "x", "model": str(tmp_path / "absent")}))
     with pytest.raises(EngineError, match=r"teacher 'totals': max_tokens = 9999 .* may be \d+ at most"):
-        pipeline.plan(config(store, GOOD | {"max_tokens": 9999}), limit=2)
+        pipeline.plan(lab_config(store, GOOD | {"max_tokens": 9999}), limit=2)
     with pytest.raises(
         ConfigError, match=r"engine = 'vlm': give one of auto, openai, transformers, vllm, or"
     ):
-        pipeline.run(config(store), engine="vlm")
+        pipeline.run(lab_config(store, GOOD), engine="vlm")
     with pytest.raises(ConfigError, match=r"engine = 'json:laod': json has no 'laod'"):
-        pipeline.plan(config(store, GOOD | {"engine": "json:laod"}), limit=2)
+        pipeline.plan(lab_config(store, GOOD | {"engine": "json:laod"}), limit=2)
     assert not store.exists()
 
 
 def test_golds_that_do_not_parse_are_left_out_and_reported(tmp_path: Path) -> None:
     rows = [{"question": "12+3-4", "answer": "11"}, {"question": "what?", "answer": "\\frac{"}]
-    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = config(tmp_path / "traces", GOOD, train=str(tmp_path / "problems.jsonl"))
+    file = jsonl(tmp_path / "problems.jsonl", *rows)
+    settings = lab_config(tmp_path / "traces", GOOD, problems={"train": str(file)})
     report = pipeline.run(settings)
     assert [problem.question for problem in report.problems.unparseable] == ["what?"]
     assert (report.problems.rows, report.problems.used) == (2, 1)
     assert {trace.problem_id for trace in traces_of(tmp_path / "traces")} == {
         problem.problem_id for problem in TraceStore(tmp_path / "traces").problems()
     }
-    (tmp_path / "problems.jsonl").write_text(json.dumps(rows[1]))
+    jsonl(file, rows[1])
     with pytest.raises(ProblemsError, match="no gold answer of its problems can be parsed"):
         pipeline.run(settings)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from precompute_examples import GOOD, lab_config, parts_of
 from rich.console import Console
 
 from precompute.config import PrecomputeConfig, TeacherConfig
@@ -13,8 +14,6 @@ from precompute.run import pipeline
 from precompute.run.probe import Probe, expected_samples
 from precompute.run.tables import plan_tables
 from store.reader import TraceStore
-
-LAB = Path(__file__).parents[1] / "lab"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,15 +41,7 @@ def test_expected_cost_by_hand() -> None:
 
 
 def config(store: Path, **changes: Any) -> PrecomputeConfig:
-    totals = {"name": "totals", "model": str(LAB / "models" / "teacher-totals"), "system_prompt": ""}
-    return PrecomputeConfig.model_validate(
-        {
-            "problems": {"train": str(LAB / "problems" / "train.jsonl")},
-            "store": {"path": str(store)},
-            "verify": {"workers": 1},
-            "teachers": [totals | {"max_tokens": 120} | changes],
-        }
-    )
+    return lab_config(store, GOOD | changes, part_traces=512)
 
 
 def test_a_probe_measures_what_a_run_then_finds_and_keeps_nothing(tmp_path: Path) -> None:
@@ -67,7 +58,7 @@ def test_a_probe_measures_what_a_run_then_finds_and_keeps_nothing(tmp_path: Path
     assert probe.verified == probe.usable == sum(trace.is_correct for trace in first)
     assert probe.left == report.teachers[0].samples == 48
     assert probe.tokens_left == pytest.approx(report.teachers[0].tokens, rel=0.1)
-    size = sum(part.stat().st_size for part in (tmp_path / "traces" / "parts").rglob("*.parquet"))
+    size = sum(part.stat().st_size for part in parts_of(tmp_path / "traces"))
     # What a part needs apart from its traces is counted with each probed one.
     assert size < probe.bytes_left < 2 * size
 

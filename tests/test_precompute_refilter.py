@@ -8,42 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from precompute_examples import GOOD, POOR, lab_config, traces_of
 
 from precompute.config import FiltersConfig, PrecomputeConfig
 from precompute.run import pipeline, refilter
 from precompute.run.refilter import filter_settings
 from store.errors import RecipeChangedError, StoreError
 from store.reader import TraceStore
-from store.records import Trace
 from store.upkeep import compaction
 from store.upkeep.compaction import compact
 
-LAB = Path(__file__).parents[1] / "lab"
 SHORT = {"max_tokens": 45, "format": True}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(store: Path, **filters: Any) -> PrecomputeConfig:
-    teachers = [
-        {
-            "name": name,
-            "model": str(LAB / "models" / model),
-            "system_prompt": "",
-            "max_tokens": 120,
-            "samples": 2,
-        }
-        for name, model in (("totals", "teacher-totals"), ("student", "student"))
-    ]
-    return PrecomputeConfig.model_validate(
-        {
-            "problems": {"train": str(LAB / "problems" / "train.jsonl")},
-            "store": {"path": str(store), "part_traces": 5},
-            "verify": {"workers": 1},
-            "filters": filters,
-            "teachers": teachers,
-        }
-    )
+    return lab_config(store, GOOD | {"samples": 2}, POOR | {"samples": 2}, filters=filters)
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +38,6 @@ def unfiltered(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture
 def store(unfiltered: Path, tmp_path: Path) -> Path:
     return shutil.copytree(unfiltered, tmp_path / "traces")
-
-
-def traces_of(store: Path) -> list[Trace]:
-    with TraceStore(store) as opened:
-        return opened.traces(tokens=True)
 
 
 def reasons(store: Path) -> dict[str, str | None]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from precompute_examples import GOOD, jsonl, keys_of, lab_config, parts_of, rows_in_parts, start_child
 
 from precompute.config import PrecomputeConfig
 from precompute.run import pipeline
@@ -18,60 +18,27 @@ from precompute.run.plan import PrecomputeReport
 from precompute.run.shard import Shard
 from precompute.run.tables import problems_line
 from store.errors import ConfigError, ProblemsError
-from store.reader import TraceStore
 from store.records import Problem
 
-LAB = Path(__file__).parents[1] / "lab"
 PROBLEMS = 16
 SAMPLES = 2
 
 
-def config(store: Path, **store_keys: Any) -> PrecomputeConfig:
-    teacher = {"name": "totals", "model": str(LAB / "models" / "teacher-totals"), "samples": SAMPLES}
-    return PrecomputeConfig.model_validate(
-        {
-            "problems": {"train": str(LAB / "problems" / "train.jsonl")},
-            "store": {"path": str(store), "part_traces": 3} | store_keys,
-            "verify": {"workers": 1},
-            "teachers": [teacher | {"system_prompt": "", "max_tokens": 60, "batch_size": 4}],
-        }
-    )
+def config(store: Path, **sections: Any) -> PrecomputeConfig:
+    teacher = GOOD | {"samples": SAMPLES, "max_tokens": 60, "batch_size": 4}
+    return lab_config(store, teacher, part_traces=3, **sections)
 
 
 def run_shard(store: str, shard: str | None) -> PrecomputeReport:
-    import torch
-
     torch.set_num_threads(1)
     part = Shard.parse(shard) if shard else None
     return pipeline.run(config(Path(store)), limit=PROBLEMS, shard=part)
-
-
-def start(store: Path, shard: str | None) -> Any:
-    """A process of its own, child of a server that has the heavy imports behind it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["precompute.engines.transformers_engine", "precompute.run.pipeline"])
-    process = context.Process(target=run_shard, args=(str(store), shard))
-    process.start()
-    return process
 
 
 def finished(*processes: Any) -> None:
     for process in processes:
         process.join()
         assert process.exitcode == 0
-
-
-def keys_of(store: Path) -> dict[tuple[str, int], str]:
-    """(problem, sample) -> trace_id"""
-    with TraceStore(store) as opened:
-        return {(trace.problem_id, trace.sample_index): trace.trace_id for trace in opened.traces()}
-
-
-def rows_in_parts(store: Path) -> int:
-    """Doubled rows too, which a reader would not see."""
-    import pyarrow.parquet as pq
-
-    return sum(pq.read_metadata(part).num_rows for part in store.rglob("part-*.parquet"))
 
 
 def test_a_shard_is_read_from_what_users_write() -> None:
@@ -107,17 +74,17 @@ def test_every_problem_is_in_exactly_one_shard_wherever_it_stands(
 
 def test_two_shards_at_once_make_what_one_process_makes_also_when_one_is_killed(tmp_path: Path) -> None:
     whole, store = tmp_path / "whole", tmp_path / "traces"
-    finished(start(whole, None))
-    killed, other = start(store, "1/2"), start(store, "2/2")
-    while not list(store.rglob("part-*.parquet")):
+    finished(start_child(run_shard, str(whole), None))
+    killed, other = (start_child(run_shard, str(store), shard) for shard in ("1/2", "2/2"))
+    while not parts_of(store):
         time.sleep(0.01)
     killed.kill()
     killed.join()
     kept = rows_in_parts(store)
-    finished(other, start(store, "1/2"))
+    finished(other, start_child(run_shard, str(store), "1/2"))
     assert 0 < kept < PROBLEMS * SAMPLES
     assert keys_of(store) == keys_of(whole)
-    assert rows_in_parts(store) == PROBLEMS * SAMPLES == len(keys_of(whole))
+    assert len(keys_of(whole)) == PROBLEMS * SAMPLES
     # A second run has nothing to do, and a report counts the problems of its own shard.
     reports = [pipeline.run(config(store), limit=PROBLEMS, shard=Shard.parse(f"{n}/2")) for n in (1, 2)]
     assert [report.teachers[0].new_samples for report in reports] == [0, 0]
@@ -130,11 +97,8 @@ def test_two_shards_at_once_make_what_one_process_makes_also_when_one_is_killed(
 
 
 def test_a_shard_without_a_problem_has_nothing_to_do(tmp_path: Path) -> None:
-    problems = tmp_path / "problems.jsonl"
-    problems.write_text(json.dumps({"question": "12+3-4", "answer": "11"}))
-    settings = config(tmp_path / "traces").model_copy(
-        update={"problems": config(tmp_path).problems.model_copy(update={"train": str(problems)})}
-    )
+    file = jsonl(tmp_path / "problems.jsonl", {"question": "12+3-4", "answer": "11"})
+    settings = config(tmp_path / "traces", problems={"train": str(file)})
     only = Problem(question="12+3-4", answer="11").problem_id
     empty = next(Shard(number=n, count=2) for n in (1, 2) if not Shard(number=n, count=2).holds(only))
     report = pipeline.run(settings, shard=empty)
