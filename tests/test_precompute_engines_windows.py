@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_gemma, tiny_tokenizer
+from precompute_examples import by_id, forward_logprobs
 
 from precompute.engines import Completion, Request, Sampling
 from precompute.engines.transformers_engine import TransformersEngine
@@ -35,16 +36,7 @@ def request(number: int, length: int) -> Request:
 
 def drawn(model: Any, requests: list[Request], batch_size: int) -> dict[str, Completion]:
     engine = TransformersEngine(model, tiny_tokenizer(), batch_size=batch_size)
-    return {completion.request_id: completion for completion in engine.generate(requests, SAMPLING)}
-
-
-@torch.no_grad()
-def logprobs(model: Any, request: Request, completion: Completion) -> list[float]:
-    """One forward over prompt and completion, without any cache."""
-    ids = torch.tensor([[*request.prompt_ids, *completion.token_ids]])
-    table = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
-    start = len(request.prompt_ids)
-    return [float(table[start + t - 1, token]) for t, token in enumerate(completion.token_ids)]
+    return by_id(engine.generate(requests, SAMPLING))
 
 
 # Prompts within the window (3 to 7 tokens), beyond it (9 to 28), and both in one batch: then rows join whose
@@ -58,7 +50,7 @@ def test_rows_come_and_go_and_every_token_is_drawn_from_the_models_own_distribut
     assert len({len(completion.token_ids) for completion in found.values()}) > 3
     for each in requests:
         completion = found[each.request_id]
-        assert completion.logprobs == pytest.approx(logprobs(model, each, completion), abs=1e-4)
+        assert completion.logprobs == pytest.approx(forward_logprobs(model, each, completion), abs=1e-4)
     for each in requests[::8]:
         alone = drawn(model, [each], batch_size=1)
         assert alone[each.request_id].token_ids == found[each.request_id].token_ids

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from openai_examples import KEY, MODEL, SERVED, Proxy, free_port, vllm_server
+from precompute_examples import PROBLEM_FILE, by_id, forward_logprobs, keys_of, lab_config
 from transformers import AutoModelForCausalLM
 
 from precompute.config import PrecomputeConfig, TeacherConfig
@@ -30,9 +31,9 @@ from trainer.eval_model import evaluate_model
 if find_spec("vllm") is None or find_spec("openai") is None:
     pytest.skip("vllm or openai is not installed", allow_module_level=True)
 
-PROBLEMS = str(Path(MODEL).parents[1] / "problems" / "train.jsonl")
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=120)
 COUNT = 48
+Make = Callable[[], Proxy]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def proxy(port: int) -> Iterator[Callable[[], Proxy]]:
+def proxy(port: int) -> Iterator[Make]:
     made: list[Proxy] = []
 
     def make() -> Proxy:
@@ -70,7 +71,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def requests(tokenizer: Any) -> list[Request]:
-    problems = load_problems(PROBLEMS).problems[:COUNT]
+    problems = load_problems(PROBLEM_FILE).problems[:COUNT]
     prompts = [render_prompt(tokenizer, p, system_prompt="", chat_template_kwargs={}) for p in problems]
     return [Request(request_id=str(n), prompt_ids=p.ids, seed=n) for n, p in enumerate(prompts)]
 
@@ -94,6 +95,10 @@ def teacher(*urls: str, **changes: Any) -> TeacherConfig:
     )
 
 
+def dump(*urls: str) -> dict[str, Any]:
+    return teacher(*urls).model_dump()
+
+
 def address(port: int, host: str = "127.0.0.1") -> str:
     return f"http://{host}:{port}/v1"
 
@@ -101,10 +106,6 @@ def address(port: int, host: str = "127.0.0.1") -> str:
 def engine_of(teacher: TeacherConfig, tokenizer: Any, said: list[str] | None = None) -> Engine:
     said = [] if said is None else said
     return load_engine(teacher, "openai", tokenizer, longest_prompt=40, report=said.append)
-
-
-def by_id(completions: Iterator[Completion]) -> dict[str, Completion]:
-    return {completion.request_id: completion for completion in completions}
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +124,7 @@ def test_what_comes_back_is_the_models_own(
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     for request in requests[:16]:
         completion = drawn[request.request_id]
-        ids = torch.tensor([[*request.prompt_ids, *completion.token_ids]])
-        with torch.no_grad():
-            logprobs = model(input_ids=ids).logits[0, len(request.prompt_ids) - 1 : -1].log_softmax(-1)
-        expected = logprobs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-        assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-2)
+        assert completion.logprobs == pytest.approx(forward_logprobs(model, request, completion), abs=1e-2)
     for completion in drawn.values():
         assert completion.text == tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)
     stopped = [completion for completion in drawn.values() if completion.finish_reason == "stop"]
@@ -150,9 +147,7 @@ def test_a_seed_decides_the_sample_and_max_tokens_cuts(
         assert completion.token_ids == drawn[completion.request_id].token_ids[:5]
 
 
-def test_no_more_than_batch_size_are_under_way(
-    proxy: Callable[[], Proxy], requests: list[Request], tokenizer: Any
-) -> None:
+def test_no_more_than_batch_size_are_under_way(proxy: Make, requests: list[Request], tokenizer: Any) -> None:
     first, second = proxy(), proxy()
     first.delay = second.delay = 0.05
     engine = engine_of(teacher(first.url, second.url, batch_size=6), tokenizer)
@@ -163,7 +158,7 @@ def test_no_more_than_batch_size_are_under_way(
 
 
 def test_a_server_that_is_busy_or_fails_is_asked_again(
-    proxy: Callable[[], Proxy], drawn: dict[str, Completion], requests: list[Request], tokenizer: Any
+    proxy: Make, drawn: dict[str, Completion], requests: list[Request], tokenizer: Any
 ) -> None:
     server = proxy()
     engine = engine_of(teacher(server.url, batch_size=1, max_retries=2), tokenizer)
@@ -173,9 +168,7 @@ def test_a_server_that_is_busy_or_fails_is_asked_again(
     assert server.calls == 3
 
 
-def test_a_server_that_hangs_is_given_up(
-    proxy: Callable[[], Proxy], requests: list[Request], tokenizer: Any
-) -> None:
+def test_a_server_that_hangs_is_given_up(proxy: Make, requests: list[Request], tokenizer: Any) -> None:
     slow, quick, said = proxy(), proxy(), []
     slow.delay = 30
     engine = engine_of(teacher(slow.url, quick.url, request_timeout=2, max_retries=0), tokenizer, said)
@@ -184,7 +177,7 @@ def test_a_server_that_hangs_is_given_up(
 
 
 def test_one_server_that_goes_leaves_the_work_to_the_other(
-    proxy: Callable[[], Proxy], drawn: dict[str, Completion], requests: list[Request], tokenizer: Any
+    proxy: Make, drawn: dict[str, Completion], requests: list[Request], tokenizer: Any
 ) -> None:
     first, second, said = proxy(), proxy(), []
     engine = engine_of(teacher(first.url, second.url), tokenizer, said)
@@ -198,45 +191,28 @@ def test_one_server_that_goes_leaves_the_work_to_the_other(
     assert said[1].startswith(f"totals: {first.url} is given up (")
 
 
-def settings(tmp_path: Path, teacher: TeacherConfig) -> PrecomputeConfig:
-    return PrecomputeConfig.model_validate(
-        {
-            "problems": {"train": PROBLEMS},
-            "store": {"path": str(tmp_path / "traces")},
-            "teachers": [teacher.model_dump()],
-        }
-    )
-
-
-def stored(tmp_path: Path) -> dict[str, str]:
-    with TraceStore(tmp_path / "traces") as store:
-        return {trace.trace_id: trace.text for trace in store.traces()}
-
-
-def test_when_the_last_server_goes_what_was_verified_is_kept(
-    proxy: Callable[[], Proxy], port: int, tmp_path: Path
-) -> None:
+def test_when_the_last_server_goes_what_was_verified_is_kept(proxy: Make, port: int, tmp_path: Path) -> None:
     first, second = proxy(), proxy()
     first.stop_after = second.stop_after = 20
     with pytest.raises(EngineError, match=r"no server is left: .*; what was verified is kept") as caught:
-        pipeline.run(settings(tmp_path, teacher(first.url, second.url)), limit=64)
+        pipeline.run(lab_config(tmp_path / "traces", dump(first.url, second.url)), limit=64)
     assert first.url in str(caught.value)
     assert second.url in str(caught.value)
-    kept = stored(tmp_path)
+    kept = keys_of(tmp_path / "traces")
     assert 0 < len(kept) < 64
-    report = pipeline.run(settings(tmp_path, teacher(address(port))), limit=64)
+    report = pipeline.run(lab_config(tmp_path / "traces", dump(address(port))), limit=64)
     assert report.teachers[0].new_samples == 64 - len(kept)
     # The two runs together drew what one alone would have drawn.
-    pipeline.run(settings(tmp_path / "other", teacher(address(port))), limit=64)
-    assert kept.items() <= stored(tmp_path).items()
-    assert stored(tmp_path) == stored(tmp_path / "other")
+    pipeline.run(lab_config(tmp_path / "other", dump(address(port))), limit=64)
+    assert kept.items() <= keys_of(tmp_path / "traces").items()
+    assert keys_of(tmp_path / "traces") == keys_of(tmp_path / "other")
 
 
 def test_the_key_is_written_nowhere(
     port: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    config = settings(tmp_path, teacher(address(port)))
+    config = lab_config(tmp_path / "traces", dump(address(port)))
     report = pipeline.run(config, limit=8)
     assert report.teachers[0].samples == 8
     plan = pipeline.plan(config, limit=8)
@@ -250,7 +226,7 @@ def test_the_key_is_written_nowhere(
 
 
 def test_an_answer_that_repeats_the_key_is_told_without_it(
-    proxy: Callable[[], Proxy], requests: list[Request], tokenizer: Any
+    proxy: Make, requests: list[Request], tokenizer: Any
 ) -> None:
     server = proxy()
     engine = engine_of(teacher(server.url), tokenizer)
@@ -261,7 +237,7 @@ def test_an_answer_that_repeats_the_key_is_told_without_it(
 
 
 def test_without_api_key_env_no_key_is_sent(
-    proxy: Callable[[], Proxy], requests: list[Request], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    proxy: Make, requests: list[Request], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-somebodys")
     server = proxy()
@@ -293,12 +269,8 @@ def test_what_is_wrong_is_said_in_one_line_before_anything_is_drawn(
 
 
 def test_without_a_server_there_is_one_line_that_names_it() -> None:
-    with pytest.raises(
-        EngineError, match=r"no server answers: http://127\.0\.0\.1:1/v1 \(.*refused\); start"
-    ):
+    with pytest.raises(EngineError, match=r"no server answers: http://127\.0\.0\.1:1/v1 \(.*refused\)"):
         prepare_engine(teacher("http://127.0.0.1:1/v1"), "openai")
-    with pytest.raises(EngineError, match='engine "openai" needs base_urls'):
-        prepare_engine(teacher(), "openai")
 
 
 def test_positions_that_the_server_lacks_are_named(port: int, tokenizer: Any) -> None:
@@ -308,7 +280,7 @@ def test_positions_that_the_server_lacks_are_named(port: int, tokenizer: Any) ->
 
 
 def test_of_a_server_without_ids_the_text_is_all_that_is_taken(
-    proxy: Callable[[], Proxy], drawn: dict[str, Completion], requests: list[Request], tokenizer: Any
+    proxy: Make, drawn: dict[str, Completion], requests: list[Request], tokenizer: Any
 ) -> None:
     def plain(answer: dict[str, Any]) -> dict[str, Any]:
         for model in answer.get("data", []):
@@ -332,7 +304,7 @@ def test_of_a_server_without_ids_the_text_is_all_that_is_taken(
 
 
 def test_a_completion_that_a_server_breaks_off_is_no_sample(
-    proxy: Callable[[], Proxy], requests: list[Request], tokenizer: Any
+    proxy: Make, requests: list[Request], tokenizer: Any
 ) -> None:
     def broken(answer: dict[str, Any]) -> dict[str, Any]:
         for choice in answer.get("choices", []):
@@ -345,9 +317,7 @@ def test_a_completion_that_a_server_breaks_off_is_no_sample(
         list(engine_of(teacher(server.url), tokenizer).generate(requests[:1], SAMPLING))
 
 
-def test_left_early_it_waits_for_nothing(
-    proxy: Callable[[], Proxy], requests: list[Request], tokenizer: Any
-) -> None:
+def test_left_early_it_waits_for_nothing(proxy: Make, requests: list[Request], tokenizer: Any) -> None:
     server = proxy()
     server.delay, server.quick_calls = 30, 1
     completions = engine_of(teacher(server.url), tokenizer).generate(requests, SAMPLING)
@@ -375,7 +345,7 @@ def test_a_key_in_the_config_is_refused_and_not_repeated(tmp_path: Path, key: st
 
 
 def test_a_model_behind_servers_is_evaluated_like_one_that_is_here(port: int, tmp_path: Path) -> None:
-    lines = Path(PROBLEMS).read_text().splitlines()[:8]
+    lines = PROBLEM_FILE.read_text().splitlines()[:8]
     (tmp_path / "few.jsonl").write_text("\n".join(lines) + "\n")
     url = address(port)
     settings = [

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
-from verify_processes import needs_proc, wait_until, workers_of
+from proc_examples import needs_proc, wait_until, workers_of
 
 from precompute.verify.verifier import Verifier
 from precompute.verify.verify_file import (

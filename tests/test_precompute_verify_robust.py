@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from verify_processes import memory_kb, needs_proc, open_files, wait_until, workers_of, zombies_of
+from proc_examples import memory_kb, needs_proc, open_files, wait_until, workers_of, zombies_of
 
 from precompute.verify.verifier import Verifier
 from store.errors import EngineError
@@ -171,7 +171,7 @@ def test_workers_that_cannot_start_are_one_clear_error(monkeypatch: pytest.Monke
 
 
 @needs_proc
-@pytest.mark.parametrize("kills", [4, pytest.param(1_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.slow)])
 def test_no_capacity_is_lost_however_many_workers_are_killed(kills: int) -> None:
     others = workers_of(os.getpid())
     with Verifier(workers=2, timeout=0.05) as verifier:

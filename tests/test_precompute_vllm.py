@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from precompute_examples import GOOD, PROBLEM_FILE, by_id, forward_logits, forward_logprobs, lab_config
+from proc_examples import is_running, wait_until
 from transformers import AutoModelForCausalLM
 
-from precompute.config import PrecomputeConfig, TeacherConfig
+from precompute.config import TeacherConfig
 from precompute.engines import Completion, Engine, Request, Sampling
 from precompute.engines.registry import load_engine, load_tokenizer, resolve_engine
 from precompute.engines.vllm_engine import VllmEngine, llm_options
@@ -30,9 +31,7 @@ from store.records import Problem
 if find_spec("vllm") is None:
     pytest.skip("vllm is not installed", allow_module_level=True)
 
-LAB = Path(__file__).parents[1] / "lab"
-MODEL = str(LAB / "models" / "teacher-totals")
-TEACHER = TeacherConfig(name="totals", model=MODEL, system_prompt="", max_tokens=120, batch_size=64)
+TEACHER = TeacherConfig(**GOOD, system_prompt="", max_tokens=120, batch_size=64)
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=120)
 PROBLEMS = 128
 
@@ -54,7 +53,7 @@ def engine(one_thread: None, tokenizer: Any) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def problems() -> tuple[Problem, ...]:
-    return load_problems(LAB / "problems" / "train.jsonl").problems[:PROBLEMS]
+    return load_problems(PROBLEM_FILE).problems[:PROBLEMS]
 
 
 @pytest.fixture(scope="module")
@@ -68,20 +67,16 @@ def requests(problems: tuple[Problem, ...], tokenizer: Any) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def drawn(engine: Engine, requests: list[Request]) -> dict[str, Completion]:
-    return {completion.request_id: completion for completion in engine.generate(requests, SAMPLING)}
+    return by_id(engine.generate(requests, SAMPLING))
 
 
 def test_its_logprobs_are_those_of_a_transformers_forward(
     requests: list[Request], drawn: dict[str, Completion]
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(TEACHER.model, dtype=torch.float32)
     for request in requests[:24]:
         completion = drawn[request.request_id]
-        ids = torch.tensor([[*request.prompt_ids, *completion.token_ids]])
-        with torch.no_grad():
-            logprobs = model(input_ids=ids).logits[0, len(request.prompt_ids) - 1 : -1].log_softmax(-1)
-        expected = logprobs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-        assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-2)
+        assert completion.logprobs == pytest.approx(forward_logprobs(model, request, completion), abs=1e-2)
 
 
 def test_a_completion_ends_with_its_eos_and_its_text_without(
@@ -100,7 +95,7 @@ def test_a_completion_ends_with_its_eos_and_its_text_without(
 def test_a_seed_decides_the_sample_whatever_runs_beside_it(
     engine: Engine, requests: list[Request], drawn: dict[str, Completion]
 ) -> None:
-    again = {c.request_id: c for c in engine.generate(requests[5:21], SAMPLING)}
+    again = by_id(engine.generate(requests[5:21], SAMPLING))
     assert {i: c.token_ids for i, c in again.items()} == {i: drawn[i].token_ids for i in again}
     first = requests[0]
     others = [
@@ -149,12 +144,11 @@ def test_a_fed_prompt_that_does_not_fit_is_refused_and_the_engine_goes_on(
 
 def test_temperature_0_is_greedy_and_max_tokens_cuts(engine: Engine, requests: list[Request]) -> None:
     greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=6)
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    for completion in engine.generate(requests[:4], greedy):
-        prompt = next(r.prompt_ids for r in requests if r.request_id == completion.request_id)
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([[*prompt, *completion.token_ids]])).logits[0]
-        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == list(completion.token_ids)
+    model = AutoModelForCausalLM.from_pretrained(TEACHER.model, dtype=torch.float32)
+    found = by_id(engine.generate(requests[:4], greedy))
+    for request in requests[:4]:
+        completion = found[request.request_id]
+        assert forward_logits(model, request, completion).argmax(-1).tolist() == list(completion.token_ids)
         assert (completion.finish_reason, len(completion.token_ids)) == ("length", 6)
 
 
@@ -163,13 +157,7 @@ def test_the_pipeline_fills_a_store_through_vllm(
 ) -> None:
     monkeypatch.setattr("precompute.run.backends.load_engine", lambda *_, **__: engine)
     monkeypatch.setattr(engine, "close", lambda: None)
-    settings = PrecomputeConfig.model_validate(
-        {
-            "problems": {"train": str(LAB / "problems" / "train.jsonl")},
-            "store": {"path": str(tmp_path / "traces")},
-            "teachers": [TEACHER.model_dump()],
-        }
-    )
+    settings = lab_config(tmp_path / "traces", TEACHER.model_dump())
     report = pipeline.run(settings, engine="vllm", limit=16)
     assert report.teachers[0].samples == 16
     with TraceStore(tmp_path / "traces") as store:
@@ -220,21 +208,4 @@ def test_a_parent_that_is_killed_leaves_no_process_behind() -> None:
         child = int(parent.stdout.readline())
         assert is_running(child)
         parent.kill()
-    assert eventually(lambda: not is_running(child))
-
-
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    # An orphan whose new parent has not fetched it yet is dead all the same.
-    state = Path(f"/proc/{pid}/stat")
-    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def eventually(holds: Callable[[], bool], seconds: float = 30.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return holds()
+    assert wait_until(lambda: not is_running(child), 30.0)

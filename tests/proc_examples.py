@@ -1,4 +1,4 @@
-"""Processes, memory and open files as Linux's /proc shows them to the verifier's tests."""
+"""Processes, memory and open files as Linux's /proc shows them."""
 
 from __future__ import annotations
 
@@ -12,30 +12,36 @@ import pytest
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 
 
-def workers_of(parent: int) -> set[int]:
-    """Returns the process ids of the workers that `parent` started."""
-    found = set()
+def children_of(parent: int) -> dict[int, tuple[str, bytes]]:
+    """Process id -> (state, command line) of the processes that `parent` started."""
+    found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            line = (entry / "cmdline").read_bytes()
-            above = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            command = (entry / "cmdline").read_bytes()
+            state, above = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:2]
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if b"spawn_main" in line and above == parent:
-            found.add(int(entry.name))
+        if int(above) == parent:
+            found[int(entry.name)] = (state, command)
     return found
+
+
+def workers_of(parent: int) -> set[int]:
+    """Process ids of the workers that `parent` started."""
+    return {pid for pid, (_, command) in children_of(parent).items() if b"spawn_main" in command}
 
 
 def zombies_of(parent: int) -> int:
     """Number of children of `parent` that ended and were not reaped."""
-    count = 0
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            state, above = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:2]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        count += state == "Z" and int(above) == parent
-    return count
+    return sum(state == "Z" for state, _ in children_of(parent).values())
+
+
+def is_running(pid: int) -> bool:
+    """Returns whether the process computes; an orphan that ended and was not reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def memory_kb(process: int, field: str) -> int:
