@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import signal
 import subprocess
@@ -17,28 +16,23 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from run_examples import PROBLEMS, config_of, metrics_of, write_problems, write_store
+from precompute_examples import jsonl, keys_of, traces_of
+from run_examples import PROBLEMS, config_of, metrics_of, write_store
 
 from precompute.config import FiltersConfig, StoreConfig
 from precompute.imports.foreign_rows import ImportColumns, ImportForm, TeacherNames, files_at
 from precompute.imports.import_traces import ImportReport, import_traces
 from precompute.run.refilter import refilter
 from precompute.verify.verifier import Verifier
-from store.errors import ConfigError, EngineError, ProblemsError, RecipeChangedError, StoreError
+from store.errors import RecipeChangedError, StoreError, UserError
 from store.export.export_forms import ExportOptions
 from store.export.exporting import export
 from store.reader import TraceStore
-from store.records import Problem, Trace
 from trainer.telemetry.console import TrainReporter
 from trainer.train import train
 
 SUM = {"prompt": [{"role": "user", "content": "2+2"}], "reward_model": {"ground_truth": "4"}}
 PLAIN = {"question": "2+2", "answer": "4", "teacher": "r1"}
-
-
-def jsonl(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def bring(
@@ -68,11 +62,6 @@ def shared_verifier() -> Verifier:
     verifier = Verifier(workers=1)
     atexit.register(verifier.close, cancel=True)
     return verifier
-
-
-def traces_of(store: Path) -> list[Trace]:
-    with TraceStore(store) as opened:
-        return opened.traces(tokens=True)
 
 
 def content_of(store: Path) -> dict[str, bytes]:
@@ -215,12 +204,13 @@ def test_a_directory_is_read_as_one_file(tmp_path: Path) -> None:
         ([SUM | {"target_lst": [{"source": "a/b", "content": "x"}, {"source": "a b", "content": "x"}]}], {},
          "'a/b' and 'a b' would both be 'a-b' .* --rename a b=NAME"),
         ([PLAIN | {"teacher": "//", "text": "x"}], {}, "'//' cannot name a teacher; give --rename //=NAME"),
+        ([PLAIN | {"text": "x"}], {"tokenizer": "/gone"}, "^--tokenizer '/gone': there is no directory"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_read_is_named_and_nothing_is_made(
     tmp_path: Path, rows: Sequence[dict[str, Any]], options: dict[str, Any], complaint: str
 ) -> None:
-    with pytest.raises((ConfigError, ProblemsError), match=complaint) as error:
+    with pytest.raises(UserError, match=complaint) as error:
         bring(jsonl(tmp_path / "bad.jsonl", *rows), tmp_path / "traces", **options)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "traces").exists()
@@ -237,45 +227,13 @@ def test_a_tokenizer_gives_ids_and_counts(tmp_path: Path, model_dir: Path) -> No
     assert len(counted.token_ids) == 13
 
 
-def test_a_tokenizer_that_is_none_is_named_by_its_option(tmp_path: Path) -> None:
-    file, gone = jsonl(tmp_path / "plain.jsonl", PLAIN | {"text": "so:\\boxed{4}"}), str(tmp_path / "gone")
-    with pytest.raises(EngineError, match=f"^--tokenizer '{gone}': there is no directory"):
-        bring(file, tmp_path / "traces", tokenizer=gone)
-
-
-def many(path: Path, rows: int) -> Path:
-    return jsonl(
-        path,
-        *(
-            {"question": f"{n}+{n}", "answer": str(2 * n), "teacher": f"t{t}", "text": f"\\boxed{{{2 * n}}}"}
-            for n in range(rows)
-            for t in range(2)
-        ),
-    )  # fmt: skip
-
-
-def test_an_import_that_the_user_interrupts_keeps_what_was_verified_and_goes_on(tmp_path: Path) -> None:
-    file = many(tmp_path / "many.jsonl", 300)
-
-    def interrupt(done: int, total: int, note: str) -> None:
-        if done >= 50:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        bring(file, tmp_path / "traces", part_traces=32, progress=interrupt)
-    kept = len(traces_of(tmp_path / "traces"))
-    assert 50 <= kept < 600
-    report = bring(file, tmp_path / "traces")
-    assert [(t.existing + t.new) for t in report.teachers] == [300, 300]
-    assert sum(t.existing for t in report.teachers) == kept
-    bring(file, tmp_path / "straight")
-    assert {t.trace_id for t in traces_of(tmp_path / "traces")} == {
-        t.trace_id for t in traces_of(tmp_path / "straight")
-    }
-
-
 def test_a_killed_import_goes_on_and_nothing_is_there_twice(tmp_path: Path) -> None:
-    file = many(tmp_path / "many.jsonl", 1000)
+    rows = [
+        {"question": f"{n}+{n}", "answer": str(2 * n), "teacher": f"t{t}", "text": f"\\boxed{{{2 * n}}}"}
+        for n in range(1000)
+        for t in range(2)
+    ]
+    file = jsonl(tmp_path / "many.jsonl", *rows)
     code = (
         "import sys; from pathlib import Path; from test_precompute_importing import bring;"
         "bring(Path(sys.argv[1]), Path(sys.argv[2]), part_traces=16)"
@@ -289,28 +247,29 @@ def test_a_killed_import_goes_on_and_nothing_is_there_twice(tmp_path: Path) -> N
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL, "it ended before it could be killed"
-    there = len(traces_of(tmp_path / "traces"))
+    there = len(keys_of(tmp_path / "traces"))
     assert 0 < there < 2000
     report = bring(file, tmp_path / "traces")
     assert [teacher.existing + teacher.new for teacher in report.teachers] == [1000, 1000]
     assert sum(teacher.existing for teacher in report.teachers) == there
-    assert len(traces_of(tmp_path / "traces")) == 2000
+    assert len(keys_of(tmp_path / "traces")) == 2000
 
 
 def test_the_trainer_runs_on_imported_traces_as_on_generated_ones(tmp_path: Path, model_dir: Path) -> None:
     """The same texts, once from teachers and once imported: the steps must be equal to the last digit."""
-    write_problems(tmp_path / "train.jsonl", PROBLEMS)
-    write_store(tmp_path / "traces")
+    make_world(tmp_path)
     by_id = {problem.problem_id: problem for problem in PROBLEMS}
-    rows = [row_of(trace, by_id[trace.problem_id]) for trace in traces_of(tmp_path / "traces")]
+    traces = [(trace, by_id[trace.problem_id]) for trace in traces_of(tmp_path / "traces")]
+    rows = [
+        {"question": problem.question, "answer": problem.answer, "teacher": trace.teacher, "text": trace.text}
+        for trace, problem in traces
+    ]
     bring(jsonl(tmp_path / "others.jsonl", *rows), tmp_path / "imported")
     changes = {"train__max_steps": 1, "run__save_every": 1}
     metrics = []
     for store in ("traces", "imported"):
         run = {"store__path": str(tmp_path / store), "run__name": store}
-        report = train(
-            config_of(tmp_path, model_dir, **changes, **run), resume="auto", reporter=TrainReporter()
-        )
+        report = train(config_of(tmp_path, model_dir, **changes, **run), reporter=TrainReporter())
         metrics += metrics_of(report.run)
     assert metrics[0] == metrics[1]
     assert metrics[0]["store/hit_rate"] > 0
@@ -327,15 +286,6 @@ def test_an_export_comes_back_with_the_same_problems_teachers_and_texts(
     bring(tmp_path / name, tmp_path / "back")
     assert {t.trace_id: t.verdict for t in traces_of(tmp_path / "traces")} == {
         t.trace_id: t.verdict for t in traces_of(tmp_path / "back")
-    }
-
-
-def row_of(trace: Trace, problem: Problem) -> dict[str, Any]:
-    return {
-        "question": problem.question,
-        "answer": problem.answer,
-        "teacher": trace.teacher,
-        "text": trace.text,
     }
 
 

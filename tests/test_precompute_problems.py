@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from precompute_examples import jsonl
 
 from precompute.problems.problem_files import load_problems, split_by_gold
 from precompute.problems.prompts import answer_form_of
@@ -28,10 +28,8 @@ VERL = {
 }
 
 
-def jsonl(folder: Path, *rows: Any, name: str = "problems.jsonl") -> Path:
-    path = folder / name
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+def write_lines(folder: Path, *rows: Any) -> Path:
+    return jsonl(folder / "problems.jsonl", *rows)
 
 
 def parquet(folder: Path, *rows: dict[str, Any]) -> Path:
@@ -40,7 +38,7 @@ def parquet(folder: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("write", [jsonl, parquet])
+@pytest.mark.parametrize("write", [write_lines, parquet])
 @pytest.mark.parametrize("question", ["question", "problem", "prompt"])
 @pytest.mark.parametrize("answer", ["answer", "gold"])
 def test_the_usual_columns_need_no_config(tmp_path: Path, write: Any, question: str, answer: str) -> None:
@@ -49,7 +47,7 @@ def test_the_usual_columns_need_no_config(tmp_path: Path, write: Any, question: 
     assert problem == Problem(question="What is 2 + 2?", answer="4", source="school")
 
 
-@pytest.mark.parametrize("write", [jsonl, parquet])
+@pytest.mark.parametrize("write", [write_lines, parquet])
 def test_the_verl_form_brings_its_system_turn(tmp_path: Path, write: Any) -> None:
     (problem,) = load_problems(write(tmp_path, VERL)).problems
     assert (problem.question, problem.answer, problem.source) == ("What is 2 + 2?", "4", "aime")
@@ -60,19 +58,19 @@ def test_the_verl_form_brings_its_system_turn(tmp_path: Path, write: Any) -> Non
 
 def test_the_last_user_message_is_the_question(tmp_path: Path) -> None:
     chat = [{"role": role, "content": text} for role, text in [("user", "hi"), ("user", "2 + 2?")]]
-    (problem,) = load_problems(jsonl(tmp_path, {"prompt": chat, "answer": 4})).problems
+    (problem,) = load_problems(write_lines(tmp_path, {"prompt": chat, "answer": 4})).problems
     assert (problem.question, problem.system_prompt) == ("2 + 2?", None)
 
 
 def test_columns_can_be_named_from_the_outside_in(tmp_path: Path) -> None:
-    path = jsonl(tmp_path, {"q": {"text": "2 + 2?"}, "a.b": "4"})
+    path = write_lines(tmp_path, {"q": {"text": "2 + 2?"}, "a.b": "4"})
     (problem,) = load_problems(path, question_column="q.text", answer_column="a.b").problems
     assert (problem.question, problem.answer) == ("2 + 2?", "4")
 
 
 @pytest.mark.parametrize(("cell", "text"), [(7, "7"), (7.0, "7.0"), (-0.5, "-0.5"), (["7"], "7")])
 def test_a_number_for_an_answer_becomes_text(tmp_path: Path, cell: Any, text: str) -> None:
-    (problem,) = load_problems(jsonl(tmp_path, {"question": "?", "answer": cell})).problems
+    (problem,) = load_problems(write_lines(tmp_path, {"question": "?", "answer": cell})).problems
     assert problem.answer == text
 
 
@@ -89,21 +87,21 @@ def test_a_form_of_the_users_reads_rows_of_any_shape(tmp_path: Path) -> None:
     (tmp_path / "forms.py").write_text(FORMS)
     form = f"{tmp_path / 'forms.py'}:gsm8k"
     rows = [{"task": "2 + 2?", "solution": "Two and two. #### 4", "source": "gsm8k"}, {"solution": "four"}]
-    (problem,) = load_problems(jsonl(tmp_path, rows[0]), form=form).problems
+    (problem,) = load_problems(write_lines(tmp_path, rows[0]), form=form).problems
     assert (problem.question, problem.answer, problem.source) == ("2 + 2?", "4", "gsm8k")
     with pytest.raises(ProblemsError, match=r"row 2: problems\.form does not fit this row: .*'four'"):
-        load_problems(jsonl(tmp_path, *rows), form=form)
+        load_problems(write_lines(tmp_path, *rows), form=form)
     with pytest.raises(ProblemsError, match="row 1: the column 'task' is missing"):
-        load_problems(jsonl(tmp_path, {"solution": "#### 4"}), form=form)
+        load_problems(write_lines(tmp_path, {"solution": "#### 4"}), form=form)
     with pytest.raises(
         ConfigError, match=r"problems\.form = 'gsm': give one of chat, plain, or module:function"
     ):
-        load_problems(jsonl(tmp_path, SUM), form="gsm")
+        load_problems(write_lines(tmp_path, SUM), form="gsm")
 
 
 def test_equal_rows_are_one_problem_and_are_counted(tmp_path: Path) -> None:
     other = SUM | {"answer": "5"}
-    loaded = load_problems(jsonl(tmp_path, SUM, other, SUM | {"source": "again"}))
+    loaded = load_problems(write_lines(tmp_path, SUM, other, SUM | {"source": "again"}))
     # Three rows, of which the third repeats the first.
     assert (loaded.rows, loaded.duplicates) == (3, 1)
     assert [(problem.answer, problem.source) for problem in loaded.problems] == [("4", ""), ("5", "")]
@@ -124,7 +122,7 @@ def test_equal_rows_are_one_problem_and_are_counted(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, row: Any, complaint: str) -> None:
-    path = jsonl(tmp_path, SUM, row)
+    path = write_lines(tmp_path, SUM, row)
     with pytest.raises(ProblemsError) as error:
         load_problems(path)
     assert str(path) in str(error.value)
@@ -153,7 +151,7 @@ def test_a_bad_file_is_named_with_its_whole_path(tmp_path: Path, monkeypatch: py
 
 
 def test_unknown_columns_are_answered_with_those_that_are_there(tmp_path: Path) -> None:
-    path = jsonl(tmp_path, {"text": "?", "label": {"value": "4"}})
+    path = write_lines(tmp_path, {"text": "?", "label": {"value": "4"}})
     with pytest.raises(
         ProblemsError, match=r"none of the columns question, problem, prompt; .*text, label\.val"
     ):

@@ -16,8 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
+from precompute_examples import jsonl
 from proc_examples import needs_proc, wait_until, workers_of
+from rich.console import Console
 
 from precompute.verify.verifier import Verifier
 from precompute.verify.verify_file import (
@@ -66,18 +67,13 @@ def verifier() -> Iterator[Verifier]:
         yield shared
 
 
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def verified(verifier: Verifier, file: Path, **options: Any) -> FileReport:
     pairs = PairFile(file, options.pop("response_column", None), options.pop("gold_column", None))
     return verify_file(pairs, verifier, failed=options.pop("failed", 20), progress=lambda *_: None, **options)
 
 
 def test_counts_rows_by_verdict_and_keeps_the_first_that_failed(verifier: Verifier, tmp_path: Path) -> None:
-    report = verified(verifier, write_jsonl(tmp_path / "rows.jsonl", ROWS), failed=3)
+    report = verified(verifier, jsonl(tmp_path / "rows.jsonl", *ROWS), failed=3)
     counts = {verdict: VERDICTS.count(verdict) for verdict in set(VERDICTS)}
     assert {verdict: rows for verdict, rows in report.verdicts.items() if rows} == counts
     assert (report.rows, report.verdicts["match"]) == (9, 3)
@@ -94,7 +90,7 @@ def test_every_verdict_is_written_in_the_order_of_the_rows(
     verifier: Verifier, tmp_path: Path, suffix: str
 ) -> None:
     out = tmp_path / "new" / f"verdicts{suffix}"
-    verified(verifier, write_jsonl(tmp_path / "rows.jsonl", ROWS), out=out)
+    verified(verifier, jsonl(tmp_path / "rows.jsonl", *ROWS), out=out)
     if suffix == ".parquet":
         rows = pq.read_table(out).to_pylist()
     else:
@@ -122,7 +118,7 @@ def test_a_parquet_file_in_the_verl_form_needs_no_option(verifier: Verifier, tmp
 
 
 def test_the_form_decides_where_the_answer_stands(verifier: Verifier, tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "rows.jsonl", [{"text": "<answer>5</answer> \\boxed{6}", "gold": "5"}])
+    file = jsonl(tmp_path / "rows.jsonl", {"text": "<answer>5</answer> \\boxed{6}", "gold": "5"})
     found = {
         form: verified(verifier, file, form=form).verdicts["match"] for form in ("boxed", "answer_tags", None)
     }
@@ -146,11 +142,11 @@ def test_a_file_that_is_no_file_of_pairs_is_one_clear_line(
     verifier: Verifier, tmp_path: Path, rows: list[dict[str, Any]], options: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(ProblemsError, match=says):
-        verified(verifier, write_jsonl(tmp_path / "rows.jsonl", rows), **options)
+        verified(verifier, jsonl(tmp_path / "rows.jsonl", *rows), **options)
 
 
 def test_out_is_refused_where_it_would_be_lost_or_destroy(verifier: Verifier, tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    file = jsonl(tmp_path / "rows.jsonl", *ROWS)
     with pytest.raises(UserError, match=r"ends in \.parquet or \.jsonl"):
         verified(verifier, file, out=tmp_path / "verdicts.csv")
     with pytest.raises(UserError, match="the file to verify"):
@@ -163,7 +159,7 @@ def test_a_bad_row_leaves_an_older_file_of_verdicts_as_it_was(
 ) -> None:
     out = tmp_path / f"verdicts{suffix}"
     out.write_text("older")
-    file = write_jsonl(tmp_path / "rows.jsonl", [*ROWS, {"completion": "x"}])
+    file = jsonl(tmp_path / "rows.jsonl", *ROWS, {"completion": "x"})
     with pytest.raises(ProblemsError, match="row 10"):
         verified(verifier, file, out=out)
     assert out.read_text() == "older"
@@ -171,7 +167,7 @@ def test_a_bad_row_leaves_an_older_file_of_verdicts_as_it_was(
 
 
 def test_the_tables_say_what_failed(verifier: Verifier, tmp_path: Path) -> None:
-    report = verified(verifier, write_jsonl(tmp_path / "rows.jsonl", ROWS))
+    report = verified(verifier, jsonl(tmp_path / "rows.jsonl", *ROWS))
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(verify_tables(report))
     text = console.export_text()
@@ -191,7 +187,7 @@ def ampo_verify(*arguments: str) -> subprocess.Popen[str]:
 
 
 def test_the_command_gives_json_and_one_line_for_a_users_error(tmp_path: Path) -> None:
-    file = str(write_jsonl(tmp_path / "rows.jsonl", ROWS))
+    file = str(jsonl(tmp_path / "rows.jsonl", *ROWS))
     output, errors = ampo_verify(file, "--json", "--failed", "1", "--set", "verify.workers=1").communicate(
         timeout=120
     )
@@ -208,7 +204,7 @@ def test_the_command_gives_json_and_one_line_for_a_users_error(tmp_path: Path) -
 @needs_proc
 def test_ctrl_c_leaves_a_line_no_half_file_and_no_worker(tmp_path: Path) -> None:
     rows = [{"text": f"\\boxed{{9^{{9^{{9^{{{n}}}}}}}}}", "gold": "5"} for n in range(9, 200)]
-    file, out = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "verdicts.parquet"
+    file, out = jsonl(tmp_path / "rows.jsonl", *rows), tmp_path / "verdicts.parquet"
     process = ampo_verify(str(file), "--out", str(out))
     assert wait_until(lambda: bool(list(tmp_path.glob(".tmp-*"))) and len(workers_of(process.pid)) == 2, 60.0)
     time.sleep(0.2)
