@@ -136,3 +136,20 @@ def policy() -> Policy:
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny student saved as an ordinary transformers directory."""
     return save_student(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def gemma_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with tied weights, and with buffers that are in no file."""
+    path = tmp_path_factory.mktemp("gemma")
+    tiny_gemma().save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Problems, and a store with traces for most of them, as `make_world` writes them."""
+    from run_examples import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import store_examples
 import torch
 from conftest import tiny_tokenizer
 from safetensors.torch import load_file
@@ -17,18 +17,26 @@ from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION
 from store.records import Problem, TeacherRecord, Trace
 from store.writer import StoreWriter
 from trainer.config import Config, GuidanceConfig, TrainConfig
-from trainer.method.groups import Prompt
+from trainer.method.groups import Prompt, Sample
 from trainer.method.loss import make_policy_loss
 from trainer.method.update import Updater
 from trainer.student.optimizer import make_optimizer
 from trainer.student.policy import Policy
+from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.metrics import MEASURED
+from trainer.train import TrainReport, train
 
 PROBLEMS = [Problem(question=f"{n}+{n}", answer=str(2 * n)) for n in range(12)]
 
 
 def prompt_of(problem: Problem, ids: tuple[int, ...] = (2, 3), *, opens_think: bool = False) -> Prompt:
     return Prompt(problem=problem, text="", ids=ids, opens_think=opens_think)
+
+
+def sample_of(reward: float = 0.0, **changes: Any) -> Sample:
+    """A student's sample, correct from a reward of 0.9 on."""
+    fields: dict[str, Any] = {"token_ids": (9, 1), "text": "x", "finish_reason": "stop", "has_format": True}
+    return Sample(**{**fields, "is_correct": reward >= 0.9, "reward": reward, **changes})
 
 
 def updater_of(
@@ -50,10 +58,9 @@ def write_store(path: Path) -> None:
     with StoreWriter.open(path, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION) as writer:
         writer.write_problems(PROBLEMS)
         for name, opening in [("ada", "we add and get "), ("bob", "")]:
-            record = teacher(name)
-            writer.register_teacher(record)
+            writer.register_teacher(teacher(name))
             solved = [problem for index, problem in enumerate(PROBLEMS) if index % 3]
-            writer.append([trace(p, name, f"{opening}\\boxed{{{p.answer}}}", record) for p in solved])
+            writer.append([trace(p, name, f"{opening}\\boxed{{{p.answer}}}") for p in solved])
 
 
 def make_world(path: Path) -> Path:
@@ -63,39 +70,24 @@ def make_world(path: Path) -> Path:
     return path
 
 
-def teacher(name: str) -> TeacherRecord:
-    return TeacherRecord(
-        name=name,
-        model=f"models/{name}",
-        revision=None,
-        engine="transformers",
-        engine_version="1",
-        chat_template="",
-        system_prompt="",
-        chat_template_kwargs={},
-        sampling={"temperature": 1.0},
-        tokenizer_fingerprint="same",
-    )
+def teacher(name: str, fingerprint: str = "same") -> TeacherRecord:
+    return store_examples.teacher(name, system_prompt="", tokenizer_fingerprint=fingerprint)
 
 
-def trace(problem: Problem, name: str, text: str, record: TeacherRecord) -> Trace:
+def trace(problem: Problem, name: str, text: str) -> Trace:
+    """A verified trace of `teacher(name)`, one token a character."""
     ids = (*tiny_tokenizer()(text, add_special_tokens=False)["input_ids"], 1)
-    return Trace(
+    return store_examples.trace(
+        0,
+        name,
         problem_id=problem.problem_id,
-        teacher=name,
-        sample_index=0,
         text=text,
         answer=problem.answer,
         answer_start=text.index("{") + 1,
         n_tokens=len(ids),
         token_ids=ids,
         logprobs=tuple(-0.5 for _ in ids),
-        finish_reason="stop",
-        verdict="match",
-        is_correct=True,
-        seed=0,
-        generation_fingerprint=record.generation_fingerprint,
-        created_at=datetime(2026, 1, 1, tzinfo=UTC),
+        generation_fingerprint=teacher(name).generation_fingerprint,
     )
 
 
@@ -125,6 +117,11 @@ def settings(world: Path, model: Path, **changes: Any) -> list[str]:
 
 def config_of(world: Path, model: Path, **changes: Any) -> Config:
     return load_config(Config, None, settings(world, model, **changes))
+
+
+def run(world: Path, model: Path, *, resume: str = "auto", **changes: Any) -> TrainReport:
+    """Trains by `config_of` of the same arguments."""
+    return train(config_of(world, model, **changes), resume=resume, reporter=TrainReporter())
 
 
 def rows_of(run_dir: Path, folder: str) -> dict[str, list[dict[str, Any]]]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from precompute_examples import jsonl, keys_of, traces_of
-from run_examples import PROBLEMS, config_of, metrics_of, write_store
+from run_examples import PROBLEMS, make_world, metrics_of, run, write_store
 
 from precompute.config import FiltersConfig, StoreConfig
 from precompute.imports.foreign_rows import ImportColumns, ImportForm, TeacherNames, files_at
@@ -28,8 +28,6 @@ from store.errors import RecipeChangedError, StoreError, UserError
 from store.export.export_forms import ExportOptions
 from store.export.exporting import export
 from store.reader import TraceStore
-from trainer.telemetry.console import TrainReporter
-from trainer.train import train
 
 SUM = {"prompt": [{"role": "user", "content": "2+2"}], "reward_model": {"ground_truth": "4"}}
 PLAIN = {"question": "2+2", "answer": "4", "teacher": "r1"}
@@ -268,9 +266,8 @@ def test_the_trainer_runs_on_imported_traces_as_on_generated_ones(tmp_path: Path
     changes = {"train__max_steps": 1, "run__save_every": 1}
     metrics = []
     for store in ("traces", "imported"):
-        run = {"store__path": str(tmp_path / store), "run__name": store}
-        report = train(config_of(tmp_path, model_dir, **changes, **run), reporter=TrainReporter())
-        metrics += metrics_of(report.run)
+        where = {"store__path": str(tmp_path / store), "run__name": store}
+        metrics += metrics_of(run(tmp_path, model_dir, **changes, **where).run)
     assert metrics[0] == metrics[1]
     assert metrics[0]["store/hit_rate"] > 0
     assert metrics[0]["grad_norm"] > 0

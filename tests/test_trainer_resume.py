@@ -16,7 +16,6 @@ from run_examples import (
     config_of,
     make_world,
     metrics_of,
-    teacher,
     trace,
 )
 
@@ -137,7 +136,7 @@ def begun(begun_once: Path, tmp_path: Path) -> Path:
 def test_a_store_that_gained_a_trace_is_refused_unless_asked_for(begun: Path, model_dir: Path) -> None:
     # PROBLEMS[0] had no trace: with one, the next steps would be others.
     with StoreWriter.open(begun / "traces", verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION) as w:
-        w.append([trace(PROBLEMS[0], "ada", "\\boxed{0}", teacher("ada"))])
+        w.append([trace(PROBLEMS[0], "ada", "\\boxed{0}")])
     with pytest.raises(RunError, match=r"ada had 8 traces, now 9\..*--resume-with-changed-store"):
         run(begun, model_dir, "run", train__max_steps=3)
     reporter = TrainReporter()

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from run_examples import PROBLEMS, teacher, trace
+from run_examples import PROBLEMS, trace
 
 from precompute.config import AnswerForm
 from store.errors import StoreError
@@ -16,7 +16,7 @@ from trainer.student.policy import Policy
 
 
 def trace_of(text: str, answer: str = "2") -> Trace:
-    made = trace(PROBLEMS[1], "ada", text if "{" in text else f"{text}{{", teacher("ada"))
+    made = trace(PROBLEMS[1], "ada", text if "{" in text else f"{text}{{")
     return replace(made, text=text, answer_start=text.rindex(answer))
 
 
