@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,10 @@ TEMPLATE = (
     "{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
+
+# Models this small only wait for their other threads; a process that a test starts has one, too.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # A shell without job control starts what it puts into the background deaf to Ctrl-C, which tests send.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -113,17 +117,6 @@ def tiny_gemma(seed: int = 0, **changes: Any) -> Any:
         }
     )
     return Gemma3ForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """A model this small only waits for its other threads; a process that is started has one, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

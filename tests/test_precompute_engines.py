@@ -53,9 +53,6 @@ def random_model(eos: int | list[int] = END, *, intermediate_size: int = 96) -> 
     return Qwen2ForCausalLM(config).eval()
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """Three special tokens and a hundred characters, one token each."""

@@ -16,8 +16,6 @@ from precompute_examples import by_id, forward_logprobs
 from precompute.engines import Completion, Request, Sampling
 from precompute.engines.transformers_engine import TransformersEngine
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WINDOW = 8
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=24)
 

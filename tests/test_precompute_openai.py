@@ -40,10 +40,8 @@ Make = Callable[[], Proxy]
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The server that all tests here share: its start takes the better part of a minute."""
     port = free_port()
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("OMP_NUM_THREADS", "1")
-        with vllm_server(tmp_path_factory.mktemp("server") / "log.txt", port):
-            yield port
+    with vllm_server(tmp_path_factory.mktemp("server") / "log.txt", port):
+        yield port
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from precompute_examples import GOOD, POOR, jsonl, keys_of, lab_config, start_child, traces_of
 from rich.console import Console
 
@@ -29,8 +28,6 @@ from store.reader import TraceStore
 def files_of(root: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in root.rglob("*") if p.is_file()}
 
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 TWICE = (GOOD | {"samples": 2}, POOR | {"samples": 2})
 
@@ -176,7 +173,6 @@ def test_a_response_that_was_cut_is_never_correct(
 
 def run_and_die(store: str, samples: int, limit: int, die_at: int | None) -> None:
     """In a process of its own. With `die_at` the user presses Ctrl-C when that many samples are verified."""
-    torch.set_num_threads(1)
     teachers = (GOOD | {"samples": samples, "batch_size": 8}, POOR | {"batch_size": 8})
     reporter = Interrupting(die_at) if die_at else Reporter()
     try:

@@ -15,8 +15,6 @@ from precompute.run.probe import Probe, expected_samples
 from precompute.run.tables import plan_tables
 from store.reader import TraceStore
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def teacher(**plan: Any) -> TeacherConfig:
     return TeacherConfig.model_validate({"name": "ada", "model": "m", **plan})

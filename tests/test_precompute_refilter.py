@@ -20,15 +20,13 @@ from store.upkeep.compaction import compact
 
 SHORT = {"max_tokens": 45, "format": True}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def config(store: Path, **filters: Any) -> PrecomputeConfig:
     return lab_config(store, GOOD | {"samples": 2}, POOR | {"samples": 2}, filters=filters)
 
 
 @pytest.fixture(scope="module")
-def unfiltered(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unfiltered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 problems, two teachers, two samples each, no filter."""
     path = tmp_path_factory.mktemp("unfiltered") / "traces"
     pipeline.run(config(path), limit=12)

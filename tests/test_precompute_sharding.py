@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from precompute_examples import GOOD, jsonl, keys_of, lab_config, parts_of, rows_in_parts, start_child
@@ -30,7 +29,6 @@ def config(store: Path, **sections: Any) -> PrecomputeConfig:
 
 
 def run_shard(store: str, shard: str | None) -> PrecomputeReport:
-    torch.set_num_threads(1)
     part = Shard.parse(shard) if shard else None
     return pipeline.run(config(Path(store)), limit=PROBLEMS, shard=part)
 

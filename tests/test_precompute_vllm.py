@@ -35,8 +35,6 @@ TEACHER = TeacherConfig(**GOOD, system_prompt="", max_tokens=120, batch_size=64)
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=120)
 PROBLEMS = 128
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
@@ -44,7 +42,7 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def engine(one_thread: None, tokenizer: Any) -> Iterator[Engine]:
+def engine(tokenizer: Any) -> Iterator[Engine]:
     """The engine that all tests here share: its start takes the better part of a minute."""
     engine = load_engine(TEACHER, "vllm", tokenizer, longest_prompt=40)
     yield engine

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_examples import make_world, metrics_of, rows_of, settings
+from run_examples import metrics_of, rows_of, settings
 
 from precompute.config_file import load_config
 from trainer.config import Config
@@ -25,11 +25,6 @@ METHODS = {
     "ampo": (False, True, "all_fail", 2),
     "sft-ampo": (True, True, "all_fail", 2),
 }
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def shrunk(name: str, world: Path, model: Path) -> Config:

@@ -16,15 +16,12 @@ import pytest
 import torch
 from process_runs import cut_back
 from processes import run_processes, start_processes
-from run_examples import PROBLEMS, config_of, settings, write_problems, write_store
+from run_examples import PROBLEMS, make_world, metrics_of, rows_of, run, settings, write_problems
 from safetensors.torch import load_file
-from test_trainer_loop import metrics_of, rows_of
 
 from trainer.parallel.world import ALONE, World
 from trainer.run.checkpoint import check_complete, checkpoints
 from trainer.run.run_dir import Position
-from trainer.telemetry.console import TrainReporter
-from trainer.train import train
 
 LORA = {
     "student__use_peft": True,
@@ -37,10 +34,8 @@ LORA = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("world")
-    write_problems(path / "train.jsonl", PROBLEMS)
+    path = make_world(tmp_path_factory.mktemp("world"))
     write_problems(path / "held-out.jsonl", PROBLEMS[:5])
-    write_store(path / "traces")
     return path
 
 
@@ -62,8 +57,7 @@ def changes(world: Path, name: str, **more: Any) -> dict[str, Any]:
 
 
 def alone(world: Path, model: Path, name: str, **more: Any) -> Path:
-    config = config_of(world, model, **changes(world, name, **more))
-    return train(config, reporter=TrainReporter()).run
+    return run(world, model, **changes(world, name, **more)).run
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +127,7 @@ def test_resuming_with_as_many_ranks_changes_no_bit(name: str, file: str, runs: 
     assert metrics_of(whole) == metrics_of(resumed)
     for folder in ("rollouts", "queries", "evals"):
         assert rows_of(whole, folder) == rows_of(resumed, folder)
-    ours, theirs = (load_file(run / "checkpoints" / "step-000004" / file) for run in (whole, resumed))
+    ours, theirs = (load_file(each / "checkpoints" / "step-000004" / file) for each in (whole, resumed))
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
@@ -254,8 +248,7 @@ def test_a_killed_rank_ends_the_others_and_the_last_checkpoint_is_whole(
         check_complete(each)
     done = Position.of(found[-1]).step if found else 0
     last = {"train__max_steps": done + 1, "run__save_every": 1}
-    report = train(config_of(world, model_dir, run__name=name, **last), reporter=TrainReporter())
-    assert report.done.step == done + 1
+    assert run(world, model_dir, run__name=name, **last).done.step == done + 1
     assert [row["step"] for row in metrics_of(path)] == list(range(1, done + 2))
 
 

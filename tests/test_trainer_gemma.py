@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_gemma, tiny_tokenizer, token_logprobs
-from run_examples import PROBLEMS, config_of, write_problems, write_store
+from conftest import token_logprobs
+from run_examples import config_of
 from safetensors.torch import load_file
 
 from trainer.config import StudentConfig
@@ -22,14 +22,6 @@ from trainer.train import train
 # Longer than the window of 8, and padded.
 ROWS = [(2, *range(10, 30), 1), (2, 20, 21, 22, 1)]
 BATCH = pad(ROWS, [15, 3], pad_id=0, device=torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def gemma_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("gemma")
-    tiny_gemma().save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
 
 
 def load(model: Path, **changes: object) -> Policy:
@@ -66,12 +58,10 @@ def test_adapters_leave_embeddings_and_the_head_that_is_tied_to_them_alone(gemma
 
 @pytest.mark.parametrize("adapters", [True, False], ids=["lora", "full"])
 def test_a_run_trains_and_its_checkpoint_is_what_went_on(
-    gemma_dir: Path, tmp_path: Path, adapters: bool
+    gemma_dir: Path, world: Path, tmp_path: Path, adapters: bool
 ) -> None:
-    write_problems(tmp_path / "train.jsonl", PROBLEMS)
-    write_store(tmp_path / "traces")
     changes = {"student__use_peft": adapters, "student__lora_r": 4, "train__learning_rate": 3e-3}
-    config = config_of(tmp_path, gemma_dir, train__max_steps=2, **changes)
+    config = config_of(world, gemma_dir, run__dir=str(tmp_path), train__max_steps=2, **changes)
     report = train(config, reporter=TrainReporter())
     assert report.checkpoint is not None
     steps = read_metrics(report.run)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
-from run_examples import config_of, make_world
+from run_examples import config_of
 from safetensors.torch import load_file
 
 from precompute.engines.transformers_engine import TransformersEngine
@@ -153,11 +153,6 @@ class StaleCopy(ModelCopy):
 
     def load_weights(self, folder: Path) -> None:
         self.calls.append("load")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.mark.parametrize("engine", [ModelCopy, StaleCopy])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer, token_logprobs
-from run_examples import PROBLEMS, config_of, metrics_of, weights_of, write_problems, write_store
+from run_examples import PROBLEMS, config_of, metrics_of, run, weights_of
 
 from store.errors import RunError, StoreError
 from store.reader import TraceStore
@@ -24,7 +24,6 @@ from trainer.run.prompts import fitting_prompts
 from trainer.run.setup import trace_reader
 from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
-from trainer.train import TrainReport, train
 
 SFT = {
     "sft__steps": 4,
@@ -32,14 +31,6 @@ SFT = {
     "sft__learning_rate": 1e-2,
     "rollout__max_completion_length": 32,
 }
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("world")
-    write_problems(path / "train.jsonl", PROBLEMS)
-    write_store(path / "traces")  # 8 of 12 problems, each by two teachers: 16 traces
-    return path
 
 
 @pytest.fixture
@@ -56,10 +47,6 @@ def sft_of(world: Path, store: TraceStore, *, temperature: float = 1.0, **change
     config = config_of(world, world, **{**SFT, **changes})
     policy = Policy(tiny_model(), tiny_tokenizer(), dtype=torch.float32, temperature=temperature)
     return Sft(config, policy, trace_reader(config, store, policy, "boxed"), prompts_of(config))
-
-
-def run(world: Path, model: Path, **changes: Any) -> TrainReport:
-    return train(config_of(world, model, **changes), reporter=TrainReporter())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

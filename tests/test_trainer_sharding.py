@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_student, tiny_gemma, tiny_model, tiny_tokenizer
+from conftest import save_student, tiny_model
 from process_steps import STUDENTS, cases, read, synced, take, unusable
 from processes import run_processes
 
@@ -25,15 +25,6 @@ WIDE = {
     "num_key_value_heads": 8,
 }
 """A student large enough to measure."""
-
-
-@pytest.fixture(scope="module")
-def gemma_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with tied weights, and with buffers that are in no file."""
-    path = tmp_path_factory.mktemp("gemma")
-    tiny_gemma().save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")

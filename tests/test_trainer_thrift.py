@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
-from run_examples import PROBLEMS, config_of, updater_of, write_problems, write_store
+from run_examples import config_of, updater_of
 from safetensors.torch import load_file
 
 from trainer.config import StudentConfig, TrainConfig
@@ -76,14 +76,6 @@ def test_each_way_to_save_memory_learns(
     assert all(not old.equal(new) for old, new in zip(weights, trained, strict=True))
     assert {p.dtype for p in trained} == {torch.float32}
     assert lead() > before + 0.5
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("thrift")
-    write_problems(path / "train.jsonl", PROBLEMS)
-    write_store(path / "traces")
-    return path
 
 
 def final_weights(world: Path, model: Path, name: str, stops: list[int], **changes: Any) -> dict[str, Any]:

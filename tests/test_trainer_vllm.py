@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Iterator
@@ -12,7 +11,8 @@ from typing import Any
 
 import pytest
 from conftest import save_tied_student
-from run_examples import config_of, make_world
+from proc_examples import children_of
+from run_examples import config_of, run
 from safetensors.torch import load_file
 from vllm_examples import change, forward_logprobs
 
@@ -28,6 +28,7 @@ from trainer.sampling.weight_sync import WeightFolder
 from trainer.student.load import load_policy
 from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
+from trainer.telemetry.metrics import read_metrics
 from trainer.train import train
 
 if find_spec("vllm") is None:
@@ -37,13 +38,6 @@ MAX_LENGTH = 400
 LONG = tuple(range(5, 85)) * 4
 """A prompt longer than vLLM's blocks, so that it caches the beginning."""
 LORA: dict[str, Any] = {"student__use_peft": True, "student__lora_r": 4}
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +54,7 @@ def start(world: Path, model: Path) -> VllmEngine:
 
 
 @pytest.fixture(scope="module")
-def engine(one_thread: None, world: Path, model: Path) -> Iterator[VllmEngine]:
+def engine(world: Path, model: Path) -> Iterator[VllmEngine]:
     """One process for all tests here: it takes full weights and adapters."""
     engine = start(world, model)
     yield engine
@@ -119,6 +113,12 @@ def test_logprobs_of_another_kind_than_the_process_gives_are_not_given(
     assert at_half.logprobs == ()
 
 
+def vllm_processes() -> set[int]:
+    """Children of this process that run vLLM."""
+    found = children_of(os.getpid()).items()
+    return {pid for pid, (_, command) in found if b"precompute.engines.vllm_process" in command}
+
+
 class Killer(TrainReporter):
     """Kills vLLM's process after step 2."""
 
@@ -126,24 +126,6 @@ class Killer(TrainReporter):
         if row["step"] == 2:
             (process,) = vllm_processes()
             os.kill(process, signal.SIGKILL)
-
-
-def vllm_processes() -> set[int]:
-    """Children of this process that run vLLM."""
-    found = set()
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = (directory / "stat").read_text().rpartition(")")[2].split()[1]
-            command = (directory / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if int(parent) == os.getpid() and b"precompute.engines.vllm_process" in command:
-            found.add(int(directory.name))
-    return found
-
-
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -156,9 +138,8 @@ def test_a_run_with_an_adapter_goes_on_from_its_checkpoint(world: Path, model: P
         "run__name": "lora",
         "run__save_every": 1,
     }
-    train(config_of(world, model, train__max_steps=1, **changes), reporter=TrainReporter())
-    report = train(config_of(world, model, train__max_steps=3, **changes), reporter=TrainReporter())
-    rows = metrics_of(report.run)
+    run(world, model, train__max_steps=1, **changes)
+    rows = read_metrics(run(world, model, train__max_steps=3, **changes).run)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["sampling/logp_difference"] < 1e-4 for row in rows)
 
@@ -188,12 +169,12 @@ def test_a_run_trains_on_vllms_samples_and_a_killed_vllm_ends_it_in_one_line(
         )
     assert "\n" not in str(caught.value)
     assert not vllm_processes()
-    run = world / "runs" / "vllm"
-    assert not list(run.glob("*weights*"))
-    rows = metrics_of(run)
+    folder = world / "runs" / "vllm"
+    assert not list(folder.glob("*weights*"))
+    rows = read_metrics(folder)
     assert [row["step"] for row in rows] == [1, 2]
-    other = train(config_of(world, model, run__name="plain", **changes), reporter=TrainReporter())
-    for row, theirs in zip(rows, metrics_of(other.run), strict=False):
+    other = run(world, model, run__name="plain", **changes)
+    for row, theirs in zip(rows, read_metrics(other.run), strict=False):
         assert row.keys() == theirs.keys()
         assert row["seconds/sync"] > 0
         assert row["sampling/logp_difference"] < 1e-4

@@ -13,22 +13,18 @@ from typing import Any
 import pytest
 from conftest import save_tied_student
 from openai_examples import free_port, vllm_server
+from proc_examples import children_of
 from processes import run_processes, start_processes
-from run_examples import config_of, make_world, metrics_of, rows_of, settings
+from run_examples import metrics_of, rows_of, settings
+from run_examples import run as run_one
 from test_trainer_distributed import command, rank_of
 
-from trainer.telemetry.console import TrainReporter
-from trainer.train import train
+from trainer.telemetry.metrics import read_metrics
 
 if find_spec("vllm") is None:
     pytest.skip("vllm is not installed", allow_module_level=True)
 
 LORA = {"student__use_peft": True, "student__lora_r": 4}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +43,7 @@ def run_two(plan: Path, world: Path, model: Path, name: str, **changes: Any) -> 
 
 
 def assert_trained_on_vllms_samples(run: Path) -> None:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(run)
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
         # Twice this far apart would be another model: the weights of the step before are.
@@ -76,7 +72,7 @@ def test_two_ranks_with_vllm_train_as_one_does(world: Path, model: Path, tmp_pat
     run = run_two(tmp_path / "plan.json", world, model, "many", **changes)
     assert_trained_on_vllms_samples(run)
     values = {"train__max_steps": 2, "rollout__engine": "vllm", "run__name": "many-one", **changes}
-    alone = train(config_of(world, model, **values), reporter=TrainReporter()).run
+    alone = run_one(world, model, **values).run
     assert [row.keys() for row in metrics_of(alone)] == [row.keys() for row in metrics_of(run)]
     assert {path.name for path in alone.iterdir()} == {path.name for path in run.iterdir()}
     # The first step's samples have the same seeds and weights; two tokens nearly as likely may be swapped.
@@ -92,7 +88,7 @@ def test_all_ranks_sample_from_servers_that_rank_0_gives_new_adapters(
     pytest.importorskip("openai")
     port, log = free_port(), tmp_path / "log.txt"
     options = {"model": str(model_dir), "max-model-len": "128", "max-lora-rank": "8"}
-    variables = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "OMP_NUM_THREADS": "1"}
+    variables = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
     with vllm_server(log, port, "--enable-lora", options=options, environment=variables):
         urls = [f"http://127.0.0.1:{port}/v1"]
         run = run_two(tmp_path / "plan.json", world, model_dir, "servers", rollout__base_urls=urls, **LORA)
@@ -108,8 +104,9 @@ def test_a_killed_vllm_of_one_rank_ends_all_in_one_line(world: Path, model: Path
         metrics, until = world / "runs" / "killed-vllm" / "metrics.jsonl", time.monotonic() + 400
         while not (metrics.exists() and metrics.read_text()) and time.monotonic() < until:
             time.sleep(0.2)
-        ranks = {rank_of(child): child for child in children(process.pid)}
-        (vllm,) = [child for child in children(ranks["1"]) if b"vllm_process" in command_line(child)]
+        ranks = {rank_of(child): child for child in children_of(process.pid)}
+        found = children_of(ranks["1"]).items()
+        (vllm,) = [child for child, (_, command) in found if b"vllm_process" in command]
         os.kill(vllm, signal.SIGKILL)
         said, _ = process.communicate(timeout=100)
     finally:
@@ -117,15 +114,3 @@ def test_a_killed_vllm_of_one_rank_ends_all_in_one_line(world: Path, model: Path
     assert process.returncode != 0
     assert said.count("the vllm process ended with exit code -9") == 1
     assert "the last checkpoint is" in said
-
-
-def children(process: int) -> list[int]:
-    return [
-        int(child)
-        for task in Path(f"/proc/{process}/task").iterdir()
-        for child in (task / "children").read_text().split()
-    ]
-
-
-def command_line(process: int) -> bytes:
-    return Path(f"/proc/{process}/cmdline").read_bytes()

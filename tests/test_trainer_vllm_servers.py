@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -11,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from openai_examples import free_port, vllm_server
-from run_examples import config_of, make_world
+from run_examples import config_of
 from vllm_examples import change, forward_logprobs
 
 from precompute.engines import Request, Sampling
@@ -24,6 +22,7 @@ from trainer.sampling.vllm_servers import VllmServers
 from trainer.student.load import load_policy
 from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
+from trainer.telemetry.metrics import read_metrics
 from trainer.train import train
 
 if find_spec("vllm") is None or find_spec("openai") is None:
@@ -33,24 +32,17 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[str]:
     """The server that all tests here share: its start takes the better part of a minute."""
     port = free_port()
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("OMP_NUM_THREADS", "1")
-        with vllm_server(
-            tmp_path_factory.mktemp("server") / "log.txt",
-            port,
-            "--enable-lora",
-            options={"model": str(model_dir), "max-model-len": "128", "max-lora-rank": "8"},
-            environment={"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"},
-        ):
-            yield f"http://127.0.0.1:{port}/v1"
+    with vllm_server(
+        tmp_path_factory.mktemp("server") / "log.txt",
+        port,
+        "--enable-lora",
+        options={"model": str(model_dir), "max-model-len": "128", "max-lora-rank": "8"},
+        environment={"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"},
+    ):
+        yield f"http://127.0.0.1:{port}/v1"
 
 
 @pytest.fixture
@@ -108,11 +100,9 @@ def test_what_a_server_cannot_do_names_it_in_one_line(
 
 
 def test_a_run_trains_on_a_servers_samples(url: str, world: Path, model_dir: Path) -> None:
-    torch.set_num_threads(1)
-    report = train(
-        config_at(url, world, model_dir, run__name="servers", train__max_steps=2), reporter=TrainReporter()
-    )
-    rows = [json.loads(line) for line in (report.run / "metrics.jsonl").read_text().splitlines()]
+    config = config_at(url, world, model_dir, run__name="servers", train__max_steps=2)
+    report = train(config, reporter=TrainReporter())
+    rows = read_metrics(report.run)
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["sampling/logp_difference"] < 1e-4 for row in rows)
     assert not list(report.run.glob("*weights*"))
