@@ -70,8 +70,8 @@ def make_world(path: Path) -> Path:
     return path
 
 
-def teacher(name: str, fingerprint: str = "same") -> TeacherRecord:
-    return store_examples.teacher(name, system_prompt="", tokenizer_fingerprint=fingerprint)
+def teacher(name: str) -> TeacherRecord:
+    return store_examples.teacher(name, system_prompt="")
 
 
 def trace(problem: Problem, name: str, text: str) -> Trace:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_examples import prompt_of
+from run_examples import prompt_of, sample_of
 
 from precompute.config import AnswerForm
 from precompute.config_file import load_config, toml_of
@@ -20,28 +20,16 @@ from trainer.method.groups import Group, Rewarder, Sample
 PROBLEM = Problem(question="2+2", answer="4")
 
 
-def sample(*, correct: bool = False, reward: float = 0.0, trace_id: str | None = None) -> Sample:
-    return Sample(
-        token_ids=(5, 1),
-        text="x",
-        finish_reason="stop",
-        is_correct=correct,
-        has_format=True,
-        reward=reward,
-        trace_id=trace_id,
-    )
-
-
 def test_a_high_reward_is_no_success() -> None:
     # Format alone may pay; a failed group stays a failed group whatever the weights are.
-    failed = Group(prompt=prompt_of(PROBLEM), samples=(sample(reward=0.9), sample()))
+    failed = Group(prompt=prompt_of(PROBLEM), samples=(sample_of(0.9, is_correct=False), sample_of()))
     assert failed.n_correct == 0
 
 
 def test_a_group_trains_something_as_soon_as_two_members_earn_differently() -> None:
-    failed = (sample(), sample())
+    failed = (sample_of(), sample_of())
     assert not Group(prompt=prompt_of(PROBLEM), samples=failed).has_gradient
-    trace = sample(correct=True, reward=1.0, trace_id="t")
+    trace = sample_of(1.0, trace_id="t")
     guided = Group(prompt=prompt_of(PROBLEM), samples=failed, guidance={1: trace})
     assert guided.has_gradient
     assert guided.members == (failed[0], trace)

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any
 
 import pytest
-import run_examples
 import torch
 from conftest import tiny_model, tiny_tokenizer, token_logprobs
-from run_examples import prompt_of
+from run_examples import prompt_of, sample_of, teacher, trace
 
 from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION, Verifier
-from store.errors import ConfigError, StoreError
+from store.errors import ConfigError
 from store.reader import TraceStore
-from store.records import Problem, TeacherRecord, Trace
+from store.records import Problem
 from store.writer import StoreWriter
 from trainer.config import DEFAULT_REWARDS, Config, GuidanceConfig, RolloutConfig, TrainConfig
-from trainer.method.groups import Group, Rewarder, Sample
+from trainer.method.groups import Group, Rewarder
 from trainer.method.guidance import (
     Guide,
     Scorer,
@@ -31,41 +28,16 @@ from trainer.method.guidance import (
     mean_probability_scores,
 )
 from trainer.method.teacher_traces import Candidate
-from trainer.run.setup import check_tokenizers, trace_reader
+from trainer.run.setup import trace_reader
 from trainer.student.policy import Policy
 
+MakeGuide = Callable[..., Guide]
 PROBLEMS = [Problem(question=f"{n}+1", answer=str(n + 1)) for n in range(3)]
 TEXTS = {
     "ada": "one by one we get \\boxed{%s}",
     "bob": "so \\boxed{%s}",
     "eve": "as everyone knows who has ever counted on fingers, it is \\boxed{%s}",
 }
-
-
-def teacher(name: str, fingerprint: str = "same") -> TeacherRecord:
-    return replace(run_examples.teacher(name), tokenizer_fingerprint=fingerprint)
-
-
-def trace(problem: Problem, name: str, text: str, **changes: Any) -> Trace:
-    ids = (*tiny_tokenizer()(text, add_special_tokens=False)["input_ids"], 1)
-    fields: dict[str, Any] = {
-        "problem_id": problem.problem_id,
-        "teacher": name,
-        "sample_index": 0,
-        "text": text,
-        "answer": problem.answer,
-        "answer_start": text.index("{") + 1,
-        "n_tokens": len(ids),
-        "token_ids": ids,
-        "logprobs": tuple(-0.5 for _ in ids),
-        "finish_reason": "stop",
-        "verdict": "match",
-        "is_correct": True,
-        "seed": 0,
-        "generation_fingerprint": teacher(name).generation_fingerprint,
-        "created_at": datetime(2026, 1, 1, tzinfo=UTC),
-    }
-    return Trace(**{**fields, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -90,66 +62,46 @@ def rewarder() -> Iterator[Rewarder]:
 
 
 def group(problem: Problem, correct: tuple[bool, ...] = (False,) * 4) -> Group:
-    samples = tuple(
-        Sample(
-            token_ids=(9, 1),
-            text="x",
-            finish_reason="stop",
-            is_correct=is_correct,
-            has_format=False,
-            reward=0.9 * is_correct,
-        )
-        for is_correct in correct
-    )
+    samples = tuple(sample_of(0.9 * is_correct, has_format=False) for is_correct in correct)
     prompt_ids = tuple(tiny_tokenizer()(f"<user>{problem.question}<assistant>")["input_ids"])
     return Group(prompt=prompt_of(problem, prompt_ids), samples=samples)
 
 
-def guide_of(
-    store: Any, rewarder: Rewarder, *, max_length: int = 200, max_tokens: int = 120, **changes: Any
-) -> Guide:
-    config = Config(
-        guidance=GuidanceConfig(**changes),
-        rollout=RolloutConfig(max_completion_length=max_length),
-        train=TrainConfig(max_tokens_per_microbatch=max_tokens),
-    )
-    policy = Policy(tiny_model(), tiny_tokenizer(), dtype=torch.float32)
-    return Guide(config, trace_reader(config, store, policy, rewarder.answer_form), policy, rewarder)
+@pytest.fixture
+def guide_of(store: TraceStore, rewarder: Rewarder) -> MakeGuide:
+    """Makes a Guide over the store by keys of `guidance`."""
+
+    def make(*, max_length: int = 200, max_tokens: int = 120, **changes: Any) -> Guide:
+        config = Config(
+            guidance=GuidanceConfig(**changes),
+            rollout=RolloutConfig(max_completion_length=max_length),
+            train=TrainConfig(max_tokens_per_microbatch=max_tokens),
+        )
+        policy = Policy(tiny_model(), tiny_tokenizer(), dtype=torch.float32)
+        return Guide(config, trace_reader(config, store, policy, rewarder.answer_form), policy, rewarder)
+
+    return make
 
 
-def test_only_groups_in_which_all_failed_are_queried(store: TraceStore, rewarder: Rewarder) -> None:
+def test_only_groups_in_which_all_failed_are_queried(guide_of: MakeGuide) -> None:
     groups = [group(PROBLEMS[0], (True, False, False, False)), group(PROBLEMS[1]), group(PROBLEMS[2])]
-    guided, rows = guide_of(store, rewarder).guide(groups, step=7)
+    guided, rows = guide_of().guide(groups, step=7)
     assert {row.problem_id for row in rows} == {PROBLEMS[1].problem_id, PROBLEMS[2].problem_id}
     assert guided[0] is groups[0]
     assert [member.teacher for member in guided[1].members if member.is_teacher] == ["bob"]
     assert {row.step for row in rows} == {7}
 
 
-def test_a_problem_without_a_candidate_has_one_row_with_nulls(store: TraceStore, rewarder: Rewarder) -> None:
-    guided, rows = guide_of(store, rewarder).guide([group(PROBLEMS[2])], step=1)
+def test_a_problem_without_a_candidate_has_one_row_with_nulls(guide_of: MakeGuide) -> None:
+    guided, rows = guide_of().guide([group(PROBLEMS[2])], step=1)
     assert not guided[0].guidance
     assert [(row.trace_id, row.teacher, row.score, row.rank, row.selected) for row in rows] == [
         (None, None, None, None, False)
     ]
 
 
-def test_never_queries_nothing_and_needs_no_store(rewarder: Rewarder) -> None:
-    groups = [group(PROBLEMS[0])]
-    assert guide_of(None, rewarder, trigger="never").guide(groups, step=1) == (groups, [])
-
-
-def test_always_places_a_trace_into_a_mixed_group_but_never_over_a_right_answer(
-    store: TraceStore, rewarder: Rewarder
-) -> None:
-    mixed = group(PROBLEMS[0], (True, True, True, False))
-    guided, rows = guide_of(store, rewarder, trigger="always").guide([mixed], step=1)
-    assert list(guided[0].guidance) == [3]
-    assert sum(row.selected for row in rows) == 1
-
-
-def test_a_trace_earns_what_the_rule_gives_it(store: TraceStore, rewarder: Rewarder) -> None:
-    guided, _ = guide_of(store, rewarder).guide([group(PROBLEMS[1])], step=1)
+def test_a_trace_earns_what_the_rule_gives_it(guide_of: MakeGuide) -> None:
+    guided, _ = guide_of().guide([group(PROBLEMS[1])], step=1)
     (placed,) = guided[0].guidance.values()
     assert placed.is_correct
     assert placed.has_format
@@ -158,10 +110,8 @@ def test_a_trace_earns_what_the_rule_gives_it(store: TraceStore, rewarder: Rewar
 
 
 @torch.no_grad()
-def test_scores_are_mean_log_probabilities_of_the_gold_answer_after_reading(
-    store: TraceStore, rewarder: Rewarder
-) -> None:
-    guide = guide_of(store, rewarder)
+def test_scores_are_mean_log_probabilities_of_the_gold_answer_after_reading(guide_of: MakeGuide) -> None:
+    guide = guide_of()
     _, rows = guide.guide([group(PROBLEMS[0])], step=1)
     asked = group(PROBLEMS[0])
     for row in rows:
@@ -175,8 +125,8 @@ def test_scores_are_mean_log_probabilities_of_the_gold_answer_after_reading(
         assert row.score == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_best_scores_are_placed_and_ranked(store: TraceStore, rewarder: Rewarder) -> None:
-    guided, rows = guide_of(store, rewarder).guide([group(PROBLEMS[0])], step=1)
+def test_the_best_scores_are_placed_and_ranked(guide_of: MakeGuide) -> None:
+    guided, rows = guide_of().guide([group(PROBLEMS[0])], step=1)
     scores = [row.score for row in rows if row.score is not None]
     assert scores == sorted(scores, reverse=True)
     assert [row.rank for row in rows] == [1, 2, 3]
@@ -186,8 +136,8 @@ def test_the_best_scores_are_placed_and_ranked(store: TraceStore, rewarder: Rewa
     assert all(math.isfinite(score) for score in scores)
 
 
-def test_exact_ties_go_to_the_shorter_trace(store: TraceStore, rewarder: Rewarder) -> None:
-    guide = guide_of(store, rewarder, k=1)
+def test_exact_ties_go_to_the_shorter_trace(guide_of: MakeGuide) -> None:
+    guide = guide_of(k=1)
     guide.policy.model.lm_head.weight.data.zero_()  # every token equally likely: every score ln(1/V)
     guide.policy.model.model.embed_tokens.weight.data.zero_()
     _, rows = guide.guide([group(PROBLEMS[0])], step=1)
@@ -195,10 +145,8 @@ def test_exact_ties_go_to_the_shorter_trace(store: TraceStore, rewarder: Rewarde
     assert [row.teacher for row in rows] == ["bob", "ada", "eve"]
 
 
-def test_nothing_is_scored_where_every_candidate_is_placed_or_none(
-    store: TraceStore, rewarder: Rewarder
-) -> None:
-    guide, passes = guide_of(store, rewarder, k=3), []
+def test_nothing_is_scored_where_every_candidate_is_placed_or_none(guide_of: MakeGuide) -> None:
+    guide, passes = guide_of(k=3), []
     guide.policy.model.model.register_forward_hook(lambda *_: passes.append(1))
     # G = 4 lets all three traces in, the shortest first.
     guided, rows = guide.guide([group(PROBLEMS[0]), group(PROBLEMS[1])], step=1)
@@ -220,8 +168,8 @@ def test_nothing_is_scored_where_every_candidate_is_placed_or_none(
     assert [row.selected for row in rows] == [True, True, False]
 
 
-def test_shortest_takes_the_shortest_and_scores_nothing(store: TraceStore, rewarder: Rewarder) -> None:
-    _, rows = guide_of(store, rewarder, select="shortest", k=1).guide([group(PROBLEMS[0])], step=1)
+def test_shortest_takes_the_shortest_and_scores_nothing(guide_of: MakeGuide) -> None:
+    _, rows = guide_of(select="shortest", k=1).guide([group(PROBLEMS[0])], step=1)
     assert [(row.teacher, row.selected, row.score) for row in rows] == [
         ("bob", True, None),
         ("ada", False, None),
@@ -229,62 +177,49 @@ def test_shortest_takes_the_shortest_and_scores_nothing(store: TraceStore, rewar
     ]
 
 
-def test_random_selection_differs_by_step_and_repeats_itself(store: TraceStore, rewarder: Rewarder) -> None:
-    guide = guide_of(store, rewarder, select="random", k=1)
+def test_random_selection_differs_by_step_and_repeats_itself(guide_of: MakeGuide) -> None:
+    guide = guide_of(select="random", k=1)
     first = [guide.guide([group(PROBLEMS[0])], step=step)[1][0].teacher for step in range(12)]
     again = [guide.guide([group(PROBLEMS[0])], step=step)[1][0].teacher for step in range(12)]
     assert first == again
     assert len(set(first)) == 3
 
 
-def test_a_trace_that_does_not_fit_is_left_out_and_never_cut(store: TraceStore, rewarder: Rewarder) -> None:
+def test_a_trace_that_does_not_fit_is_left_out_and_never_cut(guide_of: MakeGuide) -> None:
     # bob: 3 + 8 + 1 + EOS = "so \boxed{1}" has 12 characters and an EOS: 13 tokens.
-    _, rows = guide_of(store, rewarder, max_length=13).guide([group(PROBLEMS[0])], step=1)
+    _, rows = guide_of(max_length=13).guide([group(PROBLEMS[0])], step=1)
     assert [(row.teacher, row.n_tokens) for row in rows] == [("bob", 13)]
-    _, rows = guide_of(store, rewarder, max_length=12).guide([group(PROBLEMS[0])], step=1)
+    _, rows = guide_of(max_length=12).guide([group(PROBLEMS[0])], step=1)
     assert [row.trace_id for row in rows] == [None]
 
 
-def test_only_traces_of_the_teachers_that_the_config_names_are_used(
-    store: TraceStore, rewarder: Rewarder
+def test_a_trace_in_another_form_is_mapped_to_the_students(
+    guide_of: MakeGuide, rewarder: Rewarder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, rows = guide_of(store, rewarder, teachers=("eve",)).guide([group(PROBLEMS[0])], step=1)
-    assert [row.teacher for row in rows] == ["eve"]
-
-
-def test_a_trace_in_another_form_is_mapped_to_the_students(store: TraceStore) -> None:
-    with Verifier(workers=1) as verifier:
-        tags = Rewarder(verifier, answer_form="answer_tags", weights=DEFAULT_REWARDS)
-        guided, _ = guide_of(store, tags).guide([group(PROBLEMS[1])], step=1)
+    monkeypatch.setattr(rewarder, "answer_form", "answer_tags")
+    guided, _ = guide_of().guide([group(PROBLEMS[1])], step=1)
     (placed,) = guided[0].guidance.values()
     assert placed.text == "so <answer>2</answer>"
     assert placed.is_correct
     assert placed.has_format
 
 
-def test_shaped_ratio_trains_on_the_teachers_own_tokens(store: TraceStore, rewarder: Rewarder) -> None:
-    guided, _ = guide_of(store, rewarder, loss="shaped_ratio").guide([group(PROBLEMS[1])], step=1)
+def test_shaped_ratio_trains_on_the_teachers_own_tokens(guide_of: MakeGuide) -> None:
+    guided, _ = guide_of(loss="shaped_ratio").guide([group(PROBLEMS[1])], step=1)
     (placed,) = guided[0].guidance.values()
     assert placed.logprobs == tuple(-0.5 for _ in placed.token_ids)
     assert len(placed.token_ids) == 13
 
 
-def test_shaped_ratio_refuses_another_tokenizer_before_training() -> None:
-    teachers = {"ada": teacher("ada"), "bob": teacher("bob", "other")}
-    check_tokenizers(teachers, "same", ["ada"])
-    with pytest.raises(StoreError, match="'bob'"):
-        check_tokenizers(teachers, "same", [])
-
-
-def test_a_non_finite_score_stops_and_names_the_culprit(store: TraceStore, rewarder: Rewarder) -> None:
-    guide = guide_of(store, rewarder)
+def test_a_non_finite_score_stops_and_names_the_culprit(guide_of: MakeGuide) -> None:
+    guide = guide_of()
     guide.policy.model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=PROBLEMS[0].problem_id):
         guide.guide([group(PROBLEMS[0])], step=1)
 
 
-def test_places_and_scores_do_not_depend_on_the_token_budget(store: TraceStore, rewarder: Rewarder) -> None:
-    wide, narrow = guide_of(store, rewarder), guide_of(store, rewarder, max_tokens=1)
+def test_places_and_scores_do_not_depend_on_the_token_budget(guide_of: MakeGuide) -> None:
+    wide, narrow = guide_of(), guide_of(max_tokens=1)
     a = wide.guide([group(p) for p in PROBLEMS], step=3)
     b = narrow.guide([group(p) for p in PROBLEMS], step=3)
     assert [g.guidance.keys() for g in a[0]] == [g.guidance.keys() for g in b[0]]
@@ -304,10 +239,8 @@ def worst(group: Group, candidates: Sequence[Candidate], scorer: Scorer, rng: Ra
     return [c for _, c in sorted(zip(scores, candidates, strict=True), key=lambda pair: pair[0])]
 
 
-def test_a_selector_of_the_users_own_may_leave_candidates_out(store: TraceStore, rewarder: Rewarder) -> None:
-    _, rows = guide_of(store, rewarder, select="test_trainer_guidance:longest").guide(
-        [group(PROBLEMS[0])], step=1
-    )
+def test_a_selector_of_the_users_own_may_leave_candidates_out(guide_of: MakeGuide) -> None:
+    _, rows = guide_of(select="test_trainer_guidance:longest").guide([group(PROBLEMS[0])], step=1)
     assert [(row.teacher, row.rank, row.selected, row.score) for row in rows] == [
         ("eve", 1, True, None),
         ("ada", 2, True, None),
@@ -315,13 +248,11 @@ def test_a_selector_of_the_users_own_may_leave_candidates_out(store: TraceStore,
     ]
 
 
-def test_a_selector_of_the_users_own_gets_scores_in_one_pass_over_the_step(
-    store: TraceStore, rewarder: Rewarder
-) -> None:
-    best, passes = guide_of(store, rewarder, k=1), []
+def test_a_selector_of_the_users_own_gets_scores_in_one_pass_over_the_step(guide_of: MakeGuide) -> None:
+    best, passes = guide_of(k=1), []
     groups = [group(PROBLEMS[0]), group(PROBLEMS[1])]
     by_score = {row.teacher: row.score for row in best.guide(groups, step=1)[1][:3]}
-    guide = guide_of(store, rewarder, k=1, max_tokens=10_000, select="test_trainer_guidance:worst")
+    guide = guide_of(k=1, max_tokens=10_000, select="test_trainer_guidance:worst")
     guide.policy.model.model.register_forward_hook(lambda *_: passes.append(1))
     _, rows = guide.guide(groups, step=1)
     assert [row.teacher for row in rows[:3]] == sorted(by_score, key=by_score.get)  # type: ignore[arg-type]
@@ -336,8 +267,8 @@ def half(n_correct: int, size: int) -> bool:
     return n_correct <= size // 2
 
 
-def test_a_trigger_of_the_users_own(store: TraceStore, rewarder: Rewarder) -> None:
-    guide = guide_of(store, rewarder, trigger="test_trainer_guidance:half")
+def test_a_trigger_of_the_users_own(guide_of: MakeGuide) -> None:
+    guide = guide_of(trigger="test_trainer_guidance:half")
     groups = [
         group(PROBLEMS[0], (True, True, False, False)),
         group(PROBLEMS[1], (True, True, True, False)),
@@ -346,9 +277,9 @@ def test_a_trigger_of_the_users_own(store: TraceStore, rewarder: Rewarder) -> No
 
 
 @pytest.mark.parametrize("key", ["trigger", "select"])
-def test_an_unknown_name_is_refused_with_the_known_ones(rewarder: Rewarder, key: str) -> None:
+def test_an_unknown_name_is_refused_with_the_known_ones(guide_of: MakeGuide, key: str) -> None:
     with pytest.raises(ConfigError, match=rf"guidance\.{key} = 'typo': give one of .*, or module:function"):
-        guide_of(None, rewarder, **{key: "typo"}).guide([group(PROBLEMS[0])], step=1)
+        guide_of(**{key: "typo"}).guide([group(PROBLEMS[0])], step=1)
 
 
 @pytest.mark.parametrize(
@@ -367,10 +298,8 @@ def test_how_many_traces_enter_a_group(
     assert guidance_size(group(PROBLEMS[0], correct), candidates, k) == expected
 
 
-def test_failed_samples_alone_are_replaced_at_random_indices_that_a_seed_fixes(
-    store: TraceStore, rewarder: Rewarder
-) -> None:
-    guide = guide_of(store, rewarder, trigger="always", select="shortest", k=1)
+def test_failed_samples_alone_are_replaced_at_random_indices_that_a_seed_fixes(guide_of: MakeGuide) -> None:
+    guide = guide_of(trigger="always", select="shortest", k=1)
     before = group(PROBLEMS[0], (False, True, False, False, True, False, False, False))
     indices = []
     for step in range(20):

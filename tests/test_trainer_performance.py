@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_examples import prompt_of
+from run_examples import prompt_of, sample_of
 
 from store.errors import TrainingError
 from store.records import Problem
@@ -61,16 +61,8 @@ def test_the_device_is_waited_for_before_the_clock_is_read() -> None:
     assert events == ["waited", "clock", "waited", "clock", "work", "waited", "clock"]
 
 
-def sample(length: int, *, trace_id: str | None = None) -> Sample:
-    return Sample(
-        token_ids=(7,) * length,
-        text="",
-        finish_reason="stop",
-        is_correct=False,
-        has_format=False,
-        reward=0.0,
-        trace_id=trace_id,
-    )
+def sample(length: int, **changes: Any) -> Sample:
+    return sample_of(token_ids=(7,) * length, **changes)
 
 
 GROUPS = [

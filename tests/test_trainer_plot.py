@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 from rich.console import Console, RenderableType
-from run_examples import prompt_of
+from run_examples import prompt_of, sample_of
 
 from store.records import Problem
 from trainer.config import EvalConfig
 from trainer.evaluation import EvalSample, evaluation_of
-from trainer.method.groups import Group, Sample
+from trainer.method.groups import Group
 from trainer.reports.plots import COLOURS, PANELS, figure_of
 from trainer.reports.tables import (
     curves_table,
@@ -114,9 +114,7 @@ def test_where_the_time_went_by_hand() -> None:
 
 def test_a_long_response_shows_its_beginning_and_its_answer() -> None:
     text = "Let us see. " + "and so on " * 200 + "\\boxed{42}"
-    sample = Sample(
-        token_ids=(1,), text=text, finish_reason="stop", is_correct=True, has_format=True, reward=1.0
-    )
+    sample = sample_of(1.0, text=text)
     group = Group(prompt=prompt_of(Problem(question="6*7", answer="42")), samples=(sample, sample))
     shown = rendered(completions_table(3, [group], 1))
     assert "Let us see." in shown
