@@ -212,7 +212,7 @@ def test_the_key_is_written_nowhere(
     caplog.set_level(logging.DEBUG)
     config = lab_config(tmp_path / "traces", dump(address(port)))
     report = pipeline.run(config, limit=8)
-    assert report.teachers[0].samples == 8
+    assert report.teachers[0].stored.traces == 8
     plan = pipeline.plan(config, limit=8)
     files = [path for path in (tmp_path / "traces").rglob("*") if path.is_file()]
     assert len(files) > 3

@@ -56,23 +56,23 @@ def test_every_sample_is_kept_with_what_it_takes_to_trust_it(filled: tuple[Path,
     assert len({trace.seed for trace in traces}) == 64
     # With one seed for both samples of a (problem, teacher) there would be 32 texts at most.
     assert len({(trace.problem_id, trace.teacher, trace.text) for trace in traces}) > 32
-    assert report.teachers[0].verified > report.teachers[1].verified
+    assert report.teachers[0].stored.verified > report.teachers[1].stored.verified
 
 
 def test_the_report_counts_what_the_store_holds(filled: tuple[Path, PrecomputeReport]) -> None:
     store, report = filled
     traces = traces_of(store)
     for outcome in report.teachers:
-        own = [trace for trace in traces if trace.teacher == outcome.name]
-        assert (outcome.problems, outcome.samples, outcome.new_samples) == (16, 32, 32)
-        assert outcome.verified == sum(trace.is_correct for trace in own)
-        assert outcome.tokens == outcome.new_tokens == sum(trace.n_tokens for trace in own)
+        own = [trace for trace in traces if trace.teacher == outcome.stored.teacher]
+        assert (outcome.stored.problems, outcome.stored.traces, outcome.new_samples) == (16, 32, 32)
+        assert outcome.stored.verified == sum(trace.is_correct for trace in own)
+        assert outcome.stored.tokens == outcome.new_tokens == sum(trace.n_tokens for trace in own)
     covering: dict[str, set[str]] = {trace.problem_id: set() for trace in traces}
     for trace in traces:
         covering[trace.problem_id] |= {trace.teacher} if trace.is_correct else set()
     sizes = [len(teachers) for teachers in covering.values()]
-    assert report.coverage == tuple(sizes.count(count) for count in range(3))
-    assert report.problems.used == sum(report.coverage) == 16
+    assert report.coverage == {count: sizes.count(count) for count in range(3)}
+    assert report.problems.used == sum(report.coverage.values()) == 16
 
 
 def test_a_second_run_samples_nothing_and_adds_no_part(filled: tuple[Path, PrecomputeReport]) -> None:
@@ -139,9 +139,9 @@ def test_a_filtered_trace_is_kept_counted_and_no_candidate(tmp_path: Path) -> No
     held = [trace for trace in traces if trace.is_correct and trace.filtered]
     usable = {trace.problem_id for trace in traces if trace.is_usable}
     assert held
-    assert report.teachers[0].filtered == len(held)
-    assert report.teachers[0].verified == sum(trace.is_correct for trace in traces)
-    assert report.coverage == (16 - len(usable), len(usable))
+    assert report.teachers[0].stored.filtered == len(held)
+    assert report.teachers[0].stored.verified == sum(trace.is_correct for trace in traces)
+    assert report.coverage == {0: 16 - len(usable), 1: len(usable)}
     with TraceStore(tmp_path / "traces") as store:
         candidates = store.candidates([trace.problem_id for trace in held])
     assert all(trace.filtered is None for found in candidates.values() for trace in found)

@@ -54,8 +54,8 @@ def test_a_probe_measures_what_a_run_then_finds_and_keeps_nothing(tmp_path: Path
     # The same seeds draw the same samples.
     assert probe.tokens == sum(trace.n_tokens for trace in first)
     assert probe.verified == probe.usable == sum(trace.is_correct for trace in first)
-    assert probe.left == report.teachers[0].samples == 48
-    assert probe.tokens_left == pytest.approx(report.teachers[0].tokens, rel=0.1)
+    assert probe.left == report.teachers[0].stored.traces == 48
+    assert probe.tokens_left == pytest.approx(report.teachers[0].stored.tokens, rel=0.1)
     size = sum(part.stat().st_size for part in parts_of(tmp_path / "traces"))
     # What a part needs apart from its traces is counted with each probed one.
     assert size < probe.bytes_left < 2 * size

@@ -89,8 +89,8 @@ def test_two_shards_at_once_make_what_one_process_makes_also_when_one_is_killed(
     sizes = [report.problems.used for report in reports]
     assert sum(sizes) == PROBLEMS
     assert min(sizes) > 0
-    assert [report.teachers[0].samples for report in reports] == [size * SAMPLES for size in sizes]
-    assert [sum(report.coverage) for report in reports] == sizes
+    assert [report.teachers[0].stored.traces for report in reports] == [size * SAMPLES for size in sizes]
+    assert [sum(report.coverage.values()) for report in reports] == sizes
     assert problems_line(reports[0].problems).endswith(f"{sizes[0]} problems used (shard 1/2)")
 
 
@@ -100,6 +100,6 @@ def test_a_shard_without_a_problem_has_nothing_to_do(tmp_path: Path) -> None:
     only = Problem(question="12+3-4", answer="11").problem_id
     empty = next(Shard(number=n, count=2) for n in (1, 2) if not Shard(number=n, count=2).holds(only))
     report = pipeline.run(settings, shard=empty)
-    assert (report.problems.used, report.teachers[0].new_samples, sum(report.coverage)) == (0, 0, 0)
+    assert (report.problems.used, report.teachers[0].new_samples, sum(report.coverage.values())) == (0, 0, 0)
     with pytest.raises(ProblemsError, match=f"shard {empty} holds none of the problems"):
         pipeline.plan(settings, shard=empty)

@@ -157,7 +157,7 @@ def test_the_pipeline_fills_a_store_through_vllm(
     monkeypatch.setattr(engine, "close", lambda: None)
     settings = lab_config(tmp_path / "traces", TEACHER.model_dump())
     report = pipeline.run(settings, engine="vllm", limit=16)
-    assert report.teachers[0].samples == 16
+    assert report.teachers[0].stored.traces == 16
     with TraceStore(tmp_path / "traces") as store:
         assert store.teachers()["totals"].engine == "vllm"
         assert len(store.traces()) == 16

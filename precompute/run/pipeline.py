@@ -7,7 +7,6 @@ there. Every sample has a seed of its own, so that it is the same sample then.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -26,8 +25,7 @@ from precompute.run.plan import (
     ProblemsSummary,
     TeacherOutcome,
     TeacherPlan,
-    coverage,
-    stored_counts,
+    stored_report,
 )
 from precompute.run.probe import run_probe
 from precompute.run.progress import Reporter
@@ -44,6 +42,7 @@ from precompute.run.solve import (
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, EngineError, ProblemsError
 from store.records import Problem, TeacherRecord, content_hash
+from store.reports.report import TeacherReport
 from store.writer import StoreWriter
 
 
@@ -86,7 +85,7 @@ def run(
         writer.write_problems(problems)
         for teacher in prepared:
             writer.register_teacher(teacher.record)
-        before, seconds = stored_counts(writer.path, problems), {}
+        before, seconds = stored_report(writer.path, problems)[0], {}
         for teacher in prepared:
             started = time.monotonic()
             for damaged in writer.damaged(teacher.name):
@@ -102,23 +101,20 @@ def _report(
     summary: ProblemsSummary,
     problems: Sequence[Problem],
     store: Path,
-    before: Mapping[str, Counter[str]],
+    before: Mapping[str, TeacherReport],
     seconds: Mapping[str, float],
 ) -> PrecomputeReport:
-    after = stored_counts(store, problems)
+    after, coverage = stored_report(store, problems)
     outcomes = [
         TeacherOutcome(
-            name=name,
-            new_samples=after[name]["samples"] - before[name]["samples"],
-            new_tokens=after[name]["tokens"] - before[name]["tokens"],
+            stored=after[name],
+            new_samples=after[name].traces - before[name].traces,
+            new_tokens=after[name].tokens - before[name].tokens,
             seconds=took,
-            **after[name],
         )
         for name, took in seconds.items()
     ]
-    return PrecomputeReport(
-        problems=summary, store=str(store), teachers=tuple(outcomes), coverage=coverage(store, problems)
-    )
+    return PrecomputeReport(problems=summary, store=str(store), teachers=tuple(outcomes), coverage=coverage)
 
 
 def plan(

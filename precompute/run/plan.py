@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from precompute.config import AnswerForm
 from precompute.run.probe import Probe
 from store.reader import TraceStore
 from store.records import Problem
+from store.reports.report import TeacherReport, store_report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,20 +73,12 @@ class PrecomputePlan:
 class TeacherOutcome:
     """One teacher's traces of the chosen problems, from all runs, and the cost of this run."""
 
-    name: str
+    stored: TeacherReport
     new_samples: int
     """Samples of this run."""
     new_tokens: int
     seconds: float
     """Duration of this run for this teacher, loading included."""
-    problems: int = 0
-    """Problems with a trace of this teacher."""
-    samples: int = 0
-    verified: int = 0
-    filtered: int = 0
-    """Verified ones that a filter rejects."""
-    tokens: int = 0
-    """Sum over all samples, in the teacher's own tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,41 +88,14 @@ class PrecomputeReport:
     problems: ProblemsSummary
     store: str
     teachers: tuple[TeacherOutcome, ...]
-    coverage: tuple[int, ...]
-    """[T + 1]: entry n counts the chosen problems with a usable trace of exactly n of the store's T teachers;
-    sums to `problems.used`."""
+    coverage: Mapping[int, int]
+    """Number of teachers with a usable trace, 0 to T -> chosen problems; sums to `problems.used`."""
 
 
-_COUNTS = """
-    SELECT teacher, count(DISTINCT problem_id) AS problems, count(*) AS samples,
-           count(*) FILTER (is_correct) AS verified,
-           count(*) FILTER (is_correct AND NOT is_usable) AS filtered, sum(n_tokens)::BIGINT AS tokens
-    FROM idx.traces WHERE problem_id IN (SELECT unnest($problem_ids::VARCHAR[]))
-    GROUP BY teacher
-"""
-
-_COVERING = """
-    SELECT teachers, count(*) AS problems FROM (
-        SELECT count(DISTINCT teacher) AS teachers
-        FROM idx.traces WHERE is_usable AND problem_id IN (SELECT unnest($problem_ids::VARCHAR[]))
-        GROUP BY problem_id)
-    GROUP BY teachers
-"""
-
-
-def stored_counts(path: str | Path, problems: Sequence[Problem]) -> defaultdict[str, Counter[str]]:
-    """Returns teacher -> counts of TeacherOutcome, over the traces of these problems."""
+def stored_report(
+    path: str | Path, problems: Sequence[Problem]
+) -> tuple[dict[str, TeacherReport], Mapping[int, int]]:
+    """Returns teacher -> counts of its traces of these problems, and their coverage."""
     with TraceStore(path) as store:
-        rows = store.index.rows(_COUNTS, {"problem_ids": [problem.problem_id for problem in problems]})
-    return defaultdict(Counter, {row.pop("teacher"): Counter(row) for row in rows})
-
-
-def coverage(path: str | Path, problems: Sequence[Problem]) -> tuple[int, ...]:
-    """Returns PrecomputeReport.coverage."""
-    with TraceStore(path) as store:
-        rows = store.index.rows(_COVERING, {"problem_ids": [problem.problem_id for problem in problems]})
-        teachers = len(store.teachers())
-    by_count: Mapping[int, int] = {row["teachers"]: row["problems"] for row in rows}
-    most = max(teachers, *by_count, 0)
-    uncovered = len(problems) - sum(by_count.values())
-    return (uncovered, *(by_count.get(count, 0) for count in range(1, most + 1)))
+        report = store_report(store, problems)
+    return {teacher.teacher: teacher for teacher in report.teachers}, report.coverage

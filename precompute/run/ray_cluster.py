@@ -29,7 +29,7 @@ from precompute.config import PrecomputeConfig, RayConfig, TeacherConfig
 from precompute.engines import Engine
 from precompute.engines.registry import engine_version, load_engine, prepare_engine, resolve_engine
 from precompute.run.backends import Backend
-from precompute.run.plan import stored_counts
+from precompute.run.plan import stored_report
 from precompute.run.progress import Reporter, TeacherProgress
 from precompute.run.solve import PreparedTeacher, Solver, fill_prompts, longest_prompt, samples_left
 from precompute.verify.verifier import Verifier
@@ -140,21 +140,20 @@ class RayBackend(Backend):
 
         Raises the UserError of a worker, and EngineError where workers keep dying.
         """
-        started, before = time.monotonic(), stored_counts(writer.path, problems)[teacher.name]
+        started, before = time.monotonic(), stored_report(writer.path, problems)[0][teacher.name]
 
         def report(*, last: bool = False) -> None:
             found = writer.done(teacher.name)
             done = [found.get(problem.problem_id, {}) for problem in problems]
-            new = stored_counts(writer.path, problems)[teacher.name]
-            new.subtract(before)
+            now = stored_report(writer.path, problems)[0][teacher.name]
             progress = TeacherProgress(
                 teacher=teacher.name,
                 done=sum(map(len, done)),
                 total=sum(len(samples) + samples_left(teacher.config, samples) for samples in done),
-                new=new["samples"],
-                verified=new["verified"],
-                filtered=new["filtered"],
-                tokens=new["tokens"],
+                new=now.traces - before.traces,
+                verified=now.verified - before.verified,
+                filtered=now.filtered - before.filtered,
+                tokens=now.tokens - before.tokens,
                 seconds=time.monotonic() - started,
             )
             reporter.progress(progress, last=last)

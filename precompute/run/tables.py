@@ -26,20 +26,18 @@ def report_tables(report: PrecomputeReport) -> Group:
         numbers=["problems", "samples", "verified", "filtered", "tokens", "tokens/s", "time"],
     )
     for teacher in report.teachers:
-        samples = max(teacher.samples, 1)
+        stored = teacher.stored
         table.add_row(
-            teacher.name,
-            f"{teacher.problems:,}",
-            f"{teacher.samples:,}",
-            f"{teacher.verified / samples:.1%}",
-            f"{teacher.filtered:,}",
-            f"{teacher.tokens / samples:.1f}",
+            stored.teacher,
+            f"{stored.problems:,}",
+            f"{stored.traces:,}",
+            f"{stored.verified_share:.1%}",
+            f"{stored.filtered:,}",
+            f"{stored.mean_tokens or 0:.1f}",
             f"{teacher.new_tokens / teacher.seconds:,.0f}" if teacher.new_tokens else "-",
             f"{teacher.seconds:.1f} s",
         )
-    return Group(
-        Text(problems_line(report.problems)), table, coverage_table(dict(enumerate(report.coverage)))
-    )
+    return Group(Text(problems_line(report.problems)), table, coverage_table(report.coverage))
 
 
 def plan_tables(plan: PrecomputePlan, *, student_form: AnswerForm) -> Group:

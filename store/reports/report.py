@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from store.format.manifest import Manifest
 from store.format.parts import DamagedPart
 from store.format.schema import PROBLEM_SCHEMA, table_of
 from store.reader import TraceStore
-from store.records import Trace
+from store.records import Problem, Trace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +84,9 @@ _TEACHERS = """
            coalesce(sum(n_tokens), 0)::BIGINT AS tokens,
            coalesce(sum(n_tokens) FILTER (is_correct), 0)::BIGINT AS verified_tokens,
            count(*) FILTER (n_tokens = 0) AS uncounted
-    FROM idx.traces AS t FULL JOIN registered AS r ON t.teacher = r.name GROUP BY 1 ORDER BY 1
+    FROM (FROM idx.traces
+          WHERE $chosen::VARCHAR[] IS NULL OR problem_id IN (SELECT unnest($chosen::VARCHAR[]))) AS t
+    FULL JOIN registered AS r ON t.teacher = r.name GROUP BY 1 ORDER BY 1
 """
 
 _PARTS = """
@@ -103,19 +105,21 @@ _PROBLEMS = """
 """
 
 
-def store_report(store: TraceStore) -> StoreReport:
-    """Returns counts per teacher and verdict, tokens, coverage."""
+def store_report(store: TraceStore, problems: Sequence[Problem] | None = None) -> StoreReport:
+    """Returns counts per teacher and verdict, tokens, coverage: over some problems, or for None over all."""
+    chosen = None if problems is None else [problem.problem_id for problem in problems]
     records = store.teachers().values()
     registered = {"name": [each.name for each in records], "model": [each.model for each in records]}
     schema = pa.schema([("name", pa.string()), ("model", pa.string())])
     store.index.connection.register("registered", pa.table(registered, schema))
-    teachers = tuple(TeacherReport(**row) for row in store.index.rows(_TEACHERS))
-    covering = [len(row["teachers"]) for row in problem_rows(store)]
+    teachers = tuple(TeacherReport(**row) for row in store.index.rows(_TEACHERS, {"chosen": chosen}))
+    covering = {row["problem_id"]: len(row["teachers"]) for row in problem_rows(store)}
+    counts = list(covering.values()) if chosen is None else [covering[each] for each in chosen]
     parts = store.index.rows(_PARTS)[0]
     return StoreReport(
         path=str(store.path),
         manifest=store.manifest,
-        problems=len(covering),
+        problems=len(counts),
         traces=sum(teacher.traces for teacher in teachers),
         verified=sum(teacher.verified for teacher in teachers),
         filtered=sum(teacher.filtered for teacher in teachers),
@@ -123,7 +127,7 @@ def store_report(store: TraceStore) -> StoreReport:
         parts=parts["parts"],
         bytes=parts["bytes"],
         teachers=teachers,
-        coverage={count: covering.count(count) for count in range(len(teachers) + 1)},
+        coverage={count: counts.count(count) for count in range(len(teachers) + 1)},
         damaged=store.damaged,
     )
 
