@@ -280,7 +280,7 @@ def store_forget(
 
 _FORMS = (
     "verl: a row a problem with target_lst; luffy: a row a trace with target; chat: messages for supervised "
-    "training; hf: a directory for datasets.load_dataset, with a data card; or your own file.py:function."
+    "training; hf: a row a trace for datasets.load_dataset; or your own file.py:function."
 )
 _SYSTEM = "Replaces every system turn, '' for none; default: the problem's, in chat the teacher's."
 
@@ -288,7 +288,7 @@ _SYSTEM = "Replaces every system turn, '' for none; default: the problem's, in c
 @app.command("export")
 def store_export(
     to: Annotated[str, typer.Option(help=_FORMS)],
-    out: Annotated[Path, typer.Option(help="A new .parquet or .jsonl file; for hf a new directory.")],
+    out: Annotated[Path, typer.Option(help="A new .parquet or .jsonl file.")],
     store: StorePath = "traces",
     only_verified: Annotated[
         bool,

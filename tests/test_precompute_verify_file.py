@@ -22,13 +22,13 @@ from rich.console import Console
 
 from precompute.verify.verifier import Verifier
 from precompute.verify.verify_file import (
-    BATCH_ROWS,
     FileReport,
     PairFile,
     verify_file,
     verify_tables,
 )
 from store.errors import ProblemsError, UserError
+from store.format.row_files import ROWS_AT_ONCE
 
 ROOT = Path(__file__).parent.parent
 
@@ -106,7 +106,7 @@ def test_every_verdict_is_written_in_the_order_of_the_rows(
 def test_a_parquet_file_in_the_verl_form_needs_no_option(verifier: Verifier, tmp_path: Path) -> None:
     rows = [
         {"response": f"\\boxed{{{n}}}", "reward_model": {"ground_truth": str(n % 3), "style": "rule"}}
-        for n in range(BATCH_ROWS + 10)
+        for n in range(ROWS_AT_ONCE + 10)
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "verl.parquet")
     out = tmp_path / "verdicts.parquet"
@@ -114,7 +114,7 @@ def test_a_parquet_file_in_the_verl_form_needs_no_option(verifier: Verifier, tmp
     assert report.gold_column == "reward_model.ground_truth"
     # Only 0, 1 and 2 are their own remainders by 3.
     assert report.verdicts["match"] == 3
-    assert pq.read_table(out).num_rows == BATCH_ROWS + 10
+    assert pq.read_table(out).num_rows == ROWS_AT_ONCE + 10
 
 
 def test_the_form_decides_where_the_answer_stands(verifier: Verifier, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
 from precompute.imports.foreign_rows import ImportColumns, ImportForm, TeacherNames
 from store.errors import StoreError, UserError
 from store.export.export_forms import EXPORT_FORMS, ExportOptions, ExportReport, Solved
-from store.export.exporting import WRITERS, export, in_turns
+from store.export.exporting import export, in_turns
+from store.format.row_files import write_rows
 from store.reader import TraceStore
 from store.records import Problem
 from store.writer import StoreWriter
@@ -129,10 +130,9 @@ def test_teachers_take_turns() -> None:
     ("form", "out", "options", "complaint"),
     [
         ("csv", "x.csv", {}, r"--to = 'csv': give one of chat, hf, luffy, verl, or module:function"),
-        ("verl", "x.csv", {}, r"verl makes a file that ends in \.parquet or \.jsonl"),
-        ("hf", "x.parquet", {}, r"hf makes a directory"),
+        ("verl", "x.csv", {}, r"a file that ends in \.parquet or \.jsonl"),
         ("verl", "there.jsonl", {}, "exists already; --overwrite replaces it"),
-        ("hf", "full", {"overwrite": True}, "is no output of this command"),
+        ("hf", "full.jsonl", {"overwrite": True}, "Is a directory"),
         ("verl", "x.jsonl", {"teachers": ("eve",)}, "--teacher eve: .* has ada, bob"),
     ],
 )
@@ -140,8 +140,8 @@ def test_what_cannot_be_written_is_said_and_nothing_is_touched(
     root: Path, form: str, out: str, options: dict[str, Any], complaint: str
 ) -> None:
     (root.parent / "there.jsonl").write_text("mine")
-    (root.parent / "full").mkdir()
-    (root.parent / "full" / "thesis.tex").write_text("mine")
+    (root.parent / "full.jsonl").mkdir()
+    (root.parent / "full.jsonl" / "thesis.tex").write_text("mine")
     before = sorted(root.parent.iterdir())
     with pytest.raises(UserError, match=complaint):
         run(root, root.parent / out, form, **options)
@@ -149,42 +149,37 @@ def test_what_cannot_be_written_is_said_and_nothing_is_touched(
     assert (root.parent / "there.jsonl").read_text() == "mine"
 
 
-@pytest.mark.parametrize(("form", "name"), [("verl", "out.parquet"), ("chat", "out.jsonl"), ("hf", "out")])
+@pytest.mark.parametrize(("form", "name"), [("verl", "out.parquet"), ("chat", "out.jsonl")])
 def test_an_export_that_stops_leaves_what_was_there(root: Path, form: str, name: str) -> None:
     out = root.parent / name
     run(root, out, form, max_per_problem=1)
-    before = content_of(out)
+    before = out.read_bytes()
 
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with TraceStore(root) as store, pytest.raises(KeyboardInterrupt):
         export(store, out, form, ExportOptions(overwrite=True), progress=interrupt)
-    assert content_of(out) == before
+    assert out.read_bytes() == before
     assert sorted(path.name for path in root.parent.iterdir()) == sorted([name, "traces"])
     run(root, out, form, overwrite=True)
-    assert content_of(out) != before
-
-
-def content_of(out: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in [out, *out.rglob("*")] if path.is_file()}
+    assert out.read_bytes() != before
 
 
 def test_a_store_without_a_verified_trace_makes_no_empty_file(tmp_path: Path) -> None:
     make_store(tmp_path / "traces", [wrong(0, "ada")])
-    for form, out in (("chat", "x.jsonl"), ("verl", "x.parquet"), ("hf", "x")):
+    for form, out in (("chat", "x.jsonl"), ("verl", "x.parquet")):
         with pytest.raises(StoreError, match="no trace to export; --all"):
             run(tmp_path / "traces", tmp_path / out, form)
     assert [path.name for path in tmp_path.iterdir()] == ["traces"]
 
 
-def test_datasets_loads_the_directory_and_the_hub_reads_its_card(root: Path) -> None:
+def test_datasets_loads_a_row_a_trace(root: Path) -> None:
     from datasets import load_dataset
-    from huggingface_hub import DatasetCard
 
-    out = root.parent / "set"
+    out = root.parent / "set.parquet"
     run(root, out, "hf", everything=True)
-    loaded = load_dataset(str(out), cache_dir=str(root.parent / "cache"))
+    loaded = load_dataset("parquet", data_files=str(out), cache_dir=str(root.parent / "cache"))
     assert list(loaded) == ["train"]
     rows = loaded["train"].to_list()
     assert [(row["question"], row["teacher"], row["verdict"], row["filtered"]) for row in rows] == [
@@ -194,17 +189,6 @@ def test_datasets_loads_the_directory_and_the_hub_reads_its_card(root: Path) -> 
         ("What is 1 + 1?", "ada", "match", None),
         ("What is 1 + 1?", "bob", "mismatch", None),
     ]
-    card = DatasetCard.load(out / "README.md")
-    assert card.data.license == "unknown"
-    # bob: one of two traces is verified.
-    assert "| bob | models/bob | 2 | 2 | 50.0% |" in card.text
-    for said in (
-        "look up the terms of both",
-        "math-verify 0.9.0",
-        '"temperature": 1.0',
-        teacher("ada").generation_fingerprint,
-    ):
-        assert said in card.text
 
 
 def test_a_form_of_ones_own_is_a_function_in_a_file(root: Path) -> None:
@@ -247,10 +231,7 @@ def test_what_is_written_reads_back_the_same(
     ]
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / f"out{suffix}"
-        with out.open("wb") as file:
-            WRITERS[suffix](
-                file, (row for one in solved if one.traces for row in EXPORT_FORMS[form](one)), form
-            )
+        write_rows(out, (row for one in solved if one.traces for row in EXPORT_FORMS[form](one)))
         read = ImportForm([out], ImportColumns(), TeacherNames(renames={}))
         back = {
             (c.problem.question, c.problem.answer, c.teacher, c.text) for _, row in read.rows() for c in row

@@ -5,12 +5,10 @@ Rows are read, verified and written as a stream, so that a file may be larger th
 
 from __future__ import annotations
 
-import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice, tee
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from precompute.config import AnswerForm
 from precompute.problems.data_rows import cell_of, data_rows, find_column, gold_of, turns_of
 from precompute.verify.verifier import Verifier
 from store.errors import ProblemsError, UserError
-from store.format.files import whole_file
+from store.format.row_files import write_rows
 from store.records import VERDICTS
 from store.terminal.tables import clipped, plain_table
 
@@ -33,9 +31,6 @@ GOLD_COLUMNS = ("gold", "answer", "ground_truth", "reward_model.ground_truth", "
 RowVerdict = dict[str, Any]
 """The verdict on one row: the columns of SCHEMA."""
 
-OUT_SUFFIXES = (".parquet", ".jsonl")
-BATCH_ROWS = 1_024
-"""Verdicts that become one batch of a Parquet file."""
 COUNT_BYTES = 1 << 20
 SHOWN_CHARS = 80
 
@@ -130,10 +125,12 @@ def verify_file(
             progress(done, max(done, total), f"{counts['match'] / done:.1%} match")
             yield row
 
-    with _sink(pairs.file, out) as write:
-        rows = counted()
-        while batch := list(islice(rows, BATCH_ROWS)):
-            write(batch)
+    if out is None:
+        deque(counted(), maxlen=0)
+    elif out.resolve() == pairs.file.resolve():
+        raise UserError(f"--out {out}: that is the file to verify; give another name")
+    else:
+        write_rows(out, counted(), SCHEMA)
     return FileReport(
         file=str(pairs.file),
         response_column=pairs.response,
@@ -165,23 +162,6 @@ def row_verdicts(pairs: PairFile, verifier: Verifier, form: AnswerForm | None) -
 def _storable(text: str) -> str:
     """Turns lone surrogates, which JSON may hold and UTF-8 may not, into question marks."""
     return text.encode("utf-8", "replace").decode()
-
-
-@contextmanager
-def _sink(file: Path, out: Path | None) -> Iterator[Callable[[list[RowVerdict]], object]]:
-    if out is None:
-        yield lambda rows: None
-        return
-    if out.suffix not in OUT_SUFFIXES:
-        raise UserError(f"--out {out}: a file of verdicts ends in {' or '.join(OUT_SUFFIXES)}")
-    if out.resolve() == file.resolve():
-        raise UserError(f"--out {out}: that is the file to verify; give another name")
-    with whole_file(out) as handle:
-        if out.suffix == ".jsonl":
-            yield lambda rows: handle.writelines(json.dumps(row).encode() + b"\n" for row in rows)
-        else:
-            with pq.ParquetWriter(handle, SCHEMA, compression="zstd") as writer:
-                yield lambda rows: writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
 
 
 def verify_tables(report: FileReport) -> Group:
