@@ -20,8 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from precompute.config import TeacherConfig
 from precompute.engines import Request, Sampling
-from precompute.engines.checks import eos_ids
-from precompute.engines.options import check_options
+from precompute.engines.checks import check_options, eos_ids
 from precompute.engines.registry import check_fits, prepare_engine
 from precompute.engines.seeded_sampler import BLOCK, FEW_BLOCKS, inverse_cdf
 from precompute.engines.transformers_engine import TransformersEngine
@@ -330,7 +329,7 @@ def test_what_an_engine_cannot_honour_is_said_before_it_starts(
 def test_a_package_that_a_quantization_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     check_options(teacher(tensor_parallel_size=2, quantization="fp8"), "vllm")
-    monkeypatch.setattr("precompute.engines.options.find_spec", lambda _: None)
+    monkeypatch.setattr("precompute.engines.checks.find_spec", lambda _: None)
     with pytest.raises(EngineError, match="pip install vllm-bnb-plugin"):
         check_options(teacher(quantization="bitsandbytes"), "vllm")
     with pytest.raises(EngineError, match=r'pip install "ampo\[qlora\]"'):

@@ -273,7 +273,9 @@ def test_the_trainer_runs_on_imported_traces_as_on_generated_ones(tmp_path: Path
     assert metrics[0]["grad_norm"] > 0
 
 
-@pytest.mark.parametrize(("form", "name"), [("verl", "out.parquet"), ("luffy", "out.jsonl"), ("hf", "out")])
+@pytest.mark.parametrize(
+    ("form", "name"), [("verl", "out.parquet"), ("luffy", "out.jsonl"), ("hf", "out.parquet")]
+)
 def test_an_export_comes_back_with_the_same_problems_teachers_and_texts(
     tmp_path: Path, form: str, name: str
 ) -> None:

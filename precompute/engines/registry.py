@@ -15,9 +15,7 @@ from typing import Any, Protocol
 
 from precompute.config import TeacherConfig
 from precompute.engines import Engine
-from precompute.engines.checks import cannot_load, load_failure, stop_ids_of
-from precompute.engines.hub import check_there
-from precompute.engines.options import check_options
+from precompute.engines.checks import cannot_load, check_options, check_there, load_failure, stop_ids_of
 from precompute.problems.prompts import use_template
 from store.errors import EngineError
 from store.registry import lookup

@@ -16,7 +16,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from hashlib import blake2b
 from itertools import tee
 from pathlib import Path
@@ -26,12 +25,12 @@ from rich.console import Group
 from rich.text import Text
 
 from precompute.config import FiltersConfig, StoreConfig, TeacherConfig
+from precompute.engines import Completion
 from precompute.imports.foreign_rows import ForeignTrace, ImportForm
-from precompute.problems.prompts import demanded_form, tokenizer_fingerprint
-from precompute.run.filters import why_filtered
-from precompute.run.part_buffer import PartBuffer
+from precompute.problems.prompts import tokenizer_fingerprint
 from precompute.run.refilter import check_filters, filter_settings
-from precompute.verify.verifier import Verdict, Verifier
+from precompute.run.traces import PartBuffer, trace_of
+from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, EngineError, RecipeChangedError
 from store.records import VERDICTS, Problem, TeacherRecord, Trace
 from store.terminal.tables import plain_table
@@ -114,7 +113,15 @@ def import_traces(
         verdicts = verifier.stream((t.text, t.problem.answer, t.problem.question) for t, _ in lacking)
         try:
             for verdict, (foreign, index) in zip(verdicts, again, strict=False):
-                trace = _trace(foreign, index, verdict, records[foreign.teacher], loaded, filters)
+                trace = trace_of(
+                    _completion(foreign.text, loaded),
+                    verdict,
+                    foreign.problem,
+                    records[foreign.teacher],
+                    sample_index=index,
+                    seed=UNKNOWN_SEED,
+                    filters=filters,
+                )
                 _count(counts[foreign.teacher], trace)
                 parts[foreign.teacher].add(trace)
                 report()
@@ -239,45 +246,13 @@ def _lacking(
             report()
 
 
-def _trace(
-    foreign: ForeignTrace,
-    sample_index: int,
-    verdict: Verdict,
-    record: TeacherRecord,
-    tokenizer: Any,
-    filters: FiltersConfig,
-) -> Trace:
+def _completion(text: str, tokenizer: Any) -> Completion:
+    """Returns a text as if its teacher had sampled it just now, with the EOS token behind it."""
     token_ids: tuple[int, ...] = ()
-    if tokenizer is not None:  # the EOS is added as if the teacher had generated the text
+    if tokenizer is not None:
         eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-        token_ids = (*tokenizer(foreign.text, add_special_tokens=False, verbose=False)["input_ids"], *eos)
-    return Trace(
-        problem_id=foreign.problem.problem_id,
-        teacher=foreign.teacher,
-        sample_index=sample_index,
-        text=foreign.text,
-        answer=verdict.answer,
-        answer_start=verdict.answer_start,
-        n_tokens=len(token_ids),
-        token_ids=token_ids,
-        logprobs=(),
-        finish_reason="stop",
-        verdict=verdict.reason,
-        is_correct=verdict.is_correct,
-        seed=UNKNOWN_SEED,
-        generation_fingerprint=record.generation_fingerprint,
-        created_at=datetime.now(UTC),
-        verdict_detail=verdict.detail,
-        parsed_answer=verdict.parsed_answer,
-        parsed_gold=verdict.parsed_gold,
-        filtered=why_filtered(
-            filters,
-            text=foreign.text,
-            n_tokens=len(token_ids),
-            form=demanded_form(record, foreign.problem),
-            opens_think=False,
-        ),
-    )
+        token_ids = (*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *eos)
+    return Completion(request_id="", token_ids=token_ids, logprobs=(), finish_reason="stop", text=text)
 
 
 def _count(counts: TeacherImport, trace: Trace) -> None:

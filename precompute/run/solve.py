@@ -12,18 +12,16 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any
 
 from precompute.config import FiltersConfig, StoreConfig, TeacherConfig
-from precompute.engines import Completion, Engine, Request, Sampling
+from precompute.engines import Engine, Request, Sampling
 from precompute.engines.registry import check_fits
 from precompute.problems.prompts import Prompt, demanded_form, prompt_warning, render_prompt
-from precompute.run.filters import why_filtered
-from precompute.run.part_buffer import Append, PartBuffer
 from precompute.run.progress import Reporter, TeacherProgress
 from precompute.run.request_queue import RequestQueue, loop_in_thread
-from precompute.verify.verifier import Verdict, Verifier
+from precompute.run.traces import Append, PartBuffer, trace_of
+from precompute.verify.verifier import Verifier
 from store.errors import EngineError
 from store.records import Problem, TeacherRecord, Trace, content_hash
 
@@ -198,17 +196,28 @@ class Solver:
         A further try (`again`) is sampled first: the tries of the hardest problems follow one another, and
         begun late they would keep an engine busy that has nothing else to do.
         """
-        completion = await queue.sample(self._request(problem, index), first=again)
+        record, opens_think = self.teacher.record, self.prompts[problem.problem_id].opens_think
+        request = self._request(problem, index)
+        completion = await queue.sample(request, first=again)
         verdict = await asyncio.wrap_future(
             self._verifier.submit(
                 completion.text,
                 problem.answer,
-                demanded_form(self.teacher.config, problem),
-                opens_think=self.prompts[problem.problem_id].opens_think,
+                demanded_form(record, problem),
+                opens_think=opens_think,
                 question=problem.question,
             )
         )
-        trace = self._trace(verdict, completion, problem, index)
+        trace = trace_of(
+            completion,
+            verdict,
+            problem,
+            record,
+            sample_index=index,
+            seed=request.seed,
+            filters=self._filters,
+            opens_think=opens_think,
+        )
         part.add(trace)
         self._count(trace)
         return trace
@@ -227,35 +236,6 @@ class Solver:
             top_p=config.top_p,
             top_k=config.top_k,
             max_tokens=config.max_tokens,
-        )
-
-    def _trace(self, verdict: Verdict, completion: Completion, problem: Problem, index: int) -> Trace:
-        return Trace(
-            problem_id=problem.problem_id,
-            teacher=self.teacher.name,
-            sample_index=index,
-            text=completion.text,
-            answer=verdict.answer,
-            answer_start=verdict.answer_start,
-            n_tokens=len(completion.token_ids),
-            token_ids=completion.token_ids,
-            logprobs=completion.logprobs,
-            finish_reason=completion.finish_reason,
-            verdict=verdict.reason,
-            is_correct=verdict.is_correct and completion.finish_reason == "stop",
-            seed=sample_seed(problem.problem_id, self.teacher.name, index),
-            generation_fingerprint=self.teacher.record.generation_fingerprint,
-            created_at=datetime.now(UTC),
-            verdict_detail=verdict.detail,
-            parsed_answer=verdict.parsed_answer,
-            parsed_gold=verdict.parsed_gold,
-            filtered=why_filtered(
-                self._filters,
-                text=completion.text,
-                n_tokens=len(completion.token_ids),
-                form=demanded_form(self.teacher.config, problem),
-                opens_think=self.prompts[problem.problem_id].opens_think,
-            ),
         )
 
     def _count(self, trace: Trace) -> None:

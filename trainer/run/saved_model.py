@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from precompute.engines.hub import check_there
+from precompute.engines.checks import check_there
 from store.errors import EngineError
 from store.records import content_hash
 from trainer.config import StudentConfig
