@@ -57,9 +57,7 @@ def inspect_summary(store: StorePath = "traces", json_: JsonFlag = False) -> Non
 @inspect_app.command("traces")
 def inspect_traces(
     store: StorePath = "traces",
-    problem: Annotated[
-        str | None, typer.Option(help="Only this problem_id, or its beginning; shows whole texts.")
-    ] = None,
+    problem: Annotated[str | None, typer.Option(help="Only this problem_id; shows whole texts.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Only this teacher.")] = None,
     verdict: Annotated[str | None, typer.Option(help="Only this verdict, e.g. mismatch.")] = None,
     usable: Annotated[
@@ -83,23 +81,25 @@ def inspect_traces(
     """
     from store.reader import TraceStore
     from store.records import VERDICTS
-    from store.reports.report import problem_id_of, trace_row
+    from store.reports.report import trace_row
     from store.reports.tables import traces_table, why_table
 
     if verdict is not None and verdict not in VERDICTS:
         raise UserError(f"--verdict {verdict}: one of {', '.join(VERDICTS)}")
     with TraceStore(store) as opened:
         traces = opened.traces(
-            problem_id=None if problem is None else problem_id_of(opened, problem),
+            problem_id=problem,
             teacher=teacher,
             verdict=verdict,
             usable=usable,
             filtered=filtered,
             limit=limit or None,
         )
+        golds = {each.problem_id: each.answer for each in opened.problems()}
+        if problem is not None and problem not in golds:
+            raise UserError(f"--problem {problem}: no problem of {opened.path} has this problem_id")
         rows = [trace_row(trace) for trace in traces]
         if why:
-            golds = {each.problem_id: each.answer for each in opened.problems()}
             rows = [row | {"gold": golds.get(row["problem_id"])} for row in rows]
     _show(rows, why_table(rows) if why else traces_table(rows, full=problem is not None), json_, csv_)
 
@@ -145,22 +145,18 @@ def inspect_agreement(store: StorePath = "traces", json_: JsonFlag = False, csv_
 def inspect_lengths(
     store: StorePath = "traces",
     unit: Annotated[str, typer.Option(help="tokens (each teacher's own) or chars.")] = "tokens",
-    png: Annotated[Path | None, typer.Option(help="Plot a histogram a teacher into this PNG.")] = None,
     json_: JsonFlag = False,
     csv_: CsvFlag = False,
 ) -> None:
-    """Show the lengths of verified and of other traces: quantiles, and histograms as a PNG.
+    """Show the lengths of verified and of other traces.
 
-    Example: `ampo inspect store lengths traces --png lengths.png`
+    Example: `ampo inspect store lengths traces --unit chars`
     """
     from store.reader import TraceStore
-    from store.reports.lengths import length_rows, lengths_table, plot_lengths
+    from store.reports.lengths import length_rows, lengths_table
 
     with TraceStore(store) as opened:
-        found = length_rows(opened, unit)
-    if png is not None:
-        plot_lengths(found, unit, png)
-    rows = [{name: row[name] for name in row if name != "lengths"} for row in found]
+        rows = length_rows(opened, unit)
     _show(rows, lengths_table(rows, unit), json_, csv_)
 
 

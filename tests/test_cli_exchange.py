@@ -36,19 +36,18 @@ def test_out_and_in_again(store: Path, tmp_path: Path) -> None:
     assert "0 new traces" in again.stdout, again.stderr
 
 
-def test_questions_in_tables_json_and_csv(store: Path, tmp_path: Path) -> None:
+def test_questions_in_tables_json_and_csv(store: Path) -> None:
     (pair,) = json.loads(ampo("inspect", "store", "agreement", str(store), "--json").stdout)
     assert (pair["one"], pair["other"], pair["both"], pair["jaccard"]) == ("ada", "bob", 8, 1.0)
-    drawn = ampo("inspect", "store", "lengths", str(store), "--unit", "chars", "--png", "l.png", cwd=tmp_path)
-    assert "verified" in drawn.stdout, drawn.stderr
-    assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
+    lengths = ampo("inspect", "store", "lengths", str(store), "--unit", "chars")
+    assert "verified" in lengths.stdout, lengths.stderr
     sql = "SELECT teacher, count(*) AS n FROM traces GROUP BY teacher ORDER BY teacher"
     assert ampo("inspect", "store", "sql", sql, str(store), "--csv").stdout.split() == [
         "teacher,n", "ada,8", "bob,8",
     ]  # fmt: skip
     cut = ampo("inspect", "store", "sql", "FROM traces", str(store), "--limit", "3")
     assert "the first 3 rows; --limit 0 shows all" in cut.stdout
-    one = ampo("inspect", "store", "traces", str(store), "--problem", PROBLEMS[1].problem_id[:9])
+    one = ampo("inspect", "store", "traces", str(store), "--problem", PROBLEMS[1].problem_id)
     assert "we add and get" in one.stdout, one.stderr
 
 
@@ -64,7 +63,7 @@ def test_questions_in_tables_json_and_csv(store: Path, tmp_path: Path) -> None:
         (["store", "import", "STORE/manifest.json"], "row 1: this line is not JSON"),
         (["store", "import", "x.jsonl", "--rename", "ada"], "--rename ada: write OLD=NEW"),
         (["store", "import", "x.jsonl", "--teacher-prefix", "a/"], "--teacher-prefix a/"),
-        (["inspect", "store", "traces", "STORE", "--problem", "zz"], "--problem zz: no problem_id"),
+        (["inspect", "store", "traces", "STORE", "--problem", "zz"], "--problem zz: no problem of"),
         (["inspect", "store", "lengths", "STORE", "--unit", "words"], "--unit words: one of tokens, chars"),
         (["inspect", "store", "sql", "DELETE FROM traces", "STORE"], "SQL: give one SELECT"),
         (["inspect", "store", "agreement", "nowhere"], "no trace store at"),

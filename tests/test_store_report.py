@@ -10,9 +10,8 @@ import pytest
 from rich.console import Console
 from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
 
-from store.errors import UserError
 from store.reader import TraceStore
-from store.reports.report import problem_id_of, problem_rows, store_report, trace_row
+from store.reports.report import problem_rows, store_report, trace_row
 from store.reports.tables import summary_tables, why_table
 from store.writer import StoreWriter
 
@@ -130,16 +129,6 @@ def test_what_a_filter_holds_back_is_verified_but_covers_nothing(tmp_path: Path)
     console = Console(width=80, record=True)
     console.print(summary_tables(report))
     assert "3 traces (2 verified, 1 of them filtered)" in console.export_text()
-
-
-def test_a_problem_is_found_by_the_beginning_of_its_id(root: Path) -> None:
-    ids = sorted(problem(number).problem_id for number in range(4))
-    with TraceStore(root) as store:
-        assert [problem_id_of(store, problem_id[:8]) for problem_id in ids] == ids
-        with pytest.raises(UserError, match=r"--problem zzz: no problem_id in .* begins with it"):
-            problem_id_of(store, "zzz")
-        with pytest.raises(UserError, match=r"4 problem_ids begin with it \(.*, \.\.\.\); give more of it"):
-            problem_id_of(store, "")
 
 
 def test_why_shows_gold_and_answer_as_written_and_as_read(tmp_path: Path) -> None:

@@ -89,18 +89,15 @@ def why_not_there(model: str, revision: str | None) -> str | None:
         get_hf_file_metadata(hf_hub_url(model, "config.json", revision=revision))
     except errors.HFValidationError:
         return "it is neither a directory nor a name that a hub could have (OWNER/NAME)"
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+    except errors.HfHubHTTPError as error:
+        absences = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
+        if downloaded or not isinstance(error, absences):
+            return None
         wanted = f"revision {revision!r} of it" if revision else "such model"
         return (
-            None
-            if downloaded
-            else (
-                f"there is no such directory, and {hub} gives you no {wanted}: is the name right? (a private or "
-                f"gated one needs its terms at {hub}/{model} and `hf auth login`)"
-            )
+            f"there is no such directory, and {hub} gives you no {wanted}: is the name right? (a private or "
+            f"gated one needs its terms at {hub}/{model} and `hf auth login`)"
         )
-    except errors.HfHubHTTPError:
-        return None
     except errors.HTTPError as error:  # type: ignore[attr-defined]  # of any HTTP client
         unreachable = f"{hub} cannot be reached ({' '.join(str(error).split()) or type(error).__name__})"
         if downloaded:

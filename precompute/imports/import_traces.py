@@ -276,9 +276,9 @@ def import_table(report: ImportReport) -> Group:
     shown = {
         name: each for name, each in counted.items() if any(each) or name in ("found", "new", "existing")
     }
-    table = plain_table(f"imported into {report.store}", text=("teacher",), numbers=tuple(shown))
-    for index, teacher in enumerate(report.teachers):
-        table.add_row(teacher.teacher, *(f"{each[index]:,}" for each in shown.values()))
+    names = [teacher.teacher for teacher in report.teachers]
+    rows = zip(names, *shown.values(), strict=True)
+    table = plain_table(f"imported into {report.store}", text=["teacher"], numbers=tuple(shown), rows=rows)
     files = report.files[0] if len(report.files) == 1 else f"{len(report.files)} files"
     share = _verified_share(report.teachers)
     totals = f"{sum(counted['new']):,} new traces{f', {share}' if share else ''}; {report.seconds:.1f} s"

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from precompute.config import AnswerForm
-from precompute.run.plan import PrecomputePlan, PrecomputeReport, ProblemsSummary, TeacherPlan
+from precompute.run.plan import PrecomputePlan, PrecomputeReport, ProblemsSummary, TeacherOutcome, TeacherPlan
 from precompute.run.refilter import RefilterReport
 from precompute.verify.final_answer import CLOSING, OPENING, find_answer, to_form
 from store.reports.tables import coverage_table
@@ -24,20 +24,23 @@ def report_tables(report: PrecomputeReport) -> Group:
         f"traces in {report.store}",
         text=["teacher"],
         numbers=["problems", "samples", "verified", "filtered", "tokens", "tokens/s", "time"],
+        rows=map(_outcome, report.teachers),
     )
-    for teacher in report.teachers:
-        stored = teacher.stored
-        table.add_row(
-            stored.teacher,
-            f"{stored.problems:,}",
-            f"{stored.traces:,}",
-            f"{stored.verified_share:.1%}",
-            f"{stored.filtered:,}",
-            f"{stored.mean_tokens or 0:.1f}",
-            f"{teacher.new_tokens / teacher.seconds:,.0f}" if teacher.new_tokens else "-",
-            f"{teacher.seconds:.1f} s",
-        )
     return Group(Text(problems_line(report.problems)), table, coverage_table(report.coverage))
+
+
+def _outcome(teacher: TeacherOutcome) -> tuple[str | int, ...]:
+    stored = teacher.stored
+    return (
+        stored.teacher,
+        stored.problems,
+        stored.traces,
+        f"{stored.verified_share:.1%}",
+        stored.filtered,
+        f"{stored.mean_tokens or 0:.1f}",
+        round(teacher.new_tokens / teacher.seconds) if teacher.new_tokens else "-",
+        f"{teacher.seconds:.1f} s",
+    )
 
 
 def plan_tables(plan: PrecomputePlan, *, student_form: AnswerForm) -> Group:
@@ -57,22 +60,24 @@ def plan_tables(plan: PrecomputePlan, *, student_form: AnswerForm) -> Group:
 
 
 def _plan_table(plan: PrecomputePlan) -> Table:
-    table = plain_table(
+    return plain_table(
         f"plan for {plan.store}",
         text=["teacher", "engine"],
         numbers=["samples", "stored", "usable", "left", "tokens\nat most", "longest\nprompt"],
+        rows=(
+            (
+                teacher.name,
+                teacher.engine,
+                f"{plan.problems.used:,} x {teacher.sample_budget}",
+                teacher.samples_stored,
+                teacher.usable_stored,
+                teacher.samples_left,
+                teacher.most_tokens,
+                teacher.longest_prompt,
+            )
+            for teacher in plan.teachers
+        ),
     )
-    for teacher in plan.teachers:
-        counts = (
-            teacher.samples_stored,
-            teacher.usable_stored,
-            teacher.samples_left,
-            teacher.most_tokens,
-            teacher.longest_prompt,
-        )
-        budget = f"{plan.problems.used:,} x {teacher.sample_budget}"
-        table.add_row(teacher.name, teacher.engine, budget, *(f"{count:,}" for count in counts))
-    return table
 
 
 def _probe_table(plan: PrecomputePlan) -> Table:
@@ -117,15 +122,15 @@ def form_line(teacher: TeacherPlan, student_form: AnswerForm, answer: str) -> st
 
 def refilter_table(reports: Sequence[RefilterReport]) -> Table:
     """Returns the filtered traces per teacher, before and now."""
-    table = plain_table(
+    return plain_table(
         "verified traces that filters reject",
         text=["teacher"],
         numbers=["traces", "verified", "before", "now"],
+        rows=(
+            (each.teacher, each.traces, each.verified, each.filtered_before, each.filtered_now)
+            for each in reports
+        ),
     )
-    for report in reports:
-        counts = (report.traces, report.verified, report.filtered_before, report.filtered_now)
-        table.add_row(report.teacher, *(f"{count:,}" for count in counts))
-    return table
 
 
 def problems_line(summary: ProblemsSummary) -> str:

@@ -166,23 +166,22 @@ def _storable(text: str) -> str:
 
 def verify_tables(report: FileReport) -> Group:
     """Returns the counts by verdict, and gold and answer of the failed rows that were kept."""
+    matches = report.verdicts["match"]
     counts = plain_table(
         f"{report.rows:,} rows of {report.file}: {report.response_column} / {report.gold_column}",
-        text=("verdict",),
-        numbers=("rows", "share"),
+        text=["verdict"],
+        numbers=["rows", "share"],
+        rows=((verdict, n, f"{n / report.rows:.1%}") for verdict, n in report.verdicts.items() if n),
     )
-    for verdict, rows in report.verdicts.items():
-        if rows:
-            colour = "green" if verdict == "match" else "red"
-            counts.add_row(f"[{colour}]{verdict}[/]", f"{rows:,}", f"{rows / report.rows:.1%}")
     if not report.failed:
         return Group(counts)
-    total = report.rows - report.verdicts["match"]
     failed = plain_table(
-        f"the first {len(report.failed):,} of {total:,} rows that do not match",
-        text=("row", "verdict", "gold", "answer", "detail"),
+        f"the first {len(report.failed):,} of {report.rows - matches:,} rows that do not match",
+        text=["row", "verdict", "gold", "answer", "detail"],
+        rows=(
+            [str(row["row"]), row["verdict"]]
+            + [escape(clipped(row[name] or "-", SHOWN_CHARS)) for name in ("gold", "answer", "detail")]
+            for row in report.failed
+        ),
     )
-    for row in report.failed:
-        cells = (escape(clipped(row[name] or "-", SHOWN_CHARS)) for name in ("gold", "answer", "detail"))
-        failed.add_row(str(row["row"]), row["verdict"], *cells)
     return Group(counts, failed)

@@ -53,17 +53,16 @@ def agreement_table(pairs: Sequence[Mapping[str, Any]]) -> Group | Text:
         return Text("no two teachers have a trace of the same problem")
     counts = ("tried", "both", "only_one", "only_other", "neither")
     shares = ("agreement", "jaccard", "same_wrong_share")
-    heads = ["tried", "both", "only\none", "only\nother", "neither", "agree", "jaccard", "same\nwrong"]
     table = plain_table(
-        "pairs of teachers, over the problems that both tried", text=["one", "other"], numbers=heads
+        "pairs of teachers, over the problems that both tried",
+        text=["one", "other"],
+        numbers=["tried", "both", "only\none", "only\nother", "neither", "agree", "jaccard", "same\nwrong"],
+        rows=(
+            [pair["one"], pair["other"], *(pair[name] for name in counts)]
+            + ["-" if pair[name] is None else f"{pair[name]:.1%}" for name in shares]
+            for pair in pairs
+        ),
     )
-    for pair in pairs:
-        table.add_row(
-            pair["one"],
-            pair["other"],
-            *(f"{pair[name]:,}" for name in counts),
-            *("-" if pair[name] is None else f"{pair[name]:.1%}" for name in shares),
-        )
     explained = (
         "agree: both or neither solved it; jaccard: solved by both among solved by either; "
         "same wrong: one wrong answer in common, among the problems to which both gave one"

@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from store.errors import UserError
 from store.format.columns import TOKEN_COLUMNS
 from store.format.manifest import Manifest
 from store.format.parts import DamagedPart
@@ -148,14 +147,3 @@ def trace_row(trace: Trace) -> dict[str, Any]:
     """Returns a row for tables and JSON: every column but the token ones, `created_at` in ISO 8601."""
     row = {name: value for name, value in asdict(trace).items() if name not in TOKEN_COLUMNS}
     return row | {"created_at": trace.created_at.isoformat()}
-
-
-def problem_id_of(store: TraceStore, beginning: str) -> str:
-    """Returns the one problem_id of the store with this beginning; UserError for none or more than one."""
-    ids = sorted(p.problem_id for p in store.problems() if p.problem_id.startswith(beginning))
-    if len(ids) == 1:
-        return ids[0]
-    if not ids:
-        raise UserError(f"--problem {beginning}: no problem_id in {store.path} begins with it")
-    shown = ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
-    raise UserError(f"--problem {beginning}: {len(ids)} problem_ids begin with it ({shown}); give more of it")

@@ -59,15 +59,14 @@ def _teachers(report: StoreReport) -> Table:
 
 def coverage_table(coverage: Mapping[int, int]) -> Table:
     """Returns the number of problems with 0, 1, 2, ... teachers that have a usable trace."""
-    total = sum(coverage.values())
-    table = plain_table(
-        "coverage: teachers with a usable trace", numbers=["teachers", "problems", "share"], text=()
+    total = max(sum(coverage.values()), 1)
+    return plain_table(
+        "coverage: teachers with a usable trace",
+        numbers=["teachers", "problems", "share"],
+        rows=(
+            (teachers, problems, f"{problems / total:.1%}") for teachers, problems in sorted(coverage.items())
+        ),
     )
-    table.add_column("")
-    for teachers, problems in sorted(coverage.items()):
-        share = problems / total if total else 0.0
-        table.add_row(str(teachers), f"{problems:,}", f"{share:.1%}", "█" * round(30 * share))
-    return table
 
 
 def _totals(report: StoreReport) -> str:
@@ -167,10 +166,7 @@ def sql_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, width: i
         ["[dim]null[/]" if cell is None else escape(clipped(str(cell), 80)) for cell in row] for row in rows
     ]
     if len(columns) * COLUMN_WIDTH <= width:
-        table = plain_table(text=[escape(name) for name in columns])
-        for row in shown:
-            table.add_row(*row)
-        return table
+        return plain_table(text=[escape(name) for name in columns], rows=shown)
     table = plain_table(text=["column", "value"])
     for row in shown:
         for name, cell in zip(columns, row, strict=True):
@@ -186,10 +182,14 @@ def check_table(report: CheckReport, *, repaired: bool) -> Group:
         lines.append(f"entered in the manifest: {', '.join(report.entered)}")
     if not report.findings:
         return Group(Text("\n".join(lines)), Text("every part is whole", style="green"))
-    table = plain_table(text=["part", "fault", "detail", "traces lost"])
-    for finding in report.findings:
-        lost = ", ".join(f"{teacher} {count:,}" for teacher, count in finding.traces.items())
-        table.add_row(escape(finding.part), f"[red]{finding.fault}[/]", escape(finding.detail), lost or "-")
+    table = plain_table(
+        text=["part", "fault", "detail"],
+        numbers=["traces lost"],
+        rows=(
+            (escape(each.part), f"[red]{each.fault}[/]", escape(each.detail), sum(each.traces.values()))
+            for each in report.findings
+        ),
+    )
     after = [
         f"lost of {teacher}: {count:,} traces ({report.lost_verified.get(teacher, 0):,} verified)"
         for teacher, count in report.lost.items()
