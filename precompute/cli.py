@@ -224,7 +224,6 @@ def store_import(
     store: StoreArgument = None,
     teacher: Annotated[str | None, typer.Option(help="Teacher of traces that name none.")] = None,
     rename: RenameOption = None,
-    teacher_prefix: Annotated[str, typer.Option(help="Put before every teacher's name.")] = "",
     question_column: QuestionColumn = None,
     answer_column: AnswerColumn = None,
     text_column: TextColumn = None,
@@ -241,15 +240,13 @@ def store_import(
 
     Example: `ampo store import openr1_math_4longcots.parquet traces --rename deepseek-ai/DeepSeek-R1=r1`
     """
-    from precompute.imports.foreign_rows import ImportColumns, ImportForm, TeacherNames, file_name, files_at
+    from precompute.imports.foreign_rows import ImportColumns, ImportForm, TeacherNames, files_at
     from precompute.imports.import_traces import import_table, import_traces
     from precompute.verify.verifier import Verifier
     from trainer.config import read_config
 
     settings = read_config(config, [*(set_ or []), *([f"store.path={json.dumps(store)}"] if store else [])])
-    if teacher_prefix and teacher_prefix != file_name(teacher_prefix):
-        raise UserError(f"--teacher-prefix {teacher_prefix}: letters, digits, '.', '_' and '-' alone")
-    names = TeacherNames(default=teacher, prefix=teacher_prefix, renames=_renames(rename or []))
+    names = TeacherNames(default=teacher, renames=_renames(rename or []))
     columns = ImportColumns(
         question=question_column, answer=answer_column, text=text_column, teacher=teacher_column
     )

@@ -1,21 +1,5 @@
-"""The errors of all packages, in the user's words.
-
-UserError                    anything the user can fix: one line, exit code 2
-  ConfigError                a config key, value or file
-  ProblemsError              a problem file or a row of it
-  EngineError                an engine that cannot be used here, or a model that cannot be loaded
-  StoreError                 the trace store
-    StoreMissingError        no store at that path
-    StoreForeignError        a directory that is not a trace store
-    StoreVersionError        written by a version of ampo with another schema
-    StoreDamagedError        a file of the store cannot be read
-    StoreBusyError           another process is writing
-    RecipeChangedError       one teacher name, two generation recipes
-  RunError                   a run directory: missing, foreign, or not resumable
-  TrainingError              a step that cannot be computed: out of memory, or non-finite
-
-Every message is one line that names the culprit, its value and what would be right.
-"""
+"""The errors of all packages, in the user's words: one line that names the culprit, its value and what would
+be right."""
 
 from __future__ import annotations
 

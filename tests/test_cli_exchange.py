@@ -62,7 +62,6 @@ def test_questions_in_tables_json_and_csv(store: Path) -> None:
         (["store", "import", "nowhere.parquet"], "no data file at"),
         (["store", "import", "STORE/manifest.json"], "row 1: this line is not JSON"),
         (["store", "import", "x.jsonl", "--rename", "ada"], "--rename ada: write OLD=NEW"),
-        (["store", "import", "x.jsonl", "--teacher-prefix", "a/"], "--teacher-prefix a/"),
         (["inspect", "store", "traces", "STORE", "--problem", "zz"], "--problem zz: no problem of"),
         (["inspect", "store", "lengths", "STORE", "--unit", "words"], "--unit words: one of tokens, chars"),
         (["inspect", "store", "sql", "DELETE FROM traces", "STORE"], "SQL: give one SELECT"),

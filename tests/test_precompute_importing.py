@@ -39,13 +39,12 @@ def bring(
     *,
     columns: ImportColumns | None = None,
     teacher: str | None = None,
-    prefix: str = "",
     renames: dict[str, str] | None = None,
     part_traces: int = 512,
     verifier: Verifier | None = None,
     **options: Any,
 ) -> ImportReport:
-    names = TeacherNames(default=teacher, prefix=prefix, renames=renames or {})
+    names = TeacherNames(default=teacher, renames=renames or {})
     return import_traces(
         ImportForm(files_at(file), columns or ImportColumns(), names),
         store=StoreConfig(path=str(store), part_traces=part_traces),
@@ -165,14 +164,13 @@ def test_another_file_under_the_same_teacher_is_refused_with_the_way_out(tmp_pat
     other = jsonl(
         tmp_path / "two.jsonl", {"question": "3+3", "answer": "6", "teacher": "r1", "text": "\\boxed{6}"}
     )
-    with pytest.raises(RecipeChangedError, match=r"revision .* --rename r1=NAME or --teacher-prefix"):
+    with pytest.raises(RecipeChangedError, match=r"revision .* --rename r1=NAME"):
         bring(other, tmp_path / "traces")
     assert content_of(tmp_path / "traces") == before, "the refused file's problem must not be there"
-    bring(other, tmp_path / "traces", prefix="two-")
     bring(other, tmp_path / "traces", renames={"r1": "r1b"})
     with TraceStore(tmp_path / "traces") as store:
-        assert sorted(store.teachers()) == ["r1", "r1b", "two-r1"]
-        assert store.teachers()["two-r1"].model == "r1"
+        assert sorted(store.teachers()) == ["r1", "r1b"]
+        assert store.teachers()["r1b"].model == "r1"
 
 
 def test_a_directory_is_read_as_one_file(tmp_path: Path) -> None:

@@ -279,7 +279,7 @@ def test_without_a_terminal_progress_is_plain_lines(capsys: pytest.CaptureFixtur
 def test_on_a_terminal_progress_is_a_bar() -> None:
     console = Console(width=120, force_terminal=True, record=True)
     with ConsoleReporter(console) as reporter:
-        reporter.stage("checking gold answers", 1, 2)
+        reporter.show("checking gold answers", 1, 2)
         reporter.progress(PROGRESS)
     text = console.export_text()
     assert "70/100" in text

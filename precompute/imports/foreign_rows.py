@@ -42,8 +42,6 @@ class TeacherNames:
 
     default: str | None = None
     """For traces that name no teacher."""
-    prefix: str = ""
-    """Put before every name that is not renamed."""
     renames: Mapping[str, str]
     """The file's name -> the store's."""
 
@@ -53,9 +51,7 @@ class TeacherNames:
             if self.default is None:
                 raise ValueError("the trace names no teacher; give --teacher NAME")
             source = self.default
-        if source in self.renames:
-            return self.renames[source]
-        return self.prefix + file_name(source)
+        return self.renames.get(source) or file_name(source)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -211,9 +211,7 @@ def _register(
         try:
             writer.check_recipe(record)
         except RecipeChangedError as error:
-            raise RecipeChangedError(
-                f"{error}; or import with --rename {record.model}=NAME or --teacher-prefix PREFIX"
-            ) from None
+            raise RecipeChangedError(f"{error}; or import with --rename {record.model}=NAME") from None
     writer.write_problems(list(problems.values()))
     for record in records.values():
         writer.register_teacher(record)

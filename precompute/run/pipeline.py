@@ -223,7 +223,7 @@ def read_problems(
         fine, broken = split_by_gold(chosen[start : start + STAGE_PROBLEMS], verifier)
         parseable += fine
         unparseable += broken
-        reporter.stage("checking gold answers", len(parseable) + len(unparseable), len(chosen))
+        reporter.show("checking gold answers", len(parseable) + len(unparseable), len(chosen))
     if not parseable and not shard:
         raise ProblemsError(
             f"problems.train: {config.problems.train}: no gold answer of its problems can be parsed"

@@ -43,20 +43,13 @@ class Reporter:
     def message(self, text: str) -> None:
         """Receives a line for the user, from any thread."""
 
-    def stage(self, label: str, done: int, total: int) -> None:
-        """Receives the progress of a preparation that takes a while."""
+    def show(self, label: str, done: int, total: int, note: str = "", *, last: bool = False) -> None:
+        """Receives the progress of whatever takes a while."""
 
     def progress(self, progress: TeacherProgress, *, last: bool = False) -> None:
         """Receives a teacher's progress after every sample, and at the end with `last`."""
+        self.show(progress.teacher, progress.done, progress.total, progress.note, last=last)
 
 
 class ConsoleReporter(Bars, Reporter):
     """Prints on a rich console. A context manager."""
-
-    def stage(self, label: str, done: int, total: int) -> None:
-        """Moves the stage's bar."""
-        self.show(label, done, total)
-
-    def progress(self, progress: TeacherProgress, *, last: bool = False) -> None:
-        """Moves the teacher's bar."""
-        self.show(progress.teacher, progress.done, progress.total, progress.note, last=last)

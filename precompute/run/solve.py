@@ -88,7 +88,7 @@ def fill_prompts(
             chat_template_kwargs=teacher.config.chat_template_kwargs,
         )
         if number % STAGE_PROBLEMS == 0 or number == len(problems):
-            reporter.stage(f"{teacher.name}: filling prompts", number, len(problems))
+            reporter.show(f"{teacher.name}: filling prompts", number, len(problems))
     first = next(iter(prompts.values())).text
     key = f"teachers.{teacher.name}.chat_template"
     if warning := prompt_warning(teacher.tokenizer, first, key=key, template=teacher.config.chat_template):

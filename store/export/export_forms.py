@@ -11,7 +11,7 @@ To add a form, add a function and an entry in EXPORT_FORMS, or give `--to` your 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from store.format.columns import PROBLEM_COLUMNS, TOKEN_COLUMNS, TRACE_COLUMNS
@@ -107,22 +107,20 @@ def chat_rows(solved: Solved) -> Iterator[dict[str, Any]]:
         yield {"messages": [*_prompt(solved, turn), {"role": "assistant", "content": trace.text}]}
 
 
-_HF_TRACE = [
-    column
-    for column in TRACE_COLUMNS
-    if column.name not in ("problem_id", "answer", "answer_start", "seed", "created_at", *TOKEN_COLUMNS)
-]
-_FINAL_ANSWER = next(replace(each, name="final_answer") for each in TRACE_COLUMNS if each.name == "answer")
-
-HF_COLUMNS = (*PROBLEM_COLUMNS, _FINAL_ANSWER, *_HF_TRACE)
+_HF_TRACE = {
+    name: kind
+    for name, kind in TRACE_COLUMNS.items()
+    if name not in ("problem_id", "answer", "answer_start", "seed", "created_at", *TOKEN_COLUMNS)
+}
+HF_COLUMNS = {**PROBLEM_COLUMNS, "final_answer": "string", **_HF_TRACE}
 """Columns of the form `hf`."""
 
 
 def hf_rows(solved: Solved) -> Iterator[dict[str, Any]]:
     """Yields a row a trace, without tokens and log-probabilities."""
-    problem = {column.name: getattr(solved.problem, column.name) for column in PROBLEM_COLUMNS}
+    problem = {name: getattr(solved.problem, name) for name in PROBLEM_COLUMNS}
     for trace in solved.traces:
-        columns = {column.name: getattr(trace, column.name) for column in _HF_TRACE}
+        columns = {name: getattr(trace, name) for name in _HF_TRACE}
         yield {**problem, "final_answer": trace.answer, **columns}
 
 

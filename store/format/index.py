@@ -53,9 +53,7 @@ ROW_GROUP_ROWS = 2048
 _NUMBERS = ("trace_id", "problem_id", "created_at")
 """Columns that are numbers in the index: `trace`, `problem`, `created_us`."""
 
-_PLAIN = [column for column in TRACE_COLUMNS if column.name not in (*_NUMBERS, *BIG_COLUMNS)]
-
-PLAIN_COLUMNS = [column.name for column in _PLAIN]
+PLAIN_COLUMNS = [name for name in TRACE_COLUMNS if name not in (*_NUMBERS, *BIG_COLUMNS)]
 """Columns that the index holds as they are in a part."""
 
 ROW_COLUMNS = ["problem", "trace", "created_us", *PLAIN_COLUMNS, "part", "row_group", "row"]
@@ -64,7 +62,7 @@ ROW_COLUMNS = ["problem", "trace", "created_us", *PLAIN_COLUMNS, "part", "row_gr
 _TABLES = f"""
     CREATE TABLE idx.parts (part VARCHAR, size BIGINT, mtime_ns BIGINT, rows BIGINT, error VARCHAR);
     CREATE TABLE idx.rows (problem UBIGINT, trace UBIGINT, created_us BIGINT,
-        {", ".join(f"{column.name} {column.kind}" for column in _PLAIN)},
+        {", ".join(f"{name} {TRACE_COLUMNS[name]}" for name in PLAIN_COLUMNS)},
         part VARCHAR, row_group INTEGER, row INTEGER);
     CREATE VIEW idx.traces AS SELECT lower(lpad(to_hex(trace), 16, '0')) AS trace_id,
         lower(lpad(to_hex(problem), 16, '0')) AS problem_id, is_correct AND filtered IS NULL AS is_usable,

@@ -8,7 +8,6 @@ from pathlib import Path
 from store.errors import StoreDamagedError
 from store.format.manifest import PROBLEMS, TEACHERS
 from store.format.parts import damage_named, one_line, open_part
-from store.format.schema import problem_of, teacher_of
 from store.records import Problem, TeacherRecord
 
 MAKE_AGAIN = "remove it and run `ampo precompute teachers` (or `ampo store import`) again"
@@ -20,7 +19,12 @@ def read_problems(root: Path) -> list[Problem]:
     if not path.exists():
         return []
     with damage_named(path, MAKE_AGAIN), open_part(path) as file:
-        return [problem_of(row) for row in file.read(use_threads=False).to_pylist()]
+        rows = file.read(use_threads=False).to_pylist()
+        ids = [row.pop("problem_id") for row in rows]
+        problems = [Problem(**row) for row in rows]
+        if ids != [problem.problem_id for problem in problems]:
+            raise ValueError("the problem_id of a row does not fit its content")
+    return problems
 
 
 def read_teachers(root: Path) -> dict[str, TeacherRecord]:
@@ -28,7 +32,9 @@ def read_teachers(root: Path) -> dict[str, TeacherRecord]:
     records = {}
     for path in sorted((root / TEACHERS).glob("*.json")):
         try:
-            record = teacher_of(json.loads(path.read_bytes()))
+            content = json.loads(path.read_bytes())
+            content.pop("generation_fingerprint", None)
+            record = TeacherRecord(**content)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise StoreDamagedError(f"{path} cannot be read: {one_line(error)}; {MAKE_AGAIN}") from error
         records[record.name] = record

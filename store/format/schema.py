@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from store.format.columns import BIG_COLUMNS, PROBLEM_COLUMNS, TRACE_COLUMNS, Column
+from store.format.columns import BIG_COLUMNS, PROBLEM_COLUMNS, TRACE_COLUMNS
 from store.records import Problem, TeacherRecord, Trace
 
 SCHEMA_VERSION = 2
@@ -33,10 +33,10 @@ _TYPES = {
 }
 
 
-def schema_of(columns: Sequence[Column]) -> pa.Schema:
-    """Returns the Arrow schema of some columns."""
+def schema_of(columns: Mapping[str, str]) -> pa.Schema:
+    """Returns the Arrow schema of columns such as TRACE_COLUMNS."""
     return pa.schema(
-        [pa.field(each.name, _TYPES[each.kind], nullable=each.name not in BIG_COLUMNS) for each in columns]
+        [pa.field(name, _TYPES[kind], nullable=name not in BIG_COLUMNS) for name, kind in columns.items()]
     )
 
 
@@ -68,21 +68,6 @@ def table_of(records: Sequence[Trace] | Sequence[Problem], schema: pa.Schema) ->
     )
 
 
-def problem_of(row: Mapping[str, Any]) -> Problem:
-    """Returns the record of a row. Raises ValueError when its content does not hash to its problem_id."""
-    problem = Problem(**{name: value for name, value in row.items() if name != "problem_id"})
-    if problem.problem_id != row["problem_id"]:
-        raise ValueError(
-            f"problem_id {row['problem_id']} does not fit its content, which gives {problem.problem_id}"
-        )
-    return problem
-
-
 def teacher_json(record: TeacherRecord) -> dict[str, Any]:
     """Returns the content of `teachers/<name>.json`: the record, and the fingerprint of its recipe."""
     return {**asdict(record), "generation_fingerprint": record.generation_fingerprint}
-
-
-def teacher_of(content: Mapping[str, Any]) -> TeacherRecord:
-    """Returns the record of `teacher_json`. Raises TypeError when fields are missing or unknown."""
-    return TeacherRecord(**{name: content[name] for name in content if name != "generation_fingerprint"})
