@@ -84,7 +84,6 @@ def test_a_limit_says_that_there_is_more(root: Path) -> None:
     [
         ("selec 1", 'SQL: Parser Error: syntax error at or near "selec"'),
         ("SELECT nope FROM traces", 'SQL: Binder Error: Referenced column "nope" not found'),
-        ("SELECT now()", r"SQL: a timestamp with a time zone cannot be shown; cast it"),
         ("", "give one SELECT"),
         ("SELECT 1; SELECT 2", "give one SELECT"),
         ("DROP VIEW traces", "give one SELECT"),

@@ -36,6 +36,9 @@ _TRACES = """
     SEMI JOIN idx.traces AS counted ON stored.trace_id = counted.trace_id AND filename = {parts} || part
 """
 
+_EXCERPT = "\n\nLINE "
+"""Begins the part of a query in DuckDB's messages, which is left out."""
+
 _SETTINGS = (
     "threads = {threads}",
     "temp_directory = ''",
@@ -105,7 +108,7 @@ class StoreSql:
         except duckdb.IOException as error:
             raise StoreError(f"a part was removed meanwhile ({one_line(error)}); try again") from error
         except duckdb.Error as error:
-            raise UserError(f"SQL: {_in_one_line(error)}") from error
+            raise UserError(f"SQL: {' '.join(str(error).split(_EXCERPT)[0].split())}") from error
         columns = (
             name if name not in names[:number] else f"{name}_{number + 1}"
             for number, name in enumerate(names)
@@ -130,10 +133,3 @@ def _teachers_table(records: Sequence[TeacherRecord]) -> pa.Table:
         for record in records
     ]
     return pa.Table.from_pylist(rows, pa.schema([(name, pa.string()) for name in TEACHER_COLUMNS]))
-
-
-def _in_one_line(error: duckdb.Error) -> str:
-    """Returns DuckDB's message without its excerpt of the query."""
-    if "'pytz'" in str(error):
-        return "a timestamp with a time zone cannot be shown; cast it, e.g. now()::TIMESTAMP"
-    return " ".join(str(error).split("\n\nLINE ")[0].split())
