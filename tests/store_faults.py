@@ -21,7 +21,7 @@ from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
 from store.errors import StoreError
 from store.format.files import TMP_MARK
 from store.format.manifest import MANIFEST, PARTS, read_manifest
-from store.format.parts import list_parts
+from store.format.parts import list_parts, part_rows
 from store.reader import TraceStore
 from store.records import Trace
 from store.upkeep.checking import check
@@ -31,9 +31,8 @@ from store.writer import StoreWriter
 KILL = 0
 """The fault that is no error: SIGKILL."""
 
-CALLS = ("mkdir", "unlink", "truncate", "pwrite")
-"""Functions of `os` through which the store changes a disk; beside them open, fsync, replace and flock, and
-what files write."""
+CALLS = ("mkdir", "unlink", "truncate", "pwrite", "open", "fsync", "replace")
+"""Functions of `os` through which the store changes a disk; beside them flock, and what files write."""
 
 Key = tuple[str, str, int]
 Contents = dict[Key, Trace]
@@ -54,11 +53,6 @@ class Faults:
         for name in CALLS:
             setattr(os, name, self._counted(name, getattr(os, name)))
         fcntl.flock = self._counted("flock", fcntl.flock)
-        os.open, os.fsync, os.replace = (
-            self._opening(os.open),
-            self._syncing(os.fsync),
-            self._moving(os.replace),
-        )
         plain = io.open
 
         def opened(file: Any, mode: str = "r", *rest: Any, **options: Any) -> Any:
@@ -71,29 +65,6 @@ class Faults:
 
         io.open = opened
 
-    def _opening(self, real: Callable[..., int]) -> Callable[..., int]:
-        def opened(path: Any, *rest: Any, **options: Any) -> int:
-            self.count(f"open {path}")
-            descriptor = real(path, *rest, **options)
-            self._paths[descriptor] = str(path)
-            return descriptor
-
-        return opened
-
-    def _syncing(self, real: Callable[[int], None]) -> Callable[[int], None]:
-        def synced(descriptor: int) -> None:
-            self.count(f"fsync {self._paths[descriptor]}")
-            real(descriptor)
-
-        return synced
-
-    def _moving(self, real: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-        def moved(source: Any, target: Any) -> None:
-            self.count(f"replace {source} {target}")
-            real(source, target)
-
-        return moved
-
     def count(self, call: str, half: Callable[[], object] = lambda: None) -> None:
         """One call more. `half`: what it has done when it fails."""
         self.calls.append(call)
@@ -105,8 +76,14 @@ class Faults:
 
     def _counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any, **options: Any) -> Any:
-            self.count(f"{name} {arguments[0] if arguments else ''}")
-            return real(*arguments, **options)
+            if name == "fsync":
+                self.count(f"fsync {self._paths[arguments[0]]}")
+            else:
+                self.count(f"{name} {' '.join(map(str, arguments[: 2 if name == 'replace' else 1]))}")
+            found = real(*arguments, **options)
+            if name == "open":
+                self._paths[found] = str(arguments[0])
+            return found
 
         return counted
 
@@ -213,6 +190,21 @@ def keyed(traces: Iterable[Trace]) -> Contents:
     return {(each.problem_id, each.teacher, each.sample_index): each for each in traces}
 
 
+def keys_in(part: Path) -> set[Key]:
+    columns = part_rows(part).select(["problem_id", "teacher", "sample_index"]).to_pydict()
+    return set(zip(*columns.values(), strict=True))
+
+
+def append_lacking(writer: StoreWriter, batch: list[Trace]) -> Contents:
+    """Appends the traces of one teacher that `done` does not list; returns them."""
+    name = batch[0].teacher
+    writer.register_teacher(teacher(name))
+    done = writer.done(name)
+    lacking = [each for each in batch if each.sample_index not in done.get(each.problem_id, {})]
+    writer.append(lacking)
+    return keyed(lacking)
+
+
 def assert_in_order(root: Path) -> None:
     """Nothing half-written, nothing that a check would find, nothing that the manifest does not know."""
     assert list(root.rglob(f"{TMP_MARK}*")) == []
@@ -231,13 +223,8 @@ def write(root: Path, ack: Callable[[object], None]) -> None:
     """What `ampo precompute teachers` does: whatever is not there yet, part by part."""
     with StoreWriter.open(root, **JUDGE) as writer:
         writer.write_problems([problem(number) for number in range(4)])
-        done = {name: writer.done(name) for name in ("ada", "bob")}
         for batch in (*ADA, BOB):
-            name = batch[0].teacher
-            writer.register_teacher(teacher(name))
-            lacking = [each for each in batch if each.sample_index not in done[name].get(each.problem_id, {})]
-            writer.append(lacking)
-            for key in keyed(lacking):
+            for key in append_lacking(writer, batch):
                 ack(key)
 
 

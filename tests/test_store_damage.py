@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
-from store_faults import contents, keyed
+from store_examples import JUDGE, make_store, problem, trace, wrong
+from store_faults import append_lacking, contents, keyed, keys_in
 
 from store.errors import StoreDamagedError
-from store.format.parts import file_digest, part_rows
+from store.format.parts import file_digest
 from store.reader import TraceStore
 from store.upkeep.checking import check
 from store.upkeep.compaction import compact
@@ -64,11 +64,6 @@ def flip(part: Path, place: int, bit: int, *, silently: bool) -> None:
         os.utime(part, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def held_by(part: Path) -> set[tuple[str, str, int]]:
-    columns = part_rows(part).select(["problem_id", "teacher", "sample_index"]).to_pydict()
-    return set(zip(*columns.values(), strict=True))
-
-
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_bit_that_turned_after_indexing_gives_no_other_trace(root: Path, data: st.DataObject) -> None:
@@ -101,7 +96,7 @@ def test_an_altered_part_is_left_out_found_and_made_again(
     root = Path(shutil.copytree(sound, tmp_path / "traces"))
     try:
         part = data.draw(st.sampled_from(parts_of(root)), "part")
-        lost = held_by(part)
+        lost = keys_in(part)
         place = data.draw(st.integers(0, part.stat().st_size - 1), "place")
         flip(part, place, data.draw(st.integers(0, 7), "bit"), silently=False)
         rest = {key: each for key, each in EVERYTHING.items() if key not in lost}
@@ -113,19 +108,13 @@ def test_an_altered_part_is_left_out_found_and_made_again(
         check(root, repair=True)
         assert check(root).findings == ()
         assert contents(root) == rest
-        make_again(root)
+        with StoreWriter.open(root, **JUDGE) as writer:
+            assert append_lacking(writer, ADA) | append_lacking(writer, BOB) == {
+                key: each for key, each in EVERYTHING.items() if key in lost
+            }
         assert contents(root) == EVERYTHING
     finally:
         shutil.rmtree(root)
-
-
-def make_again(root: Path) -> None:
-    """What `done` does not list, and nothing else."""
-    with StoreWriter.open(root, **JUDGE) as writer:
-        for name, batch in (("ada", ADA), ("bob", BOB)):
-            writer.register_teacher(teacher(name))
-            done = writer.done(name)
-            writer.append([each for each in batch if each.sample_index not in done.get(each.problem_id, {})])
 
 
 def test_what_is_set_aside_is_never_written_over(root: Path) -> None:

@@ -22,9 +22,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from store_examples import JUDGE, make_store, problem, teacher
-from store_faults import KILL, Contents, contents, keyed, run
+from store_faults import KILL, Contents, append_lacking, contents, keyed, keys_in, run
 
-from store.format.parts import part_rows
 from store.reader import TraceStore
 from store.records import VERDICTS, Trace
 from store.upkeep.checking import check
@@ -108,13 +107,8 @@ class AnyHistory(RuleBasedStateMachine):
         shutil.rmtree(self.place)
 
     def append_lacking(self, batch: list[Trace]) -> Contents:
-        """Writes what `done` does not list; returns it."""
         with StoreWriter.open(self.root, **JUDGE) as writer:
-            writer.register_teacher(teacher(batch[0].teacher))
-            done = writer.done(batch[0].teacher)
-            lacking = [each for each in batch if each.sample_index not in done.get(each.problem_id, {})]
-            writer.append(lacking)
-        return keyed(lacking)
+            return append_lacking(writer, batch)
 
     @rule(batch=batches())
     def append(self, batch: list[Trace]) -> None:
@@ -157,11 +151,11 @@ class AnyHistory(RuleBasedStateMachine):
     @rule(data=st.data(), harm=st.sampled_from([cut, turn, remove]))
     def damage(self, data: st.DataObject, harm: Callable[[Path, int], None]) -> None:
         part = data.draw(st.sampled_from(self.whole()))
-        held = keys_of(part)
+        held = keys_in(part)
         harm(part, data.draw(st.integers(0, part.stat().st_size - 1)))
         self.broken.add(part)
         self.removed |= set() if part.exists() else {part}
-        elsewhere = {key for other in self.whole() for key in keys_of(other)}
+        elsewhere = {key for other in self.whole() for key in keys_in(other)}
         for key in held - elsewhere:
             self.there.pop(key, None)
 
@@ -199,11 +193,6 @@ class AnyHistory(RuleBasedStateMachine):
         with TraceStore(self.root) as store:
             asked = store.candidates(IDS, tokens=True)
         assert keyed(each for ones in asked.values() for each in ones).keys() == usable
-
-
-def keys_of(part: Path) -> set[tuple[str, str, int]]:
-    columns = part_rows(part).select(["problem_id", "teacher", "sample_index"]).to_pydict()
-    return set(zip(*columns.values(), strict=True))
 
 
 def histories(*, examples: int, steps: int) -> None:
