@@ -16,7 +16,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from run_examples import PROBLEMS, settings, write_problems, write_store
+from run_examples import PROBLEMS, settings
 from typer.main import get_command
 
 import cli
@@ -56,23 +56,15 @@ def sets(overrides: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("cli")
-    write_problems(path / "train.jsonl", PROBLEMS)
-    write_store(path / "traces")
-    return path
-
-
-@pytest.fixture(scope="module")
-def trained(small_world: Path, model_dir: Path) -> Path:
+def trained(world: Path, model_dir: Path) -> Path:
     """A run of two steps by the command itself."""
-    overrides = settings(small_world, model_dir, train__max_steps=2, run__log_completions_every=1)
+    overrides = settings(world, model_dir, train__max_steps=2, run__log_completions_every=1)
     done = ampo("train", *sets(overrides))
     assert done.returncode == 0, done.stderr
     assert "step 2/2" in done.stdout
     assert "sample completions, step 1" in done.stdout
     assert "ampo inspect store queries" in done.stdout
-    return small_world / "runs" / "run"
+    return world / "runs" / "run"
 
 
 def commands() -> Iterator[tuple[str, ...]]:
@@ -108,39 +100,23 @@ def test_help_loads_nothing_heavy() -> None:
     assert not loaded & {"torch", "transformers", "duckdb", "pyarrow", "pydantic", "numpy", "math_verify"}
 
 
-def test_in_a_pipe_no_line_is_folded(small_world: Path) -> None:
+def test_version_is_the_packages() -> None:
+    assert ampo("--version").stdout.split()[0] == "ampo"
+
+
+def test_in_a_pipe_no_line_is_folded(world: Path) -> None:
     query = "SELECT repeat('x', 70) AS a, * FROM traces"
-    done = ampo("inspect", "store", "sql", query, str(small_world / "traces"), "--limit", "1", columns=None)
+    done = ampo("inspect", "store", "sql", query, str(world / "traces"), "--limit", "1", columns=None)
     (row,) = (line for line in done.stdout.splitlines() if "x" * 70 in line)
     assert len(row) > 300
     assert "match" in row
 
 
-def test_version_is_the_packages() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "cli", "--version"],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.split()[0] == "ampo"
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (
-            ["train", "--set", "train.learnin_rate=1"],
-            "unknown key train.learnin_rate = 1; did you mean 'learning_rate'",
-        ),
-        (
-            ["train", "--set", "trian.max_steps=1"],
-            "unknown key trian = {'max_steps': 1}; did you mean 'train'",
-        ),
+        (["train", "--set", "train.learnin_rate=1"], "train.learnin_rate = 1; did you mean 'learning_rate'"),
         (["train", "--set", "train.loss_type=ppo"], "train.loss_type = 'ppo'"),
-        (["train", "--set", "max_steps=1"], "write section.key=value"),
-        (["train", "--set", "rollout.num_generations=1"], "rollout.num_generations = 1"),
         (["train", "--config", "nowhere.toml"], "no config file at "),
         (["train"], "problems.train"),
         (["eval", "lab/models/student"], "problems"),
@@ -190,8 +166,8 @@ def test_run_curves_are_drawn_as_text_and_png(trained: Path, tmp_path: Path) -> 
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_store_summary_traces_problems_and_reindex(small_world: Path) -> None:
-    store = str(small_world / "traces")
+def test_store_summary_traces_problems_and_reindex(world: Path) -> None:
+    store = str(world / "traces")
     summary = ampo("inspect", "store", "summary", store)
     assert "ada" in summary.stdout
     assert "coverage" in summary.stdout
@@ -205,35 +181,33 @@ def test_store_summary_traces_problems_and_reindex(small_world: Path) -> None:
     assert "16 traces" in ampo("store", "reindex", store).stdout
 
 
-def test_eval_gives_pass_at_k(small_world: Path, model_dir: Path) -> None:
-    overrides = settings(small_world, model_dir)
-    file = str(small_world / "train.jsonl")
+def test_eval_gives_pass_at_k(world: Path, model_dir: Path) -> None:
+    overrides = settings(world, model_dir)
+    file = str(world / "train.jsonl")
     options = ["--problems", file, "--samples", "2", "--k", "1,2", "--json"]
     done = ampo("eval", str(model_dir), *options, *sets(overrides))
     assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout)) >= {"eval/pass@1", "eval/pass@2", "eval/avg@2"}
 
 
-def test_dry_run_shows_everything_and_touches_nothing(small_world: Path, model_dir: Path) -> None:
-    overrides = settings(small_world, model_dir, run__name="dry")
+def test_dry_run_shows_everything_and_touches_nothing(world: Path, model_dir: Path) -> None:
+    overrides = settings(world, model_dir, run__name="dry")
     done = ampo("train", "--dry-run", *sets(overrides))
     assert done.returncode == 0, done.stderr
     for said in ("learning_rate = 0.001", "<user>0+0<assistant>", "peak", "8 problems have a verified trace"):
         assert said in done.stdout
-    assert not (small_world / "runs" / "dry").exists()
+    assert not (world / "runs" / "dry").exists()
 
 
-def test_a_warning_before_the_first_step_is_said_once(small_world: Path, model_dir: Path) -> None:
-    overrides = settings(small_world, model_dir, run__name="warned", train__max_steps=0)
+def test_a_warning_before_the_first_step_is_said_once(world: Path, model_dir: Path) -> None:
+    overrides = settings(world, model_dir, run__name="warned", train__max_steps=0)
     done = ampo("train", *sets(overrides), "--set", "rollout.top_p=0.9")
     assert done.returncode == 0, done.stderr
     assert (done.stdout + done.stderr).count("rollout.top_p below 1") == 1
 
 
-def test_the_resolved_config_of_a_dry_run_is_a_config(
-    small_world: Path, model_dir: Path, tmp_path: Path
-) -> None:
-    overrides = settings(small_world, model_dir, run__name="dry")
+def test_the_resolved_config_of_a_dry_run_is_a_config(world: Path, model_dir: Path, tmp_path: Path) -> None:
+    overrides = settings(world, model_dir, run__name="dry")
     shown = ampo("train", "--dry-run", *sets(overrides)).stdout
     toml = shown[shown.index("[problems]") : shown.index("num_completions_to_print = 4") + 29]
     (tmp_path / "again.toml").write_text(toml)
@@ -258,19 +232,19 @@ def start_long_run(world: Path, model: Path, name: str) -> tuple[subprocess.Pope
     return process, metrics
 
 
-def test_a_stopped_run_saves_and_names_the_way_to_resume(small_world: Path, model_dir: Path) -> None:
-    process, metrics = start_long_run(small_world, model_dir, "stopped")
+def test_a_stopped_run_saves_and_names_the_way_to_resume(world: Path, model_dir: Path) -> None:
+    process, metrics = start_long_run(world, model_dir, "stopped")
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     assert "stopped by SIGTERM" in output
     assert "--resume auto" in output
     steps = len(metrics.read_text().splitlines())
-    assert (small_world / "runs" / "stopped" / "checkpoints" / f"step-{steps:06d}").is_dir()
+    assert (world / "runs" / "stopped" / "checkpoints" / f"step-{steps:06d}").is_dir()
 
 
-def test_a_second_ctrl_c_stops_at_once_without_a_traceback(small_world: Path, model_dir: Path) -> None:
-    process, _ = start_long_run(small_world, model_dir, "twice")
+def test_a_second_ctrl_c_stops_at_once_without_a_traceback(world: Path, model_dir: Path) -> None:
+    process, _ = start_long_run(world, model_dir, "twice")
     process.send_signal(signal.SIGSTOP)  # so that both arrive before it can end the step
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
@@ -281,8 +255,8 @@ def test_a_second_ctrl_c_stops_at_once_without_a_traceback(small_world: Path, mo
     assert "Traceback" not in output
 
 
-def test_a_reader_that_closes_the_pipe_is_no_error(small_world: Path) -> None:
-    command = f"{sys.executable} -m cli inspect store traces {small_world / 'traces'} --csv | head -1"
+def test_a_reader_that_closes_the_pipe_is_no_error(world: Path) -> None:
+    command = f"{sys.executable} -m cli inspect store traces {world / 'traces'} --csv | head -1"
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command],
         env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
+from conftest import save_student
 from run_examples import updater_of
 
 from precompute.config_file import load_config
@@ -48,8 +48,7 @@ def test_new_adapters_change_nothing_and_train_alone(model_dir: Path) -> None:
 
 def test_qlora_keeps_four_bits_and_trains_its_adapters(tmp_path: Path) -> None:
     # bitsandbytes' CPU kernel takes no layer narrower than its blocks of 64.
-    tiny_model(hidden_size=64, num_attention_heads=2, num_key_value_heads=2).save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
+    save_student(tmp_path, hidden_size=64, num_attention_heads=2, num_key_value_heads=2)
     policy = student(tmp_path, load_in_4bit=True)
     kinds = {type(module).__name__ for module in policy.causal.modules()}
     assert "Linear4bit" in kinds
@@ -69,8 +68,7 @@ def test_qlora_keeps_four_bits_and_trains_its_adapters(tmp_path: Path) -> None:
 
 
 def test_four_bits_at_a_width_that_bitsandbytes_computes_wrongly_are_refused(tmp_path: Path) -> None:
-    tiny_model(hidden_size=64, intermediate_size=96).save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
+    save_student(tmp_path, hidden_size=64, intermediate_size=96)
     with pytest.raises(EngineError) as error:
         student(tmp_path, load_in_4bit=True)
     assert str(error.value) == (
@@ -85,8 +83,7 @@ def test_four_bits_without_adapters_is_refused() -> None:
 
 
 def test_adapters_over_bfloat16_weights_train_in_float32(tmp_path: Path) -> None:
-    tiny_model().save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
+    save_student(tmp_path)
     policy = student(tmp_path, dtype="bfloat16")
     dtypes = {p.requires_grad: p.dtype for p in policy.model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}

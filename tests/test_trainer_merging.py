@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
-from run_examples import config_of, make_world
+from conftest import save_student, tiny_model, tiny_tokenizer
+from run_examples import make_world, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from precompute.config import TeacherConfig
@@ -22,8 +22,6 @@ from trainer.run.saved_model import as_saved
 from trainer.student.batches import pad
 from trainer.student.load import load_policy
 from trainer.student.policy import Policy
-from trainer.telemetry.console import TrainReporter
-from trainer.train import train
 
 IDS = [(2, 10, 11, 12, 13, 20, 21, 3, 1), (2, 20, 33, 5, 1)]
 LAB = Path(__file__).parents[1] / "lab" / "models" / "student"
@@ -33,23 +31,16 @@ LAB = Path(__file__).parents[1] / "lab" / "models" / "student"
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_world(tmp_path_factory.mktemp("merging"))
     # bitsandbytes' CPU kernel takes no layer narrower than its blocks of 64.
-    tiny_model(hidden_size=64, num_attention_heads=2, num_key_value_heads=2).save_pretrained(path / "base")
-    tiny_tokenizer().save_pretrained(path / "base")
+    save_student(path / "base", hidden_size=64, num_attention_heads=2, num_key_value_heads=2)
     return path
 
 
 @cache
 def trained(world: Path, model: Path, name: str, **changes: Any) -> Path:
     """The checkpoint of one step that moves every weight it trains."""
-    config = config_of(
-        world,
-        model,
-        run__name=name,
-        train__max_steps=1,
-        train__learning_rate=3e-2 if changes else 1e-3,
-        **changes,
-    )
-    done = train(config, resume="never", reporter=TrainReporter())
+    rate = 3e-2 if changes else 1e-3
+    settings = {"run__name": name, "train__max_steps": 1, "train__learning_rate": rate, **changes}
+    done = run(world, model, resume="never", **settings)
     assert done.checkpoint is not None
     return done.checkpoint
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
+from conftest import save_student, tiny_model, tiny_tokenizer
 from memory_watch import MemoryWatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -80,10 +81,9 @@ def test_a_narrow_head_that_trains_gets_its_gradient() -> None:
 
 
 @torch.no_grad()
-def test_scores_of_a_bfloat16_student_come_from_float32_logits(tmp_path: object) -> None:
+def test_scores_of_a_bfloat16_student_come_from_float32_logits(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    tiny_model().save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
+    save_student(tmp_path)
     config = StudentConfig(model=str(tmp_path), device="cpu", dtype="bfloat16", use_peft=True)
     policy = load_policy(config, temperature=1.0)
     ids = torch.tensor([[2, 10, 11, 12, 13, 1]])

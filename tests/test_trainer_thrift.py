@@ -7,15 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
-from run_examples import config_of, updater_of
+from conftest import save_student
+from run_examples import run, updater_of
 from safetensors.torch import load_file
 
 from trainer.config import StudentConfig, TrainConfig
 from trainer.student.batches import TrainSequence, train_batch
 from trainer.student.load import load_policy
-from trainer.telemetry.console import TrainReporter
-from trainer.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
@@ -32,11 +30,8 @@ CHECKPOINTED = {"gradient_checkpointing": True}
 @pytest.fixture(scope="module")
 def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student whose layers are of whole 4-bit blocks, and large enough for 8-bit state."""
-    path = tmp_path_factory.mktemp("blocks")
     changes = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}
-    tiny_model(**changes).save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
+    return save_student(tmp_path_factory.mktemp("blocks"), **changes)
 
 
 @pytest.mark.parametrize(
@@ -81,15 +76,9 @@ def test_each_way_to_save_memory_learns(
 def final_weights(world: Path, model: Path, name: str, stops: list[int], **changes: Any) -> dict[str, Any]:
     """The last weights of a run that stopped and went on at `stops`."""
     for steps in stops:
-        settings = config_of(world, model, run__name=name, train__max_steps=steps, **changes)
-        report = train(settings, reporter=TrainReporter())
+        report = run(world, model, run__name=name, train__max_steps=steps, **changes)
     (path,) = (report.run / "checkpoints" / f"step-{stops[-1]:06d}").glob("*model.safetensors")
     return load_file(path)
-
-
-def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
-    assert one.keys() == other.keys()
-    assert all(one[name].equal(other[name]) for name in one)
 
 
 def test_qlora_with_all_that_saves_memory_resumes_exactly(world: Path, blocks: Path) -> None:
@@ -102,5 +91,7 @@ def test_qlora_with_all_that_saves_memory_resumes_exactly(world: Path, blocks: P
         "train__optim": "paged_adamw_8bit",
     }
     straight = final_weights(world, blocks, "qlora", [3], **changes)
-    assert_equal(straight, final_weights(world, blocks, "qlora-stopped", [1, 3], **changes))
+    stopped = final_weights(world, blocks, "qlora-stopped", [1, 3], **changes)
+    assert straight.keys() == stopped.keys()
+    assert all(straight[name].equal(stopped[name]) for name in straight)
     assert all(bool(value.any()) for name, value in straight.items() if "lora_B" in name)
