@@ -18,7 +18,6 @@ from trainer.reports.tables import (
     curves_table,
     evaluation_table,
     evaluations_table,
-    time_line,
 )
 from trainer.telemetry.console import completions_table
 
@@ -33,8 +32,6 @@ def rows(length: int, offset: float = 0.0) -> list[dict[str, Any]]:
             "entropy": 0.1 + offset,
             "completions/mean_length": 1000.0 + step,
             "seconds/step": 4.0,
-            "seconds/sample": 2.0,
-            "seconds/update": 1.0,
             **({"eval/pass@1": 0.5} if step % 2 == 0 else {}),
         }
         for step in range(1, length + 1)
@@ -104,12 +101,6 @@ def test_six_runs_with_long_names_fit_eighty_columns_with_every_number_whole() -
         assert "…" not in text
         assert text.count("12,346") == 24  # 4 metrics of 6 runs
         assert max(map(len, text.splitlines())) <= 80
-
-
-def test_where_the_time_went_by_hand() -> None:
-    # Of 4 s, 2 for sampling and 1 for the update.
-    assert time_line(rows(3)) == "a step takes 4.0 s: sample 50%, update 25%, the rest 25%"
-    assert time_line([{"step": 1}]) == ""
 
 
 def test_a_long_response_shows_its_beginning_and_its_answer() -> None:

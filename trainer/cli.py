@@ -240,7 +240,7 @@ def inspect_run(
     """
     from trainer.reports.inspection import open_run
     from trainer.reports.plots import figure_of
-    from trainer.reports.tables import curves_table, evaluations_table, time_line
+    from trainer.reports.tables import curves_table, evaluations_table
     from trainer.telemetry.metrics import read_metrics
 
     roots = [open_run(path) for path in runs] if runs else [open_run()]
@@ -251,8 +251,6 @@ def inspect_run(
         return
     console = console_of()
     console.print(curves_table(found))
-    for name, rows in found.items():
-        console.print(f"{name}: {time_line(rows)}", highlight=False, markup=False)
     if any("eval/pass@1" in row for rows in found.values() for row in rows):
         console.print(evaluations_table(found))
     if png is not None:

@@ -24,8 +24,9 @@ CURVES = (
     "store/queries", "store/hit_rate", "comprehension/selected_mean", "comprehension/rejected_mean",
     "entropy", "completions/mean_length", "completions/clipped_ratio", "grad_norm",
     "tokens_per_second/sampled", "tokens_per_second/trained", "memory/peak_mib", "seconds/step",
+    "share/sample", "share/verify", "share/query", "share/score", "share/update", "share/sync",
 )  # fmt: skip
-"""Metrics that `ampo inspect run` shows."""
+"""Metrics that `ampo inspect run` shows; a share is that of a step's time."""
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -105,21 +106,6 @@ def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.3f}"
-
-
-def time_line(rows: Rows) -> str:
-    """Returns each phase's share of the steps' time in one line; empty when no step was timed."""
-    steps = curve(rows, "seconds/step")[1]
-    if not steps:
-        return ""
-    shares = {
-        key.removeprefix("seconds/"): sum(curve(rows, key)[1]) / sum(steps)
-        for key in dict.fromkeys(key for row in rows for key in row)
-        if key.startswith("seconds/") and key not in ("seconds/step", "seconds/sft", "seconds/eval")
-    }
-    shares["the rest"] = 1 - sum(shares.values())
-    phases = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
-    return f"a step takes {sum(steps) / len(steps):.1f} s: {phases}"
 
 
 def evaluations_table(runs: Mapping[str, Rows]) -> Table:
