@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +17,7 @@ from store.terminal.console import (
     SetOption,
     console_of,
     emit_json,
+    on_interrupt,
     print_config,
 )
 from store.terminal.progress import Meter
@@ -88,7 +87,7 @@ def precompute_teachers(
     chosen: dict[str, Any] = {"teachers": teacher, "engine": engine, "limit": limit}
     chosen["shard"] = None if shard is None else Shard.parse(shard)
     if dry_run or probe:
-        with _on_interrupt("nothing was kept"), ConsoleReporter(console) as reporter:
+        with on_interrupt("nothing was kept"), ConsoleReporter(console) as reporter:
             plan = pipeline.plan(settings, **chosen, probe=probe, reporter=reporter)
         print_config(console, toml_of(settings))
         student_form = demanded_form(settings.student, [plan.first_problem])
@@ -96,21 +95,11 @@ def precompute_teachers(
         return
     kept = "what the workers wrote" if engine == "ray" else "every verified trace"
     with (
-        _on_interrupt(f"{kept} is kept. Go on with the same command"),
+        on_interrupt(f"{kept} is kept. Go on with the same command"),
         ConsoleReporter(console) as reporter,
     ):
         report = pipeline.run(settings, **chosen, reporter=reporter)
     console.print(report_tables(report))
-
-
-@contextmanager
-def _on_interrupt(message: str, *, stderr: bool = False) -> Iterator[None]:
-    """On Ctrl-C prints a line about the work so far and exits with code 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        console_of(stderr=stderr).print(f"\ninterrupted; {message}.")
-        raise typer.Exit(130) from None
 
 
 def verify(
@@ -146,7 +135,7 @@ def verify(
     from trainer.config import read_config
 
     settings = read_config(config, set_)
-    with _on_interrupt(f"{out or 'nothing'} was {'not ' if out else ''}written", stderr=True):
+    with on_interrupt(f"{out or 'nothing'} was {'not ' if out else ''}written", stderr=True):
         pairs = PairFile(file, response_column, gold_column)
         with Meter("verifying") as progress, Verifier.configured(settings.verify) as verifier:
             report = verify_file(
@@ -187,7 +176,7 @@ def store_refilter(
         )
     settings, console = read_config(config, set_), console_of()
     with (
-        _on_interrupt("nothing is lost. Go on with the same command"),
+        on_interrupt("nothing is lost. Go on with the same command"),
         Meter("filtering traces") as meter,
     ):
         path = store or settings.store.path
@@ -252,7 +241,7 @@ def store_import(
     )
     form = ImportForm(files_at(file), columns, names)
     with (
-        _on_interrupt("what was verified is kept. Go on with the same command", stderr=True),
+        on_interrupt("what was verified is kept. Go on with the same command", stderr=True),
         Verifier.configured(settings.verify) as verifier,
         Meter("importing") as meter,
     ):

@@ -73,9 +73,8 @@ def read_tree(path: Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
     `above` are the files that extend this one, the first one first.
     """
-    chain = (*above, path.resolve())
     if path.resolve() in above:
-        names = " extends ".join(each.name for each in chain)
+        names = " extends ".join(each.name for each in (*above, path))
         raise ConfigError(f"{path.absolute()} extends itself in the end: {names}")
     try:
         tree = read_toml(path)
@@ -86,7 +85,7 @@ def read_tree(path: Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         return tree
     if not isinstance(base, str):
         raise ConfigError(f"{path.absolute()}: extends = {short(base)}: give the path of one TOML file")
-    merged: dict[str, Any] = _overlaid(read_tree(path.parent / base, above=chain), tree)
+    merged: dict[str, Any] = _overlaid(read_tree(path.parent / base, above=(*above, path.resolve())), tree)
     return merged
 
 

@@ -18,6 +18,7 @@ from store.terminal.console import (
     emit_json,
     emit_rows,
     escaped,
+    on_interrupt,
     print_line,
 )
 
@@ -141,25 +142,6 @@ def inspect_agreement(store: StorePath = "traces", json_: JsonFlag = False, csv_
     _show(pairs, agreement_table(pairs), json_, csv_)
 
 
-@inspect_app.command("lengths")
-def inspect_lengths(
-    store: StorePath = "traces",
-    unit: Annotated[str, typer.Option(help="tokens (each teacher's own) or chars.")] = "tokens",
-    json_: JsonFlag = False,
-    csv_: CsvFlag = False,
-) -> None:
-    """Show the lengths of verified and of other traces.
-
-    Example: `ampo inspect store lengths traces --unit chars`
-    """
-    from store.reader import TraceStore
-    from store.reports.lengths import length_rows, lengths_table
-
-    with TraceStore(store) as opened:
-        rows = length_rows(opened, unit)
-    _show(rows, lengths_table(rows, unit), json_, csv_)
-
-
 @inspect_app.command("sql", epilog=views_help())
 def inspect_sql(
     query: Annotated[str, typer.Argument(help="One SELECT, in DuckDB's SQL.")],
@@ -180,10 +162,8 @@ def inspect_sql(
 
     everything = json_ or csv_ or limit == 0
     with TraceStore(store) as opened, StoreSql(opened) as views:
-        try:
+        with on_interrupt("the store is only read", stderr=True):
             result = views.query(query, limit=None if everything else limit)
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
         damaged = len(opened.damaged)
     if damaged:
         typer.echo(f"{damaged} damaged parts are left out; see `ampo store check`", err=True)
@@ -316,12 +296,12 @@ def store_export(
         system_prompt=system_prompt,
         overwrite=overwrite,
     )
-    with TraceStore(store) as opened, Meter("exporting") as meter:
-        try:
-            report = export(opened, out, to, options, progress=meter)
-        except KeyboardInterrupt:
-            console_of(stderr=True).print(f"\ninterrupted; {out} was not written.", highlight=False)
-            raise typer.Exit(130) from None
+    with (
+        on_interrupt(f"{out} was not written", stderr=True),
+        TraceStore(store) as opened,
+        Meter("exporting") as meter,
+    ):
+        report = export(opened, out, to, options, progress=meter)
     if json_:
         emit_json(asdict(report))
     else:

@@ -17,9 +17,8 @@ from typing import Self
 from store.errors import StoreDamagedError
 from store.format.index import ROW_COLUMNS, Index, open_index
 from store.format.manifest import Manifest, read_manifest
-from store.format.part_reader import PartReader
 from store.format.parts import DamagedPart
-from store.format.reading import read_problems, read_teachers
+from store.format.reading import PartReader, read_problems, read_teachers
 from store.records import Problem, TeacherRecord, Trace
 
 _ROWS = f"SELECT {', '.join(ROW_COLUMNS)} FROM idx.rows"

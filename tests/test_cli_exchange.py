@@ -39,8 +39,6 @@ def test_out_and_in_again(store: Path, tmp_path: Path) -> None:
 def test_questions_in_tables_json_and_csv(store: Path) -> None:
     (pair,) = json.loads(ampo("inspect", "store", "agreement", str(store), "--json").stdout)
     assert (pair["one"], pair["other"], pair["both"], pair["jaccard"]) == ("ada", "bob", 8, 1.0)
-    lengths = ampo("inspect", "store", "lengths", str(store), "--unit", "chars")
-    assert "verified" in lengths.stdout, lengths.stderr
     sql = "SELECT teacher, count(*) AS n FROM traces GROUP BY teacher ORDER BY teacher"
     assert ampo("inspect", "store", "sql", sql, str(store), "--csv").stdout.split() == [
         "teacher,n", "ada,8", "bob,8",
@@ -63,7 +61,6 @@ def test_questions_in_tables_json_and_csv(store: Path) -> None:
         (["store", "import", "STORE/manifest.json"], "row 1: this line is not JSON"),
         (["store", "import", "x.jsonl", "--rename", "ada"], "--rename ada: write OLD=NEW"),
         (["inspect", "store", "traces", "STORE", "--problem", "zz"], "--problem zz: no problem of"),
-        (["inspect", "store", "lengths", "STORE", "--unit", "words"], "--unit words: one of tokens, chars"),
         (["inspect", "store", "sql", "DELETE FROM traces", "STORE"], "SQL: give one SELECT"),
         (["inspect", "store", "agreement", "nowhere"], "no trace store at"),
     ],

@@ -101,9 +101,8 @@ def address(port: int, host: str = "127.0.0.1") -> str:
     return f"http://{host}:{port}/v1"
 
 
-def engine_of(teacher: TeacherConfig, tokenizer: Any, said: list[str] | None = None) -> Engine:
-    said = [] if said is None else said
-    return load_engine(teacher, "openai", tokenizer, longest_prompt=40, report=said.append)
+def engine_of(teacher: TeacherConfig, tokenizer: Any) -> Engine:
+    return load_engine(teacher, "openai", tokenizer, longest_prompt=40)
 
 
 @pytest.fixture(scope="module")
@@ -166,27 +165,33 @@ def test_a_server_that_is_busy_or_fails_is_asked_again(
     assert server.calls == 3
 
 
-def test_a_server_that_hangs_is_given_up(proxy: Make, requests: list[Request], tokenizer: Any) -> None:
-    slow, quick, said = proxy(), proxy(), []
+def test_a_server_that_hangs_is_given_up(
+    proxy: Make, requests: list[Request], tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow, quick = proxy(), proxy()
     slow.delay = 30
-    engine = engine_of(teacher(slow.url, quick.url, request_timeout=2, max_retries=0), tokenizer, said)
+    engine = engine_of(teacher(slow.url, quick.url, request_timeout=2, max_retries=0), tokenizer)
     assert len(list(engine.generate(requests[:8], SAMPLING))) == 8
-    assert said == [f"totals: {slow.url} is given up (no answer in time); the other servers go on"]
+    assert caplog.messages == [f"totals: {slow.url} is given up (no answer in time); the other servers go on"]
 
 
 def test_one_server_that_goes_leaves_the_work_to_the_other(
-    proxy: Make, drawn: dict[str, Completion], requests: list[Request], tokenizer: Any
+    proxy: Make,
+    drawn: dict[str, Completion],
+    requests: list[Request],
+    tokenizer: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    first, second, said = proxy(), proxy(), []
-    engine = engine_of(teacher(first.url, second.url), tokenizer, said)
+    first, second = proxy(), proxy()
+    engine = engine_of(teacher(first.url, second.url), tokenizer)
     first.stop_after = 10
     found = by_id(engine.generate(requests, SAMPLING))
     assert {i: c.token_ids for i, c in found.items()} == {i: c.token_ids for i, c in drawn.items()}
-    (message,) = said
+    (message,) = caplog.messages
     assert message.startswith(f"totals: {first.url} is given up (")
     # One that is gone from the start is told as well.
-    engine_of(teacher(first.url, second.url), tokenizer, said)
-    assert said[1].startswith(f"totals: {first.url} is given up (")
+    engine_of(teacher(first.url, second.url), tokenizer)
+    assert caplog.messages[1].startswith(f"totals: {first.url} is given up (")
 
 
 def test_when_the_last_server_goes_what_was_verified_is_kept(proxy: Make, port: int, tmp_path: Path) -> None:

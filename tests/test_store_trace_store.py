@@ -73,7 +73,7 @@ def test_tokens_come_on_request_only(root: Path) -> None:
 
 
 def test_more_parts_than_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("store.format.part_reader.OPEN_PARTS", 2)
+    monkeypatch.setattr("store.format.reading.OPEN_PARTS", 2)
     root = make_store(tmp_path / "traces", *[[trace(number, "ada")] for number in range(4)])
     with TraceStore(root) as store:
         for _ in range(2):

@@ -10,8 +10,9 @@ The key is read from the environment when a client is made, and goes nowhere els
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from store.errors import EngineError
 CONNECT_SECONDS = 10.0
 """Longest wait for a connection."""
 UNKNOWN = "unknown"
+LOGGER = logging.getLogger(__name__)
 
 GONE = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)
 """Errors after which the client tries again; after `max_retries` the server is given up."""
@@ -107,16 +109,13 @@ def served_name(teacher: TeacherConfig) -> str:
 class OpenAIEngine:
     """Samples from servers, `batch_size` requests at once over all of them together."""
 
-    def __init__(
-        self, teacher: TeacherConfig, tokenizer: Any, *, max_length: int, report: Callable[[str], None]
-    ) -> None:
+    def __init__(self, teacher: TeacherConfig, tokenizer: Any, *, max_length: int) -> None:
         """Queries the servers for the model, with room for `max_length` tokens of prompt and completion.
 
-        `report` receives a line for every server that is given up. Raises EngineError.
+        Logs a line for every server that is given up. Raises EngineError.
         """
         self._teacher = teacher
         self._tokenizer = tokenizer
-        self._report = report
         self._servers = find_servers(teacher)
         self._model = served_name(teacher)
         self._stop_ids = _stop_ids(teacher, tokenizer)
@@ -244,9 +243,8 @@ class OpenAIEngine:
         )
 
     def _report_gone(self, server: Server) -> None:
-        self._report(
-            f"{self._teacher.name}: {server.url} is given up ({server.gone}); the other servers go on"
-        )
+        name = self._teacher.name
+        LOGGER.warning(f"{name}: {server.url} is given up ({server.gone}); the other servers go on")
 
 
 async def _close(tasks: Tasks, clients: Mapping[str, openai.AsyncOpenAI]) -> None:

@@ -5,8 +5,7 @@ A further engine is a function like those in ENGINES: `engine = "module:function
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -20,24 +19,19 @@ from precompute.problems.prompts import use_template
 from store.errors import EngineError
 from store.registry import lookup
 
-LOGGER = logging.getLogger(__name__)
 UNKNOWN = "unknown"
 """Version of a user's own engine."""
-
-
-Report = Callable[[str], None]
-"""Receives a line for whatever does not stop the work."""
 
 
 class LoadEngine(Protocol):
     """Loads a teacher's model. Raises EngineError."""
 
-    def __call__(self, teacher: TeacherConfig, tokenizer: Any, *, max_length: int, report: Report) -> Engine:
+    def __call__(self, teacher: TeacherConfig, tokenizer: Any, *, max_length: int) -> Engine:
         """`max_length`: tokens of the longest prompt and max_tokens together."""
         ...
 
 
-def _vllm(teacher: TeacherConfig, tokenizer: Any, *, max_length: int, report: Report) -> Engine:
+def _vllm(teacher: TeacherConfig, tokenizer: Any, *, max_length: int) -> Engine:
     from precompute.engines.vllm_engine import VllmEngine, llm_options
 
     return VllmEngine(
@@ -48,7 +42,7 @@ def _vllm(teacher: TeacherConfig, tokenizer: Any, *, max_length: int, report: Re
     )
 
 
-def _transformers(teacher: TeacherConfig, tokenizer: Any, *, max_length: int, report: Report) -> Engine:
+def _transformers(teacher: TeacherConfig, tokenizer: Any, *, max_length: int) -> Engine:
     from precompute.engines.transformers_engine import TransformersEngine
 
     return TransformersEngine.load(
@@ -61,10 +55,10 @@ def _transformers(teacher: TeacherConfig, tokenizer: Any, *, max_length: int, re
     )
 
 
-def _openai(teacher: TeacherConfig, tokenizer: Any, *, max_length: int, report: Report) -> Engine:
+def _openai(teacher: TeacherConfig, tokenizer: Any, *, max_length: int) -> Engine:
     from precompute.engines.openai_engine import OpenAIEngine
 
-    return OpenAIEngine(teacher, tokenizer, max_length=max_length, report=report)
+    return OpenAIEngine(teacher, tokenizer, max_length=max_length)
 
 
 ENGINES: dict[str, LoadEngine] = {"vllm": _vllm, "transformers": _transformers, "openai": _openai}
@@ -119,14 +113,7 @@ def naming(teacher: TeacherConfig) -> Iterator[None]:
         raise EngineError(f"teacher {teacher.name!r}: {error}") from error
 
 
-def load_engine(
-    teacher: TeacherConfig,
-    engine_name: str,
-    tokenizer: Any,
-    *,
-    longest_prompt: int,
-    report: Report = LOGGER.warning,
-) -> Engine:
+def load_engine(teacher: TeacherConfig, engine_name: str, tokenizer: Any, *, longest_prompt: int) -> Engine:
     """Loads the teacher's model in a resolved engine, with room for `longest_prompt` + max_tokens tokens.
 
     Raises EngineError that names the teacher.
@@ -134,7 +121,7 @@ def load_engine(
     load = lookup(ENGINES, engine_name, key="engine")
     with naming(teacher):
         check_options(teacher, engine_name)
-        return load(teacher, tokenizer, max_length=longest_prompt + teacher.max_tokens, report=report)
+        return load(teacher, tokenizer, max_length=longest_prompt + teacher.max_tokens)
 
 
 def load_tokenizer(teacher: TeacherConfig) -> Any:

@@ -45,14 +45,9 @@ class Backend:
         if solver.left:
             solver.fill_prompts()
             reporter.message(f"{teacher.name}: loading {teacher.config.model} with {teacher.engine}")
+            longest = longest_prompt(solver.prompts)
             with closing(
-                load_engine(
-                    teacher.config,
-                    teacher.engine,
-                    teacher.tokenizer,
-                    longest_prompt=longest_prompt(solver.prompts),
-                    report=reporter.message,
-                )
+                load_engine(teacher.config, teacher.engine, teacher.tokenizer, longest_prompt=longest)
             ) as engine:
                 solver.run(engine, writer.append, config.store)
         reporter.progress(solver.progress(), last=True)

@@ -16,10 +16,10 @@ from typing import Any
 
 from precompute.config import FiltersConfig, StoreConfig, TeacherConfig
 from precompute.engines import Engine, Request, Sampling
+from precompute.engines.feed import RequestQueue, loop_in_thread
 from precompute.engines.registry import check_fits
 from precompute.problems.prompts import Prompt, demanded_form, prompt_warning, render_prompt
 from precompute.run.progress import Reporter, TeacherProgress
-from precompute.run.request_queue import RequestQueue, loop_in_thread
 from precompute.run.traces import Append, PartBuffer, trace_of
 from precompute.verify.verifier import Verifier
 from store.errors import EngineError

@@ -57,7 +57,7 @@ PLAIN_COLUMNS = [name for name in TRACE_COLUMNS if name not in (*_NUMBERS, *BIG_
 """Columns that the index holds as they are in a part."""
 
 ROW_COLUMNS = ["problem", "trace", "created_us", *PLAIN_COLUMNS, "part", "row_group", "row"]
-"""Columns of `idx.rows`: all that store.format.part_reader needs of a trace."""
+"""Columns of `idx.rows`: all that store.format.reading needs of a trace."""
 
 _TABLES = f"""
     CREATE TABLE idx.parts (part VARCHAR, size BIGINT, mtime_ns BIGINT, rows BIGINT, error VARCHAR);

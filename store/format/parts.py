@@ -1,4 +1,4 @@
-"""The part files: written whole, listed by name. store/format/part_reader.py reads single traces."""
+"""The part files: written whole, listed by name. store/format/reading.py reads single traces."""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -54,6 +55,16 @@ def escaped(text: str) -> str:
 def print_line(markup: str) -> None:
     """Prints one line on stdout."""
     console_of().print(markup, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def on_interrupt(message: str, *, stderr: bool = False) -> Iterator[None]:
+    """On Ctrl-C prints a line about the work so far and exits with code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console_of(stderr=stderr).print(f"\ninterrupted; {message}.", highlight=False)
+        raise typer.Exit(130) from None
 
 
 def print_config(console: Console, toml: str) -> None:

@@ -18,8 +18,8 @@ from store.errors import StoreError
 from store.format.files import disk_errors_named
 from store.format.index import Index, open_index, quoted, refresh_index
 from store.format.manifest import TEACHERS, PartEntry, change_parts, read_manifest
-from store.format.part_reader import PartReader
 from store.format.parts import list_parts, remove_parts, write_part
+from store.format.reading import PartReader
 from store.format.schema import TRACE_SCHEMA
 from store.writer import StoreWriter
 
