@@ -8,7 +8,6 @@ are vLLM's own and open to whoever reaches the port.
 from __future__ import annotations
 
 import json
-import logging
 import secrets
 import urllib.error
 import urllib.request
@@ -20,7 +19,6 @@ from precompute.engines.openai_engine import OpenAIEngine
 from store.errors import EngineError
 from trainer.parallel.world import World
 
-LOGGER = logging.getLogger(__name__)
 DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
 LORA_MODE = "start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
 
@@ -36,7 +34,7 @@ class VllmServers(OpenAIEngine):
 
         `servers`: their `base_urls`, `model`, `served_model_name`, `batch_size` and `request_timeout`.
         """
-        super().__init__(servers, tokenizer, max_length=max_length, report=LOGGER.warning)
+        super().__init__(servers, tokenizer, max_length=max_length)
         self._updated_urls = servers.base_urls if world.is_main else ()
         # A server may still have the adapters of a killed run.
         self._adapter_prefix = world.from_main(lambda: f"student-{secrets.token_hex(4)}")
