@@ -37,13 +37,11 @@ def by_query(rows: Rows) -> list[list[dict[str, Any]]]:
 
 def queries_table(queries: Sequence[Rows], questions: Mapping[str, str]) -> Table:
     """Returns one block of rows per query: its candidates, best first, and which of them were used."""
-    table = plain_table("store queries of the trainer; exp(s): comprehension score")
-    table.add_column("step", justify="right")
-    table.add_column("problem", overflow="fold", min_width=20)
-    table.add_column("teacher", overflow="fold")
-    for name in ("rank", "exp(s)", "tokens"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("used")
+    table = plain_table(
+        "store queries of the trainer; exp(s): comprehension score",
+        text=["step", "problem", "teacher"],
+        numbers=["rank", "exp(s)", "tokens", "used"],
+    )
     for rows in queries:
         problem_id = rows[0]["problem_id"]
         head = [str(rows[0]["step"]), escape(clipped(f"{problem_id} {questions.get(problem_id, '')}", 120))]
@@ -112,15 +110,13 @@ def evaluations_table(runs: Mapping[str, Rows]) -> Table:
     """Returns the held-out evaluations of one or several runs; --json has those of single sources."""
     keys = {key for rows in runs.values() for row in rows for key in row}
     passes = sorted((key for key in keys if key.startswith("eval/pass@")), key=lambda key: int(key[10:]))
+    columns = (*passes, "eval/mean_length", "eval/cut_share")
     numbers = ["step", *(key.removeprefix("eval/") for key in passes), "tokens", "cut"]
-    table = plain_table("held-out evaluation", text=["run"], numbers=numbers)
-    for name, rows in runs.items():
-        for row in rows:
-            if "eval/pass@1" in row:
-                values = (_number(row.get(key)) for key in (*passes, "eval/mean_length", "eval/cut_share"))
-                table.add_row(escape(name), str(row["step"]), *values)
-        table.add_section()
-    return table
+    evaluated = [(name, row) for name, rows in runs.items() for row in rows if "eval/pass@1" in row]
+    found = (
+        [escape(name), row["step"], *(_number(row.get(key)) for key in columns)] for name, row in evaluated
+    )
+    return plain_table("held-out evaluation", text=["run"], numbers=numbers, rows=found)
 
 
 def evaluation_table(model: str, evaluation: Evaluation) -> Table:
