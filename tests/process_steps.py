@@ -26,7 +26,7 @@ from trainer.config import GuidanceConfig, StudentConfig, TrainConfig
 from trainer.method.loss import REDUCTIONS
 from trainer.parallel.fsdp import initial_device, shard
 from trainer.parallel.world import World, full_tensor, torchrun_world
-from trainer.sampling.weight_sync import WeightFolder
+from trainer.sampling.weight_sync import write_adapter, write_weights
 from trainer.student.batches import TrainSequence, train_batch
 from trainer.student.load import load_policy
 from trainer.student.policy import Policy
@@ -141,15 +141,11 @@ def synced(student: StudentConfig, place: Path, world: World) -> dict[str, torch
     torch.manual_seed(0)
     policy = load_policy(student, temperature=1.0, initial_device=initial_device(world))
     shard(policy, world)
-    folder = WeightFolder(policy, place / "weights", world)
-    if student.use_peft:
-        folder.write_adapter()
-    else:
-        folder.write_weights()
-    (file,) = folder.path.glob("*.safetensors")
+    folder = place / "weights"
+    (write_adapter if student.use_peft else write_weights)(policy, folder, world)
+    (file,) = folder.glob("*.safetensors")
     found = load_file(file)
     world.barrier()
-    folder.remove()
     return found
 
 

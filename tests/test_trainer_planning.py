@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import tiny_model, tiny_tokenizer
 from memory_watch import MemoryWatch
 from rich.console import Console
 from run_examples import config_of, make_world, updater_of, write_problems, write_store
-from transformers import Qwen2Config
+from transformers import Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
 from cli import app
@@ -22,12 +22,10 @@ from store.records import Problem
 from trainer.config import Config, StudentConfig, TrainConfig
 from trainer.planning import (
     MemoryPlan,
-    ModelShape,
     card_memory,
     dry_run,
     plan_memory,
     read_student,
-    shape_of,
 )
 from trainer.student.batches import TrainSequence
 from trainer.student.load import load_policy
@@ -35,16 +33,29 @@ from trainer.student.load import load_policy
 CONFIGS = Path(__file__).parent.parent / "configs"
 QWEN = {"1.5b": (1536, 8960, 12, 2), "7b": (3584, 18944, 28, 4)}
 """Hidden and intermediate width, heads, key-value heads."""
-HALF_A_BILLION = ModelShape(
-    parameters=500_000_000,
-    linear=400_000_000,
-    linear_widths=1_000_000,
-    layers=24,
-    hidden=1024,
-    kv_width=128,
-    intermediate=4096,
-    vocabulary=100_000,
-)
+LAYERS, HIDDEN, MLP, KV, VOCABULARY = 24, 1024, 4096, 128, 100_000
+LINEAR = LAYERS * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV + 3 * HIDDEN * MLP)
+"""Parameters in linear layers: query and output, key and value, and the MLP's three."""
+WIDTHS = LAYERS * (2 * (HIDDEN + HIDDEN) + 2 * (HIDDEN + KV) + 3 * (HIDDEN + MLP))
+"""Inputs plus outputs of them."""
+
+
+def on_meta(**changes: int) -> Any:
+    """A model without memory for its weights."""
+    sizes = {
+        "num_hidden_layers": LAYERS,
+        "hidden_size": HIDDEN,
+        "intermediate_size": MLP,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "vocab_size": VOCABULARY,
+    }
+    with torch.device("meta"):
+        return Qwen2ForCausalLM(Qwen2Config(**sizes | changes))
+
+
+MODEL = on_meta()
+PARAMETERS = MODEL.num_parameters()
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +85,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def shape_at(path: Path) -> ModelShape:
-    return shape_of(read_student(StudentConfig(model=str(path)))[1])
-
-
 def printed(config: Config, gpu: str = "L4-24GB") -> tuple[str, list[str]]:
     """The report as text, and the errors."""
     report, missing = dry_run(config, gpu=gpu)
@@ -88,7 +95,7 @@ def printed(config: Config, gpu: str = "L4-24GB") -> tuple[str, list[str]]:
 
 
 def planned(
-    shape: ModelShape, *, width: int = 2, processes: int = 1, card_bytes: int | None = None, **changes: Any
+    model: Any, *, width: int = 2, processes: int = 1, card_bytes: int = 0, **changes: Any
 ) -> MemoryPlan:
     """`section__key=value` over 2 problems of 3 samples, prompts of 10 tokens and responses of 90."""
     sections: dict[str, dict[str, Any]] = {
@@ -99,70 +106,69 @@ def planned(
         section, key = name.split("__")
         sections.setdefault(section, {})[key] = value
     config = Config.model_validate(sections)
-    return plan_memory(config, shape, width=width, processes=processes, card_bytes=card_bytes)
-
-
-def peak(plan: MemoryPlan) -> int:
-    return max(sum(parts.values()) for parts in plan.values())
+    return plan_memory(config, model, width=width, processes=processes, card_bytes=card_bytes)
 
 
 def test_memory_that_depends_on_the_parameters_alone() -> None:
-    update = planned(HALF_A_BILLION, width=4)["update"]
+    update = planned(MODEL, width=4)["update"]
     # float32 weights and gradients: 4 bytes each. AdamW: two float32 values per weight.
-    assert (update["weights"], update["optimizer"], update["gradients"]) == (2 * 10**9, 4 * 10**9, 2 * 10**9)
+    found = update["weights"], update["optimizer"], update["gradients"]
+    assert found == (4 * PARAMETERS, 8 * PARAMETERS, 4 * PARAMETERS)
     # Autocast keeps a copy of all weights in 16 bits.
-    assert planned(HALF_A_BILLION)["update"]["weights"] == 3 * 10**9
-    assert planned(HALF_A_BILLION, train__beta=0.1)["update"]["reference"] == 2 * 10**9
+    assert planned(MODEL)["update"]["weights"] == 6 * PARAMETERS
+    assert planned(MODEL, train__beta=0.1)["update"]["reference"] == 4 * PARAMETERS
     # In 8 bits 2 bytes per weight; none that has to stay where pages can move.
-    assert planned(HALF_A_BILLION, train__optim="adamw_8bit")["update"]["optimizer"] == 10**9
-    assert planned(HALF_A_BILLION, train__optim="paged_adamw_8bit")["update"]["optimizer"] == 0
+    assert planned(MODEL, train__optim="adamw_8bit")["update"]["optimizer"] == 2 * PARAMETERS
+    assert planned(MODEL, train__optim="paged_adamw_8bit")["update"]["optimizer"] == 0
 
 
 def test_adapters_and_four_bits() -> None:
-    # Rank 16 of 1,000,000 inputs and outputs: 16 M parameters in float32; 500 M frozen weights of 2 bytes.
-    lora = planned(HALF_A_BILLION, student__use_peft=True)["sampling"]
-    assert (lora["weights"], lora["optimizer"]) == (1_000_000_000 + 64_000_000, 128_000_000)
-    # 400 M of them in 4.127 bits: 206,350,000 bytes.
-    four = planned(HALF_A_BILLION, student__use_peft=True, student__load_in_4bit=True)
-    assert four["sampling"]["weights"] == 206_350_000 + 200_000_000 + 64_000_000
+    # Rank 16 of each input and output, in float32; frozen weights of 2 bytes.
+    lora = planned(MODEL, student__use_peft=True)["sampling"]
+    assert lora["weights"] == 2 * PARAMETERS + 4 * 16 * WIDTHS
+    assert lora["optimizer"] == 8 * 16 * WIDTHS
+    # The linear layers in 4.127 bits.
+    four = planned(MODEL, student__use_peft=True, student__load_in_4bit=True)["sampling"]
+    expected = LINEAR * 4.127 / 8 + 2 * (PARAMETERS - LINEAR) + 4 * 16 * WIDTHS
+    assert four["weights"] == pytest.approx(expected, abs=1)
 
 
 def test_the_kv_cache_by_hand() -> None:
-    shape = dataclasses.replace(HALF_A_BILLION, layers=2, kv_width=32)
+    model = on_meta(num_hidden_layers=2, num_attention_heads=32)
     # 2 problems x 3 samples = 6 rows of 10 + 90 tokens; keys and values, 2 layers of 32 values of 4 bytes:
     # 6 * 100 * 2 * 2 * 32 * 4 = 307,200. At most batch_size rows at once: 4 of the 6.
-    assert planned(shape)["sampling"]["KV cache"] == 307_200
-    assert planned(shape, rollout__batch_size=4)["sampling"]["KV cache"] == 204_800
+    assert planned(model)["sampling"]["KV cache"] == 307_200
+    assert planned(model, rollout__batch_size=4)["sampling"]["KV cache"] == 204_800
 
 
 def test_activations_by_hand() -> None:
     # A layer keeps 34 bytes per hidden unit and, in 16 bits, four of the MLP's width, a key and a value:
     # 34 * 1024 + 2 * (4 * 4096 + 2 * 128) = 68,096 per token; 1,000 tokens, 24 layers.
-    assert planned(HALF_A_BILLION)["update"]["activations"] == 1000 * 24 * 68_096
+    assert planned(MODEL)["update"]["activations"] == 1000 * 24 * 68_096
     # Checkpointed: the float32 input of each layer.
-    checkpointed = planned(HALF_A_BILLION, student__gradient_checkpointing=True)["update"]
+    checkpointed = planned(MODEL, student__gradient_checkpointing=True)["update"]
     assert checkpointed["activations"] == 1000 * 24 * 4 * 1024
     # A prompt of 10 and a response of 90 tokens are never cut: a budget of 1 is one of 100.
-    least = planned(HALF_A_BILLION, train__max_tokens_per_microbatch=1)["update"]
+    least = planned(MODEL, train__max_tokens_per_microbatch=1)["update"]
     assert least["activations"] == 100 * 24 * 68_096
 
 
 def test_ranks_share_weights_gradients_optimizer_state_and_samples() -> None:
-    one, four = planned(HALF_A_BILLION, width=4), planned(HALF_A_BILLION, width=4, processes=4)
+    one, four = planned(MODEL, width=4), planned(MODEL, width=4, processes=4)
     for part in ("weights", "optimizer", "gradients"):
         assert one["update"][part] == 4 * four["update"][part]
     # 6 samples over 4 ranks are 2 rows at most.
     assert one["sampling"]["KV cache"] == 3 * four["sampling"]["KV cache"]
-    # While it samples each rank has all weights: 400 M of layers in bf16, the rest in float32.
-    bf16 = planned(HALF_A_BILLION, processes=4)["sampling"]
-    assert bf16["gathered weights"] == 2 * 400_000_000 + 4 * 100_000_000
+    # While it samples each rank has all weights: layers in bf16, the rest in float32.
+    bf16 = planned(MODEL, processes=4)["sampling"]
+    assert bf16["gathered weights"] == 2 * LINEAR + 4 * (PARAMETERS - LINEAR)
 
 
 def test_vllm_takes_its_share_of_the_card_and_servers_nothing() -> None:
     vllm: dict[str, Any] = {"rollout__engine": "vllm", "rollout__vllm_gpu_memory_utilization": 0.5}
-    own = planned(HALF_A_BILLION, card_bytes=10**10, **vllm)
+    own = planned(MODEL, card_bytes=10**10, **vllm)
     assert own["sampling"]["vLLM"] == 5 * 10**9
-    served = planned(HALF_A_BILLION, card_bytes=10**10, **vllm, rollout__base_urls=["http://h/v1"])
+    served = planned(MODEL, card_bytes=10**10, **vllm, rollout__base_urls=["http://h/v1"])
     assert "vLLM" not in served["sampling"]
 
 
@@ -196,7 +202,7 @@ def test_the_plan_is_what_a_step_allocates(student: dict[str, Any], tmp_path: Pa
     with MemoryWatch() as watch:
         updater.optimizer_step(rows)
     plan = planned(
-        shape_at(tmp_path),
+        read_student(settings)[1],
         width=2 if "dtype" in student else 4,
         rollout__max_prompt_length=12,
         rollout__max_completion_length=500,

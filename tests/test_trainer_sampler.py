@@ -26,7 +26,7 @@ from trainer.sampling.samplers import (
     vllm_environment,
     vllm_options,
 )
-from trainer.sampling.weight_sync import WeightFolder
+from trainer.sampling.weight_sync import write_weights
 from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
 from trainer.train import train
@@ -105,25 +105,21 @@ def test_vllms_process_sees_the_students_gpu_alone_and_nothing_of_torchrun(
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_are_written_in_the_type_that_computes_and_tied_ones_once(tmp_path: Path, tied: bool) -> None:
     model = tiny_model(tie_word_embeddings=tied)
-    weights = WeightFolder(
-        Policy(model, tiny_tokenizer(), dtype=torch.bfloat16), tmp_path / "new" / "run-weights"
-    )
-    weights.path.mkdir(parents=True)
-    (weights.path / "of-a-killed-run.safetensors").write_text("")
-    weights.write_weights()
-    (file,) = weights.path.glob("*.safetensors")
+    policy, folder = Policy(model, tiny_tokenizer(), dtype=torch.bfloat16), tmp_path / "new" / "weights"
+    folder.mkdir(parents=True)
+    (folder / "of-a-killed-run.safetensors").write_text("")
+    write_weights(policy, folder)
+    (file,) = folder.glob("*.safetensors")
     tensors, own = load_file(file), model.state_dict()
     assert own.keys() - tensors.keys() == ({"lm_head.weight"} if tied else set())
     assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
     assert all(tensor.equal(own[name].bfloat16()) for name, tensor in tensors.items())
-    weights.remove()
-    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_is_named(policy: Policy, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(EngineError, match=r"cannot be written to .*file/weights.*rollout.sync_dir"):
-        WeightFolder(policy, tmp_path / "file" / "weights").write_weights()
+        write_weights(policy, tmp_path / "file" / "weights")
 
 
 class ModelCopy(TransformersEngine):
@@ -204,8 +200,9 @@ def test_vllm_sleeps_from_the_beginning_and_while_weights_are_written(
     calls: list[str] = []
     monkeypatch.setattr(samplers, "load_vllm", lambda config, policy, world, **_: ModelCopy(policy, calls))
     monkeypatch.setattr(samplers, "has_sleep_mode", lambda _: True)
-    write = WeightFolder.write_weights
-    monkeypatch.setattr(WeightFolder, "write_weights", lambda self: (calls.append("write"), write(self)))
+    monkeypatch.setattr(
+        samplers, "write_weights", lambda *args: (calls.append("write"), write_weights(*args))
+    )
     with ExitStack() as stack:
         made = make_sampler(config_of(tmp_path, tmp_path, **VLLM), policy, [(2, 5, 7)], tmp_path, stack)
         made.sync()

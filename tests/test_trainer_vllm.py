@@ -24,7 +24,6 @@ from trainer.method.groups import Group
 from trainer.parallel.world import World
 from trainer.sampling import samplers
 from trainer.sampling.samplers import VllmSampler, load_vllm
-from trainer.sampling.weight_sync import WeightFolder
 from trainer.student.load import load_policy
 from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
@@ -63,12 +62,12 @@ def engine(world: Path, model: Path) -> Iterator[VllmEngine]:
 
 def sampler_of(
     engine: VllmEngine, world: Path, model: Path, **changes: Any
-) -> tuple[VllmSampler, WeightFolder, Policy]:
+) -> tuple[VllmSampler, Path, Policy]:
     """A student of its own over the common process."""
     config = config_of(world, model, rollout__engine="vllm", **changes)
     policy = load_policy(config.student, temperature=config.rollout.temperature)
-    folder = WeightFolder(policy, world / "weights")
-    return VllmSampler(engine, folder, config.student, sleeps=False), folder, policy
+    folder = world / "weights"
+    return VllmSampler(engine, policy, config.student, folder), folder, policy
 
 
 @pytest.mark.parametrize(
@@ -97,8 +96,8 @@ def test_vllm_samples_with_the_weights_that_the_student_has_now(
             assert list(each.logprobs) == pytest.approx(expected.tolist(), abs=1e-3), step
         change(policy, 0.05)
     if "student__use_peft" in changes:
-        assert not list(folder.path.glob("model*"))
-        assert all("lora_" in name for name in load_file(folder.path / "adapter_model.safetensors"))
+        assert not list(folder.glob("model*"))
+        assert all("lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
 
 
 def test_logprobs_of_another_kind_than_the_process_gives_are_not_given(

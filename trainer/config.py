@@ -81,7 +81,7 @@ class RolloutConfig(Section):
     served_model_name: str | None = None
     """Name of the student at the servers; None: `student.model`."""
     sync_dir: str | None = None
-    """Directory through which weights reach vllm, e.g. /dev/shm; None: the run's directory."""
+    """Directory, seen by all ranks, through which weights reach vllm, e.g. /dev/shm; None: the run's."""
     sync_tolerance: Annotated[float, Field(gt=0)] | None = None
     """Nats a token by which the log-probabilities of vllm and trainer may differ, on average over a step's
     samples. None: 0.005 where both compute in float32, 0.1 in bfloat16, no limit with top_p or top_k."""
@@ -140,7 +140,7 @@ class TrainConfig(Section):
     max_tokens_per_microbatch: Positive = 32768
     """Prompt and response tokens of one forward pass, padding included. Changes memory, never the result."""
     logits_chunk_tokens: Positive = 1024
-    """Response tokens whose logits exist at once: 4.1 GiB for 1024 tokens and a vocabulary of 152,000.
+    """Response tokens whose logits exist at once: 3.5 GiB for 1024 tokens and a vocabulary of 152,000.
     Changes memory and speed, never the result."""
     objective: str = "clip"
     """Loss of the student's tokens: clip, or module:function of your own (docs/extending.md)."""

@@ -6,6 +6,7 @@ sleep -> sync -> generate (a step's samples) -> sleep -> guide, update -> sync -
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -21,7 +22,7 @@ from precompute.engines.vllm_engine import VllmEngine, llm_options
 from store.errors import ConfigError, EngineError
 from trainer.config import Config, RolloutConfig, StudentConfig
 from trainer.parallel.world import ALONE, World
-from trainer.sampling.weight_sync import WeightFolder
+from trainer.sampling.weight_sync import write_adapter, write_base, write_weights
 from trainer.student.policy import Policy
 
 if TYPE_CHECKING:
@@ -68,15 +69,24 @@ class SharedSampler(TransformersEngine):
 
 
 class VllmSampler:
-    """Samples with vLLM's copy of the student, which gets its weights through a folder."""
+    """Samples with vLLM's copy of the student, which gets its weights through `folder`."""
 
     def __init__(
-        self, engine: VllmEngine | VllmServers, weights: WeightFolder, student: StudentConfig, *, sleeps: bool
+        self,
+        engine: VllmEngine | VllmServers,
+        policy: Policy,
+        student: StudentConfig,
+        folder: Path,
+        world: World = ALONE,
+        *,
+        sleeps: bool = False,
     ) -> None:
         """`sleeps`: the engine has a sleep mode."""
         self._engine = engine
-        self._weights = weights
+        self._policy = policy
         self._student = student
+        self._folder = folder
+        self._world = world
         self._sleeps = sleeps
         self._asleep: set[str] = set()
         self._syncs = 0
@@ -87,19 +97,20 @@ class VllmSampler:
     def sync(self) -> None:
         """Writes the weights, with LoRA the adapter alone, and has vLLM load them."""
         self._syncs += 1
-        student, folder = self._student, self._weights
+        policy, folder, world = self._policy, self._folder, self._world
         # Under QLoRA vLLM begins with the 16-bit original; the adapter is trained over the 4-bit weights.
-        if not student.use_peft or (student.load_in_4bit and self._syncs == 1):
+        four_bits = self._student.load_in_4bit
+        if not self._student.use_peft or (four_bits and self._syncs == 1):
             # Written while vLLM sleeps: gathered weights and vLLM's memory need not fit at once.
-            folder.write_base() if student.load_in_4bit else folder.write_weights()
+            (write_base if four_bits else write_weights)(policy, folder, world)
             self._wake("weights")
-            self._engine.load_weights(folder.path)
-        if student.use_peft:
-            folder.write_adapter()
+            self._engine.load_weights(folder)
+        if self._student.use_peft:
+            write_adapter(policy, folder, world)
             self._wake("weights")
-            self._engine.load_adapter(folder.path, self._syncs)
+            self._engine.load_adapter(folder, self._syncs)
         self._wake("kv_cache")
-        folder.world.barrier()
+        world.barrier()
 
     def sleep(self) -> None:
         """Frees vLLM's GPU memory; with LoRA the frozen weights move to host memory."""
@@ -110,7 +121,8 @@ class VllmSampler:
     def close(self) -> None:
         """Ends vLLM's process and removes the folder."""
         self._engine.close()
-        self._weights.remove()
+        if self._world.is_main:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _wake(self, what: str) -> None:
         if what in self._asleep:
@@ -142,8 +154,8 @@ def make_sampler(
     max_length = max(len(ids) for ids in prompts) + rollout.max_completion_length
     engine = load_vllm(config, policy, world, max_length=max_length)
     folder = (Path(rollout.sync_dir).absolute() if rollout.sync_dir else run) / f"{run.name}-weights"
-    weights = WeightFolder(policy, folder, world, shared=bool(rollout.base_urls))
-    sampler = VllmSampler(engine, weights, config.student, sleeps=has_sleep_mode(rollout))
+    sleeps = has_sleep_mode(rollout)
+    sampler = VllmSampler(engine, policy, config.student, folder, world, sleeps=sleeps)
     stack.callback(sampler.close)
     sampler.sleep()
     return sampler
