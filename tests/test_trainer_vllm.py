@@ -67,7 +67,7 @@ def sampler_of(
     config = config_of(world, model, rollout__engine="vllm", **changes)
     policy = load_policy(config.student, temperature=config.rollout.temperature)
     folder = world / "weights"
-    return VllmSampler(engine, policy, config.student, folder), folder, policy
+    return VllmSampler(engine, policy, config, folder), folder, policy
 
 
 @pytest.mark.parametrize(

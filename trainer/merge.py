@@ -6,8 +6,8 @@ to the original weights, which the student never saw.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -73,15 +73,13 @@ def _stored_dtype(checkpoint: Path, student: StudentConfig) -> torch.dtype:
 
 def _write(model: Any, tokenizer: Any, out: Path) -> None:
     """Writes to a directory beside `out`, then renames it."""
-    temporary = out.with_name(f".tmp-{out.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        temporary.rename(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".tmp-", dir=out.parent) as temporary:
+            whole = Path(temporary) / out.name
+            model.save_pretrained(whole)
+            tokenizer.save_pretrained(whole)
+            whole.rename(out)
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
         raise RunError(f"cannot write {out}: {reason}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

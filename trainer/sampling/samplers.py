@@ -20,7 +20,7 @@ from precompute.engines.registry import resolve_engine
 from precompute.engines.transformers_engine import TransformersEngine
 from precompute.engines.vllm_engine import VllmEngine, llm_options
 from store.errors import ConfigError, EngineError
-from trainer.config import Config, RolloutConfig, StudentConfig
+from trainer.config import Config, RolloutConfig
 from trainer.parallel.world import ALONE, World
 from trainer.sampling.weight_sync import write_adapter, write_base, write_weights
 from trainer.student.policy import Policy
@@ -75,19 +75,16 @@ class VllmSampler:
         self,
         engine: VllmEngine | VllmServers,
         policy: Policy,
-        student: StudentConfig,
+        config: Config,
         folder: Path,
         world: World = ALONE,
-        *,
-        sleeps: bool = False,
     ) -> None:
-        """`sleeps`: the engine has a sleep mode."""
         self._engine = engine
         self._policy = policy
-        self._student = student
+        self._student = config.student
         self._folder = folder
         self._world = world
-        self._sleeps = sleeps
+        self._sleeps = has_sleep_mode(config.rollout)
         self._asleep: set[str] = set()
         self._syncs = 0
         self.generate = engine.generate
@@ -154,8 +151,7 @@ def make_sampler(
     max_length = max(len(ids) for ids in prompts) + rollout.max_completion_length
     engine = load_vllm(config, policy, world, max_length=max_length)
     folder = (Path(rollout.sync_dir).absolute() if rollout.sync_dir else run) / f"{run.name}-weights"
-    sleeps = has_sleep_mode(rollout)
-    sampler = VllmSampler(engine, policy, config.student, folder, world, sleeps=sleeps)
+    sampler = VllmSampler(engine, policy, config, folder, world)
     stack.callback(sampler.close)
     sampler.sleep()
     return sampler
