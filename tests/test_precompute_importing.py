@@ -193,7 +193,7 @@ def test_a_directory_is_read_as_one_file(tmp_path: Path) -> None:
         ([PLAIN | {"text": 5}], {}, "row 1: text is neither a text nor a list of messages: 5"),
         ([PLAIN | {"text": [{"content": {"a": 1}, "source": "x"}]}], {}, "text has a message that is not"),
         ([PLAIN | {"text": "x"}, {"question": "?"}], {}, "row 2: the column 'answer' is missing"),
-        ([PLAIN | {"words": "x"}], {}, "none of the columns target_lst, .*; set --text-column"),
+        ([PLAIN | {"words": "x"}], {}, "no column 'target_lst' or .*--text-column"),
         ([PLAIN | {"text": "x"}], {"columns": ImportColumns(teacher="who")}, r"'who' \(--teacher-column\)"),
         ([], {}, "bad.jsonl holds no row"),
         ([SUM | {"target_lst": []}], {}, "holds no trace: its column 'target_lst' is empty"),

@@ -153,7 +153,7 @@ def test_a_bad_file_is_named_with_its_whole_path(tmp_path: Path, monkeypatch: py
 def test_unknown_columns_are_answered_with_those_that_are_there(tmp_path: Path) -> None:
     path = write_lines(tmp_path, {"text": "?", "label": {"value": "4"}})
     with pytest.raises(
-        ProblemsError, match=r"none of the columns question, problem, prompt; .*text, label\.val"
+        ProblemsError, match=r"no column 'question' or 'problem' or 'prompt' .*text, label\.val"
     ):
         load_problems(path)
     with pytest.raises(ProblemsError, match=r"no column 'label\.gold' \(problems\.answer_column\)"):

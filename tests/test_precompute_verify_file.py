@@ -129,8 +129,8 @@ def test_the_form_decides_where_the_answer_stands(verifier: Verifier, tmp_path: 
     ("rows", "options", "says"),
     [
         ([], {}, "has no row"),
-        ([{"foo": 1}], {}, "none of the columns response.*its columns: foo; set --response-column"),
-        ([{"text": "x"}], {}, "none of the columns gold.*set --gold-column"),
+        ([{"foo": 1}], {}, "no column 'response'.*--response-column.*its columns: foo"),
+        ([{"text": "x"}], {}, "no column 'gold'.*--gold-column"),
         ([{"text": "x", "gold": "5"}], {"gold_column": "nope"}, "no column 'nope' .--gold-column"),
         ([{"text": "x", "gold": "5"}, {"text": "x"}], {}, "row 2: the column 'gold' is missing"),
         ([{"text": "x", "gold": [5, 6]}], {}, "row 1: gold is neither a text nor a number: "),

@@ -133,7 +133,7 @@ def test_teachers_take_turns() -> None:
         ("verl", "x.csv", {}, r"a file that ends in \.parquet or \.jsonl"),
         ("verl", "there.jsonl", {}, "exists already; --overwrite replaces it"),
         ("hf", "full.jsonl", {"overwrite": True}, "Is a directory"),
-        ("verl", "x.jsonl", {"teachers": ("eve",)}, "--teacher eve: .* has ada, bob"),
+        ("verl", "x.jsonl", {"teachers": ("eve",)}, "no teacher 'eve' in .*; its teachers: ada, bob"),
     ],
 )
 def test_what_cannot_be_written_is_said_and_nothing_is_touched(

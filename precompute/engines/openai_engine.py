@@ -78,7 +78,7 @@ def _find_server(teacher: TeacherConfig, url: str) -> Server:
             return Server(url=url, gone=_reason(error, teacher))
         except openai.APIStatusError as error:
             raise _refused(url, error, teacher) from None
-    name = served_name(teacher)
+    name = teacher.served_model_name or teacher.model
     if name not in served:
         raise EngineError(
             f"{url} does not serve {name!r}; served_model_name may be: {', '.join(map(repr, served)) or None}"
@@ -101,11 +101,6 @@ def _version(client: openai.OpenAI, url: str, headers: dict[str, Any]) -> str:
     return str(answer.get("version", UNKNOWN)) if isinstance(answer, dict) else UNKNOWN
 
 
-def served_name(teacher: TeacherConfig) -> str:
-    """Returns the model's name at the servers."""
-    return teacher.served_model_name or teacher.model
-
-
 class OpenAIEngine:
     """Samples from servers, `batch_size` requests at once over all of them together."""
 
@@ -117,7 +112,7 @@ class OpenAIEngine:
         self._teacher = teacher
         self._tokenizer = tokenizer
         self._servers = find_servers(teacher)
-        self._model = served_name(teacher)
+        self._model = teacher.served_model_name or teacher.model
         self._stop_ids = _stop_ids(teacher, tokenizer)
         lengths = [server.max_length for server in self._servers if server.max_length]
         self._max_length = min(lengths, default=None)

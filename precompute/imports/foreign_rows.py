@@ -125,14 +125,10 @@ def files_at(path: str | Path) -> list[Path]:
     root = Path(path).absolute()
     if not root.is_dir():
         return [root]
-    below = [file for file in sorted(root.rglob("*")) if not _is_hidden(file.relative_to(root))]
+    below = [file for file in sorted(root.rglob("*")) if "/." not in f"/{file.relative_to(root)}"]
     # In this order, because a .json file beside Parquet or JSONL files describes them.
     for suffix in SUFFIXES:
         found = [file for file in below if file.suffix == suffix and file.is_file()]
         if found:
             return found
     raise ProblemsError(f"{root} holds no file that ends in {', '.join(SUFFIXES)}")
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import tee
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group
@@ -32,7 +31,8 @@ from precompute.run.refilter import check_filters, filter_settings
 from precompute.run.traces import PartBuffer, trace_of
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, EngineError, RecipeChangedError
-from store.records import VERDICTS, Problem, TeacherRecord, Trace
+from store.format.parts import file_digest
+from store.records import VERDICTS, Problem, TeacherRecord, Trace, content_hash
 from store.terminal.tables import plain_table
 from store.writer import StoreWriter
 
@@ -172,7 +172,7 @@ def _records(
     form: ImportForm, sources: Mapping[str, str], tokenizer: Any, filters: FiltersConfig
 ) -> dict[str, TeacherRecord]:
     """Returns the teachers' records by the store's names."""
-    content = _content_hash(form.files)
+    content = content_hash(*map(file_digest, form.files))
     named = form.files[0].name if len(form.files) == 1 else f"{len(form.files)} files"
     return {
         name: TeacherRecord(
@@ -190,16 +190,6 @@ def _records(
         )
         for name, source in sources.items()
     }
-
-
-def _content_hash(files: Sequence[Path]) -> str:
-    """Returns 16 hex digits of blake2b over the files' bytes, one after the other."""
-    digest = blake2b(digest_size=8)
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _register(

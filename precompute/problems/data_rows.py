@@ -88,14 +88,13 @@ def find_column(file: Path, row: Row, wanted: str | None, known: tuple[str, ...]
 
     Raises ProblemsError that names the row's columns, and the `option` that chooses.
     """
-    for name in (wanted,) if wanted else known:
+    names = (wanted,) if wanted else known
+    for name in names:
         if has_cell(row, name):
             return name
-    names = ", ".join(column_names(row)) or "none"
-    if wanted:
-        raise ProblemsError(f"{file} has no column {wanted!r} ({option}); its columns: {names}")
     raise ProblemsError(
-        f"{file} has none of the columns {', '.join(known)}; its columns: {names}; set {option}"
+        f"{file} has no column {' or '.join(map(repr, names))} ({option}); its columns: "
+        f"{', '.join(column_names(row)) or 'none'}"
     )
 
 

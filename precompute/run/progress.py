@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from store.terminal.progress import Bars
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class TeacherProgress:
     """Progress of one teacher."""
 

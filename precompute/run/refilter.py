@@ -8,7 +8,6 @@ the old filters, and a run under the new ones is refused.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +19,10 @@ from precompute.config import FiltersConfig
 from precompute.problems.prompts import demanded_form
 from precompute.run.filters import why_filtered
 from precompute.verify.final_answer import find_answer
-from store.errors import RecipeChangedError, StoreError
+from store.errors import RecipeChangedError
 from store.format.manifest import PARTS, read_manifest
 from store.format.parts import damage_named, open_part, write_part
-from store.format.reading import read_problems, read_teachers
+from store.format.reading import chosen_teachers, read_problems, read_teachers
 from store.records import Problem, TeacherRecord
 from store.upkeep.compaction import new_parts, swap_parts
 from store.writer import StoreWriter, recipe_changes
@@ -31,7 +30,7 @@ from store.writer import StoreWriter, recipe_changes
 READ_COLUMNS = ["teacher", "problem_id", "text", "n_tokens", "answer_start", "is_correct", "filtered"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class RefilterReport:
     """Counts for one teacher."""
 
@@ -80,9 +79,9 @@ def refilter(
     root = Path(path).absolute()
     read_manifest(root)
     with StoreWriter.reopen(root) as writer:
-        records = _chosen(root, teachers)
+        records = chosen_teachers(root, teachers)
         problems = {problem.problem_id: problem for problem in read_problems(root)}
-        counts: Counter[tuple[str, str]] = Counter()  # (teacher, field of RefilterReport)
+        counts = {name: RefilterReport(name) for name in records}
         parts = {p: entry for p, entry in read_manifest(root).parts.items() if entry.traces.keys() & records}
         with new_parts(root) as new:
             old = []
@@ -97,18 +96,7 @@ def refilter(
         # Last: as long as the records name the old filters, a run is refused and names `refilter`.
         for record in records.values():
             writer.register_teacher(replace(record, filters=filter_settings(filters)))
-    fields = ("traces", "verified", "filtered_before", "filtered_now")
-    return tuple(
-        RefilterReport(teacher=name, **{field: counts[name, field] for field in fields}) for name in records
-    )
-
-
-def _chosen(root: Path, names: Sequence[str] | None) -> dict[str, TeacherRecord]:
-    records = read_teachers(root)
-    for name in names or ():
-        if name not in records:
-            raise StoreError(f"no teacher {name!r} in {root}; its teachers: {', '.join(records) or 'none'}")
-    return {name: record for name, record in records.items() if not names or name in names}
+    return tuple(counts.values())
 
 
 def _refiltered(
@@ -116,7 +104,7 @@ def _refiltered(
     filters: FiltersConfig,
     records: Mapping[str, TeacherRecord],
     problems: Mapping[str, Problem],
-    counts: Counter[tuple[str, str]],
+    counts: Mapping[str, RefilterReport],
 ) -> pa.Table | None:
     """Returns the part's rows with new filter results, and counts them; None if nothing has changed."""
     with damage_named(path), open_part(path) as file:
@@ -126,11 +114,11 @@ def _refiltered(
         now = before = row["filtered"]
         if record := records.get(row["teacher"]):
             now = _why_filtered(filters, record, problems[row["problem_id"]], row)
-            verified = row["is_correct"]
-            counts[record.name, "traces"] += 1
-            counts[record.name, "verified"] += verified
-            counts[record.name, "filtered_before"] += verified and before is not None
-            counts[record.name, "filtered_now"] += verified and now is not None
+            count, verified = counts[record.name], row["is_correct"]
+            count.traces += 1
+            count.verified += verified
+            count.filtered_before += verified and before is not None
+            count.filtered_now += verified and now is not None
         after.append(now)
     if after == table["filtered"].to_pylist():
         return None

@@ -239,18 +239,13 @@ class Solver:
         )
 
     def _count(self, trace: Trace) -> None:
-        samples, config = self.done[trace.problem_id], self.teacher.config
-        before = len(samples) + samples_left(config, samples)
+        samples, progress = self.done[trace.problem_id], self._progress
+        progress.total -= samples_left(self.teacher.config, samples)
         samples[trace.sample_index] = trace.is_usable
-        after = len(samples) + samples_left(config, samples)
-        so_far = self._progress
-        self._progress = replace(
-            so_far,
-            done=so_far.done + 1,
-            total=so_far.total + after - before,
-            verified=so_far.verified + trace.is_correct,
-            filtered=so_far.filtered + (trace.is_correct and not trace.is_usable),
-            new=so_far.new + 1,
-            tokens=so_far.tokens + trace.n_tokens,
-        )
+        progress.total += 1 + samples_left(self.teacher.config, samples)
+        progress.done += 1
+        progress.verified += trace.is_correct
+        progress.filtered += trace.is_correct and not trace.is_usable
+        progress.new += 1
+        progress.tokens += trace.n_tokens
         self._reporter.progress(self.progress())

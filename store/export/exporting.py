@@ -18,6 +18,7 @@ from store.export.export_forms import (
     Solved,
     hf_rows,
 )
+from store.format.reading import chosen_teachers
 from store.format.row_files import write_rows
 from store.format.schema import schema_of
 from store.reader import TraceStore
@@ -42,10 +43,7 @@ def export(
     rows_of = lookup(EXPORT_FORMS, form, key="--to")
     if out.exists() and not options.overwrite:
         raise UserError(f"--out {out} exists already; --overwrite replaces it")
-    known = store.teachers()
-    for name in options.teachers:
-        if name not in known:
-            raise StoreError(f"--teacher {name}: {store.path} has {', '.join(known) or 'no teacher'}")
+    chosen_teachers(store.path, options.teachers)
     report = ExportReport(path=str(out), form=form, traces={})
     rows = (row for solved in _solved(store, options, report, progress) for row in rows_of(solved))
     report.rows = write_rows(out, rows, schema_of(HF_COLUMNS) if rows_of is hf_rows else None)

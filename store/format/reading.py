@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from store.errors import StoreDamagedError
+from store.errors import StoreDamagedError, StoreError
 from store.format.columns import BIG_COLUMNS, TOKEN_COLUMNS
 from store.format.index import PLAIN_COLUMNS
 from store.format.manifest import PARTS, PROBLEMS, TEACHERS
@@ -120,3 +120,12 @@ def read_teachers(root: Path) -> dict[str, TeacherRecord]:
             raise StoreDamagedError(f"{path} cannot be read: {one_line(error)}; {MAKE_AGAIN}") from error
         records[record.name] = record
     return records
+
+
+def chosen_teachers(root: Path, names: Sequence[str] | None) -> dict[str, TeacherRecord]:
+    """Returns the named teachers (None or empty: all). Raises StoreError for an unknown one."""
+    records = read_teachers(root)
+    for name in names or ():
+        if name not in records:
+            raise StoreError(f"no teacher {name!r} in {root}; its teachers: {', '.join(records) or 'none'}")
+    return {name: record for name, record in records.items() if not names or name in names}
