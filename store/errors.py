@@ -3,6 +3,9 @@ be right."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """An error that the user can fix; the command line prints it as one line and exits with 2."""
@@ -54,3 +57,12 @@ class RunError(UserError):
 
 class TrainingError(UserError):
     """A training step that cannot be computed; the message names the remedy."""
+
+
+@contextmanager
+def prefixed(prefix: str, kind: type[UserError]) -> Iterator[None]:
+    """Puts what it is about, e.g. a config key, before an error of this kind in the block."""
+    try:
+        yield
+    except kind as error:
+        raise kind(f"{prefix}: {error}") from error

@@ -41,10 +41,10 @@ from store.format.parts import (
     digest_in_name,
     entry_of,
     list_parts,
-    write_traces,
+    write_part,
 )
 from store.format.reading import read_problems, read_teachers
-from store.format.schema import PARQUET_OPTIONS, PROBLEM_SCHEMA, table_of, teacher_json
+from store.format.schema import PARQUET_OPTIONS, PROBLEM_SCHEMA, TRACE_SCHEMA, table_of, teacher_json
 from store.records import Problem, TeacherRecord, Trace
 
 
@@ -166,7 +166,7 @@ class StoreWriter:
                     f"trace {trace.trace_id} has recipe {trace.generation_fingerprint}, "
                     f"teacher {trace.teacher!r} is registered with {fingerprint}"
                 )
-        part, entry = write_traces(self.path, traces)
+        part, entry = write_part(self.path, table_of(traces, TRACE_SCHEMA))
         change_parts(self.path, add={part: entry})
         return self.path / PARTS / part
 

@@ -18,10 +18,10 @@ from typing import Any
 
 from precompute.config import PrecomputeConfig, TeacherConfig
 from precompute.engines.registry import resolve_engine
-from precompute.problems.problem_files import load_problems, of_key
+from precompute.problems.problem_files import load_problems
 from precompute.run.pipeline import run
 from precompute.run.progress import Reporter
-from store.errors import ConfigError, EngineError, UserError
+from store.errors import ConfigError, EngineError, ProblemsError, UserError, prefixed
 from store.format.files import whole_file
 from store.reader import TraceStore
 from store.records import Problem, content_hash
@@ -47,7 +47,7 @@ def evaluate_model(
     names = [Path(config.student.model).absolute().name, Path(config.problems.eval).stem, teacher.name[-8:]]
     root = (out or Path(config.run.dir, "evals", "-".join(names))).absolute()
     columns = {"question_column", "answer_column", "form"}
-    with of_key("problems.eval"):
+    with prefixed("problems.eval", ProblemsError):
         problems = load_problems(config.problems.eval, **config.problems.model_dump(include=columns)).problems
     if (repeats := max(problem.repeats for problem in problems)) > config.eval.samples:
         reporter.message(f"the file repeats a problem {repeats} times: --samples {repeats} takes as many")

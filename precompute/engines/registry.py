@@ -5,8 +5,7 @@ A further engine is a function like those in ENGINES: `engine = "module:function
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,7 @@ from precompute.config import TeacherConfig
 from precompute.engines import Engine
 from precompute.engines.checks import cannot_load, check_options, check_there, load_failure, stop_ids_of
 from precompute.problems.prompts import use_template
-from store.errors import EngineError
+from store.errors import EngineError, prefixed
 from store.registry import lookup
 
 UNKNOWN = "unknown"
@@ -87,7 +86,7 @@ def prepare_engine(teacher: TeacherConfig, engine_name: str) -> str:
     Queries the servers of an openai teacher. Raises EngineError that names the teacher: for keys that the
     engine cannot honour here, and where no server answers.
     """
-    with naming(teacher):
+    with prefixed(f"teacher {teacher.name!r}", EngineError):
         check_options(teacher, engine_name)
         if engine_name == "openai":
             from precompute.engines.openai_engine import servers_version
@@ -104,22 +103,13 @@ def engine_version(name: str) -> str:
     return UNKNOWN
 
 
-@contextmanager
-def naming(teacher: TeacherConfig) -> Iterator[None]:
-    """An EngineError in the block begins with the teacher's name."""
-    try:
-        yield
-    except EngineError as error:
-        raise EngineError(f"teacher {teacher.name!r}: {error}") from error
-
-
 def load_engine(teacher: TeacherConfig, engine_name: str, tokenizer: Any, *, longest_prompt: int) -> Engine:
     """Loads the teacher's model in a resolved engine, with room for `longest_prompt` + max_tokens tokens.
 
     Raises EngineError that names the teacher.
     """
     load = lookup(ENGINES, engine_name, key="engine")
-    with naming(teacher):
+    with prefixed(f"teacher {teacher.name!r}", EngineError):
         check_options(teacher, engine_name)
         return load(teacher, tokenizer, max_length=longest_prompt + teacher.max_tokens)
 
@@ -132,7 +122,7 @@ def load_tokenizer(teacher: TeacherConfig) -> Any:
     from transformers import AutoTokenizer
 
     model = f"model {teacher.model!r}"
-    with naming(teacher):
+    with prefixed(f"teacher {teacher.name!r}", EngineError):
         check_there(teacher.model, teacher.revision, named=model)
         try:
             tokenizer = AutoTokenizer.from_pretrained(teacher.model, revision=teacher.revision)
@@ -149,7 +139,7 @@ def check_fits(teacher: TeacherConfig, longest_prompt: int) -> None:
     from transformers import AutoConfig
 
     needed = longest_prompt + teacher.max_tokens
-    with naming(teacher):
+    with prefixed(f"teacher {teacher.name!r}", EngineError):
         if teacher.max_model_len is not None and needed > teacher.max_model_len:
             raise EngineError(
                 f"max_model_len = {teacher.max_model_len} is too small for the longest prompt of "

@@ -14,8 +14,7 @@ To add a form, write a ProblemForm and enter it in PROBLEM_FORMS; or name your o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -81,15 +80,6 @@ class ProblemSet:
     """Rows of the file."""
     duplicates: int
     """Rows that repeat an earlier one: rows - len(problems)."""
-
-
-@contextmanager
-def of_key(key: str) -> Iterator[None]:
-    """Puts the config key that named the file before a ProblemsError of the block."""
-    try:
-        yield
-    except ProblemsError as error:
-        raise ProblemsError(f"{key}: {error}") from None
 
 
 def load_problems(

@@ -16,7 +16,7 @@ from typing import Any
 
 from precompute.config import PrecomputeConfig, TeacherConfig
 from precompute.engines.registry import load_tokenizer
-from precompute.problems.problem_files import load_problems, of_key, split_by_gold
+from precompute.problems.problem_files import load_problems, split_by_gold
 from precompute.problems.prompts import demanded_form, tokenizer_fingerprint
 from precompute.run.backends import RAY, Backend
 from precompute.run.plan import (
@@ -40,7 +40,7 @@ from precompute.run.solve import (
     samples_left,
 )
 from precompute.verify.verifier import Verifier
-from store.errors import ConfigError, EngineError, ProblemsError
+from store.errors import ConfigError, EngineError, ProblemsError, prefixed
 from store.records import Problem, TeacherRecord, content_hash
 from store.reports.report import TeacherReport
 from store.writer import StoreWriter
@@ -209,7 +209,7 @@ def read_problems(
     """
     if not config.problems.train:
         raise ConfigError("problems.train is empty; name a Parquet or JSONL file with the problems to solve")
-    with of_key("problems.train"):
+    with prefixed("problems.train", ProblemsError):
         found = load_problems(
             config.problems.train,
             question_column=config.problems.question_column,

@@ -17,7 +17,8 @@ from precompute.engines.registry import load_engine
 from precompute.run.progress import Reporter
 from precompute.run.solve import Done, PreparedTeacher, Solver, longest_prompt, next_samples, samples_left
 from precompute.verify.verifier import Verifier
-from store.format.parts import write_traces
+from store.format.parts import write_part
+from store.format.schema import TRACE_SCHEMA, table_of
 from store.records import Problem, Trace
 
 WARM_UP_TOKENS = 8
@@ -113,7 +114,7 @@ def run_probe(
         seconds = time.monotonic() - loaded
     reporter.progress(solver.progress(), last=True)
     with TemporaryDirectory() as directory:
-        size = write_traces(Path(directory), traces)[1].bytes
+        size = write_part(Path(directory), table_of(traces, TRACE_SCHEMA))[1].bytes
     usable = sum(trace.is_usable for trace in traces)
     stored = [done.get(problem.problem_id, {}) for problem in problems]
     return Probe(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -20,8 +20,7 @@ from store.errors import StoreDamagedError
 from store.format.columns import BIG_COLUMNS
 from store.format.files import disk_errors_named, whole_file
 from store.format.manifest import PARTS, PartEntry
-from store.format.schema import PART_OPTIONS, TRACE_SCHEMA, table_of
-from store.records import Trace
+from store.format.schema import PART_OPTIONS, TRACE_SCHEMA
 
 ALL = "all"
 """Directory of compacted parts, with traces of several teachers; no teacher may have this name."""
@@ -66,11 +65,6 @@ def write_part(root: Path, table: pa.Table) -> tuple[str, PartEntry]:
     with whole_file(root / PARTS / part) as file:
         file.write(content)
     return part, entry
-
-
-def write_traces(root: Path, traces: Sequence[Trace]) -> tuple[str, PartEntry]:
-    """Writes one part with the traces; see `write_part`."""
-    return write_part(root, table_of(traces, TRACE_SCHEMA))
 
 
 def entry_of(path: Path) -> PartEntry:

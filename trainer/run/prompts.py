@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from precompute.problems.problem_files import load_problems, of_key, split_by_gold
+from precompute.problems.problem_files import load_problems, split_by_gold
 from precompute.problems.prompts import prompt_warning, render_prompt
 from precompute.verify.verifier import Verifier
-from store.errors import ConfigError, ProblemsError
+from store.errors import ConfigError, ProblemsError, prefixed
 from store.records import Problem
 from trainer.config import Config
 from trainer.method.groups import Prompt
@@ -25,7 +25,7 @@ def usable_problems(config: Config, which: str, verifier: Verifier, reporter: Tr
         if which == "eval":
             return []
         raise ConfigError("problems.train is not set: give a Parquet or JSONL file of problems")
-    with of_key(f"problems.{which}"):
+    with prefixed(f"problems.{which}", ProblemsError):
         loaded = load_problems(
             path,
             question_column=config.problems.question_column,
