@@ -41,6 +41,7 @@ store.inspect_app.command("queries")(trainer.inspect_queries)
 inspect_app.command("run")(trainer.inspect_run)
 app.add_typer(store.app, name="store")
 store.app.command("refilter")(precompute.store_refilter)
+store.app.command("reverify")(precompute.store_reverify)
 store.app.command("import")(precompute.store_import)
 app.add_typer(lab.app, name="lab")
 

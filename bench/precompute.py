@@ -41,7 +41,7 @@ from precompute.problems.prompts import tokenizer_fingerprint
 from precompute.run import pipeline
 from precompute.run.progress import Reporter
 from precompute.run.solve import PreparedTeacher, Solver, fill_prompts, longest_prompt, sample_seed
-from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION, Verifier
+from precompute.verify.verifier import MATH_VERSIONS, Verifier
 from store.reader import TraceStore
 from store.records import Problem, TeacherRecord
 from store.terminal.tables import plain_table
@@ -213,10 +213,10 @@ def ours(
 ) -> tuple[float, int]:
     """(seconds, tokens) from problems to a closed store. The verifier's processes are up, as the model is,
     and know no answer yet."""
-    with Verifier.configured(config.verify) as verifier:
-        verifier.check_golds(["1"] * 2 * config.verify.workers)
+    with Verifier(config.verify) as verifier:
+        verifier.gold_errors(["1"] * 2 * config.verify.workers)
         started = time.perf_counter()
-        with StoreWriter.open(path, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION) as writer:
+        with StoreWriter.open(path, verifiers=MATH_VERSIONS) as writer:
             writer.write_problems(problems)
             writer.register_teacher(job.record)
             solver = Solver(job, problems, {}, verifier=verifier, filters=config.filters, reporter=Reporter())

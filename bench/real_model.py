@@ -105,7 +105,7 @@ def read_traces(config: Config, model: str) -> list[Reading]:
     student = config.student.model_copy(update={"model": model, "use_peft": False, "load_in_4bit": False})
     policy = load_policy(student, temperature=config.rollout.temperature)
     with ExitStack() as stack:
-        verifier = stack.enter_context(Verifier.configured(config.verify))
+        verifier = stack.enter_context(Verifier(config.verify))
         store = stack.enter_context(TraceStore(config.store.path))
         problems = usable_problems(config, "train", verifier, TrainReporter())
         form = demanded_form(config.student, problems)

@@ -191,7 +191,7 @@ def _build_parts(source: Path, target: Path) -> None:
     from store.format.parts import write_part
 
     target.mkdir()
-    create_manifest(target, verifier="bench", verifier_version="1")
+    create_manifest(target, verifiers={"bench": "1"})
     entries = {}
     for batch in pq.ParquetFile(source).iter_batches(APPENDED):
         table = pa.Table.from_batches([batch])
@@ -218,7 +218,7 @@ def _build_sorted(source: Path, target: Path) -> None:
     from store.upkeep.compaction import PART_TRACES
 
     target.mkdir()
-    create_manifest(target, verifier="bench", verifier_version="1")
+    create_manifest(target, verifiers={"bench": "1"})
     table = pq.read_table(source).sort_by("problem_id")
     slices = (table.slice(start, PART_TRACES) for start in range(0, table.num_rows, PART_TRACES))
     change_parts(target, add=dict(write_part(target, each) for each in slices))

@@ -98,10 +98,10 @@ def plain_loop(task: tuple[Sequence[PairOfTexts], Sequence[PairOfTexts]]) -> Mea
 def service(task: tuple[Sequence[PairOfTexts], Sequence[PairOfTexts]]) -> Measured:
     first, pairs = task
     # The CPU time of two workers until they are warm is known only when they have ended.
-    with Verifier(workers=2) as verifier:
+    with Verifier() as verifier:
         list(verifier.stream(first))
     starts, own = worker_cpu_seconds(), time.process_time()
-    with Verifier(workers=2) as verifier:
+    with Verifier() as verifier:
         list(verifier.stream(first))
         started = time.perf_counter()
         correct = tuple(verdict.is_correct for verdict in verifier.stream(pairs))
@@ -199,7 +199,7 @@ def service_over(task: tuple[Sequence[str], int]) -> Measured:
     golds, count = task
     samples = -(-count // len(golds))
     stream = (pair for group in groups(golds, samples, seed=1) for pair in group)
-    with Verifier(workers=2) as verifier:
+    with Verifier() as verifier:
         started = time.perf_counter()
         correct = sum(verdict.is_correct for verdict in verifier.stream(stream))
         seconds = time.perf_counter() - started

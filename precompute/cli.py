@@ -137,7 +137,7 @@ def verify(
     settings = read_config(config, set_)
     with on_interrupt(f"{out or 'nothing'} was {'not ' if out else ''}written", stderr=True):
         pairs = PairFile(file, response_column, gold_column)
-        with Meter("verifying") as progress, Verifier.configured(settings.verify) as verifier:
+        with Meter("verifying") as progress, Verifier(settings.verify) as verifier:
             report = verify_file(
                 pairs,
                 verifier,
@@ -182,6 +182,35 @@ def store_refilter(
         path = store or settings.store.path
         reports = refilter(path, settings.filters, teachers=teacher, progress=meter)
     console.print(refilter_table(reports))
+
+
+def store_reverify(
+    store: StoreArgument = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Verify the stored traces again, by the config's verifiers; nothing is sampled.
+
+    With `problems.train` in the config, traces go to the problem of the same question where its gold answer
+    was corrected.
+
+    Example: `ampo store reverify --config my.toml`
+    """
+    from precompute.problems.problem_files import configured_problems
+    from precompute.run.reverify import reverify
+    from precompute.run.tables import reverify_table
+    from precompute.verify.verifier import Verifier
+    from trainer.config import read_config
+
+    settings, console = read_config(config, set_), console_of()
+    problems = configured_problems(settings.problems, "train").problems if settings.problems.train else ()
+    with (
+        on_interrupt("the verdicts are as before. Start again with the same command"),
+        Verifier(settings.verify) as verifier,
+        Meter("verifying traces") as meter,
+    ):
+        reports = reverify(store or settings.store.path, verifier, problems, progress=meter)
+    console.print(reverify_table(reports))
 
 
 RenameOption = Annotated[
@@ -242,7 +271,7 @@ def store_import(
     form = ImportForm(files_at(file), columns, names)
     with (
         on_interrupt("what was verified is kept. Go on with the same command", stderr=True),
-        Verifier.configured(settings.verify) as verifier,
+        Verifier(settings.verify) as verifier,
         Meter("importing") as meter,
     ):
         report = import_traces(

@@ -66,8 +66,14 @@ class VerifyConfig(Section):
     """[verify]: the verifier of teacher and student alike."""
 
     default: str = "math"
-    """The kind of verification: a name in precompute.verify.registry.VERIFIERS, or a function of yours as
-    `module:function` or `file.py:function`."""
+    """Verifier of problems that name none: math, numeric, choice, exact, reasoning_gym, or a function of
+    yours as `module:function` or `file.py:function` (docs/verifiers.md)."""
+    by_source: dict[str, str] = Field(default_factory=dict)
+    """The problem's source -> verifier, e.g. {gsm8k = "numeric"}."""
+    threshold: float = 1.0
+    """Least score of a correct answer, of verifiers that return a number."""
+    simplified: bool = True
+    """An expression that the question itself holds is no answer where the gold answer is a number."""
     workers: Positive = 2
     """Worker processes; each parses one answer at a time."""
     timeout: Annotated[float, Field(gt=0)] = 5.0

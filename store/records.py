@@ -4,7 +4,7 @@
 
 Ids are content hashes, so that doing a thing twice changes nothing:
 
-    problem_id = hash(question, answer)
+    problem_id = hash(question, answer, and the row's own verifier and metadata where it has them)
     trace_id   = hash(problem_id, teacher, sample_index, text)
 """
 
@@ -17,8 +17,15 @@ from datetime import datetime
 from hashlib import blake2b
 from typing import Any, Literal, Self
 
-VERDICTS = ("match", "mismatch", "no_answer", "gold_unparseable", "timeout", "error")
-"""All results of a verification; only `match` is a correct answer."""
+VERDICTS = (
+    *("match", "mismatch", "unsimplified", "no_answer"),
+    *("gold_unparseable", "unjudged", "timeout", "error"),
+)
+"""All results of a verification; only `match` is a correct answer. `unsimplified`: the question's own
+expression; `unjudged`: the verifier returned None."""
+
+ROW_NUMBERS = ("index", "split", "problem_id", "teacher")
+"""Keys of `metadata` that number a file's rows; no part of a problem's identity."""
 
 FINISH_REASONS = ("stop", "length")
 """`stop`: the model ended by itself with an EOS token; `length`: the response was truncated."""
@@ -39,17 +46,23 @@ class Problem:
     answer: str
     """The gold answer as in the data, e.g. `\\frac{7}{4}`"""
     source: str = ""
-    """Origin, e.g. `aime`; for tables only, no part of the identity."""
+    """Origin, e.g. `aime`: for tables and for `[verify.by_source]`, no part of the identity."""
     system_prompt: str | None = None
     """System turn that came with the data (the verl form embeds one), or None."""
+    verifier: str = ""
+    """The verifier that the row names; empty: as `[verify]` says."""
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Further facts of the row for its verifier (verl's `extra_info`), as JSON has them."""
     repeats: int = field(default=1, compare=False)
     """Number of its rows in the file: the least number of samples in an evaluation; no part of the identity,
     and not stored."""
     problem_id: str = field(init=False)
-    """Content hash of (question, answer)."""
+    """Content hash of question and answer, and of verifier and metadata where there are any."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "problem_id", content_hash(self.question, self.answer))
+        facts = {key: value for key, value in self.metadata.items() if key not in ROW_NUMBERS}
+        own = (self.verifier, facts) if self.verifier or facts else ()
+        object.__setattr__(self, "problem_id", content_hash(self.question, self.answer, *own))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +98,8 @@ class Trace:
     """Hash of the teacher's recipe (model, revision, template, sampling)."""
     created_at: datetime
     """UTC."""
+    verifier: str = ""
+    """Name and version of the verifier, e.g. `math-verify 0.9.0`."""
     verdict_detail: str = ""
     """Reason of the verdict, where the verdict alone does not show it."""
     parsed_answer: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -30,6 +30,7 @@ from store.format.manifest import (
     Manifest,
     PartEntry,
     change_parts,
+    change_verifiers,
     create_manifest,
     is_fresh,
     read_manifest,
@@ -46,6 +47,9 @@ from store.format.parts import (
 from store.format.reading import read_problems, read_teachers
 from store.format.schema import PARQUET_OPTIONS, PROBLEM_SCHEMA, TRACE_SCHEMA, table_of, teacher_json
 from store.records import Problem, TeacherRecord, Trace
+
+REVERIFY = "`ampo store reverify` with this config verifies the stored texts again, without sampling"
+"""The way out where verdicts are of another verifier."""
 
 
 class StoreWriter:
@@ -65,14 +69,15 @@ class StoreWriter:
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], *, verifier: str, verifier_version: str, shard: str | None = None
+        cls, path: str | os.PathLike[str], *, verifiers: Mapping[str, str], shard: str | None = None
     ) -> Self:
         """Opens or makes the store at `path` and takes its write lock.
 
         With `shard`, a name such as `1-of-4`, it takes the lock of that shard alone. Half-written files of a
         killed writer are removed; its whole parts are entered in the manifest.
         Raises StoreForeignError, StoreVersionError, StoreDamagedError, StoreBusyError, and
-        StoreError when the directory cannot be written or its verdicts are of another verifier.
+        StoreError when the directory cannot be written or has verdicts of another version of a verifier.
+        `verifiers`: name -> version of those that will be used.
         """
         root = Path(path).absolute()
         is_fresh(root)
@@ -81,9 +86,11 @@ class StoreWriter:
             if shard is None:
                 with disk_errors_named(root):
                     remove_orphans(root)
-            create_manifest(root, verifier=verifier, verifier_version=verifier_version)
+            create_manifest(root, verifiers=verifiers)
             manifest = read_manifest(root)
-            _check_verifier(root, manifest, verifier, verifier_version)
+            check_versions(root, manifest, verifiers)
+            if not verifiers.keys() <= manifest.verifiers.keys():
+                change_verifiers(root, {**manifest.verifiers, **verifiers})
             _enter_parts(root, manifest)
             writer = cls(root, manifest)
             writer._locks = locks.pop_all()
@@ -91,12 +98,11 @@ class StoreWriter:
 
     @classmethod
     def reopen(cls, path: str | os.PathLike[str]) -> Self:
-        """Opens the existing store at `path`, of any verifier. Raises what `open` and read_manifest do."""
-        manifest = read_manifest(Path(path).absolute())
-        return cls.open(path, verifier=manifest.verifier, verifier_version=manifest.verifier_version)
+        """Opens the existing store at `path`, of any verifiers. Raises what `open` and read_manifest do."""
+        return cls.open(path, verifiers=read_manifest(Path(path).absolute()).verifiers)
 
     @classmethod
-    def peek(cls, path: str | os.PathLike[str], *, verifier: str, verifier_version: str) -> Self | None:
+    def peek(cls, path: str | os.PathLike[str], *, verifiers: Mapping[str, str]) -> Self | None:
         """Returns a writer without lock for `done`, `damaged` and `check_recipe` alone; touches no file.
 
         None where `open` would make a new store. Raises what `open` raises, except StoreBusyError.
@@ -106,15 +112,19 @@ class StoreWriter:
             _check_writable(root)
             return None
         manifest = read_manifest(root)
-        _check_verifier(root, manifest, verifier, verifier_version)
+        check_versions(root, manifest, verifiers)
         _check_writable(root)
         return cls(root, manifest)
 
-    def write_problems(self, problems: Sequence[Problem]) -> None:
-        """Adds new problems, updates source and system prompt of known ones; the order of arrival stays."""
+    def write_problems(self, problems: Sequence[Problem], *, drop: Collection[str] = ()) -> None:
+        """Adds new problems, updates source and system prompt of known ones; the order of arrival stays.
+
+        `drop`: ids of problems that are removed.
+        """
         with FileLock(self.path / MANIFEST_LOCK):  # shards write the same problems at the same time
             before = {problem.problem_id: problem for problem in read_problems(self.path)}
             merged = before | {problem.problem_id: problem for problem in problems}
+            merged = {problem_id: problem for problem_id, problem in merged.items() if problem_id not in drop}
             if merged == before:
                 return
             with whole_file(self.path / PROBLEMS) as file:
@@ -250,12 +260,15 @@ def _check_writable(root: Path) -> None:
         raise StoreError(f"cannot write to the store at {root}: no permission to write in {existing}")
 
 
-def _check_verifier(root: Path, manifest: Manifest, verifier: str, version: str) -> None:
-    if (manifest.verifier, manifest.verifier_version) != (verifier, version):
-        raise StoreError(
-            f"{root} has verdicts of {manifest.verifier} {manifest.verifier_version}, this is "
-            f"{verifier} {version}; install that version, or set store.path to a new directory"
-        )
+def check_versions(root: Path, manifest: Manifest, verifiers: Mapping[str, str]) -> None:
+    """Raises StoreError where the store has verdicts of another version of one of the `verifiers`."""
+    for name, version in verifiers.items():
+        stored = manifest.verifiers.get(name, version)
+        if stored != version:
+            raise StoreError(
+                f"{root} has verdicts of {name} {stored}, this is {name} {version}; {REVERIFY}, or set "
+                "store.path to a new directory"
+            )
 
 
 def recipe_changes(old: Mapping[str, Any], new: Mapping[str, Any], under: str = "") -> list[str]:

@@ -13,7 +13,7 @@ from conftest import tiny_tokenizer
 from safetensors.torch import load_file
 
 from precompute.config_file import load_config
-from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION
+from precompute.verify.verifier import MATH_VERSIONS
 from store.records import Problem, TeacherRecord, Trace
 from store.writer import StoreWriter
 from trainer.config import Config, GuidanceConfig, TrainConfig
@@ -55,7 +55,7 @@ def write_problems(path: Path, problems: list[Problem]) -> None:
 
 def write_store(path: Path) -> None:
     """Two teachers; every third problem has no trace."""
-    with StoreWriter.open(path, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION) as writer:
+    with StoreWriter.open(path, verifiers=MATH_VERSIONS) as writer:
         writer.write_problems(PROBLEMS)
         for name, opening in [("ada", "we add and get "), ("bob", "")]:
             writer.register_teacher(teacher(name))
@@ -88,6 +88,7 @@ def trace(problem: Problem, name: str, text: str) -> Trace:
         token_ids=ids,
         logprobs=tuple(-0.5 for _ in ids),
         generation_fingerprint=teacher(name).generation_fingerprint,
+        verifier=" ".join(*MATH_VERSIONS.items()),
     )
 
 

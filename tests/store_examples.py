@@ -11,7 +11,7 @@ from pathlib import Path
 from store.records import Problem, TeacherRecord, Trace
 from store.writer import StoreWriter
 
-JUDGE = {"verifier": "math-verify", "verifier_version": "0.9.0"}
+JUDGE = {"verifiers": {"math-verify": "0.9.0"}}
 NOON = datetime(2026, 1, 2, 12, 0, 0, 123456, tzinfo=UTC)
 
 

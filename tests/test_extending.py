@@ -71,7 +71,7 @@ def test_a_form_an_engine_and_a_verifier_of_ones_own_fill_a_store(config: Config
     pipeline.run(config)
     with TraceStore(config.store.path) as store:
         assert {p.question: p.answer for p in store.problems()} == {k: str(v) for k, v in SUMS.items()}
-        assert store.manifest.verifier == "my_verifiers.py:same_number"
+        assert list(store.manifest.verifiers) == ["my_verifiers.py:same_number"]
         assert [(t.teacher, t.text) for t in store.traces()] == [
             ("calculator", f"\\boxed{{{SUMS[problem.question]}}}")
             for trace in store.traces()

@@ -19,7 +19,7 @@ import pytest
 from precompute_examples import jsonl, keys_of, traces_of
 from run_examples import PROBLEMS, make_world, metrics_of, run, write_store
 
-from precompute.config import FiltersConfig, StoreConfig
+from precompute.config import FiltersConfig, StoreConfig, VerifyConfig
 from precompute.imports.foreign_rows import ImportColumns, ImportForm, TeacherNames, files_at
 from precompute.imports.import_traces import ImportReport, import_traces
 from precompute.run.refilter import refilter
@@ -56,7 +56,7 @@ def bring(
 @cache
 def shared_verifier() -> Verifier:
     """A worker takes a second to start; it ends with the process."""
-    verifier = Verifier(workers=1)
+    verifier = Verifier(VerifyConfig(workers=1))
     atexit.register(verifier.close, cancel=True)
     return verifier
 
@@ -126,12 +126,12 @@ def test_a_users_verifier_decides_and_its_name_and_hash_are_recorded(tmp_path: P
     (tmp_path / "cities.py").write_text(code)
     rows = [PLAIN | {"answer": "Paris", "text": f"\\boxed{{{city}}}"} for city in ("PARIS", "Rome")]
     file = jsonl(tmp_path / "cities.jsonl", *rows)
-    with Verifier(workers=1, kind=f"{tmp_path / 'cities.py'}:same_city") as verifier:
+    with Verifier(VerifyConfig(workers=1, default=f"{tmp_path / 'cities.py'}:same_city")) as verifier:
         bring(file, tmp_path / "traces", verifier=verifier)
     assert [trace.is_correct for trace in traces_of(tmp_path / "traces")] == [True, False]
     with TraceStore(tmp_path / "traces") as store:
-        assert store.manifest.verifier == "cities.py:same_city"
-    with pytest.raises(StoreError, match=r"verdicts of cities\.py:same_city .*, this is math-verify"):
+        assert list(store.manifest.verifiers) == ["cities.py:same_city"]
+    with pytest.raises(StoreError, match=r"verdicts of cities\.py:same_city .* is math-verify"):
         bring(file, tmp_path / "traces")
 
 

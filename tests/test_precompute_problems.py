@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from precompute_examples import jsonl
 
+from precompute.config import VerifyConfig
 from precompute.problems.problem_files import load_problems, split_by_gold
 from precompute.problems.prompts import answer_form_of
 from precompute.verify.verifier import Verifier
@@ -162,7 +163,7 @@ def test_unknown_columns_are_answered_with_those_that_are_there(tmp_path: Path) 
 
 def test_problems_are_split_by_whether_their_gold_can_be_parsed() -> None:
     problems = [Problem(question="?", answer=answer) for answer in ("4", "np.arcsin(10/13)", "\\frac12")]
-    with Verifier(workers=1) as verifier:
+    with Verifier(VerifyConfig(workers=1)) as verifier:
         usable, unparseable = split_by_gold(problems, verifier)
     assert [problem.answer for problem in usable] == ["4", "\\frac12"]
     assert [problem.answer for problem in unparseable] == ["np.arcsin(10/13)"]

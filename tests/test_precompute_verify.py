@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from precompute.config import VerifyConfig
 from precompute.verify.registry import verifier_record
-from precompute.verify.verifier import MAX_ANSWER_CHARS, VERIFIER_VERSION, Verifier, verify_answer
+from precompute.verify.verifier import MATH_VERSIONS, MAX_ANSWER_CHARS, Verifier, verify_answer
 from store.errors import ConfigError
+from store.records import Problem
 
 
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[Verifier]:
-    with Verifier(workers=2, timeout=5.0) as shared:
+    with Verifier(VerifyConfig(workers=2, timeout=5.0)) as shared:
         yield shared
 
 
@@ -130,7 +132,7 @@ def test_a_gold_that_cannot_be_parsed_earns_nothing(verifier: Verifier, gold: st
     assert not verdict.is_correct
     if len(gold) <= MAX_ANSWER_CHARS:
         assert verdict.reason == "gold_unparseable"
-    assert verifier.check_golds([gold, "5"]) == [False, True]
+    assert [error is None for error in verifier.gold_errors([gold, "5"])] == [False, True]
 
 
 def test_equal_pairs_share_a_verdict_which_a_waiting_caller_may_cancel_alone(verifier: Verifier) -> None:
@@ -172,7 +174,7 @@ def test_verify_answer_needs_nothing_but_strings() -> None:
     # s=0, o=1, blank=2, the backslash=3, the brace=9
     assert (verdict.is_correct, verdict.reason, verdict.answer_start) == (True, "match", 10)
     assert not verify_answer(response="so 1.75", gold="\\frac{7}{4}", timeout=1.0).is_correct
-    assert VERIFIER_VERSION.startswith("0.9.0+antlr4.13.2")
+    assert MATH_VERSIONS["math-verify"].startswith("0.9.0+antlr4.13.2")
 
 
 CITIES = """
@@ -197,18 +199,18 @@ def test_a_users_verifier_runs_in_the_same_workers(tmp_path: Path, monkeypatch: 
     (tmp_path / "cities.py").write_text(CITIES)
     monkeypatch.chdir(tmp_path)
     golds = ["paris", "rome", "nowhere", "crash", "forever", "half"]
-    with Verifier(workers=1, timeout=1.0, kind="cities.py:same_city") as verifier:
+    with Verifier(VerifyConfig(workers=1, timeout=1.0, default="cities.py:same_city")) as verifier:
         futures = [verifier.submit("\\boxed{Paris}", gold) for gold in golds]
-        old = verifier.submit(
-            "Lutetia? \\boxed{lutetia}", "Paris", question="Lutetia?", metadata={"old name": "lutetia"}
-        )
+        city = Problem(question="Lutetia?", answer="Paris", metadata={"old name": "lutetia"})
+        old = verifier.submit("Lutetia? \\boxed{lutetia}", city)
         assert [future.result().reason for future in futures] == [
-            *("match", "mismatch", "gold_unparseable", "error", "timeout", "mismatch"),
+            *("match", "mismatch", "unjudged", "error", "timeout", "mismatch"),
         ]
         assert old.result().is_correct
-        assert verifier.check_golds(["paris", "nowhere"]) == [True, False]
-        assert verifier.check_golds(["rome"], ["Where? Not in a box."]) == [False]
-        rows = [("Paris? \\boxed{Paris}", "paris", "Paris?"), ("\\boxed{Paris}", "paris", "Rome?")]
+        assert verifier.gold_errors(["paris", "nowhere"]) == [None, "the verifier cannot judge it"]
+        assert verifier.gold_errors([Problem(question="Where? Not in a box.", answer="rome")]) != [None]
+        paris, rome = (Problem(question=question, answer="paris") for question in ("Paris?", "Rome?"))
+        rows = [("Paris? \\boxed{Paris}", paris), ("\\boxed{Paris}", rome)]
         assert [verdict.is_correct for verdict in verifier.stream(rows)] == [True, False]
     name, version = verifier_record("cities.py:same_city")
     assert (name, len(version)) == ("cities.py:same_city", 16)
@@ -217,5 +219,8 @@ def test_a_users_verifier_runs_in_the_same_workers(tmp_path: Path, monkeypatch: 
 
 
 def test_an_unknown_verifier_is_one_line_that_names_the_key() -> None:
-    with pytest.raises(ConfigError, match=r"verify\.default = 'maths': give one of math, or module:function"):
-        Verifier(kind="maths")
+    with pytest.raises(
+        ConfigError,
+        match=r"verify\.default = 'maths': give one of choice, exact, math, .*, or module:function",
+    ):
+        Verifier(VerifyConfig(default="maths"))

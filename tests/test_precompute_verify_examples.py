@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from precompute.config import VerifyConfig
 from precompute.verify.verifier import Verifier
 
 FILE = Path(__file__).parent / "data" / "math_verify_examples.jsonl"
@@ -27,7 +28,7 @@ DEPARTURES = {
 
 
 def test_every_example_is_verified_as_by_math_verify_or_departs_for_a_reason() -> None:
-    with Verifier(workers=2, timeout=20.0) as verifier:
+    with Verifier(VerifyConfig(workers=2, timeout=20.0)) as verifier:
         forms = ["\\boxed{%s}" if row.get("departs") == "last" else "<answer>%s</answer>" for row in EXAMPLES]
         pairs = [(form % row["answer"], row["gold"]) for form, row in zip(forms, EXAMPLES, strict=True)]
         verdicts = list(verifier.stream(pairs))

@@ -20,6 +20,7 @@ from precompute_examples import jsonl
 from proc_examples import needs_proc, wait_until, workers_of
 from rich.console import Console
 
+from precompute.config import VerifyConfig
 from precompute.verify.verifier import Verifier
 from precompute.verify.verify_file import (
     FileReport,
@@ -63,7 +64,7 @@ VERDICTS = [
 
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[Verifier]:
-    with Verifier(workers=1, timeout=20.0) as shared:
+    with Verifier(VerifyConfig(workers=1, timeout=20.0)) as shared:
         yield shared
 
 

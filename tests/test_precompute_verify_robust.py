@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from proc_examples import memory_kb, needs_proc, open_files, wait_until, workers_of, zombies_of
 
+from precompute.config import VerifyConfig
 from precompute.verify.verifier import Verifier
 from store.errors import EngineError
 from store.records import VERDICTS
@@ -53,7 +54,7 @@ def test_hostile_answers_get_a_verdict_in_time_and_are_never_correct(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with Verifier(workers=2, timeout=1.0, memory_mb=512) as verifier:
+    with Verifier(VerifyConfig(workers=2, timeout=1.0, memory_mb=512)) as verifier:
         futures = {name: verifier.submit(f"\\boxed{{{text}}}", "5") for name, text in HOSTILE.items()}
         verdicts = {name: future.result(timeout=60) for name, future in futures.items()}
     assert [name for name, verdict in verdicts.items() if verdict.is_correct] == []
@@ -66,7 +67,7 @@ def test_hostile_answers_get_a_verdict_in_time_and_are_never_correct(
 
 
 def test_each_request_has_a_deadline_of_its_own() -> None:
-    with Verifier(workers=1, timeout=1.0) as verifier:
+    with Verifier(VerifyConfig(workers=1, timeout=1.0)) as verifier:
         assert is_half(verifier, "0.5")
         before = time.monotonic()
         answers = [f"9^{{9^{{9^{{{n}}}}}}}" if n in (9, 19) else f"{n}.5" for n in range(30)]
@@ -82,7 +83,7 @@ def test_each_request_has_a_deadline_of_its_own() -> None:
 @needs_proc
 def test_the_memory_of_a_worker_is_bounded() -> None:
     others = workers_of(os.getpid())
-    with Verifier(workers=1, timeout=10.0, memory_mb=300) as verifier:
+    with Verifier(VerifyConfig(workers=1, timeout=10.0, memory_mb=300)) as verifier:
         assert is_half(verifier, "0.5")
         (worker,) = workers_of(os.getpid()) - others
         # 2^9999999999 takes 1250 MB as an integer.
@@ -97,7 +98,7 @@ def test_the_memory_of_a_worker_is_bounded() -> None:
 @needs_proc
 def test_a_worker_that_dies_is_replaced_whether_it_was_busy_or_idle() -> None:
     others = workers_of(os.getpid())
-    with Verifier(workers=1, timeout=20.0) as verifier:
+    with Verifier(VerifyConfig(workers=1, timeout=20.0)) as verifier:
         assert is_half(verifier, "0.5")
         (busy,) = workers_of(os.getpid()) - others
         pending = verifier.submit(ENDLESS.format(9), "5")
@@ -122,7 +123,7 @@ def test_workers_end_with_a_parent_that_is_killed_while_they_compute(tmp_path: P
     script.write_text(
         "import time\n"
         "from precompute.verify.verifier import Verifier\n"
-        "verifier = Verifier(workers=2, timeout=1.0)\n"
+        "verifier = Verifier(VerifyConfig(workers=2, timeout=1.0))\n"
         "verifier.submit('\\\\boxed{0.5}', '2^{-1}').result()\n"
         "verifier.submit('\\\\boxed{9^{9^{9^{9}}}}', '5')\n"
         "time.sleep(0.3)\n"
@@ -141,7 +142,7 @@ def test_workers_end_with_a_parent_that_is_killed_while_they_compute(tmp_path: P
 
 
 def test_closing_with_cancel_ends_at_once() -> None:
-    verifier = Verifier(workers=1, timeout=600.0)
+    verifier = Verifier(VerifyConfig(workers=1, timeout=600.0))
     assert is_half(verifier, "0.5")
     pending = [verifier.submit(ENDLESS.format(n), "5") for n in range(9, 15)]
     time.sleep(0.2)
@@ -155,7 +156,7 @@ def test_closing_with_cancel_ends_at_once() -> None:
 
 def test_workers_that_cannot_start_are_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     # 8 MiB of address space do not hold a Python with sympy.
-    with Verifier(workers=2, memory_mb=8) as verifier:
+    with Verifier(VerifyConfig(workers=2, memory_mb=8)) as verifier:
         for answers in (("x", "y"), ("z",)):
             futures = [verifier.submit(f"\\boxed{{{answer}}}", "5") for answer in answers]
             for future in futures:
@@ -166,7 +167,10 @@ def test_workers_that_cannot_start_are_one_clear_error(monkeypatch: pytest.Monke
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", no_room)
-    with Verifier(workers=1) as verifier, pytest.raises(EngineError, match="no verification worker"):
+    with (
+        Verifier(VerifyConfig(workers=1)) as verifier,
+        pytest.raises(EngineError, match="no verification worker"),
+    ):
         verifier.submit("\\boxed{x}", "5").result(timeout=60)
 
 
@@ -174,7 +178,7 @@ def test_workers_that_cannot_start_are_one_clear_error(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.slow)])
 def test_no_capacity_is_lost_however_many_workers_are_killed(kills: int) -> None:
     others = workers_of(os.getpid())
-    with Verifier(workers=2, timeout=0.05) as verifier:
+    with Verifier(VerifyConfig(workers=2, timeout=0.05)) as verifier:
         assert is_half(verifier, "0.5")
         files = open_files()
         endless = [verifier.submit(ENDLESS.format(n + 9), "5") for n in range(kills)]
@@ -206,7 +210,7 @@ def test_whatever_string_comes_there_is_a_verdict_and_nothing_grows(count: int) 
     golds = ("5", "\\frac{7}{4}", "x^2+1", "(1,2)", "\\{1,2\\}", "x=5", "[0, 1)")
     pairs = [(f"<answer>{hostile(generator)}</answer>", generator.choice(golds)) for _ in range(count)]
     others = workers_of(os.getpid())
-    with Verifier(workers=2, timeout=2.0, memory_mb=1024) as verifier:
+    with Verifier(VerifyConfig(workers=2, timeout=2.0, memory_mb=1024)) as verifier:
         assert is_half(verifier, "0.5")
         before = memory_kb(os.getpid(), "VmRSS")
         started = time.monotonic()
@@ -225,7 +229,7 @@ def test_whatever_string_comes_there_is_a_verdict_and_nothing_grows(count: int) 
 @needs_proc
 @pytest.mark.parametrize("count", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_a_flood_of_answers_takes_no_more_memory_than_a_trickle(count: int) -> None:
-    with Verifier(workers=2, timeout=20.0) as verifier:
+    with Verifier(VerifyConfig(workers=2, timeout=20.0)) as verifier:
         # 50 problems, 10 answers to each: 500 distinct pairs, and texts of 4,000 characters.
         flood = (
             (f"{'so it goes, ' * 330}\\boxed{{{number % 10}}}", f"{number // 10 % 50}+0")
@@ -292,5 +296,5 @@ def test_a_directory_full_of_misleading_names_misleads_nobody(
     for name in ("sympy", "json", "precompute", "queue", "random"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('taken from the working directory')\n")
     monkeypatch.chdir(tmp_path)
-    with Verifier(workers=1, timeout=20.0) as verifier:
+    with Verifier(VerifyConfig(workers=1, timeout=20.0)) as verifier:
         assert is_half(verifier, "0.5")

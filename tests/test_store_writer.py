@@ -109,7 +109,7 @@ def test_a_store_half_created_by_a_killed_process_is_finished(tmp_path: Path) ->
     (tmp_path / ".write.lock").write_text("123\n")
     (tmp_path / f"{TMP_MARK}0f-manifest.json").write_text("{")
     with StoreWriter.open(tmp_path, **JUDGE) as writer:
-        assert writer.manifest.verifier_version == "0.9.0"
+        assert writer.manifest.verified_by == "math-verify 0.9.0"
     assert tmp_files(tmp_path) == []
 
 
@@ -179,7 +179,7 @@ def test_only_traces_of_registered_recipes_are_appended(tmp_path: Path) -> None:
 def test_another_verifier_is_refused(tmp_path: Path) -> None:
     make_store(tmp_path / "traces", [trace(0, "ada")])
     with pytest.raises(StoreError, match=r"verdicts of math-verify 0.9.0, this is math-verify 0.9.1; "):
-        StoreWriter.open(tmp_path / "traces", verifier="math-verify", verifier_version="0.9.1")
+        StoreWriter.open(tmp_path / "traces", verifiers={"math-verify": "0.9.1"})
 
 
 def test_a_foreign_directory_is_refused_and_left_alone(tmp_path: Path) -> None:

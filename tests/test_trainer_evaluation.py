@@ -11,6 +11,7 @@ from conftest import tiny_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from precompute.config import VerifyConfig
 from precompute.engines import Completion, Request, Sampling
 from precompute.engines.transformers_engine import TransformersEngine
 from precompute.verify.verifier import Verifier
@@ -67,7 +68,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(samples: int) -
 
 @pytest.fixture(scope="module")
 def rewarder() -> Iterator[Rewarder]:
-    with Verifier(workers=1) as verifier:
+    with Verifier(VerifyConfig(workers=1)) as verifier:
         yield Rewarder(verifier, answer_form="boxed", weights=DEFAULT_REWARDS)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from run_examples import prompt_of, sample_of
 
-from precompute.config import AnswerForm
+from precompute.config import AnswerForm, VerifyConfig
 from precompute.config_file import load_config, toml_of
 from precompute.verify.verifier import Verdict, Verifier
 from store.errors import ConfigError
@@ -38,7 +38,7 @@ def test_a_group_trains_something_as_soon_as_two_members_earn_differently() -> N
 
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[Verifier]:
-    with Verifier(workers=1) as opened:
+    with Verifier(VerifyConfig(workers=1)) as opened:
         yield opened
 
 

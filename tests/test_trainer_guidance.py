@@ -12,7 +12,8 @@ import torch
 from conftest import tiny_model, tiny_tokenizer, token_logprobs
 from run_examples import prompt_of, sample_of, teacher, trace
 
-from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION, Verifier
+from precompute.config import VerifyConfig
+from precompute.verify.verifier import MATH_VERSIONS, Verifier
 from store.errors import ConfigError
 from store.reader import TraceStore
 from store.records import Problem
@@ -44,7 +45,7 @@ TEXTS = {
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TraceStore]:
     """Three teachers solved problem 0, bob alone problem 1, nobody problem 2."""
     path = tmp_path_factory.mktemp("guidance") / "traces"
-    with StoreWriter.open(path, verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION) as writer:
+    with StoreWriter.open(path, verifiers=MATH_VERSIONS) as writer:
         writer.write_problems(PROBLEMS)
         for name in TEXTS:
             writer.register_teacher(teacher(name))
@@ -57,7 +58,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TraceStore]:
 
 @pytest.fixture(scope="module")
 def rewarder() -> Iterator[Rewarder]:
-    with Verifier(workers=1) as verifier:
+    with Verifier(VerifyConfig(workers=1)) as verifier:
         yield Rewarder(verifier, answer_form="boxed", weights=DEFAULT_REWARDS)
 
 

@@ -20,7 +20,7 @@ from run_examples import (
 )
 
 from precompute.run.progress import Reporter
-from precompute.verify.verifier import VERIFIER_NAME, VERIFIER_VERSION
+from precompute.verify.verifier import MATH_VERSIONS
 from store.errors import RunError, UserError
 from store.reader import TraceStore, Usable
 from store.upkeep.compaction import compact
@@ -135,7 +135,7 @@ def begun(begun_once: Path, tmp_path: Path) -> Path:
 
 def test_a_store_that_gained_a_trace_is_refused_unless_asked_for(begun: Path, model_dir: Path) -> None:
     # PROBLEMS[0] had no trace: with one, the next steps would be others.
-    with StoreWriter.open(begun / "traces", verifier=VERIFIER_NAME, verifier_version=VERIFIER_VERSION) as w:
+    with StoreWriter.open(begun / "traces", verifiers=MATH_VERSIONS) as w:
         w.append([trace(PROBLEMS[0], "ada", "\\boxed{0}")])
     with pytest.raises(RunError, match=r"ada had 8 traces, now 9\..*--resume-with-changed-store"):
         run(begun, model_dir, "run", train__max_steps=3)

@@ -19,6 +19,7 @@ from rich.text import Text
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from precompute.problems.prompts import tokenizer_fingerprint
+from precompute.run.reverify import check_verdicts
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, UserError
 from trainer.config import Config, StudentConfig
@@ -91,7 +92,7 @@ def dry_run(config: Config, *, gpu: str = "", processes: int = 1) -> tuple[Group
 
     with ExitStack() as stack:
         stack.enter_context(Trackers(config.run.report_to))
-        verifier = stack.enter_context(Verifier.configured(config.verify))
+        verifier = stack.enter_context(Verifier(config.verify))
         problems = attempt(lambda: usable_problems(config, "train", verifier, reporter)) or []
         held_out = []
         if config.eval.every:
@@ -100,6 +101,7 @@ def dry_run(config: Config, *, gpu: str = "", processes: int = 1) -> tuple[Group
         student = attempt(lambda: read_student(config.student))
         lines.append(f"{len(problems)} training problems, {len(held_out)} held-out problems")
         if store is not None:
+            check_verdicts(store.path, problems, verifier)
             lines.append(f"{covered(store, problems, config)} problems have a verified trace in the store")
         if student and store and config.guidance.reads_teacher_logprobs:
             check_tokenizers(store.teachers(), tokenizer_fingerprint(student[0]), config.guidance.teachers)

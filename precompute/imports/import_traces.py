@@ -28,6 +28,7 @@ from precompute.engines import Completion
 from precompute.imports.foreign_rows import ForeignTrace, ImportForm
 from precompute.problems.prompts import tokenizer_fingerprint
 from precompute.run.refilter import check_filters, filter_settings
+from precompute.run.reverify import check_verdicts
 from precompute.run.traces import PartBuffer, trace_of
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, EngineError, RecipeChangedError
@@ -102,7 +103,8 @@ def import_traces(
         done = sum(each.empty + each.repeated + each.existing + each.new for each in counts.values())
         progress(done, total, _verified_share(list(counts.values())))
 
-    with StoreWriter.open(store.path, verifier=verifier.name, verifier_version=verifier.version) as writer:
+    with StoreWriter.open(store.path, verifiers=verifier.versions(problems.values())) as writer:
+        check_verdicts(writer.path, list(problems.values()), verifier)
         _register(writer, problems, records)
         stored = {name: writer.done(name) for name in records}
         parts = {
@@ -110,7 +112,7 @@ def import_traces(
             for name in records
         }
         lacking, again = tee(_lacking(form, stored, counts, report))
-        verdicts = verifier.stream((t.text, t.problem.answer, t.problem.question) for t, _ in lacking)
+        verdicts = verifier.stream((t.text, t.problem) for t, _ in lacking)
         try:
             for verdict, (foreign, index) in zip(verdicts, again, strict=False):
                 trace = trace_of(

@@ -13,22 +13,25 @@ To add a form, write a ProblemForm and enter it in PROBLEM_FORMS; or name your o
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from precompute.config import ProblemsConfig
 from precompute.config_file import short
 from precompute.problems.data_rows import Row, cell_of, data_rows, find_column, gold_of, turns_of
 from precompute.verify.verifier import Verifier
-from store.errors import ProblemsError
+from store.errors import ProblemsError, prefixed
 from store.records import Problem
 from store.registry import lookup
 
 QUESTION_COLUMNS = ("question", "problem", "prompt")
 ANSWER_COLUMNS = ("answer", "gold", "reward_model.ground_truth")
 SOURCE_COLUMNS = ("data_source", "source")
+METADATA_COLUMNS = ("metadata", "extra_info")
 ANY_FORM = "any"
 """The form of each row is the first of PROBLEM_FORMS that knows it."""
 
@@ -109,6 +112,17 @@ def load_problems(
     return ProblemSet(problems=problems, rows=rows, duplicates=rows - len(unique))
 
 
+def configured_problems(config: ProblemsConfig, which: Literal["train", "eval"]) -> ProblemSet:
+    """Reads the file of `problems.train` or `problems.eval`. Raises ProblemsError that names the key."""
+    with prefixed(f"problems.{which}", ProblemsError):
+        return load_problems(
+            getattr(config, which),
+            question_column=config.question_column,
+            answer_column=config.answer_column,
+            form=config.form,
+        )
+
+
 class ProblemReader:
     """Reads the problems of rows; the first row settles the columns."""
 
@@ -143,7 +157,10 @@ class ProblemReader:
             raise ProblemsError(f"{file}, row {number}: {error}") from None
         sources = (row.get(name) for name in SOURCE_COLUMNS)
         return replace(
-            problem, source=next((each for each in sources if isinstance(each, str)), problem.source)
+            problem,
+            source=next((each for each in sources if isinstance(each, str)), problem.source),
+            verifier=problem.verifier or row.get("verifier") or "",
+            metadata=problem.metadata or metadata_of(row),
         )
 
     def _formed(self, row: Row, columns: Columns) -> Problem:
@@ -153,13 +170,28 @@ class ProblemReader:
         raise ValueError(f"problems.form does not fit this row: {short(row)}")
 
 
+def metadata_of(row: Row) -> dict[str, Any]:
+    """Returns the facts for the row's verifier, in JSON's types: its `metadata` or verl's `extra_info`, an
+    object or JSON text."""
+    for name in METADATA_COLUMNS:
+        cell = row.get(name)
+        if isinstance(cell, str) and cell.strip().startswith("{"):
+            cell = json.loads(cell)
+        if isinstance(cell, Mapping):
+            facts = json.loads(json.dumps(cell, default=str))
+            # Parquet gives every row the keys of all.
+            return {key: value for key, value in facts.items() if value is not None}
+    return {}
+
+
 def split_by_gold(
     problems: Sequence[Problem], verifier: Verifier
 ) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
     """Returns (usable, unparseable): a problem whose gold answer cannot be parsed never earns a reward."""
-    parses = verifier.check_golds([p.answer for p in problems], [p.question for p in problems])
-    pairs = list(zip(problems, parses, strict=True))
-    return tuple(p for p, fine in pairs if fine), tuple(p for p, fine in pairs if not fine)
+    pairs = list(zip(problems, verifier.gold_errors(problems), strict=True))
+    return tuple(p for p, error in pairs if error is None), tuple(
+        p for p, error in pairs if error is not None
+    )
 
 
 def _answer(row: Row, columns: Columns) -> str:

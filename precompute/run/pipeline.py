@@ -16,7 +16,7 @@ from typing import Any
 
 from precompute.config import PrecomputeConfig, TeacherConfig
 from precompute.engines.registry import load_tokenizer
-from precompute.problems.problem_files import load_problems, split_by_gold
+from precompute.problems.problem_files import configured_problems, split_by_gold
 from precompute.problems.prompts import demanded_form, tokenizer_fingerprint
 from precompute.run.backends import RAY, Backend
 from precompute.run.plan import (
@@ -30,6 +30,7 @@ from precompute.run.plan import (
 from precompute.run.probe import run_probe
 from precompute.run.progress import Reporter
 from precompute.run.refilter import check_filters, filter_settings
+from precompute.run.reverify import check_verdicts
 from precompute.run.shard import Shard
 from precompute.run.solve import (
     STAGE_PROBLEMS,
@@ -40,7 +41,7 @@ from precompute.run.solve import (
     samples_left,
 )
 from precompute.verify.verifier import Verifier
-from store.errors import ConfigError, EngineError, ProblemsError, prefixed
+from store.errors import ConfigError, EngineError, ProblemsError
 from store.records import Problem, TeacherRecord, content_hash
 from store.reports.report import TeacherReport
 from store.writer import StoreWriter
@@ -70,16 +71,12 @@ def run(
     with ExitStack() as stack:
         backend = stack.enter_context(open_backend(config, engine, shard, reporter))
         prepared = prepare_teachers(config, teachers, backend)
-        verifier = stack.enter_context(Verifier.configured(config.verify))
+        verifier = stack.enter_context(Verifier(config.verify))
         problems, summary = read_problems(config, limit, shard, verifier, reporter)
         writer = stack.enter_context(
-            StoreWriter.open(
-                config.store.path,
-                verifier=verifier.name,
-                verifier_version=verifier.version,
-                shard=backend.shard,
-            )
+            StoreWriter.open(config.store.path, verifiers=verifier.versions(problems), shard=backend.shard)
         )
+        check_verdicts(writer.path, problems, verifier)
         for teacher in prepared:
             check_filters(writer, teacher.record)
         writer.write_problems(problems)
@@ -138,11 +135,13 @@ def plan(
     with open_backend(config, engine, shard, reporter) as backend:
         prepared = prepare_teachers(config, teachers, backend)
     path = str(Path(config.store.path).absolute())
-    with Verifier.configured(config.verify) as verifier:
+    with Verifier(config.verify) as verifier:
         problems, summary = read_problems(config, limit, shard, verifier, reporter)
         if not problems:
             raise ProblemsError(f"shard {shard} holds none of the problems; there is nothing to plan")
-        store = StoreWriter.peek(path, verifier=verifier.name, verifier_version=verifier.version)
+        store = StoreWriter.peek(path, verifiers=verifier.versions(problems))
+        if store is not None:
+            check_verdicts(store.path, problems, verifier)
         stored = [(teacher, _stored(store, teacher)) for teacher in prepared]
         plans = [_teacher_plan(teacher, problems, done, reporter) for teacher, done in stored]
         if probe:
@@ -209,13 +208,7 @@ def read_problems(
     """
     if not config.problems.train:
         raise ConfigError("problems.train is empty; name a Parquet or JSONL file with the problems to solve")
-    with prefixed("problems.train", ProblemsError):
-        found = load_problems(
-            config.problems.train,
-            question_column=config.problems.question_column,
-            answer_column=config.problems.answer_column,
-            form=config.problems.form,
-        )
+    found = configured_problems(config.problems, "train")
     chosen = found.problems[:limit] if shard is None else shard.of(found.problems[:limit])
     parseable: list[Problem] = []
     unparseable: list[Problem] = []

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from precompute.config import FiltersConfig
+from precompute.config import AnswerForm, FiltersConfig
 from precompute.problems.prompts import demanded_form
 from precompute.run.filters import why_filtered
 from precompute.verify.final_answer import find_answer
@@ -130,10 +130,15 @@ def _why_filtered(
     filters: FiltersConfig, record: TeacherRecord, problem: Problem, row: Mapping[str, Any]
 ) -> str | None:
     text, form = row["text"], demanded_form(record, problem)
-    # The prompt ended inside a `<think>` block if only then the answer is found where it was.
+    opens_think = opened_thought(text, form, row["answer_start"])
+    return why_filtered(filters, text=text, n_tokens=row["n_tokens"], form=form, opens_think=opens_think)
+
+
+def opened_thought(text: str, form: AnswerForm | None, answer_start: int | None) -> bool:
+    """Returns True if a stored text's prompt ended inside a `<think>` block: if only then its answer is found
+    where it was."""
     plain, thought = (
-        find_answer(text, form=form, opens_think=opens).answer_start == row["answer_start"]
+        find_answer(text, form=form, opens_think=opens).answer_start == answer_start
         for opens in (False, True)
     )
-    opens_think = thought and not plain
-    return why_filtered(filters, text=text, n_tokens=row["n_tokens"], form=form, opens_think=opens_think)
+    return thought and not plain

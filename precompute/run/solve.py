@@ -202,10 +202,9 @@ class Solver:
         verdict = await asyncio.wrap_future(
             self._verifier.submit(
                 completion.text,
-                problem.answer,
+                problem,
                 demanded_form(record, problem),
                 opens_think=opens_think,
-                question=problem.question,
             )
         )
         trace = trace_of(

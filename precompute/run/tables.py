@@ -13,6 +13,7 @@ from rich.text import Text
 from precompute.config import AnswerForm
 from precompute.run.plan import PrecomputePlan, PrecomputeReport, ProblemsSummary, TeacherOutcome, TeacherPlan
 from precompute.run.refilter import RefilterReport
+from precompute.run.reverify import ReverifyReport
 from precompute.verify.final_answer import CLOSING, OPENING, find_answer, to_form
 from store.reports.tables import coverage_table
 from store.terminal.tables import plain_table
@@ -131,6 +132,17 @@ def refilter_table(reports: Sequence[RefilterReport]) -> Table:
             for each in reports
         ),
     )
+
+
+def reverify_table(reports: Sequence[ReverifyReport]) -> Table:
+    """Returns the verified traces per teacher, before and now."""
+    table = plain_table(
+        "traces verified again", text=["teacher"], numbers=["traces", "verified before", "now", "changed"]
+    )
+    for report in reports:
+        counts = (report.traces, report.verified_before, report.verified_now, report.changed)
+        table.add_row(report.teacher, *(f"{count:,}" for count in counts))
+    return table
 
 
 def problems_line(summary: ProblemsSummary) -> str:

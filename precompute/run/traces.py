@@ -73,6 +73,7 @@ def trace_of(
         seed=seed,
         generation_fingerprint=record.generation_fingerprint,
         created_at=datetime.now(UTC),
+        verifier=verdict.verifier,
         verdict_detail=verdict.detail,
         parsed_answer=verdict.parsed_answer,
         parsed_gold=verdict.parsed_gold,

@@ -16,6 +16,8 @@ class Outcome(NamedTuple):
     parsed_gold: str | None = None
     """The gold answer as the verifier read it, cut to 1,000 characters; None where it could not be read."""
     parsed_answer: str | None = None
+    score: float | None = None
+    """The number that the verifier returned; None: 1 for a match, else 0."""
 
 
 class Request(NamedTuple):
@@ -26,6 +28,7 @@ class Request(NamedTuple):
     question: str = ""
     response: str = ""
     metadata: Mapping[str, Any] | None = None
+    source: str = ""
 
 
 class VerifierFunction(Protocol):
@@ -36,7 +39,7 @@ class VerifierFunction(Protocol):
     ) -> bool | float | Outcome | None:
         """Compares the final `answer` found in `response` with the problem's `gold` answer.
 
-        A number counts as correct from 1 on. None means that the gold answer cannot be used; each gold answer
-        is checked once by passing it as its own answer.
+        A number is the score, which counts as correct from `verify.threshold` on. None: it cannot be judged.
+        Each gold answer is checked once by passing it as its own answer; None then means that it is unusable.
         """
         ...

@@ -7,6 +7,10 @@ from fractions import Fraction
 
 from precompute.verify.base import Outcome
 
+_OPERATION = re.compile(r"\d[-+*/^]|\\(?:d?frac|sqrt|binom)|!")
+_SIGNS = {"\\left": "", "\\right": "", "\\times": "*", "\\cdot": "*", "\\div": "/", "×": "*"}
+_SIGNS |= {"·": "*", "÷": "/", "−": "-", "$": "", "\\,": ""}
+
 CLEARLY = Fraction(1, 100_000)
 """Relative difference above which two decimals are not roundings of one another."""
 
@@ -25,6 +29,22 @@ def compare_numbers(gold: str, answer: str) -> Outcome | None:
     if is_rounded and abs(left - right) <= CLEARLY * max(Fraction(1), abs(left), abs(right)):
         return None
     return Outcome("mismatch", "", str(left), str(right))
+
+
+def is_own_expression(question: str, gold: str, answer: str) -> bool:
+    """Returns True for an answer that is an expression of the question, where the gold answer is a number:
+    the problem asks to compute it."""
+    if plain_number(gold.strip("$ ")) is None or plain_number(answer) is not None:
+        return False
+    expression = _squeezed(answer.rpartition("=")[2])
+    return bool(_OPERATION.search(expression)) and expression in _squeezed(question)
+
+
+def _squeezed(text: str) -> str:
+    """Returns an expression without spaces and with one sign for each operation."""
+    for written, sign in _SIGNS.items():
+        text = text.replace(written, sign)
+    return "".join(text.split())
 
 
 def plain_number(text: str) -> Fraction | None:

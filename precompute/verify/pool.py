@@ -37,9 +37,10 @@ class WorkerPool:
     A deadline begins when a worker that is ready takes the request. The workers start with the first one.
     """
 
-    def __init__(self, verifier: str, *, workers: int, memory_mb: int) -> None:
+    def __init__(self, verifier: str, *, threshold: float, workers: int, memory_mb: int) -> None:
+        arguments = (verifier, threshold, memory_mb)
         self._new_pool = partial(
-            ProcessPool, workers, initializer=start, initargs=(verifier, memory_mb), context=_Context()
+            ProcessPool, workers, initializer=start, initargs=arguments, context=_Context()
         )
         self._memory_mb = memory_mb
         self._lock = threading.RLock()

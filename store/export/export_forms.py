@@ -10,6 +10,7 @@ To add a form, add a function and an entry in EXPORT_FORMS, or give `--to` your 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,6 +120,7 @@ HF_COLUMNS = {**PROBLEM_COLUMNS, "final_answer": "string", **_HF_TRACE}
 def hf_rows(solved: Solved) -> Iterator[dict[str, Any]]:
     """Yields a row a trace, without tokens and log-probabilities."""
     problem = {name: getattr(solved.problem, name) for name in PROBLEM_COLUMNS}
+    problem["metadata"] = json.dumps(problem["metadata"], ensure_ascii=False, sort_keys=True)
     for trace in solved.traces:
         columns = {name: getattr(trace, name) for name in _HF_TRACE}
         yield {**problem, "final_answer": trace.answer, **columns}
@@ -140,7 +142,9 @@ def _prompt(solved: Solved, turn: str | None) -> list[dict[str, str]]:
 
 
 def _extra(solved: Solved) -> dict[str, Any]:
-    return {"index": solved.index, "split": "train", "problem_id": solved.problem.problem_id}
+    """Returns the problem's metadata and its number; columns of all rows are those of the first."""
+    numbers = {"index": solved.index, "split": "train", "problem_id": solved.problem.problem_id}
+    return {**solved.problem.metadata, **numbers}
 
 
 EXPORT_FORMS: dict[str, Form] = {"verl": verl_rows, "luffy": luffy_rows, "chat": chat_rows, "hf": hf_rows}

@@ -23,6 +23,7 @@ TRACE_COLUMNS = {
     "seed": "int64",
     "generation_fingerprint": "string",
     "created_at": "time",
+    "verifier": "string",
     "verdict_detail": "string",
     "parsed_answer": "string",
     "parsed_gold": "string",
@@ -30,7 +31,15 @@ TRACE_COLUMNS = {
 }
 """Field of store.records.Trace -> its kind: a `time` is in UTC, `int32s` and `float32s` are lists."""
 
-PROBLEM_COLUMNS = dict.fromkeys(("problem_id", "question", "answer", "source", "system_prompt"), "string")
+PROBLEM_COLUMNS = {
+    "problem_id": "string",
+    "question": "string",
+    "answer": "string",
+    "source": "string",
+    "system_prompt": "string",
+    "verifier": "string",
+    "metadata": "string",
+}
 
 TEACHER_COLUMNS = (*TeacherRecord.__dataclass_fields__, "generation_fingerprint")
 

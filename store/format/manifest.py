@@ -1,7 +1,6 @@
 """`manifest.json`, which makes a directory a store, and the names of the other files.
 
-    {"schema_version": 2, "verifier": "math-verify", "verifier_version": "0.9.0+ampo.1",
-     "created": "2026-...",
+    {"schema_version": 3, "verifiers": {"math-verify": "0.9.0+ampo.1"}, "created": "2026-...",
      "parts": {"ada/part-000001-47aa77ca00112233.parquet": {"bytes": 3863, "blake2b": "47aa77ca...",
                                                             "traces": {"ada": 3}, "verified": {"ada": 2}}}}
 
@@ -49,16 +48,20 @@ class PartEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The verifier of the traces, the schema, and the checksum of every part."""
+    """The verifiers of the traces, the schema, and the checksum of every part."""
 
     schema_version: int
-    verifier: str
-    """e.g. `math-verify`"""
-    verifier_version: str
+    verifiers: Mapping[str, str]
+    """Name -> version, e.g. of `math-verify`."""
     created: str
     """ISO 8601, UTC."""
     parts: Mapping[str, PartEntry] = field(default_factory=dict)
     """By the path below `parts/`."""
+
+    @property
+    def verified_by(self) -> str:
+        """Names and versions of the verifiers in one line."""
+        return ", ".join(f"{name} {version}" for name, version in self.verifiers.items())
 
 
 def is_fresh(root: Path) -> bool:
@@ -119,12 +122,18 @@ def read_manifest(root: Path) -> Manifest:
         raise StoreDamagedError(f"{path} is broken: {error}; restore the file from a copy") from error
 
 
-def create_manifest(root: Path, *, verifier: str, verifier_version: str) -> None:
+def create_manifest(root: Path, *, verifiers: Mapping[str, str]) -> None:
     """Makes `root` a store, unless another writer has done so meanwhile."""
     with FileLock(root / MANIFEST_LOCK):
         if is_fresh(root):
             created = datetime.now(UTC).isoformat(timespec="seconds")
-            _write(root, Manifest(SCHEMA_VERSION, verifier, verifier_version, created))
+            _write(root, Manifest(SCHEMA_VERSION, verifiers, created))
+
+
+def change_verifiers(root: Path, verifiers: Mapping[str, str]) -> None:
+    """Records other verifiers; safe among several writers."""
+    with FileLock(root / MANIFEST_LOCK):
+        _write(root, replace(read_manifest(root), verifiers=dict(verifiers)))
 
 
 def _write(root: Path, manifest: Manifest) -> None:

@@ -102,7 +102,7 @@ def read_problems(root: Path) -> list[Problem]:
     with damage_named(path, MAKE_AGAIN), open_part(path) as file:
         rows = file.read(use_threads=False).to_pylist()
         ids = [row.pop("problem_id") for row in rows]
-        problems = [Problem(**row) for row in rows]
+        problems = [Problem(**row | {"metadata": json.loads(row["metadata"])}) for row in rows]
         if ids != [problem.problem_id for problem in problems]:
             raise ValueError("the problem_id of a row does not fit its content")
     return problems

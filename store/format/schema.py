@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow as pa
 from store.format.columns import BIG_COLUMNS, PROBLEM_COLUMNS, TRACE_COLUMNS
 from store.records import Problem, TeacherRecord, Trace
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Raised whenever an older reader could misread the files of a newer writer."""
 
 ROW_GROUP_ROWS = 16
@@ -62,10 +63,14 @@ PART_OPTIONS: dict[str, Any] = PARQUET_OPTIONS | {
 
 def table_of(records: Sequence[Trace] | Sequence[Problem], schema: pa.Schema) -> pa.Table:
     """Returns one row a record, in the order given."""
-    columns = [[getattr(record, name) for record in records] for name in schema.names]
+    columns = [[_cell(getattr(record, name)) for record in records] for name in schema.names]
     return pa.table(
         [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema
     )
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True) if isinstance(value, Mapping) else value
 
 
 def teacher_json(record: TeacherRecord) -> dict[str, Any]:

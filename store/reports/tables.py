@@ -75,7 +75,7 @@ def _totals(report: StoreReport) -> str:
     return (
         f"{report.problems:,} problems, {report.traces:,} traces ({report.verified:,} verified{filtered}), "
         f"{report.tokens:,} tokens, {report.parts} parts, {report.bytes / 2**20:.1f} MiB{damaged}; "
-        f"verified by {report.manifest.verifier} {report.manifest.verifier_version}"
+        f"verified by {report.manifest.verified_by}"
     )
 
 

@@ -95,7 +95,7 @@ Reward = Callable[[Problem, Sample, Verdict | None], float]
 `has_format`; the verdict is None for a completion that was cut, which is not verified."""
 
 REWARDS: dict[str, Reward] = {
-    "correct": lambda problem, completion, verdict: float(completion.is_correct),
+    "correct": lambda problem, completion, verdict: 0.0 if verdict is None else verdict.score,
     "format": lambda problem, completion, verdict: float(completion.has_format),
 }
 """Names in `[rewards]`."""
@@ -121,10 +121,7 @@ class Rewarder:
         """Starts verification and returns at once; None for a sample that was cut, which is never correct."""
         if sample.finish_reason != "stop":
             return None
-        problem = prompt.problem
-        return self.verifier.submit(
-            sample.text, problem.answer, opens_think=prompt.opens_think, question=problem.question
-        )
+        return self.verifier.submit(sample.text, prompt.problem, opens_think=prompt.opens_think)
 
     def reward(self, prompt: Prompt, sample: Sample, verification: Future[Verdict] | None) -> Sample:
         """Returns the sample with verdict and rewards; waits for the verification that `verify` started."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from precompute.problems.problem_files import load_problems, split_by_gold
+from precompute.problems.problem_files import configured_problems, split_by_gold
 from precompute.problems.prompts import prompt_warning, render_prompt
 from precompute.verify.verifier import Verifier
-from store.errors import ConfigError, ProblemsError, prefixed
+from store.errors import ConfigError, ProblemsError
 from store.records import Problem
 from trainer.config import Config
 from trainer.method.groups import Prompt
@@ -18,20 +18,16 @@ from trainer.student.load import TEMPLATE_KEY
 from trainer.telemetry.console import TrainReporter
 
 
-def usable_problems(config: Config, which: str, verifier: Verifier, reporter: TrainReporter) -> list[Problem]:
+def usable_problems(
+    config: Config, which: Literal["train", "eval"], verifier: Verifier, reporter: TrainReporter
+) -> list[Problem]:
     """Returns the problems of `problems.train` or `problems.eval` whose gold answers can be parsed."""
     path = getattr(config.problems, which)
     if not path:
         if which == "eval":
             return []
         raise ConfigError("problems.train is not set: give a Parquet or JSONL file of problems")
-    with prefixed(f"problems.{which}", ProblemsError):
-        loaded = load_problems(
-            path,
-            question_column=config.problems.question_column,
-            answer_column=config.problems.answer_column,
-            form=config.problems.form,
-        )
+    loaded = configured_problems(config.problems, which)
     usable, unparseable = split_by_gold(loaded.problems, verifier)
     for problem in unparseable:
         reporter.warned(

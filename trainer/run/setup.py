@@ -12,6 +12,7 @@ import torch
 
 from precompute.config import AnswerForm
 from precompute.problems.prompts import tokenizer_fingerprint
+from precompute.run.reverify import check_verdicts
 from precompute.verify.verifier import Verifier
 from store.errors import StoreError
 from store.reader import TraceStore, Usable
@@ -74,7 +75,7 @@ def assemble(
     """Loads and checks all parts. `weights`: the checkpoint to resume from; `stack` closes what is opened."""
     check_choices(config, world)
     trackers = stack.enter_context(Trackers(config.run.report_to if world.is_main else ()))
-    verifier = stack.enter_context(Verifier.configured(config.verify))
+    verifier = stack.enter_context(Verifier(config.verify))
     problems = usable_problems(config, "train", verifier, reporter)
     held_out = usable_problems(config, "eval", verifier, reporter) if config.eval.every else []
     if weights is None or config.student.use_peft:
@@ -89,7 +90,7 @@ def assemble(
     rewarder = Rewarder(verifier, answer_form=form, weights=config.rewards)
     traces = None if store is None else trace_reader(config, store, policy, form)
     if store is not None and traces is not None:
-        check_store(config, store, traces, train_prompts, reporter)
+        check_store(config, store, traces, train_prompts, verifier, reporter)
     shard(policy, world)
     prompts = [prompt.ids for prompt in (*train_prompts, *eval_prompts)]
     sampler = make_sampler(config, policy, prompts, run.root, stack, world)
@@ -180,9 +181,16 @@ def open_store(config: Config, stack: ExitStack) -> TraceStore | None:
 
 
 def check_store(
-    config: Config, store: TraceStore, traces: TraceReader, prompts: Sequence[Prompt], reporter: TrainReporter
+    config: Config,
+    store: TraceStore,
+    traces: TraceReader,
+    prompts: Sequence[Prompt],
+    verifier: Verifier,
+    reporter: TrainReporter,
 ) -> None:
-    """Warns when the store knows few of the problems; refuses traces that `shaped_ratio` cannot use."""
+    """Warns when the store knows few of the problems; refuses verdicts of another verifier, and traces that
+    `shaped_ratio` cannot use."""
+    check_verdicts(store.path, [prompt.problem for prompt in prompts], verifier)
     if config.guidance.reads_teacher_logprobs:
         fingerprint = tokenizer_fingerprint(traces.student.tokenizer)
         check_tokenizers(store.teachers(), fingerprint, config.guidance.teachers)
