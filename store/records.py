@@ -98,7 +98,7 @@ class Trace:
     """Hash of the teacher's recipe (model, revision, template, sampling)."""
     created_at: datetime
     """UTC."""
-    verifier: str = ""
+    verified_by: str = ""
     """Name and version of the verifier, e.g. `math-verify 0.9.0`."""
     verdict_detail: str = ""
     """Reason of the verdict, where the verdict alone does not show it."""

@@ -88,7 +88,7 @@ def trace(problem: Problem, name: str, text: str) -> Trace:
         token_ids=ids,
         logprobs=tuple(-0.5 for _ in ids),
         generation_fingerprint=teacher(name).generation_fingerprint,
-        verifier=" ".join(*MATH_VERSIONS.items()),
+        verified_by=" ".join(*MATH_VERSIONS.items()),
     )
 
 

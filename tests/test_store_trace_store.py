@@ -136,12 +136,12 @@ def test_a_foreign_directory_is_refused(tmp_path: Path) -> None:
 def test_a_newer_store_is_refused_and_a_broken_manifest_named(root: Path) -> None:
     manifest = json.loads((root / "manifest.json").read_text())
     (root / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 99}))
-    with pytest.raises(StoreVersionError, match="schema version 99, this ampo reads 2; install"):
+    with pytest.raises(StoreVersionError, match="schema version 99, this ampo reads 3; install"):
         TraceStore(root)
     (root / "manifest.json").write_text("{")
     with pytest.raises(StoreDamagedError, match=r"manifest\.json cannot be read"):
         TraceStore(root)
-    (root / "manifest.json").write_text('{"schema_version": 2}')
+    (root / "manifest.json").write_text('{"schema_version": 3}')
     with pytest.raises(StoreDamagedError, match="is broken: 'parts'"):
         TraceStore(root)
 

@@ -38,8 +38,8 @@ READ_COLUMNS = [
 ]
 
 _VERIFIERS = """
-    SELECT problem_id, any_value(verifier) AS verifier FROM idx.traces
-    WHERE problem_id IN (SELECT unnest($problem_ids::VARCHAR[])) GROUP BY problem_id, verifier
+    SELECT problem_id, any_value(verified_by) AS verifier FROM idx.traces
+    WHERE problem_id IN (SELECT unnest($problem_ids::VARCHAR[])) GROUP BY problem_id, verified_by
 """
 
 
@@ -162,7 +162,7 @@ def _columns(row: Mapping[str, Any], verdict: Verdict, problem_id: str) -> dict[
         "answer_start": verdict.answer_start,
         "verdict": verdict.reason,
         "is_correct": verdict.is_correct and row["finish_reason"] == "stop",
-        "verifier": verdict.verifier,
+        "verified_by": verdict.verifier,
         "verdict_detail": verdict.detail,
         "parsed_answer": verdict.parsed_answer,
         "parsed_gold": verdict.parsed_gold,

@@ -73,7 +73,7 @@ def trace_of(
         seed=seed,
         generation_fingerprint=record.generation_fingerprint,
         created_at=datetime.now(UTC),
-        verifier=verdict.verifier,
+        verified_by=verdict.verifier,
         verdict_detail=verdict.detail,
         parsed_answer=verdict.parsed_answer,
         parsed_gold=verdict.parsed_gold,

@@ -23,7 +23,7 @@ TRACE_COLUMNS = {
     "seed": "int64",
     "generation_fingerprint": "string",
     "created_at": "time",
-    "verifier": "string",
+    "verified_by": "string",
     "verdict_detail": "string",
     "parsed_answer": "string",
     "parsed_gold": "string",
