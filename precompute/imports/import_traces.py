@@ -25,13 +25,14 @@ from rich.text import Text
 
 from precompute.config import FiltersConfig, StoreConfig, TeacherConfig
 from precompute.engines import Completion
+from precompute.engines.registry import load_tokenizer
 from precompute.imports.foreign_rows import ForeignTrace, ImportForm
 from precompute.problems.prompts import tokenizer_fingerprint
 from precompute.run.refilter import check_filters, filter_settings
 from precompute.run.reverify import check_verdicts
 from precompute.run.traces import PartBuffer, trace_of
 from precompute.verify.verifier import Verifier
-from store.errors import ConfigError, EngineError, RecipeChangedError
+from store.errors import ConfigError, EngineError, RecipeChangedError, prefixed
 from store.format.parts import file_digest
 from store.records import VERDICTS, Problem, TeacherRecord, Trace, content_hash
 from store.terminal.tables import plain_table
@@ -95,7 +96,8 @@ def import_traces(
     """
     began = time.monotonic()
     problems, sources, total = _survey(form)
-    loaded = None if tokenizer is None else _load_tokenizer(tokenizer)
+    with prefixed("--tokenizer", EngineError):
+        loaded = load_tokenizer(TeacherConfig(name="import", model=tokenizer)) if tokenizer else None
     records = _records(form, sources, loaded, filters)
     counts = {name: TeacherImport(name, source) for name, source in sorted(sources.items())}
 
@@ -158,16 +160,6 @@ def _survey(form: ImportForm) -> tuple[dict[str, Problem], dict[str, str], int]:
     if not traces:
         raise ConfigError(f"{form.files[0]} holds no trace: its column {form.text!r} is empty in every row")
     return problems, sources, traces
-
-
-def _load_tokenizer(model: str) -> Any:
-    from precompute.engines.registry import load_tokenizer
-
-    try:
-        return load_tokenizer(TeacherConfig(name="import", model=model))
-    except EngineError as error:  # the config has no teacher "import"
-        reason = str(error).removeprefix("teacher 'import': model ")
-        raise EngineError(f"--tokenizer {reason}") from error
 
 
 def _records(

@@ -5,7 +5,7 @@ The store is read a few problems at a time and written meanwhile, so memory does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby, zip_longest
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from store.export.export_forms import (
     Solved,
     hf_rows,
 )
+from store.format.index import Progress
 from store.format.reading import chosen_teachers
 from store.format.row_files import write_rows
 from store.format.schema import schema_of
@@ -26,9 +27,6 @@ from store.records import Trace
 from store.registry import lookup
 
 PROBLEMS_AT_ONCE = 64
-
-Progress = Callable[[int, int], None]
-"""Called with (problems done, all problems)."""
 
 
 def export(

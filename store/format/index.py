@@ -35,7 +35,7 @@ from store.format.parts import (
 )
 
 Progress = Callable[[int, int], None]
-"""Called with (parts done, parts in all)."""
+"""Called with (done, total) while a store is read or written."""
 
 BUILDING = ".building-index.duckdb"
 """Its name while it is built; the index lock is held, so one is enough."""

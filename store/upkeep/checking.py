@@ -11,23 +11,20 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
 from store.format.files import disk_errors_named, make_directory, sync
-from store.format.index import refresh_index
+from store.format.index import Progress, refresh_index
 from store.format.manifest import PARTS, PartEntry, change_parts, read_manifest
 from store.format.parts import READ_ERRORS, digest_in_name, entry_of, file_digest, one_line
 from store.writer import StoreWriter
 
 QUARANTINE = "quarantine"
 """Directory to which `repair` moves files: it deletes none."""
-
-Progress = Callable[[int, int], None]
-"""Called with (files checked, all files)."""
 
 
 @dataclass(frozen=True, slots=True)

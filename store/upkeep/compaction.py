@@ -8,7 +8,7 @@ of the old ones opens the new ones by itself.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from store.errors import StoreError
 from store.format.files import disk_errors_named
-from store.format.index import Index, open_index, quoted, refresh_index
+from store.format.index import Index, Progress, open_index, quoted, refresh_index
 from store.format.manifest import TEACHERS, PartEntry, change_parts, read_manifest
 from store.format.parts import list_parts, remove_parts, write_part
 from store.format.reading import PartReader
@@ -25,9 +25,6 @@ from store.writer import StoreWriter
 
 PART_TRACES = 2048
 """Traces of a compacted part: few enough that its footer is read within milliseconds."""
-
-Progress = Callable[[int, int], None]
-"""Called with (traces written, all traces)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
