@@ -75,8 +75,11 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, tensor_c
     `tensor_cores`: products read 10 bits (`products_on`), for hidden states that have fewer. With 150,000
     tokens full float32 would cost more than the whole body; bfloat16 logits would be 0.125 apart.
     """
+    bias = None if bias is None else bias.float()
+    if weight.dtype == torch.float32 and not tensor_cores:
+        return torch.nn.functional.linear(hidden.float(), weight, bias)
     logits: Tensor = HeadProduct.apply(hidden.float(), weight, tensor_cores)  # type: ignore[no-untyped-call]
-    return logits if bias is None else logits + bias.float()
+    return logits if bias is None else logits + bias
 
 
 def log_softmax_at(logits: Tensor, chosen: Tensor, *, entropy: bool = False) -> tuple[Tensor, ...]:
