@@ -37,8 +37,7 @@ class VllmServers(OpenAIEngine):
         super().__init__(servers, tokenizer, max_length=max_length)
         self._updated_urls = servers.base_urls if world.is_main else ()
         # A server may still have the adapters of a killed run.
-        self._adapter_prefix = world.from_main(lambda: f"student-{secrets.token_hex(4)}")
-        self._adapter: str | None = None
+        self._adapters = world.from_main(lambda: f"student-{secrets.token_hex(4)}")
 
     def load_weights(self, folder: Path) -> None:
         """Has every server load the weights of a transformers directory. Raises EngineError."""
@@ -48,14 +47,16 @@ class VllmServers(OpenAIEngine):
             self._post(url, "/reset_prefix_cache", {}, hint=DEV_MODE)
 
     def load_adapter(self, folder: Path, number: int) -> None:
-        """Has every server replace its LoRA adapter by that of a peft directory. Raises EngineError."""
-        before, self._adapter = self._adapter, f"{self._adapter_prefix}-{number}"
+        """Has every server replace its LoRA adapter by that of a peft directory. Raises EngineError.
+
+        `number` counts the adapters, from 1.
+        """
+        before, self._model = self._model, f"{self._adapters}-{number}"
         for url in self._updated_urls:
-            adapter = {"lora_name": self._adapter, "lora_path": str(folder)}
+            adapter = {"lora_name": self._model, "lora_path": str(folder)}
             self._post(url, "/v1/load_lora_adapter", adapter, hint=LORA_MODE)
-            if before:
+            if number > 1:
                 self._post(url, "/v1/unload_lora_adapter", {"lora_name": before}, hint=LORA_MODE)
-        self._model = self._adapter
 
     def sleep(self, level: int) -> None:
         """Does nothing: servers have GPUs of their own."""
