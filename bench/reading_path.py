@@ -21,7 +21,7 @@ from typing import Any
 from precompute.config_file import load_config
 from trainer.config import Config
 from trainer.run.run_dir import Position, RunFiles
-from trainer.run.setup import assemble
+from trainer.run.setup import Run
 from trainer.telemetry.console import TrainReporter
 from trainer.train import train_step
 
@@ -66,13 +66,13 @@ def step_functions(folder: str) -> set[tuple[str, str]]:
             entered.add((code.co_filename, code.co_qualname))
 
     with ExitStack() as stack:
-        run = RunFiles(Path(folder) / "run")
-        parts = assemble(config, run, None, TrainReporter(), stack)
-        run.start(config, after=Position())
-        train_step(parts, 1)
+        files = RunFiles(Path(folder) / "run")
+        run = Run(config, files, None, TrainReporter(), stack)
+        files.start(config, after=Position())
+        train_step(run, 1)
         sys.setprofile(hook)
         try:
-            train_step(parts, 2)
+            train_step(run, 2)
         finally:
             sys.setprofile(None)
     return entered

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from precompute.config_file import load_config
+from precompute.problems.prompts import demanded_form
 from precompute.verify.verifier import Verifier
 from store.reader import TraceStore
 from store.reports.report import store_report
@@ -35,7 +36,6 @@ from store.terminal.tables import plain_table
 from trainer.config import Config
 from trainer.method.groups import Group
 from trainer.method.guidance import answer_scores, bare_answer
-from trainer.method.rollouts import demanded_form
 from trainer.method.teacher_traces import Candidate
 from trainer.reports.inspection import open_run, query_rows
 from trainer.reports.tables import by_query
@@ -108,7 +108,7 @@ def read_traces(config: Config, model: str) -> list[Reading]:
         verifier = stack.enter_context(Verifier(config.verify))
         store = stack.enter_context(TraceStore(config.store.path))
         problems = usable_problems(config, "train", verifier, TrainReporter())
-        form = demanded_form(config.student, problems)
+        form = demanded_form(config.student, problems[0])
         traces = trace_reader(config, store, policy, form)
         prompts = fitting_prompts(config, problems, policy.tokenizer, TrainReporter())
         pairs = [

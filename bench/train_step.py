@@ -44,7 +44,7 @@ from precompute.config_file import load_config
 from trainer.config import Config
 from trainer.method.groups import Prompt, Sample
 from trainer.run.run_dir import Position, RunFiles
-from trainer.run.setup import assemble
+from trainer.run.setup import Run
 from trainer.telemetry.console import TrainReporter
 from trainer.train import train_step
 
@@ -233,13 +233,13 @@ def ampo(task: Task) -> Measured:
     clock = Clock(task.steps)
     with TemporaryDirectory() as folder, ExitStack() as stack:
         config = load_config(Config, "configs/lab.toml", settings(task, folder))
-        run = RunFiles(Path(folder) / "run")
-        parts = assemble(config, run, None, TrainReporter(), stack)
-        run.start(config, after=Position())
+        files = RunFiles(Path(folder) / "run")
+        run = Run(config, files, None, TrainReporter(), stack)
+        files.start(config, after=Position())
         rewarder: Any = PlainRewarder(task.reward, clock)
-        parts = replace(parts, rewarder=rewarder)
+        run.rewarder = rewarder
         for step in range(1, WARM_UP + task.steps + 1):
-            train_step(parts, step)
+            train_step(run, step)
             clock.step_ended(step)
     return clock.measured()
 

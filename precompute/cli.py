@@ -76,12 +76,12 @@ def precompute_teachers(
     On many machines with a common directory: `ampo precompute teachers --config F --shard 3/16`
     """
     from precompute.config_file import toml_of
+    from precompute.problems.prompts import demanded_form
     from precompute.run import pipeline
     from precompute.run.progress import ConsoleReporter
     from precompute.run.shard import Shard
     from precompute.run.tables import plan_tables, report_tables
     from trainer.config import read_config
-    from trainer.method.rollouts import demanded_form
 
     settings, console = read_config(config, set_), console_of()
     chosen: dict[str, Any] = {"teachers": teacher, "engine": engine, "limit": limit}
@@ -90,7 +90,7 @@ def precompute_teachers(
         with on_interrupt("nothing was kept"), ConsoleReporter(console) as reporter:
             plan = pipeline.plan(settings, **chosen, probe=probe, reporter=reporter)
         print_config(console, toml_of(settings))
-        student_form = demanded_form(settings.student, [plan.first_problem])
+        student_form = demanded_form(settings.student, plan.first_problem)
         console.print(plan_tables(plan, student_form=student_form))
         return
     kept = "what the workers wrote" if engine == "ray" else "every verified trace"

@@ -32,7 +32,7 @@ LAYERS = {
         "imports run",
     ],
     "trainer": [
-        "config timing errors",
+        "config",
         "parallel",
         "student",
         "method sampling",

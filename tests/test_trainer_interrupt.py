@@ -32,23 +32,23 @@ def caught() -> Iterator[list[int]]:
 def test_the_second_signal_interrupts_at_once(
     first: signal.Signals, second: signal.Signals, caught: list[int], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with stop_on_signals() as request:
-        assert request.agreed(ALONE) is None
+    with stop_on_signals(ALONE) as stop:
+        assert stop() is None
         signal.raise_signal(first)
-        assert request.agreed(ALONE) == first.name
+        assert stop() == first.name
         notice = capfd.readouterr().err
         assert notice.strip() == "finishing this step, then saving; press again to stop at once"
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(second)
-        assert (request.signal, capfd.readouterr().err) == (first.name, "")
+        assert (stop(), capfd.readouterr().err) == (first.name, "")
     assert caught == []
 
 
 def test_handlers_are_restored_after_the_block_and_after_an_error(caught: list[int]) -> None:
     before = [signal.getsignal(number) for number in BOTH]
-    with stop_on_signals():
+    with stop_on_signals(ALONE):
         assert [signal.getsignal(number) for number in BOTH] != before
     assert [signal.getsignal(number) for number in BOTH] == before
-    with pytest.raises(ZeroDivisionError), stop_on_signals():
+    with pytest.raises(ZeroDivisionError), stop_on_signals(ALONE):
         raise ZeroDivisionError
     assert [signal.getsignal(number) for number in BOTH] == before

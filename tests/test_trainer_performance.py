@@ -12,9 +12,9 @@ from run_examples import prompt_of, sample_of
 from store.errors import TrainingError
 from store.records import Problem
 from trainer.method.groups import Group, Sample
+from trainer.run.setup import probe_memory
 from trainer.student.policy import Policy
-from trainer.telemetry.performance import peak_memory, performance_metrics, probe_memory
-from trainer.timing import PHASES, StepTimer
+from trainer.telemetry.metrics import PHASES, StepTimer, peak_memory
 
 
 def clock_of(*ticks: float) -> Any:
@@ -29,7 +29,7 @@ def test_a_phase_inside_another_stops_its_clock() -> None:
         pass
     # sample: 1 to 4 and 9 to 11; the whole from 0 to 20.
     assert timer.seconds == dict.fromkeys(PHASES, 0.0) | {"sample": 5.0, "verify": 5.0}
-    assert timer.total() == 20.0
+    assert timer.metrics([], 0)["seconds/step"] == 20.0
 
 
 def test_a_phase_may_be_entered_often_and_one_that_fails_counts() -> None:
@@ -82,7 +82,7 @@ def test_shares_and_rates_by_hand() -> None:
         pass
     with timer("update"):
         pass
-    found = performance_metrics(timer, GROUPS, 14)
+    found = timer.metrics(GROUPS, 14)
     assert (found["seconds/sample"], found["seconds/verify"], found["seconds/update"]) == (3.0, 1.0, 5.0)
     assert found["seconds/step"] == 10.0
     assert (found["share/sample"], found["share/verify"], found["share/update"]) == (0.3, 0.1, 0.5)
@@ -127,5 +127,5 @@ def test_the_probe_changes_nothing_and_names_the_keys_where_memory_is_short(
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(policy, "logprobs_and_entropy", short)
-    with pytest.raises(TrainingError, match=r"3 x 30 tokens: lower train.max_tokens_per_microbatch = 100 or"):
+    with pytest.raises(TrainingError, match=r"3 x 30 tokens: lower train.max_tokens_per_microbatch or"):
         probe_memory(policy, optimizer, longest=30, max_tokens=100)

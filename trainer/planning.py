@@ -24,7 +24,6 @@ from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, UserError
 from trainer.config import Config, StudentConfig
 from trainer.parallel.world import World
-from trainer.run.checkpoint import check_config, read_state
 from trainer.run.prompts import checked_prompts, usable_problems
 from trainer.run.resume import find_start
 from trainer.run.run_dir import Position, RunFiles
@@ -32,7 +31,6 @@ from trainer.run.saved_model import check_model
 from trainer.run.setup import check_choices, check_tokenizers, covered, open_store
 from trainer.student.load import compute_dtype, load_tokenizer, naming_the_model, pick_device
 from trainer.telemetry.console import TrainReporter
-from trainer.telemetry.trackers import Trackers
 
 T = TypeVar("T")
 
@@ -75,10 +73,7 @@ def dry_run(config: Config, *, gpu: str = "", processes: int = 1) -> tuple[Group
     card_bytes = card_memory(gpu, config.student)
     check_choices(config, World(size=processes))
     run = RunFiles(Path(config.run.dir).absolute() / config.run.name)
-    run.check_writable()
     start_from = find_start(run, config, "auto")
-    if start_from is not None:
-        check_config(read_state(start_from), config, start_from)
     after = "would start" if start_from is None else f"would resume after {Position.of(start_from)}"
     lines = [f"run {run.root}: {after}, up to step {config.train.max_steps}"]
     reporter, missing = TrainReporter(), list[UserError]()
@@ -91,7 +86,6 @@ def dry_run(config: Config, *, gpu: str = "", processes: int = 1) -> tuple[Group
             return None
 
     with ExitStack() as stack:
-        stack.enter_context(Trackers(config.run.report_to))
         verifier = stack.enter_context(Verifier(config.verify))
         problems = attempt(lambda: usable_problems(config, "train", verifier, reporter)) or []
         held_out = []

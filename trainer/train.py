@@ -26,24 +26,16 @@ from trainer.method.groups import Group, Prompt
 from trainer.method.guidance import QueryRow
 from trainer.method.rollouts import problems_of_step, refills_of_step, sample_groups
 from trainer.method.update import member_advantages
-from trainer.parallel.signals import StopRequest, stop_on_signals
+from trainer.parallel.signals import StopSignal, stop_on_signals
 from trainer.parallel.world import ALONE, World
-from trainer.run.errors import explain_memory, explain_step
-from trainer.run.resume import (
-    TrainReport,
-    check_unchanged,
-    find_complete_start,
-    resume_state,
-    save_checkpoint,
-)
+from trainer.run.resume import TrainReport, explain_step, find_start, restore, save
 from trainer.run.run_dir import Position, RunFiles
-from trainer.run.setup import Parts, assemble
+from trainer.run.setup import Run, explain_memory
 from trainer.sampling.samplers import check_sampler_weights
 from trainer.student.optimizer import learning_rate_at, set_learning_rate
 from trainer.telemetry.console import TrainReporter
-from trainer.telemetry.metrics import read_metrics, step_metrics
-from trainer.telemetry.performance import peak_memory, performance_metrics
-from trainer.timing import StepTimer
+from trainer.telemetry.metrics import StepTimer, peak_memory, step_metrics
+from trainer.telemetry.trackers import start_trackers
 
 
 def train(
@@ -65,152 +57,139 @@ def train(
 
     Raises UserError for everything that a user can mend, before the first step.
     """
-    run = RunFiles(Path(config.run.dir).absolute() / config.run.name, writes=world.is_main)
-    start_from = world.from_main(lambda: find_complete_start(run, config, resume))
-    run.check_writable()
+    files = RunFiles(Path(config.run.dir).absolute() / config.run.name, writes=world.is_main)
     with ExitStack() as stack:
+        stack.enter_context(files.held())
+        start = world.from_main(lambda: find_start(files, config, resume, checksums=True))
         with explain_memory("setting up the run"):
-            parts = assemble(config, run, start_from, reporter, stack, world)
-        with explain_memory(f"loading the optimizer of {start_from}"):
-            done = resume_state(parts, start_from, changed_store=changed_store)
-        stack.enter_context(run.held())
-        world.from_main(lambda: check_unchanged(run, config, resume, start_from))
-        resumed = start_from is not None and start_from.parent == run.checkpoints
-        after = done if resumed else Position()
-        run.start(config, after=after, processes=world.size)
-        parts.trackers.begin(
-            run.root,
+            run = Run(config, files, start, reporter, stack, world)
+        if start is not None:
+            restore(run, start, changed_store=changed_store)
+        resumed = start is not None and start.parent == files.checkpoints
+        after = run.done if resumed else Position()
+        files.start(config, after=after, processes=world.size)
+        run.trackers = start_trackers(
+            config.run.report_to if world.is_main else (),
+            files.root,
             config.model_dump(mode="json"),
-            after=(after.step, after.sft_step),
-            sft_steps=config.sft.steps,
-            rows=read_metrics(run.root),
+            done=after.step + after.sft_step,
+            stack=stack,
         )
-        stack.enter_context(run.log_to_file())
-        stop = stack.enter_context(stop_on_signals(prints=world.is_main))
-        begins = "from the start" if done == Position() else f"resuming after {done}"
-        reporter.line(f"run {run.root}: {begins}, to step {config.train.max_steps}")
-        done, saved = run_sft(parts, done, start_from, stop)
-        return run_steps(parts, done, saved, stop)
+        stop = stack.enter_context(stop_on_signals(world))
+        begins = "from the start" if run.done == Position() else f"resuming after {run.done}"
+        reporter.line(f"run {files.root}: {begins}, to step {config.train.max_steps}")
+        run_sft(run, stop)
+        return run_steps(run, stop)
 
 
-def run_sft(
-    parts: Parts, done: Position, saved: Path | None, stop: StopRequest
-) -> tuple[Position, Path | None]:
+def run_sft(run: Run, stop: StopSignal) -> None:
     """Takes the remaining supervised steps before the first sampling step, if any."""
-    config, last = parts.config, parts.config.sft.steps
-    stopped = stop.agreed(parts.world)
-    while done.step == 0 and done.sft_step < last and not stopped:
-        done = Position(sft_step=done.sft_step + 1)
-        with explain_step(parts.run, done, saved):
-            row = parts.sft.step(done.sft_step)
-        log(parts, row)
-        parts.reporter.sft_stepped(row, last)
-        stopped = stop.agreed(parts.world)
-        if done.sft_step == last or stopped or done.sft_step % config.run.save_every == 0:
-            saved = save_checkpoint(parts, done)
-    if done.sft_step == last:
-        parts.sft.forget()
-    return done, saved
+    last = run.config.sft.steps
+    while run.done.step == 0 and run.done.sft_step < last and not stop():
+        done = Position(sft_step=run.done.sft_step + 1)
+        with explain_step(run, done):
+            row = run.sft.step(done.sft_step)
+        run.done = done
+        log(run, row)
+        run.reporter.sft_stepped(row, last)
+        if done.sft_step == last or done.sft_step % run.config.run.save_every == 0:
+            save(run)
+    if run.done.sft_step == last:
+        run.sft.forget()
 
 
-def run_steps(parts: Parts, done: Position, saved: Path | None, stop: StopRequest) -> TrainReport:
-    """Takes the sampling steps after `done`, which `saved` holds, to the last, or to a stop."""
-    config, run, world = parts.config, parts.run, parts.world
-    if not stop.agreed(world):
-        with explain_step(run, done, saved):
-            parts.sampler.sync()
-            if done.step == 0 and parts.eval_prompts:
-                log(parts, {"step": 0, **evaluate_student(parts, 0)})
-    stopped = stop.agreed(world)
-    while done.step < config.train.max_steps and not stopped:
-        step = done.step + 1
-        last = step == config.train.max_steps
-        with explain_step(run, replace(done, step=step), saved):
-            row, groups = train_step(parts, step)
+def run_steps(run: Run, stop: StopSignal) -> TrainReport:
+    """Takes the remaining sampling steps, or those until a stop, and saves the last."""
+    config, last = run.config, run.config.train.max_steps
+    if not stop():
+        with explain_step(run, run.done):
+            run.sampler.sync()
+            if run.done.step == 0 and run.eval_prompts:
+                log(run, {"step": 0, **evaluate_student(run, 0)})
+    while run.done.step < last and not stop():
+        step = run.done.step + 1
+        with explain_step(run, replace(run.done, step=step)):
+            row, groups = train_step(run, step)
             # Even when a stop is requested: a resumed run would not evaluate this step.
-            if parts.eval_prompts and (last or step % config.eval.every == 0):
-                row |= evaluate_student(parts, step)
-        log(parts, row)
-        parts.reporter.stepped(row, groups, config.train.max_steps)
-        done = replace(done, step=step)
-        stopped = stop.agreed(world)
-        if last or stopped or step % config.run.save_every == 0:
-            saved = save_checkpoint(parts, done)
-    # Stopped after the last supervised step, a run still lacks its first evaluation.
-    lacks_evaluation = done.step == 0 and stopped is not None
-    last_of_all = Position(step=config.train.max_steps, sft_step=config.sft.steps)
-    finished = done >= last_of_all and not lacks_evaluation
-    return TrainReport(
-        run=run.root, done=done, checkpoint=saved, interrupted_by=None if finished else stopped
-    )
+            if run.eval_prompts and (step == last or step % config.eval.every == 0):
+                row |= evaluate_student(run, step)
+        run.done = replace(run.done, step=step)
+        log(run, row)
+        run.reporter.stepped(row, groups, last)
+        if step % config.run.save_every == 0:
+            save(run)
+    # Stopped before the first sampling step, a run may lack its first evaluation, even if it has no other.
+    stopped = None if run.done.step == last > 0 else stop()
+    save(run)
+    return TrainReport(run=run.files.root, done=run.done, checkpoint=run.saved, interrupted_by=stopped)
 
 
-def train_step(parts: Parts, step: int) -> tuple[dict[str, Any], list[Group]]:
+def train_step(run: Run, step: int) -> tuple[dict[str, Any], list[Group]]:
     """Takes one sampling step and its optimizer steps; returns the metrics and the groups as they trained."""
-    config = parts.config
-    timer = StepTimer(peak_memory=partial(peak_memory, parts.policy.device))
-    groups, queries = sample_and_guide(parts, step, timer)
+    config = run.config
+    timer = StepTimer(peak_memory=partial(peak_memory, run.policy.device))
+    groups, queries = sample_and_guide(run, step, timer)
     learning_rate = learning_rate_at(step, config.train)
     with timer("update"):
         advantages = member_advantages(groups, scale=config.train.scale_rewards)
-        set_learning_rate(parts.optimizer, learning_rate)
+        set_learning_rate(run.optimizer, learning_rate)
         # Refills replace groups without a gradient, so that mini-batches are full.
         refilled = config.rollout.max_refills > 0
         trained = [g for g, group in enumerate(groups) if not refilled or group.has_gradient]
-        update = parts.updater.update([groups[g] for g in trained], advantages[trained])
-    check_sampler_weights(config.rollout, parts.policy.dtype, update.get("sampling/logp_difference"))
+        update = run.updater.update([groups[g] for g in trained], advantages[trained])
+    check_sampler_weights(config.rollout, run.policy.dtype, update.get("sampling/logp_difference"))
     with timer("sync"):
-        parts.sampler.sync()
-    parts.run.write_step(step, groups, advantages, queries if config.guidance.trigger != "never" else None)
+        run.sampler.sync()
+    run.files.write_step(step, groups, advantages, queries if config.guidance.trigger != "never" else None)
     row = {
         "step": step,
         **step_metrics(groups, queries, update),
         "learning_rate": learning_rate,
         "groups/refilled": len(groups) - config.train.problems_per_step,
-        **performance_metrics(timer, groups, update["train_tokens"]),
+        **timer.metrics(groups, update["train_tokens"]),
     }
     return row, groups
 
 
-def sample_and_guide(parts: Parts, step: int, timer: StepTimer) -> tuple[list[Group], list[QueryRow]]:
+def sample_and_guide(run: Run, step: int, timer: StepTimer) -> tuple[list[Group], list[QueryRow]]:
     """Returns the step's groups with guidance, and the queries. Up to `rollout.max_refills` times, other
     problems replace groups that would train nothing (DAPO's dynamic sampling, arXiv 2503.14476)."""
-    per_step, seed = parts.config.train.problems_per_step, parts.config.train.seed
-    prompts = problems_of_step(parts.train_prompts, step=step, per_step=per_step, seed=seed)
-    groups, queries = groups_of(parts, prompts, step, timer)
-    others = refills_of_step(parts.train_prompts, prompts, step=step, seed=seed)
-    for _ in range(parts.config.rollout.max_refills):
+    per_step, seed = run.config.train.problems_per_step, run.config.train.seed
+    prompts = problems_of_step(run.train_prompts, step=step, per_step=per_step, seed=seed)
+    groups, queries = groups_of(run, prompts, step, timer)
+    others = refills_of_step(run.train_prompts, prompts, step=step, seed=seed)
+    for _ in range(run.config.rollout.max_refills):
         missing = per_step - sum(group.has_gradient for group in groups)
         refills = list(islice(others, missing))
         if refills:
             with timer("sync"):
-                parts.sampler.sync()
-            more_groups, more_queries = groups_of(parts, refills, step, timer)
+                run.sampler.sync()
+            more_groups, more_queries = groups_of(run, refills, step, timer)
             groups, queries = groups + more_groups, queries + more_queries
     return groups, queries
 
 
 def groups_of(
-    parts: Parts, prompts: Sequence[Prompt], step: int, timer: StepTimer
+    run: Run, prompts: Sequence[Prompt], step: int, timer: StepTimer
 ) -> tuple[list[Group], list[QueryRow]]:
     """Samples and guides this rank's share of the prompts; returns all groups, in order, on every rank."""
-    with parts.sampler.sampling():
-        with timer("sample"), parts.policy.computing():
+    with run.sampler.sampling():
+        with timer("sample"), run.policy.computing():
             sampled = sample_groups(
-                parts.sampler,
-                parts.rewarder,
-                parts.world.share(prompts),
-                parts.config.rollout,
-                seed=parts.config.train.seed,
+                run.sampler,
+                run.rewarder,
+                run.world.share(prompts),
+                run.config.rollout,
+                seed=run.config.train.seed,
                 key=f"step {step}",
-                on_sample=lambda done, total: parts.reporter.sampling(f"step {step}", done, total),
+                on_sample=lambda done, total: run.reporter.progress(f"step {step}", done, total),
                 timer=timer,
             )
         with timer("sync"):
-            parts.sampler.sleep()
-        with parts.policy.gathered():
-            guided = parts.guide.guide(sampled, step=step, timer=timer)
-    shares = parts.world.gather(guided)
+            run.sampler.sleep()
+        with run.policy.gathered():
+            guided = run.guide.guide(sampled, step=step, timer=timer)
+    shares = run.world.gather(guided)
     found = {group.problem_id: group for groups, _ in shares for group in groups}
     groups = [found[prompt.problem.problem_id] for prompt in prompts]
     order = {group.problem_id: index for index, group in enumerate(groups)}
@@ -218,24 +197,26 @@ def groups_of(
     return groups, sorted(rows, key=lambda row: order[row.problem_id])
 
 
-def evaluate_student(parts: Parts, step: int) -> dict[str, float]:
+def evaluate_student(run: Run, step: int) -> dict[str, float]:
     """Evaluates on the held-out problems, writes the samples, and returns the metrics."""
-    config, started = parts.config, time.perf_counter()
-    with parts.sampler.sampling(), parts.policy.computing():
+    config, started = run.config, time.perf_counter()
+    with run.sampler.sampling(), run.policy.computing():
         evaluation = evaluate(
             config,
-            parts.sampler,
-            parts.rewarder,
-            parts.eval_prompts,
-            world=parts.world,
-            on_sample=lambda done, total: parts.reporter.sampling("evaluation", done, total),
+            run.sampler,
+            run.rewarder,
+            run.eval_prompts,
+            world=run.world,
+            on_sample=lambda done, total: run.reporter.progress("evaluation", done, total),
         )
-    parts.run.write_evaluation(step, evaluation.samples)
-    parts.reporter.evaluated(step, evaluation)
+    run.files.write_evaluation(step, evaluation.samples)
+    run.reporter.evaluated(step, evaluation)
     return {**evaluation.metrics, "seconds/eval": round(time.perf_counter() - started, 4)}
 
 
-def log(parts: Parts, row: dict[str, Any]) -> None:
-    """Appends a row to metrics.jsonl, and sends it to the trackers of `run.report_to`."""
-    parts.run.add_metrics(row)
-    parts.trackers.log(row)
+def log(run: Run, row: dict[str, Any]) -> None:
+    """Appends a row to metrics.jsonl, and sends its numbers to the trackers of `run.report_to`."""
+    run.files.add_metrics(row)
+    numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
+    for tracker in run.trackers:
+        tracker.log(numbers, step=run.done.sft_step + run.done.step)

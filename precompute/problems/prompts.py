@@ -6,13 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
-from precompute.config import AnswerForm, TeacherConfig
+from precompute.config import AnswerForm
 from store.errors import ConfigError
-from store.records import Problem, TeacherRecord, content_hash
+from store.records import Problem, content_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -140,9 +140,21 @@ def answer_form_of(system_prompt: str | None) -> AnswerForm:
     return "answer_tags" if system_prompt is not None and "<answer>" in system_prompt else "boxed"
 
 
-def demanded_form(teacher: TeacherConfig | TeacherRecord, problem: Problem) -> AnswerForm:
-    """Returns the form in which the teacher's answer to the problem is searched."""
-    return teacher.answer_form or answer_form_of(system_turn(problem, teacher.system_prompt))
+class Answering(Protocol):
+    """A model that answers problems: a teacher's config or record, or the student's config."""
+
+    @property
+    def answer_form(self) -> AnswerForm | Literal["auto"] | None: ...
+
+    @property
+    def system_prompt(self) -> str | None: ...
+
+
+def demanded_form(model: Answering, problem: Problem) -> AnswerForm:
+    """Returns the form in which the model's answer to the problem is searched."""
+    if model.answer_form is None or model.answer_form == "auto":
+        return answer_form_of(system_turn(problem, model.system_prompt))
+    return model.answer_form
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

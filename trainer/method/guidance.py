@@ -26,11 +26,10 @@ from torch import Tensor
 from store.registry import lookup
 from trainer.config import Config
 from trainer.method.groups import Group, Rewarder
-from trainer.method.rollouts import seed_of
+from trainer.method.rollouts import Timer, seed_of
 from trainer.method.teacher_traces import Candidate, TraceReader
 from trainer.student.batches import fill, pad
 from trainer.student.policy import Policy
-from trainer.timing import Timer
 
 TRIGGERS: dict[str, Callable[[int, int], bool]] = {
     "all_fail": lambda n_correct, size: n_correct == 0,

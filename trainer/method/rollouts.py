@@ -8,30 +8,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from random import Random
 from typing import Any, TypeVar
 
-from precompute.config import AnswerForm
 from precompute.engines import Engine, Request, Sampling
-from precompute.problems.prompts import answer_form_of, system_turn
 from store.errors import ProblemsError
-from store.records import Problem, content_hash
-from trainer.config import RolloutConfig, StudentConfig
+from store.records import content_hash
+from trainer.config import RolloutConfig
 from trainer.method.groups import Group, Prompt, Rewarder, Sample
-from trainer.timing import Timer
 
 T = TypeVar("T")
 SampleIndex = tuple[int, int]
 """(0-based index of the prompt, 0-based index of the sample)"""
 OnSample = Callable[[int, int], None]
-
-
-def demanded_form(student: StudentConfig, problems: Sequence[Problem]) -> AnswerForm:
-    """Returns the form in which the student must answer."""
-    if student.answer_form != "auto":
-        return student.answer_form
-    return answer_form_of(system_turn(problems[0], student.system_prompt))
+Timer = Callable[[str], AbstractContextManager[Any]]
+"""Context in which the time is the named phase's: a StepTimer, or `nullcontext` where nothing is measured."""
 
 
 def seed_of(*parts: object) -> int:

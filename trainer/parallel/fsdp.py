@@ -73,14 +73,13 @@ def shard(policy: Policy, world: World) -> None:
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
-    _broadcast_buffers(policy)
     # The blocks that transformers itself would not split.
     kinds = set(policy.causal._no_split_modules or ())
     layers = [module for module in policy.causal.modules() if type(module).__name__ in kinds]
     for layer in layers:
-        _broadcast_weights(layer, policy.device)
+        _broadcast(layer, policy.device)
         fully_shard(layer, mesh=mesh, mp_policy=layer_types)
-    _broadcast_weights(policy.causal, policy.device)
+    _broadcast(policy.causal, policy.device)
     fully_shard(policy.causal, mesh=mesh)
     policy.shards = [*layers, policy.causal]
     for module in policy.shards:
@@ -98,23 +97,21 @@ def shard(policy: Policy, world: World) -> None:
     policy.causal.reset_iter_state()
 
 
-def _broadcast_buffers(policy: Policy) -> None:
-    """Copies rank 0's buffers to all ranks. Some, such as rotary frequencies, are in no file."""
-    for module in policy.causal.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, _from_rank_0(buffer, policy.device))
+def _broadcast(root: nn.Module, device: torch.device) -> None:
+    """Copies rank 0's weights and buffers to all ranks, but for sharded weights. Tied weights stay tied.
 
-
-def _broadcast_weights(module: nn.Module, device: torch.device) -> None:
-    """Copies rank 0's weights of the module to all ranks, but for sharded ones. Tied weights stay tied."""
+    Some buffers, such as rotary frequencies, are in no file.
+    """
     received: dict[nn.Parameter, nn.Parameter] = {}
-    for part in module.modules():
-        for name, weight in list(part.named_parameters(recurse=False)):
+    for module in root.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
             if hasattr(weight, "full_tensor"):
                 continue
             if weight not in received:
                 received[weight] = nn.Parameter(_from_rank_0(weight, device), weight.requires_grad)
-            part.register_parameter(name, received[weight])
+            module.register_parameter(name, received[weight])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, _from_rank_0(buffer, device))
 
 
 @torch.no_grad()

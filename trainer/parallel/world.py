@@ -65,10 +65,7 @@ class World:
 
     def from_main(self, make: Callable[[], T]) -> T:
         """Returns rank 0's `make()`, in every rank; the others do not call it."""
-        if self.size == 1:
-            return make()
-        found: list[Any] = [make() if self.is_main else None]
-        dist.broadcast_object_list(found, src=0)
+        found: list[Any] = self.gather(make() if self.is_main else None)
         value: T = found[0]
         return value
 

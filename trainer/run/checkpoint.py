@@ -138,27 +138,19 @@ def _checksum(file: Path) -> str:
 
 def check_complete(checkpoint: Path) -> None:
     """Raises RunError, with the way out, when a file was truncated, changed or removed."""
-    if reason := _damage(checkpoint):
-        names = checkpoints(checkpoint.parent)
-        older = [path for path in names if Position.of(path) < Position.of(checkpoint) and not _damage(path)]
-        way_out = (
-            f"remove it to go on from {older[-1]}, the last complete one"
-            if older
-            else "no older one is complete: start again under another run.name"
-        )
-        raise RunError(f"{checkpoint} is damaged: {reason}; {way_out}")
-
-
-def _damage(checkpoint: Path) -> str | None:
-    """Returns the damage of a checkpoint in words; None for a complete one."""
     try:
         files = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["files"]
         changed = [name for name, checksum in files.items() if _checksum(checkpoint / name) != checksum]
+        reason = f"{changed[0]} is not what was saved" if changed else ""
     except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is gone"
+        reason = f"{Path(error.filename).name} is gone"
     except (OSError, ValueError, KeyError) as error:
-        return f"state.json cannot be read ({error})"
-    return f"{changed[0]} is not what was saved" if changed else None
+        reason = f"state.json cannot be read ({error})"
+    if reason:
+        done = Position.of(checkpoint)
+        older = [path for path in checkpoints(checkpoint.parent) if Position.of(path) < done]
+        way_out = f"remove it to go on from {older[-1]}" if older else "start again under another run.name"
+        raise RunError(f"{checkpoint} is damaged: {reason}; {way_out}")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -220,29 +212,14 @@ def check_config(state: TrainState, config: Config, checkpoint: Path) -> None:
 
 def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
     """Returns `section.key = saved, now other` for every key whose change would make another run of it."""
-    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
     free = MAY_CHANGE_KEYS
     if config.train.lr_schedule != "constant":  # it runs down to max_steps
         free = free - {"train.max_steps"}
     return [
-        f"{key} = {before.get(key)!r}, now {now.get(key)!r}"
-        for key in before | now
-        if before.get(key) != now.get(key) and key not in free
+        f"{name}.{key} = {before.get(key)!r}, now {value!r}"
+        for name, keys in config.model_dump(mode="json").items()
+        for before in [saved.get(name, {})]
+        if name not in MAY_CHANGE_SECTIONS
+        for key, value in keys.items()
+        if before.get(key) != value and f"{name}.{key}" not in free
     ]
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `section.key` -> value, without the sections that may differ."""
-    sections = {name: keys for name, keys in config.items() if name not in MAY_CHANGE_SECTIONS}
-    return {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
-
-
-def store_differences(saved: Mapping[str, Usable], now: Mapping[str, Usable]) -> list[str]:
-    """Returns the differences between the usable traces of two times, in words, by teacher."""
-    found = []
-    for name in sorted({*saved, *now}):
-        if saved.get(name) != now.get(name):
-            before, after = (each[name].traces if name in each else 0 for each in (saved, now))
-            others = " others" if before == after else ""
-            found.append(f"{name} had {before} traces, now {after}{others}")
-    return found

@@ -14,32 +14,42 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Self
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from torch import Tensor
 
 from precompute.config_file import toml_of
 from store.errors import RunError
-from store.format.files import FileLock, whole_file
+from store.format.files import FileLock, disk_errors_named, whole_file
 from trainer.config import Config
 from trainer.evaluation import EvalSample
 from trainer.method.groups import Group
 from trainer.method.guidance import QueryRow
-from trainer.run.rows import write_rows
 from trainer.student.batches import TrainSequence
 from trainer.telemetry.metrics import read_metrics
 
 logger = logging.getLogger("ampo")
 # Before a run has its log file, Python would repeat warnings on stderr.
 logger.addHandler(logging.NullHandler())
+
+ARROW_TYPES = {
+    "str": pa.string(),
+    "int": pa.int32(),
+    "bool": pa.bool_(),
+    "float": pa.float64(),
+    "tuple[int, ...]": pa.list_(pa.int32()),
+    "tuple[float, ...]": pa.list_(pa.float64()),
+}
+"""Annotation of a record's field -> type of its column."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,12 +107,6 @@ class RunFiles:
         self.writes = writes
         self.checkpoints = root / "checkpoints"
 
-    def check_writable(self) -> None:
-        """Raises RunError when the run cannot be written. Creates nothing."""
-        parent = next(path for path in (self.root, *self.root.parents) if path.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise RunError(f"run.dir: {parent} is not a directory that can be written")
-
     def start(self, config: Config, *, after: Position, processes: int = 1) -> None:
         """Writes config and environment, and drops what an interrupted run logged past `after`.
 
@@ -121,35 +125,43 @@ class RunFiles:
             for row in read_metrics(self.root)
             if (row["sft/step"] <= after.sft_step if "sft/step" in row else row["step"] <= last)
         ]
-        self._text("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-        self._text("config.toml", toml_of(config))
-        self._text("env.json", json.dumps(environment(processes), indent=2) + "\n")
+        environment = {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "processes": processes,
+            "packages": dict(sorted((package.name, package.version) for package in distributions())),
+        }
+        texts = {
+            "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in kept),
+            "config.toml": toml_of(config),
+            "env.json": json.dumps(environment, indent=2) + "\n",
+        }
+        for name, text in texts.items():
+            with whole_file(self.root / name) as written:
+                written.write(text.encode("utf-8"))
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Locks the run for the block. Raises RunError when another process trains it."""
+        """Locks the directory, and writes every line of the `ampo` logger to log.txt, for the block.
+
+        Raises RunError when another process trains the run, or when it cannot be written.
+        """
         if not self.writes:
             yield
             return
-        self.root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.root / ".train.lock")
-        if not lock.acquire(wait=False):
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            is_held = lock.acquire(wait=False)
+        except OSError as error:
+            raise RunError(f"run.dir: cannot write {self.root}: {error.strerror or error}") from error
+        if not is_held:
             raise RunError(
                 f"{self.root} is being trained by process {lock.holder() or 'unknown'}; wait for it to end, "
                 "or give this run another run.name"
             )
-        try:
-            yield
-        finally:
-            lock.release()
-
-    @contextmanager
-    def log_to_file(self) -> Iterator[None]:
-        """Writes every line of the `ampo` logger to log.txt for the block."""
-        if not self.writes:
-            yield
-            return
-        handler = logging.FileHandler(self.root / "log.txt", encoding="utf-8")
+        handler = logging.FileHandler(self.root / "log.txt", encoding="utf-8", delay=True)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
@@ -158,17 +170,14 @@ class RunFiles:
         finally:
             logger.removeHandler(handler)
             handler.close()
+            lock.release()
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
-        """Appends one step's line. Raises RunError when the disk is full."""
-        if not self.writes:
-            return
+        """Appends one step's line. Raises StoreError when the disk is full."""
         path = self.root / "metrics.jsonl"
-        try:
-            with path.open("a", encoding="utf-8") as file:
+        if self.writes:
+            with disk_errors_named(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
     def write_step(
         self, step: int, groups: Sequence[Group], advantages: Tensor, queries: Sequence[QueryRow] | None
@@ -179,16 +188,33 @@ class RunFiles:
             advantages: [N, G] of the groups' members.
             queries: None where the store is never queried.
         """
+        if not self.writes:
+            return
         rollouts = [
-            row
+            RolloutRow(
+                problem_id=group.problem_id,
+                sample_index=index,
+                origin="teacher" if member.is_teacher else "student",
+                trace_id=member.trace_id,
+                teacher=member.teacher,
+                replaced=member is sample and index in group.guidance,
+                is_correct=member.is_correct,
+                has_format=member.has_format,
+                reward=member.reward,
+                advantage=None if member is sample and index in group.guidance else values[index],
+                n_tokens=len(member.token_ids),
+                finish_reason=member.finish_reason,
+                text=member.text,
+            )
             for group, values in zip(groups, advantages.tolist(), strict=True)
-            for row in _rollout_rows(group, values)
+            for index, sample in enumerate(group.samples)
+            for member in (sample, group.guidance.get(index))
+            if member is not None
         ]
-        if self.writes:
-            name = f"step-{step:06d}.parquet"
-            write_rows(self.root / "rollouts" / name, RolloutRow, rollouts, step=step)
-            if queries is not None:
-                write_rows(self.root / "queries" / name, QueryRow, queries)
+        name = f"step-{step:06d}.parquet"
+        write_rows(self.root / "rollouts" / name, RolloutRow, rollouts, step=step)
+        if queries is not None:
+            write_rows(self.root / "queries" / name, QueryRow, queries, step=step)
 
     def write_evaluation(self, step: int, samples: Sequence[EvalSample]) -> None:
         """Writes the rows of `ampo eval`, with the step."""
@@ -202,40 +228,11 @@ class RunFiles:
             write_rows(path, TrainSequence, sequences, step=step.step)
         return path
 
-    def _text(self, name: str, text: str) -> None:
-        with whole_file(self.root / name) as file:
-            file.write(text.encode("utf-8"))
 
-
-def _rollout_rows(group: Group, advantages: Sequence[float]) -> Iterator[RolloutRow]:
-    """Yields the samples of a group, each followed by the trace that replaced it, if any."""
-    for index, sample in enumerate(group.samples):
-        trace = group.guidance.get(index)
-        for member in (sample,) if trace is None else (sample, trace):
-            replaced = member is sample and trace is not None
-            yield RolloutRow(
-                problem_id=group.problem_id,
-                sample_index=index,
-                origin="teacher" if member.is_teacher else "student",
-                trace_id=member.trace_id,
-                teacher=member.teacher,
-                replaced=replaced,
-                is_correct=member.is_correct,
-                has_format=member.has_format,
-                reward=member.reward,
-                advantage=None if replaced else advantages[index],
-                n_tokens=len(member.token_ids),
-                finish_reason=member.finish_reason,
-                text=member.text,
-            )
-
-
-def environment(processes: int) -> dict[str, Any]:
-    """Returns versions and platform, which explain most differences between runs."""
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processes": processes,
-        "packages": dict(sorted((package.name, package.version) for package in distributions())),
-    }
+def write_rows(path: Path, record: type, rows: Iterable[Any], *, step: int) -> None:
+    """Writes a Parquet file of the step and records of the dataclass `record`."""
+    columns = {field.name: ARROW_TYPES[str(field.type).removesuffix(" | None")] for field in fields(record)}
+    schema = pa.schema({"step": pa.int32(), **columns})
+    table = pa.Table.from_pylist([{"step": step, **asdict(row)} for row in rows], schema=schema)
+    with whole_file(path) as file:
+        pq.write_table(table, file, compression="zstd")

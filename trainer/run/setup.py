@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from precompute.config import AnswerForm
-from precompute.problems.prompts import tokenizer_fingerprint
+from precompute.problems.prompts import demanded_form, tokenizer_fingerprint
 from precompute.run.reverify import check_verdicts
 from precompute.verify.verifier import Verifier
-from store.errors import StoreError
-from store.reader import TraceStore, Usable
+from store.errors import StoreError, TrainingError
+from store.reader import TraceStore
 from store.records import Problem, TeacherRecord, content_hash
 from store.registry import lookup
 from store.reports.report import problem_rows
@@ -23,113 +23,90 @@ from trainer.config import Config
 from trainer.method.groups import REWARDS, Prompt, Rewarder
 from trainer.method.guidance import SELECTORS, TRIGGERS, Guide
 from trainer.method.loss import make_policy_loss
-from trainer.method.rollouts import demanded_form
 from trainer.method.sft import Sft
 from trainer.method.teacher_traces import TraceReader
 from trainer.method.update import Updater
 from trainer.parallel.fsdp import check_shardable, initial_device, shard
 from trainer.parallel.world import ALONE, World
 from trainer.run.prompts import checked_prompts, usable_problems
-from trainer.run.run_dir import RunFiles
+from trainer.run.run_dir import Position, RunFiles
 from trainer.run.saved_model import check_model
-from trainer.sampling.samplers import Sampler, check_sampler, make_sampler
+from trainer.sampling.samplers import check_sampler, make_sampler
+from trainer.student.batches import TokenBatch
 from trainer.student.load import load_policy
 from trainer.student.optimizer import make_optimizer
 from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
-from trainer.telemetry.performance import probe_memory
-from trainer.telemetry.trackers import Trackers
+from trainer.telemetry.trackers import check_trackers
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """Everything a step needs."""
+class Run:
+    """A run that trains: everything a step needs, and the progress."""
 
-    config: Config
-    run: RunFiles
-    policy: Policy
-    optimizer: torch.optim.Optimizer
-    sampler: Sampler
-    rewarder: Rewarder
-    sft: Sft
-    guide: Guide
-    updater: Updater
-    trackers: Trackers
-    train_prompts: list[Prompt]
-    eval_prompts: list[Prompt]
-    problems_fingerprint: str
-    usable: dict[str, Usable]
-    """teacher -> usable traces of the training problems; empty where the store is not read."""
-    reporter: TrainReporter
-    world: World
+    def __init__(
+        self,
+        config: Config,
+        files: RunFiles,
+        weights: Path | None,
+        reporter: TrainReporter,
+        stack: ExitStack,
+        world: World = ALONE,
+    ) -> None:
+        """Loads and checks all parts. `weights`: checkpoint to resume from; `stack` closes what is opened."""
+        check_choices(config, world)
+        self.config, self.files, self.reporter, self.world = config, files, reporter, world
+        self.done = Position()
+        self.saved: Path | None = None
+        """The last checkpoint."""
+        self.trackers: list[Any] = []
+        verifier = stack.enter_context(Verifier(config.verify))
+        problems = usable_problems(config, "train", verifier, reporter)
+        held_out = usable_problems(config, "eval", verifier, reporter) if config.eval.every else []
+        if weights is None or config.student.use_peft:
+            check_model(config.student)
+        store = open_store(config, stack)
+        torch.manual_seed(config.train.seed)  # new adapters begin at random
+        self.policy = policy = load_student(config, world, weights)
+        self.train_prompts, self.eval_prompts = checked_prompts(
+            config, problems, held_out, policy.tokenizer, policy.model.config, reporter
+        )
+        form = demanded_form(config.student, problems[0])
+        self.rewarder = Rewarder(verifier, answer_form=form, weights=config.rewards)
+        traces = None if store is None else trace_reader(config, store, policy, form)
+        if store is not None and traces is not None:
+            check_store(config, store, traces, self.train_prompts, verifier, reporter)
+        ids = [problem.problem_id for problem in problems]
+        self.problems_fingerprint = content_hash(ids)
+        self.usable = {} if store is None else store.usable(ids, teachers=config.guidance.teachers or None)
+        """teacher -> usable traces of the training problems; empty where the store is not read."""
+        shard(policy, world)
+        prompts = [prompt.ids for prompt in (*self.train_prompts, *self.eval_prompts)]
+        self.sampler = make_sampler(config, policy, prompts, files.root, stack, world)
+        self.optimizer = make_optimizer(policy.model, config.train)
+        self.updater = make_updater(config, policy, self.optimizer, world)
+        if policy.device.type == "cuda":
+            longest = max(map(len, prompts)) + config.rollout.max_completion_length
+            max_tokens = config.train.max_tokens_per_microbatch
+            probe_memory(policy, self.optimizer, longest=longest, max_tokens=max_tokens)
+        on_problem = partial(reporter.progress, "traces for SFT")
+        self.sft = Sft(config, policy, traces, self.train_prompts, on_problem, world)
+        self.guide = Guide(config, traces, policy, self.rewarder)
 
-
-def assemble(
-    config: Config,
-    run: RunFiles,
-    weights: Path | None,
-    reporter: TrainReporter,
-    stack: ExitStack,
-    world: World = ALONE,
-) -> Parts:
-    """Loads and checks all parts. `weights`: the checkpoint to resume from; `stack` closes what is opened."""
-    check_choices(config, world)
-    trackers = stack.enter_context(Trackers(config.run.report_to if world.is_main else ()))
-    verifier = stack.enter_context(Verifier(config.verify))
-    problems = usable_problems(config, "train", verifier, reporter)
-    held_out = usable_problems(config, "eval", verifier, reporter) if config.eval.every else []
-    if weights is None or config.student.use_peft:
-        check_model(config.student)
-    store = open_store(config, stack)
-    torch.manual_seed(config.train.seed)  # new adapters begin at random
-    policy = load_student(config, world, weights)
-    train_prompts, eval_prompts = checked_prompts(
-        config, problems, held_out, policy.tokenizer, policy.model.config, reporter
-    )
-    form = demanded_form(config.student, problems)
-    rewarder = Rewarder(verifier, answer_form=form, weights=config.rewards)
-    traces = None if store is None else trace_reader(config, store, policy, form)
-    if store is not None and traces is not None:
-        check_store(config, store, traces, train_prompts, verifier, reporter)
-    shard(policy, world)
-    prompts = [prompt.ids for prompt in (*train_prompts, *eval_prompts)]
-    sampler = make_sampler(config, policy, prompts, run.root, stack, world)
-    optimizer = make_optimizer(policy.model, config.train)
-    updater = make_updater(config, policy, optimizer, world)
-    if policy.device.type == "cuda":
-        longest = max(map(len, prompts)) + config.rollout.max_completion_length
-        max_tokens = config.train.max_tokens_per_microbatch
-        probe_memory(policy, optimizer, longest=longest, max_tokens=max_tokens)
-    ids = [problem.problem_id for problem in problems]
-    return Parts(
-        config=config,
-        run=run,
-        policy=policy,
-        optimizer=optimizer,
-        sampler=sampler,
-        rewarder=rewarder,
-        sft=Sft(
-            config, policy, traces, train_prompts, partial(reporter.sampling, "traces for SFT"), world=world
-        ),
-        guide=Guide(config, traces, policy, rewarder),
-        updater=updater,
-        trackers=trackers,
-        train_prompts=train_prompts,
-        eval_prompts=eval_prompts,
-        usable={} if store is None else store.usable(ids, teachers=config.guidance.teachers or None),
-        problems_fingerprint=content_hash(ids),
-        reporter=reporter,
-        world=world,
-    )
+    @property
+    def last_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that took the last step: SFT has its own."""
+        return self.sft.optimizer if self.done.step == 0 and self.done.sft_step else self.optimizer
 
 
 def check_choices(config: Config, world: World) -> None:
-    """Raises ConfigError for unknown triggers, selectors, losses and rewards, and for keys that conflict."""
+    """Raises ConfigError for unknown triggers, selectors, losses and rewards, and for keys that conflict;
+    EngineError for a tracker that is not installed."""
     make_policy_loss(config.train, config.guidance)
     lookup(TRIGGERS, config.guidance.trigger, key="guidance.trigger")
     lookup(SELECTORS, config.guidance.select, key="guidance.select")
     for name in config.rewards:
         lookup(REWARDS, name, key="rewards")
+    check_trackers(config.run.report_to)
     check_sampler(config)
     check_shardable(config, world)
 
@@ -236,3 +213,44 @@ def trace_reader(config: Config, store: TraceStore, policy: Policy, form: Answer
         max_length=config.rollout.max_completion_length,
         own_ids=config.guidance.reads_teacher_logprobs,
     )
+
+
+def probe_memory(policy: Policy, optimizer: torch.optim.Optimizer, *, longest: int, max_tokens: int) -> None:
+    """Trains on the largest micro-batch once, without an effect on weights, gradients or generators.
+
+    All ranks have to call it. Raises TrainingError when the device has too little memory.
+
+    Args:
+        longest: prompt and response tokens of the longest sequence.
+        max_tokens: `train.max_tokens_per_microbatch`.
+    """
+    ids = torch.full((max(1, max_tokens // longest), longest), policy.pad_id, device=policy.device)
+    target_mask = torch.ones_like(ids, dtype=torch.bool)
+    target_mask[:, 0] = False
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    # AdamW has no state yet, and will have two values a weight.
+    copies = 2 if isinstance(optimizer, torch.optim.AdamW) else 0
+    policy.model.train()
+    try:
+        with explain_memory(f"trying a micro-batch of {len(ids)} x {longest} tokens"):
+            held = [torch.empty_like(weight) for weight in weights for _ in range(copies)]
+            batch = TokenBatch(input_ids=ids, target_mask=target_mask)
+            logprobs, entropy = policy.logprobs_and_entropy(batch)
+            ((logprobs + entropy).sum() * 0.0).backward()  # type: ignore[no-untyped-call]
+            del held
+    finally:
+        policy.model.eval()
+        optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def explain_memory(doing: str) -> Iterator[None]:
+    """Turns a lack of GPU memory into one line that names the ways out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of GPU memory while {doing}: lower train.max_tokens_per_microbatch or rollout.batch_size "
+            "(both leave the result as it is), or set student.gradient_checkpointing = true; "
+            "`ampo train --dry-run` shows what takes how much"
+        ) from error

@@ -55,22 +55,37 @@ class TrainReporter:
         logger.warning(text)
         self.console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
-    def sampling(self, label: str, done: int, total: int) -> None:
-        """Moves a bar below the run's, which is hidden at its end."""
-        self._move("sampling", label, done, total, note="samples")
+    def progress(
+        self, label: str, done: int, total: int, *, bar: str = "samples", note: str = "samples"
+    ) -> None:
+        """Moves a bar, which is hidden at its end. Bars of one name replace each other."""
+        if bar not in self._bars:
+            self._bars[bar] = self._progress.add_task(label, total=total, completed=done, note=note)
+        self._progress.update(
+            self._bars[bar], description=label, completed=done, total=total, note=note, visible=done < total
+        )
 
     def sft_stepped(self, row: dict[str, Any], steps: int) -> None:
         """Prints the line of an SFT step."""
-        self._move("SFT", "SFT", row["sft/step"], steps)
+        self.progress("SFT", row["sft/step"], steps, bar="run", note="")
         self.line(
             f"SFT {row['sft/step']:>{len(str(steps))}}/{steps}  loss {row['sft/loss']:6.3f}  "
             f"{row['sft/traces']} traces, {row['sft/tokens']} tokens  {row['seconds/sft']:.1f} s"
         )
 
     def stepped(self, row: dict[str, Any], groups: list[Group], steps: int) -> None:
-        """Prints the line of a step, and every n steps a table of sample completions."""
-        self._move("training", "training", row["step"], steps, note=f"solved {row['accuracy']:.0%}")
-        self.line(step_line(row, steps))
+        """Prints the line of a step, `-` for missing values, and every n steps a table of samples."""
+        solved = f"solved {row['accuracy']:.0%}"
+        self.progress("training", row["step"], steps, bar="run", note=solved)
+        hit = row["store/hit_rate"]
+        queried = f"queried {row['store/queries']:.0f}" + ("" if hit is None else f" ({hit:.0%} hit)")
+        loss, entropy = ("     -" if row[key] is None else f"{row[key]:6.3f}" for key in ("loss", "entropy"))
+        self.line(
+            f"step {row['step']:>{len(str(steps))}}/{steps}  reward {row['reward']:.3f}  "
+            f"solved {row['accuracy']:4.0%}  all-fail {row['groups/all_fail']:4.0%}  {queried:<20} "
+            f"loss {loss}  entropy {entropy}  "
+            f"len {row['completions/mean_length']:.0f}  {row['seconds/step']:.1f} s"
+        )
         cut = row["completions/clipped_ratio"]
         if cut > LARGE_CUT_SHARE:
             self.warned(
@@ -88,26 +103,6 @@ class TrainReporter:
             f"eval step {step}: {passes}  length {score.mean_length:.0f} "
             f"({score.problems} problems x {evaluation.n} samples)"
         )
-
-    def _move(self, bar: str, label: str, done: int, total: int, note: str = "") -> None:
-        if bar not in self._bars:
-            self._bars[bar] = self._progress.add_task(label, total=total, completed=done, note=note)
-        self._progress.update(
-            self._bars[bar], description=label, completed=done, total=total, note=note, visible=done < total
-        )
-
-
-def step_line(row: dict[str, Any], steps: int) -> str:
-    """Returns a step as one line; `-` for missing values."""
-    hit = row["store/hit_rate"]
-    queried = f"queried {row['store/queries']:.0f}" + ("" if hit is None else f" ({hit:.0%} hit)")
-    loss, entropy = ("     -" if row[key] is None else f"{row[key]:6.3f}" for key in ("loss", "entropy"))
-    return (
-        f"step {row['step']:>{len(str(steps))}}/{steps}  reward {row['reward']:.3f}  "
-        f"solved {row['accuracy']:4.0%}  all-fail {row['groups/all_fail']:4.0%}  {queried:<20} "
-        f"loss {loss}  entropy {entropy}  "
-        f"len {row['completions/mean_length']:.0f}  {row['seconds/step']:.1f} s"
-    )
 
 
 def completions_table(step: int, groups: list[Group], problems: int) -> Table:

@@ -4,7 +4,9 @@ tensorboard   event files in the run's directory, under tensorboard/
 wandb         Weights & Biases; with WANDB_MODE=offline everything stays in the run's directory
 trackio       a local database (TRACKIO_DIR); `trackio show --project ampo` plots it
 
-Each step is logged once, also over a kill and a resume. Accelerate's trackers do the writing.
+A resumed run continues under its id, from the step after its checkpoint. Steps that a killed run logged past
+the checkpoint are hidden in TensorBoard; trackio may have them twice. Offline, wandb has a directory for each
+start, with the steps since then. metrics.jsonl has each step once.
 """
 
 from __future__ import annotations
@@ -12,107 +14,67 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from store.errors import EngineError
-from store.format.files import whole_file
 
 PROJECT = "ampo"
 """Project of the runs, where WANDB_PROJECT or TRACKIO_PROJECT names no other."""
 
 
-class Trackers(AbstractContextManager["Trackers"]):
-    """All programs that `run.report_to` names. A context manager that closes them."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        """Raises EngineError for one that is not installed, before anything is loaded."""
-        for name in names:
-            if find_spec(name) is None:
-                raise EngineError(
-                    f'run.report_to: {name!r} is not installed; pip install "ampo[{name}]" installs it'
-                )
-        self._names = tuple(dict.fromkeys(names))
-        self._started: list[tuple[Any, int]] = []
-        """Each tracker with the last step that it has of the run before a resume; -1 for none."""
-        self._sft_steps = 0
-
-    def begin(
-        self,
-        run: Path,
-        config: Mapping[str, Any],
-        *,
-        after: tuple[int, int],
-        sft_steps: int,
-        rows: Sequence[Mapping[str, Any]],
-    ) -> None:
-        """Starts the trackers and logs the steps that they lack.
-
-        Args:
-            run: the run's directory.
-            config: the resolved config, logged with the run.
-            after: (sampling steps, SFT steps) that are done; (0, 0) starts a new run.
-            sft_steps: SFT steps in all; programs count sampling steps from there on.
-            rows: the lines of metrics.jsonl so far. A tracker that was killed with the run, or is new, lacks
-                some of them.
-        """
-        if not self._names:
-            return
-        path = run / "tracker_id"  # distinguishes this run from others of its name
-        if after == (0, 0) or not path.exists():
-            with whole_file(path) as file:
-                file.write(secrets.token_hex(4).encode())
-        name, self._sft_steps = f"{run.name}-{path.read_text()}", sft_steps
-        last = (after[0] + sft_steps if after[0] else after[1]) or -1
-        self._started = [_start(each, run, dict(config), name, last) for each in self._names]
-        for row in rows:
-            self.log(row)
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Logs a line of metrics.jsonl without its missing values (None)."""
-        numbers = {
-            key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"
-        }
-        step = row.get("sft/step") or row["step"] + self._sft_steps
-        # The evaluation between SFT and sampling has the number of the last SFT step.
-        is_between = "sft/step" not in row and row["step"] == 0 < step
-        for tracker, known in self._started:
-            if step > known or (is_between and step == known):
-                tracker.log(numbers, step=step)
-
-    def __exit__(self, *_: object) -> None:
-        for tracker, _known in self._started:
-            tracker.finish()
-        self._started = []
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises EngineError for a program that is not installed."""
+    for name in names:
+        if find_spec(name) is None:
+            raise EngineError(
+                f'run.report_to: {name!r} is not installed; pip install "ampo[{name}]" installs it'
+            )
 
 
-def _start(program: str, run: Path, config: dict[str, Any], name: str, last: int) -> tuple[Any, int]:
-    """Returns the started tracker, and the last step that it has."""
+def start_trackers(
+    names: Sequence[str], run: Path, config: dict[str, Any], *, done: int, stack: ExitStack
+) -> list[Any]:
+    """Returns the started trackers, of accelerate; `stack` finishes them.
+
+    Args:
+        run: the run's directory.
+        config: the resolved config, logged with the run.
+        done: steps before a resume, those of SFT included; 0 starts a new run.
+    """
+    trackers: list[Any] = []
+    path = run / "tracker_id"  # distinguishes this run from others of its name
+    if names and not (done and path.exists()):
+        path.write_text(f"{run.name}-{secrets.token_hex(4)}", encoding="utf-8")
+    for name in dict.fromkeys(names):
+        trackers.append(_start(name, run, config, path.read_text(encoding="utf-8"), done))
+        stack.callback(trackers[-1].finish)
+    return trackers
+
+
+def _start(program: str, run: Path, config: dict[str, Any], run_id: str, done: int) -> Any:
+    """Returns the program's tracker, started. Raises EngineError when wandb cannot start."""
     from accelerate import PartialState, tracking
 
     PartialState()  # accelerate's own log lines need it
     project = os.environ.get(f"{program.upper()}_PROJECT", PROJECT)
     if program == "tensorboard":
-        has_events = (run / program).exists()
-        # Events past the last checkpoint are hidden.
-        board = tracking.TensorBoardTracker(program, logging_dir=run, purge_step=last + 1)
+        # Events of this and later steps are hidden.
+        board = tracking.TensorBoardTracker(program, logging_dir=run, purge_step=done and done + 1)
         board.start()
-        if not has_events:
+        if not done:
             board.log({"config": json.dumps(config)}, step=0)
-        return board, last if has_events else -1
+        return board
     if program == "trackio":
-        database = tracking.TrackioTracker(project, name=name, config=config, resume="allow")
+        database = tracking.TrackioTracker(project, name=run_id, config=config, resume="allow")
         database.start()
-        # It stores a step twice without a warning, and no public name gives its last step.
-        return database, database.tracker._next_step - 1
+        return database
     from wandb import Error
 
-    # A resumed run continues under its id. Offline it has to log all steps again, since `wandb sync` keeps
-    # the last directory of a run only.
-    options = {"name": run.name, "id": name, "resume": "allow", "dir": run, "config": config}
+    options = {"name": run.name, "id": run_id, "resume": "allow", "dir": run, "config": config}
     tracker = tracking.WandBTracker(project, settings={"console": "off"}, **options)
     try:
         tracker.start()
@@ -121,4 +83,4 @@ def _start(program: str, run: Path, config: dict[str, Any], name: str, last: int
         raise EngineError(
             f"run.report_to: wandb cannot start: {reason}; `wandb login`, or set WANDB_MODE=offline"
         ) from error
-    return tracker, tracker.tracker.starting_step - 1
+    return tracker
