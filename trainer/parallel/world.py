@@ -26,7 +26,7 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """A rank may wait for another as long as the slowest sampling takes; a dead one is noticed at once."""
 
-RANK_0_FIRST = 3.0
+RANK_0_FIRST = 10.0
 """Seconds that other ranks wait before they fail: rank 0 mostly fails for the same reason, and prints it."""
 
 TORCHRUN_KILLS = 60.0
