@@ -183,7 +183,7 @@ def test_a_user_error_is_printed_once_and_ends_all_ranks(world: Path, model_dir:
     assert done.returncode != 0
     assert done.stderr.count("error: student.load_in_4bit") == 1
     assert "exitcode  : 2" in done.stderr
-    assert not (world / "runs" / "mistaken").exists()
+    assert not (world / "runs" / "mistaken" / "config.toml").exists()
 
 
 @pytest.fixture
