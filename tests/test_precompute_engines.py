@@ -162,6 +162,12 @@ def test_padding_with_the_eos_id_changes_nothing(tokenizer: Any) -> None:
     assert len({len(c.token_ids) for c in own.values()}) > 3
 
 
+def test_a_bin_holds_its_lower_edge_and_an_empty_bin_nothing() -> None:
+    probs = torch.tensor([[0.25, 0.0, 0.5, 0.25]], dtype=torch.float64).expand(5, -1)
+    places = torch.tensor([[0.0], [0.2], [0.25], [0.7], [0.75]], dtype=torch.float64)
+    assert inverse_cdf(probs, places)[:, 0].tolist() == [0, 0, 2, 2, 3]
+
+
 @given(
     seed=st.integers(0, 1000),
     size=st.sampled_from([9, FEW_BLOCKS * BLOCK, FEW_BLOCKS * BLOCK + 1, 9 * BLOCK, 10 * BLOCK + 7]),
