@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
+from precompute_examples import keys_of, parts_of
+from proc_examples import children_of
 
 from precompute.config import PrecomputeConfig
 from precompute.config_file import load_config
@@ -21,12 +22,12 @@ from precompute.run import pipeline
 from precompute.run.shard import Shard
 from store.errors import ConfigError, EngineError, StoreBusyError
 from store.format.files import shard_lock
-from store.reader import TraceStore
 from store.records import Problem
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
 
 ROOT = Path(__file__).parents[1]
+Keys = dict[tuple[str, str, int], str]
 PROBLEMS = 32
 SAMPLES = 2
 CONFIG = f"""
@@ -57,7 +58,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], str]:
+def whole(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Keys:
     """What one process without Ray makes of all problems."""
     store = tmp_path_factory.mktemp("whole") / "traces"
     pipeline.run(settings(config_file, store), limit=PROBLEMS)
@@ -66,19 +67,6 @@ def whole(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[t
 
 def settings(config_file: Path, store: Path, *more: str) -> PrecomputeConfig:
     return load_config(PrecomputeConfig, str(config_file), [f"store.path={store}", *more])
-
-
-def keys_of(store: Path) -> dict[tuple[str, int], str]:
-    """(problem, sample) -> trace_id; one that stands in two parts fails."""
-    rows = sum(pq.read_metadata(part).num_rows for part in parts_of(store))
-    with TraceStore(store) as opened:
-        keys = {(trace.problem_id, trace.sample_index): trace.trace_id for trace in opened.traces()}
-    assert len(keys) == rows
-    return keys
-
-
-def parts_of(store: Path) -> list[Path]:
-    return list(store.rglob("part-*.parquet"))
 
 
 CLUSTER = """
@@ -105,9 +93,8 @@ class Nodes:
 
     def workers(self) -> list[int]:
         """The pids of the workers."""
-        lines = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
-        rows = [line.split(maxsplit=2) for line in lines.stdout.splitlines()]
-        return [int(row[0]) for row in rows if int(row[1]) in self.pids and "ray::Worker" in row[2]]
+        found = (child for node in self.pids for child in children_of(node).items())
+        return [pid for pid, (_, command) in found if b"ray::Worker" in command]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +138,7 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) ->
 
 @pytest.mark.slow
 def test_a_worker_killed_half_way_costs_nothing(
-    cluster: Nodes, config_file: Path, whole: dict[tuple[str, int], str], tmp_path: Path
+    cluster: Nodes, config_file: Path, whole: Keys, tmp_path: Path
 ) -> None:
     store = tmp_path / "traces"
     run = start(cluster, config_file, store)
@@ -175,7 +162,7 @@ def test_a_worker_killed_half_way_costs_nothing(
 
 
 def test_workers_of_a_cluster_make_what_one_process_makes(
-    cluster: Nodes, config_file: Path, whole: dict[tuple[str, int], str], tmp_path: Path
+    cluster: Nodes, config_file: Path, whole: Keys, tmp_path: Path
 ) -> None:
     store = tmp_path / "traces"
     output, _ = start(cluster, config_file, store, "--limit", "8").communicate(timeout=240)
@@ -188,7 +175,7 @@ def test_workers_of_a_cluster_make_what_one_process_makes(
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_workers_and_the_next_run_goes_on(
-    cluster: Nodes, config_file: Path, whole: dict[tuple[str, int], str], tmp_path: Path
+    cluster: Nodes, config_file: Path, whole: Keys, tmp_path: Path
 ) -> None:
     store = tmp_path / "traces"
     run = start(cluster, config_file, store)

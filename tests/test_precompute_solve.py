@@ -167,15 +167,6 @@ def test_only_what_is_needed_is_sampled_and_a_cut_run_ends_with_the_same(
     assert as_done(kept + rest) == expected
 
 
-@settings(deadline=None, max_examples=25)
-@given(st.integers(1, 6), RIGHT, SPEEDS)
-def test_a_fixed_number_of_samples_is_taken_whatever_is_right(
-    samples: int, right: Sequence[Sequence[bool]], clock: random.Random
-) -> None:
-    done = as_done(solve(teacher(samples=samples), right, {}, Machine(clock)))
-    assert sorted(map(sorted, done.values())) == [list(range(samples))] * len(right)
-
-
 def test_a_further_try_overtakes_problems_that_wait_for_their_first() -> None:
     machine = Machine(random.Random(0), room=1, seconds=0.005)
     solve(teacher(until_verified=1, max_samples=2), [[False, True]] * 20, {}, machine)

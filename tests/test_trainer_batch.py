@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.student.batches import TrainSequence, fill, pad, scatter_values, split_over_ranks, train_batch
-
-CPU = torch.device("cpu")
+from trainer.student.batches import fill, split_over_ranks
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 200))
@@ -37,22 +34,3 @@ def test_each_rank_gets_as_many_long_sequences() -> None:
     assert split_over_ranks([1, 9, 2, 8, 5], 2) == [[0, 1, 4], [2, 3]]
     assert split_over_ranks([7, 7], 3) == [[0], [1], []]
     assert split_over_ranks([1, 9, 2], 1) == [[0, 1, 2]]
-
-
-def test_rows_are_padded_on_the_right_and_their_last_tokens_are_targets() -> None:
-    batch = pad([(5, 6, 7), (8,)], [2, 1], pad_id=0, device=CPU)
-    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert batch.target_mask.tolist() == [[False, True, True], [True, False, False]]
-
-
-def test_the_target_tokens_of_a_training_batch_are_the_response() -> None:
-    sequence = TrainSequence(prompt_ids=(1, 2), response_ids=(3, 4), advantage=1.0, is_teacher=False)
-    batch = train_batch([sequence], pad_id=0, device=CPU)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4]]
-    assert batch.target_mask.tolist() == [[False, False, True, True]]
-
-
-def test_values_land_on_the_target_tokens_of_their_row() -> None:
-    mask = torch.tensor([[False, True, True], [True, False, False]])
-    placed = scatter_values([(0.5, 0.25), None], mask)
-    assert placed.tolist() == [[0.0, 0.5, 0.25], [0.0, 0.0, 0.0]]
