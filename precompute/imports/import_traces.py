@@ -106,8 +106,7 @@ def import_traces(
         progress(done, total, _verified_share(list(counts.values())))
 
     with StoreWriter.open(store.path, verifiers=verifier.versions(problems.values())) as writer:
-        check_verdicts(writer.path, list(problems.values()), verifier)
-        _register(writer, problems, records)
+        _register(writer, list(problems.values()), records, verifier)
         stored = {name: writer.done(name) for name in records}
         parts = {
             name: PartBuffer(writer.append, part_traces=store.part_traces, part_seconds=store.part_seconds)
@@ -187,16 +186,17 @@ def _records(
 
 
 def _register(
-    writer: StoreWriter, problems: Mapping[str, Problem], records: Mapping[str, TeacherRecord]
+    writer: StoreWriter, problems: Sequence[Problem], records: Mapping[str, TeacherRecord], verifier: Verifier
 ) -> None:
-    """Checks every recipe before anything is written."""
+    """Checks verdicts and every recipe before anything is written."""
+    check_verdicts(writer.path, problems, verifier)
     for record in records.values():
         check_filters(writer, record)
         try:
             writer.check_recipe(record)
         except RecipeChangedError as error:
             raise RecipeChangedError(f"{error}; or import with --rename {record.model}=NAME") from None
-    writer.write_problems(list(problems.values()))
+    writer.write_problems(problems)
     for record in records.values():
         writer.register_teacher(record)
 

@@ -25,7 +25,7 @@ from precompute.run.plan import (
     ProblemsSummary,
     TeacherOutcome,
     TeacherPlan,
-    stored_report,
+    stored_counts,
 )
 from precompute.run.probe import run_probe
 from precompute.run.progress import Reporter
@@ -42,8 +42,9 @@ from precompute.run.solve import (
 )
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, EngineError, ProblemsError
+from store.reader import TraceStore
 from store.records import Problem, TeacherRecord, content_hash
-from store.reports.report import TeacherReport
+from store.reports.report import TeacherReport, store_report
 from store.writer import StoreWriter
 
 
@@ -82,7 +83,7 @@ def run(
         writer.write_problems(problems)
         for teacher in prepared:
             writer.register_teacher(teacher.record)
-        before, seconds = stored_report(writer.path, problems)[0], {}
+        before, seconds = stored_counts(writer.path, problems), {}
         for teacher in prepared:
             started = time.monotonic()
             for damaged in writer.damaged(teacher.name):
@@ -101,7 +102,9 @@ def _report(
     before: Mapping[str, TeacherReport],
     seconds: Mapping[str, float],
 ) -> PrecomputeReport:
-    after, coverage = stored_report(store, problems)
+    with TraceStore(store) as opened:
+        report = store_report(opened, [problem.problem_id for problem in problems])
+    after = {teacher.teacher: teacher for teacher in report.teachers}
     outcomes = [
         TeacherOutcome(
             stored=after[name],
@@ -111,7 +114,9 @@ def _report(
         )
         for name, took in seconds.items()
     ]
-    return PrecomputeReport(problems=summary, store=str(store), teachers=tuple(outcomes), coverage=coverage)
+    return PrecomputeReport(
+        problems=summary, store=str(store), teachers=tuple(outcomes), coverage=report.coverage
+    )
 
 
 def plan(

@@ -10,7 +10,7 @@ from precompute.config import AnswerForm
 from precompute.run.probe import Probe
 from store.reader import TraceStore
 from store.records import Problem
-from store.reports.report import TeacherReport, store_report
+from store.reports.report import TeacherReport, teacher_reports
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,10 +92,8 @@ class PrecomputeReport:
     """Number of teachers with a usable trace, 0 to T -> chosen problems; sums to `problems.used`."""
 
 
-def stored_report(
-    path: str | Path, problems: Sequence[Problem]
-) -> tuple[dict[str, TeacherReport], Mapping[int, int]]:
-    """Returns teacher -> counts of its traces of these problems, and their coverage."""
+def stored_counts(path: str | Path, problems: Sequence[Problem]) -> dict[str, TeacherReport]:
+    """Returns teacher -> counts of its traces of these problems."""
     with TraceStore(path) as store:
-        report = store_report(store, problems)
-    return {teacher.teacher: teacher for teacher in report.teachers}, report.coverage
+        reports = teacher_reports(store, [problem.problem_id for problem in problems])
+    return {report.teacher: report for report in reports}

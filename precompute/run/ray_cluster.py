@@ -29,7 +29,7 @@ from precompute.config import PrecomputeConfig, RayConfig, TeacherConfig
 from precompute.engines import Engine
 from precompute.engines.registry import engine_version, load_engine, prepare_engine, resolve_engine
 from precompute.run.backends import Backend
-from precompute.run.plan import stored_report
+from precompute.run.plan import stored_counts
 from precompute.run.progress import Reporter, TeacherProgress
 from precompute.run.solve import PreparedTeacher, Solver, fill_prompts, longest_prompt, samples_left
 from precompute.verify.verifier import Verifier
@@ -140,12 +140,12 @@ class RayBackend(Backend):
 
         Raises the UserError of a worker, and EngineError where workers keep dying.
         """
-        started, before = time.monotonic(), stored_report(writer.path, problems)[0][teacher.name]
+        started, before = time.monotonic(), stored_counts(writer.path, problems)[teacher.name]
 
         def report(*, last: bool = False) -> None:
             found = writer.done(teacher.name)
             done = [found.get(problem.problem_id, {}) for problem in problems]
-            now = stored_report(writer.path, problems)[0][teacher.name]
+            now = stored_counts(writer.path, problems)[teacher.name]
             progress = TeacherProgress(
                 teacher=teacher.name,
                 done=sum(map(len, done)),

@@ -13,7 +13,7 @@ from store.format.manifest import Manifest
 from store.format.parts import DamagedPart
 from store.format.schema import PROBLEM_SCHEMA, table_of
 from store.reader import TraceStore
-from store.records import Problem, Trace
+from store.records import Trace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,14 +104,18 @@ _PROBLEMS = """
 """
 
 
-def store_report(store: TraceStore, problems: Sequence[Problem] | None = None) -> StoreReport:
-    """Returns counts per teacher and verdict, tokens, coverage: over some problems, or for None over all."""
-    chosen = None if problems is None else [problem.problem_id for problem in problems]
+def teacher_reports(store: TraceStore, chosen: Sequence[str] | None = None) -> tuple[TeacherReport, ...]:
+    """Returns the counts of every teacher, by name: over the chosen problem_ids, or for None over all."""
     records = store.teachers().values()
     registered = {"name": [each.name for each in records], "model": [each.model for each in records]}
     schema = pa.schema([("name", pa.string()), ("model", pa.string())])
     store.index.connection.register("registered", pa.table(registered, schema))
-    teachers = tuple(TeacherReport(**row) for row in store.index.rows(_TEACHERS, {"chosen": chosen}))
+    return tuple(TeacherReport(**row) for row in store.index.rows(_TEACHERS, {"chosen": chosen}))
+
+
+def store_report(store: TraceStore, chosen: Sequence[str] | None = None) -> StoreReport:
+    """Returns counts by teacher, tokens, coverage: over the chosen problem_ids, or for None over all."""
+    teachers = teacher_reports(store, chosen)
     covering = {row["problem_id"]: len(row["teachers"]) for row in problem_rows(store)}
     counts = list(covering.values()) if chosen is None else [covering[each] for each in chosen]
     parts = store.index.rows(_PARTS)[0]
