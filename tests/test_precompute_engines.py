@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from precompute_examples import by_id, forward_logits, forward_logprobs
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 from precompute.config import TeacherConfig
 from precompute.engines import Request, Sampling
@@ -34,22 +35,18 @@ CONTEXT = 96
 
 def random_model(eos: int | list[int] = END, *, intermediate_size: int = 96) -> Any:
     """Two layers with weights wide enough that some tokens are likely and others are not."""
-    torch.manual_seed(5)
-    config = Qwen2Config(
+    return tiny_model(
+        5,
         vocab_size=103,
         hidden_size=64,
         intermediate_size=intermediate_size,
-        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
         initializer_range=0.3,
         tie_word_embeddings=True,
-        bos_token_id=None,
         eos_token_id=eos,
-        pad_token_id=0,
     )
-    return Qwen2ForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")

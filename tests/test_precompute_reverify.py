@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from precompute_examples import jsonl
 
 from precompute.config import StoreConfig, VerifyConfig
 from precompute.imports.foreign_rows import ImportColumns, ImportForm, TeacherNames
@@ -27,14 +26,9 @@ MATH = VerifyConfig(workers=1, timeout=20.0)
 NUMERIC = MATH.model_copy(update={"default": "numeric"})
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    form = ImportForm([write(tmp_path / "traces.jsonl", ROWS)], ImportColumns(), TeacherNames(renames={}))
+    form = ImportForm([jsonl(tmp_path / "traces.jsonl", *ROWS)], ImportColumns(), TeacherNames(renames={}))
     with Verifier(MATH) as verifier:
         import_traces(form, store=StoreConfig(path=str(tmp_path / "traces")), verifier=verifier)
     return tmp_path / "traces"
@@ -71,7 +65,7 @@ def test_another_verifier_is_refused_until_the_texts_are_verified_again(store: P
 
 def test_a_corrected_gold_answer_keeps_the_traces(store: Path) -> None:
     corrected = [row | {"answer": "4"} if row["answer"] == "5" else row for row in ROWS]
-    problems = load_problems(write(store.parent / "train.jsonl", corrected)).problems
+    problems = load_problems(jsonl(store.parent / "train.jsonl", *corrected)).problems
     with Verifier(MATH) as verifier:
         reverify(store, verifier, problems)
     assert verdicts(store)["2+2?", "ada"] == "match"

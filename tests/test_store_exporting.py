@@ -16,7 +16,7 @@ from store_examples import JUDGE, make_store, problem, teacher, trace, wrong
 from precompute.imports.foreign_rows import ImportColumns, ImportForm, TeacherNames
 from store.errors import StoreError, UserError
 from store.export.export_forms import EXPORT_FORMS, ExportOptions, ExportReport, Solved
-from store.export.exporting import export, in_turns
+from store.export.exporting import export
 from store.format.row_files import write_rows
 from store.reader import TraceStore
 from store.records import Problem
@@ -117,13 +117,6 @@ def test_wrong_and_filtered_traces_go_out_only_when_all_is_asked_for(root: Path)
         for target in row["target_lst"]
     ]
     assert targets == [("ada", True), ("bob", True), ("ada", True), ("ada", True), ("bob", False)]
-
-
-def test_teachers_take_turns() -> None:
-    traces = [trace(0, "ada", n) for n in range(3)] + [trace(0, "bob", n) for n in (4, 7)]
-    assert [(t.teacher, t.sample_index) for t in in_turns(traces[::-1])] == [
-        ("ada", 0), ("bob", 4), ("ada", 1), ("bob", 7), ("ada", 2),
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

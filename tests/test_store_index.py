@@ -24,7 +24,7 @@ from store_examples import (
     wrong,
 )
 
-from store.errors import StoreDamagedError, StoreError, StoreMissingError
+from store.errors import StoreDamagedError, StoreError
 from store.format.index import reindex
 from store.reader import TraceStore
 from store.writer import StoreWriter
@@ -174,11 +174,6 @@ def test_reindex_counts_parts_and_traces(root: Path) -> None:
         assert index.rows("SELECT count(*) AS traces FROM idx.rows") == [{"traces": 6}]
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert names(root) == ALL
-
-
-def test_reindex_of_nothing_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(StoreMissingError):
-        reindex(tmp_path / "nowhere")
 
 
 def test_a_store_that_cannot_be_written_is_indexed_in_memory(open_place: Path) -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from store_examples import make_store, problem, teacher, trace, wrong
+from store_examples import make_store, problem, trace, wrong
 
 from store.errors import StoreDamagedError, StoreForeignError, StoreMissingError, StoreVersionError
 from store.reader import TraceStore
@@ -96,12 +96,6 @@ def test_traces_filters_and_limits(root: Path) -> None:
         assert {t.teacher for t in store.traces(verdict="mismatch")} == {"ada", "bob"}
         assert len(store.traces(limit=2)) == 2
         assert store.traces(teacher="eve") == []
-
-
-def test_a_store_knows_its_teachers_and_problems(root: Path) -> None:
-    with TraceStore(root) as store:
-        assert store.teachers() == {"ada": teacher("ada"), "bob": teacher("bob")}
-        assert [p.problem_id for p in store.problems()] == IDS
 
 
 def test_an_empty_store_answers(tmp_path: Path) -> None:

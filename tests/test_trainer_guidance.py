@@ -101,15 +101,6 @@ def test_a_problem_without_a_candidate_has_one_row_with_nulls(guide_of: MakeGuid
     ]
 
 
-def test_a_trace_earns_what_the_rule_gives_it(guide_of: MakeGuide) -> None:
-    guided, _ = guide_of().guide([group(PROBLEMS[1])], step=1)
-    (placed,) = guided[0].guidance.values()
-    assert placed.is_correct
-    assert placed.has_format
-    assert placed.reward == pytest.approx(1.0)  # 0.9 * 1 + 0.1 * 1
-    assert placed.token_ids[-1] == 1  # ends with the student's EOS
-
-
 @torch.no_grad()
 def test_scores_are_mean_log_probabilities_of_the_gold_answer_after_reading(guide_of: MakeGuide) -> None:
     guide = guide_of()
