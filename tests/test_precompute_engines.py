@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from dataclasses import replace
 from importlib.util import find_spec
@@ -21,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from precompute.config import TeacherConfig
 from precompute.engines import Request, Sampling
-from precompute.engines.checks import check_options, eos_ids
+from precompute.engines.checks import eos_ids
 from precompute.engines.registry import check_fits, prepare_engine
 from precompute.engines.seeded_sampler import BLOCK, FEW_BLOCKS, inverse_cdf
 from precompute.engines.transformers_engine import TransformersEngine
@@ -59,11 +58,6 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
-@pytest.fixture(scope="module")
-def engine(tokenizer: Any) -> TransformersEngine:
-    return TransformersEngine(random_model(), tokenizer, batch_size=16)
-
-
 def sampling(**changes: Any) -> Sampling:
     return Sampling(**({"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 24} | changes))
 
@@ -77,7 +71,8 @@ def request(number: int, *, length: int = 0, seed: int | None = None) -> Request
     )
 
 
-def test_a_request_gives_the_same_completion_alone_and_in_any_batch(engine: TransformersEngine) -> None:
+def test_a_request_gives_the_same_completion_alone_and_in_any_batch(tokenizer: Any) -> None:
+    engine = TransformersEngine(random_model(), tokenizer, batch_size=16)
     requests = [request(number) for number in range(40)]
     together = by_id(engine.generate(requests, sampling()))
     shuffled = by_id(engine.generate(requests[::-1][3:], sampling()))
@@ -117,7 +112,7 @@ def test_both_kinds_of_logprobs_are_those_of_a_forward(tokenizer: Any, changes: 
     requests = [request(number) for number in range(12)]
     engine = TransformersEngine(model, tokenizer, batch_size=16)
     models = by_id(engine.generate(requests, drawing))
-    found = by_id(engine.generate(requests, dataclasses.replace(drawing, logprobs="sampler")))
+    found = by_id(engine.generate(requests, replace(drawing, logprobs="sampler")))
     for each in requests:
         completion = found[each.request_id]
         assert models[each.request_id].token_ids == completion.token_ids
@@ -317,26 +312,19 @@ def teacher(**changes: Any) -> TeacherConfig:
         ("vllm", {"tensor_parallel_size": 2}, "tensor_parallel_size = 2 needs as many GPUs; there are 0"),
         ("transformers", {"quantization": "awq"}, "quantization = 'awq' is not for transformers"),
         ("openai", {}, 'engine "openai" needs base_urls'),
+        ("vllm", {"quantization": "bitsandbytes"}, "pip install vllm-bnb-plugin"),
+        ("transformers", {"quantization": "bitsandbytes"}, 'pip install "ampo[qlora]"'),
     ],
 )
 def test_what_an_engine_cannot_honour_is_said_before_it_starts(
     monkeypatch: pytest.MonkeyPatch, engine: str, changes: dict[str, Any], message: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr("precompute.engines.checks.find_spec", lambda _: None)
     with pytest.raises(EngineError, match="teacher 'ada': ") as caught:
         prepare_engine(teacher(**changes), engine)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_package_that_a_quantization_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    check_options(teacher(tensor_parallel_size=2, quantization="fp8"), "vllm")
-    monkeypatch.setattr("precompute.engines.checks.find_spec", lambda _: None)
-    with pytest.raises(EngineError, match="pip install vllm-bnb-plugin"):
-        check_options(teacher(quantization="bitsandbytes"), "vllm")
-    with pytest.raises(EngineError, match=r'pip install "ampo\[qlora\]"'):
-        check_options(teacher(quantization="bitsandbytes"), "transformers")
 
 
 def test_vllm_is_told_what_the_teachers_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
