@@ -111,7 +111,7 @@ def read_problems(root: Path) -> list[Problem]:
 def read_teachers(root: Path) -> dict[str, TeacherRecord]:
     """Returns every registered teacher, in order of the name. Raises StoreDamagedError."""
     records = {}
-    for path in sorted((root / TEACHERS).glob("*.json")):
+    for path in sorted((root / TEACHERS).glob("[!.]*.json")):
         try:
             content = json.loads(path.read_bytes())
             content.pop("generation_fingerprint", None)
