@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from precompute.config import AnswerForm
 from precompute.problems.prompts import demanded_form, tokenizer_fingerprint
 from precompute.run.reverify import check_verdicts
 from precompute.verify.verifier import Verifier
-from store.errors import StoreError, TrainingError
+from store.errors import EngineError, StoreError, TrainingError
 from store.reader import TraceStore
 from store.records import Problem, TeacherRecord, content_hash
 from store.registry import lookup
@@ -37,7 +38,6 @@ from trainer.student.load import load_policy
 from trainer.student.optimizer import make_optimizer
 from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
-from trainer.telemetry.trackers import check_trackers
 
 
 class Run:
@@ -106,7 +106,11 @@ def check_choices(config: Config, world: World) -> None:
     lookup(SELECTORS, config.guidance.select, key="guidance.select")
     for name in config.rewards:
         lookup(REWARDS, name, key="rewards")
-    check_trackers(config.run.report_to)
+    for name in config.run.report_to:
+        if find_spec(name) is None:
+            raise EngineError(
+                f'run.report_to: {name!r} is not installed; pip install "ampo[{name}]" installs it'
+            )
     check_sampler(config)
     check_shardable(config, world)
 

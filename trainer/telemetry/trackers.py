@@ -16,7 +16,6 @@ import os
 import secrets
 from collections.abc import Sequence
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,6 @@ from store.errors import EngineError
 
 PROJECT = "ampo"
 """Project of the runs, where WANDB_PROJECT or TRACKIO_PROJECT names no other."""
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Raises EngineError for a program that is not installed."""
-    for name in names:
-        if find_spec(name) is None:
-            raise EngineError(
-                f'run.report_to: {name!r} is not installed; pip install "ampo[{name}]" installs it'
-            )
 
 
 def start_trackers(
