@@ -13,19 +13,20 @@ from store.format.columns import views_help
 from store.terminal.console import (
     CsvFlag,
     JsonFlag,
+    ShownRows,
     StorePath,
     console_of,
     emit_json,
     emit_rows,
     escaped,
     on_interrupt,
+    print_left_out,
     print_line,
+    row_limit,
 )
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-ShownRows = Annotated[int, typer.Option("--limit", min=0, help="At most N rows; 0: all.")]
 
 inspect_app = typer.Typer(no_args_is_help=True, help="Look into a store, and the trainer's queries to it.")
 app = typer.Typer(no_args_is_help=True, help="Check, compact, export or rebuild a store.")
@@ -70,7 +71,7 @@ def inspect_traces(
     why: Annotated[
         bool, typer.Option("--why", help="Show gold and answer as written and as the verifier read them.")
     ] = False,
-    limit: ShownRows = 20,
+    limit: ShownRows = None,
     json_: JsonFlag = False,
     csv_: CsvFlag = False,
 ) -> None:
@@ -80,7 +81,8 @@ def inspect_traces(
 
     Why answers failed: `ampo inspect store traces traces --verdict mismatch --why`
     """
-    from store.reader import TraceStore
+    from store.format.reading import chosen_teachers
+    from store.reader import TraceConditions, TraceStore
     from store.records import VERDICTS
     from store.reports.report import trace_row
     from store.reports.tables import traces_table, why_table
@@ -88,14 +90,17 @@ def inspect_traces(
     if verdict is not None and verdict not in VERDICTS:
         raise UserError(f"--verdict {verdict}: one of {', '.join(VERDICTS)}")
     with TraceStore(store) as opened:
-        traces = opened.traces(
-            problem_id=problem,
-            teacher=teacher,
-            verdict=verdict,
-            usable=usable,
-            filtered=filtered,
-            limit=limit or None,
-        )
+        wanted: TraceConditions = {
+            "problem_id": problem,
+            "teacher": teacher,
+            "verdict": verdict,
+            "usable": usable,
+            "filtered": filtered,
+        }
+        total = opened.count(**wanted)
+        if not total and teacher is not None:
+            chosen_teachers(opened.path, [teacher])
+        traces = opened.traces(**wanted, limit=row_limit(limit, table=20, programs=json_ or csv_))
         golds = {each.problem_id: each.answer for each in opened.problems()}
         if problem is not None and problem not in golds:
             raise UserError(f"--problem {problem}: no problem of {opened.path} has this problem_id")
@@ -103,6 +108,7 @@ def inspect_traces(
         if why:
             rows = [row | {"gold": golds.get(row["problem_id"])} for row in rows]
     _show(rows, why_table(rows) if why else traces_table(rows, full=problem is not None), json_, csv_)
+    print_left_out(len(rows), total, "traces", programs=json_ or csv_)
 
 
 @inspect_app.command("problems")
@@ -111,7 +117,7 @@ def inspect_problems(
     uncovered: Annotated[
         bool, typer.Option("--uncovered", help="Only those without a usable trace of any teacher.")
     ] = False,
-    limit: ShownRows = 20,
+    limit: ShownRows = None,
     json_: JsonFlag = False,
     csv_: CsvFlag = False,
 ) -> None:
@@ -124,8 +130,10 @@ def inspect_problems(
     from store.reports.tables import problems_table
 
     with TraceStore(store) as opened:
-        rows = problem_rows(opened, uncovered=uncovered, limit=limit or None)
-    _show(rows, problems_table(rows), json_, csv_)
+        rows = problem_rows(opened, uncovered=uncovered)
+    shown = rows[: row_limit(limit, table=20, programs=json_ or csv_)]
+    _show(shown, problems_table(shown), json_, csv_)
+    print_left_out(len(shown), len(rows), "problems", programs=json_ or csv_)
 
 
 @inspect_app.command("agreement")
@@ -146,13 +154,13 @@ def inspect_agreement(store: StorePath = "traces", json_: JsonFlag = False, csv_
 def inspect_sql(
     query: Annotated[str, typer.Argument(help="One SELECT, in DuckDB's SQL.")],
     store: StorePath = "traces",
-    limit: ShownRows = 100,
+    limit: ShownRows = None,
     json_: JsonFlag = False,
     csv_: CsvFlag = False,
 ) -> None:
     """Query the store in SQL, read-only; writers are not disturbed.
 
-    `--json` and `--csv` give every row, whole cells.
+    A table has the first 100 rows; `--json` and `--csv` give every row, whole cells.
 
     Example: `ampo inspect store sql "SELECT teacher, avg(n_tokens) FROM traces GROUP BY teacher" traces`
     """
@@ -160,19 +168,16 @@ def inspect_sql(
     from store.reports.sql import StoreSql
     from store.reports.tables import sql_table
 
-    everything = json_ or csv_ or limit == 0
+    most = row_limit(limit, table=100, programs=json_ or csv_)
     with TraceStore(store) as opened, StoreSql(opened) as views:
         with on_interrupt("the store is only read", stderr=True):
-            result = views.query(query, limit=None if everything else limit)
+            result = views.query(query, limit=most)
         damaged = len(opened.damaged)
     if damaged:
         typer.echo(f"{damaged} damaged parts are left out; see `ampo store check`", err=True)
-    if emit_rows(result.dicts(), json_, csv_):
-        return
-    console = console_of()
-    console.print(sql_table(result.columns, result.rows, width=console.width))
+    _show(result.dicts(), sql_table(result.columns, result.rows, width=console_of().width), json_, csv_)
     if result.more:
-        console.print(f"the first {limit:,} rows; --limit 0 shows all")
+        typer.echo(f"the first {most:,} rows; --limit 0 shows all", err=json_ or csv_)
 
 
 @app.command("reindex")

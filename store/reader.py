@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Self
+from typing import Self, TypedDict, Unpack
 
 from store.errors import StoreDamagedError
 from store.format.index import ROW_COLUMNS, Index, open_index
@@ -30,7 +30,7 @@ _CANDIDATES = """
 """
 
 _TRACES = """
-    WHERE ($problem::UBIGINT IS NULL OR problem = $problem)
+    WHERE ($any_problem OR problem = $problem::UBIGINT)
       AND ($teacher::VARCHAR IS NULL OR teacher = $teacher)
       AND ($verdict::VARCHAR IS NULL OR verdict = $verdict)
       AND (NOT $usable OR (is_correct AND filtered IS NULL)) AND (NOT $filtered OR filtered IS NOT NULL)
@@ -57,6 +57,18 @@ class Usable:
     traces: int
     fingerprint: str
     """Exclusive or of all trace_ids: independent of order and parts."""
+
+
+class TraceConditions(TypedDict, total=False):
+    """Conditions on traces; None and False: no condition."""
+
+    problem_id: str | None
+    teacher: str | None
+    verdict: str | None
+    usable: bool
+    """Only verified traces that are not filtered."""
+    filtered: bool
+    """Only filtered traces."""
 
 
 class TraceStore:
@@ -116,31 +128,16 @@ class TraceStore:
         }
 
     def traces(
-        self,
-        *,
-        problem_id: str | None = None,
-        teacher: str | None = None,
-        verdict: str | None = None,
-        usable: bool = False,
-        filtered: bool = False,
-        limit: int | None = None,
-        tokens: bool = False,
+        self, *, limit: int | None = None, tokens: bool = False, **conditions: Unpack[TraceConditions]
     ) -> list[Trace]:
-        """Returns traces of any verdict, in order of problem_id, teacher, sample_index; None: no condition.
+        """Returns traces of any verdict, in order of problem_id, teacher, sample_index."""
+        return self._read(_TRACES, _parameters(conditions, limit), tokens=tokens)
 
-        `usable`: only verified traces that are not filtered; `filtered`: only filtered ones.
-        """
-        if problem_id is not None and not _ID.fullmatch(problem_id):
-            return []
-        parameters = {
-            "problem": None if problem_id is None else int(problem_id, 16),
-            "teacher": teacher,
-            "verdict": verdict,
-            "usable": usable,
-            "filtered": filtered,
-            "limit": limit,
-        }
-        return self._read(_TRACES, parameters, tokens=tokens)
+    def count(self, **conditions: Unpack[TraceConditions]) -> int:
+        """Returns the number of traces that `traces` returns; reads the index alone."""
+        query = f"SELECT count(*) AS traces FROM (FROM idx.rows {_TRACES})"
+        count: int = self.index.rows(query, _parameters(conditions, None))[0]["traces"]
+        return count
 
     def _read(self, where: str, parameters: Mapping[str, object], *, tokens: bool) -> list[Trace]:
         """Returns the traces of a condition, in order of problem, teacher, sample and trace_id."""
@@ -178,3 +175,18 @@ class TraceStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _parameters(conditions: TraceConditions, limit: int | None) -> dict[str, object]:
+    """Returns the parameters of `_TRACES`; no problem has the number of an id that is not one."""
+    problem_id = conditions.get("problem_id")
+    number = int(problem_id, 16) if problem_id is not None and _ID.fullmatch(problem_id) else None
+    return {
+        "any_problem": problem_id is None,
+        "problem": number,
+        "teacher": conditions.get("teacher"),
+        "verdict": conditions.get("verdict"),
+        "usable": conditions.get("usable", False),
+        "filtered": conditions.get("filtered", False),
+        "limit": limit,
+    }

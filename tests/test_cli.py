@@ -157,6 +157,37 @@ def test_queries_as_json_and_csv_hold_the_same_rows(trained: Path) -> None:
     assert {row["step"] for row in as_json} == {1, 2}
     one = ampo("inspect", "store", "queries", str(trained), "--json", "--step", "2", "--teacher", "ada")
     assert {row["step"] for row in json.loads(one.stdout)} == {2}
+    last = ampo("inspect", "store", "queries", str(trained), "--json", "--limit", "1")
+    assert len({(row["step"], row["problem_id"]) for row in json.loads(last.stdout)}) == 1
+    assert "left out" in last.stderr
+    stranger = ampo("inspect", "store", "queries", str(trained), "--teacher", "nope")
+    assert stranger.stderr.count("\n") == 1
+    assert "teachers found: ada, bob" in stranger.stderr
+
+
+def test_looking_loads_no_torch(trained: Path, world: Path, tmp_path: Path) -> None:
+    run, store = str(trained), str(world / "traces")
+    looks = [
+        ["inspect", "run", run],
+        ["inspect", "store", "queries", run],
+        ["inspect", "store", "summary", store],
+        ["inspect", "store", "traces", store],
+        ["inspect", "store", "problems", store],
+        ["inspect", "store", "agreement", store],
+        ["inspect", "store", "sql", "FROM traces", store],
+    ]
+    code = (
+        "import sys, cli\n"
+        f"for look in {looks}:\n"
+        "    sys.argv = ['ampo', *look]\n"
+        "    try: cli.main()\n"
+        "    except SystemExit as done: assert not done.code, look\n"
+        "    assert not {'torch', 'transformers', 'math_verify'} & set(sys.modules), look\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_run_curves_are_drawn_as_text_and_png(trained: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from run_examples import PROBLEMS, write_store
+from store_examples import make_store, trace
 from test_cli import ENVIRONMENT, ampo
 
 
@@ -45,8 +46,25 @@ def test_questions_in_tables_json_and_csv(store: Path) -> None:
     ]  # fmt: skip
     cut = ampo("inspect", "store", "sql", "FROM traces", str(store), "--limit", "3")
     assert "the first 3 rows; --limit 0 shows all" in cut.stdout
+    program = ampo("inspect", "store", "sql", "FROM traces", str(store), "--limit", "3", "--json")
+    assert len(json.loads(program.stdout)) == 3
+    assert program.stderr == "the first 3 rows; --limit 0 shows all\n"
     one = ampo("inspect", "store", "traces", str(store), "--problem", PROBLEMS[1].problem_id)
     assert "we add and get" in one.stdout, one.stderr
+
+
+def test_json_and_csv_have_all_rows_or_a_line_says_how_many_are_missing(tmp_path: Path) -> None:
+    make_store(tmp_path / "many", [trace(n, "ada") for n in range(30)], problems=30)
+    for kind in ("traces", "problems"):
+        inspect = ("inspect", "store", kind, str(tmp_path / "many"))
+        whole = ampo(*inspect, "--json")
+        assert (len(json.loads(whole.stdout)), whole.stderr) == (30, "")
+        assert len(ampo(*inspect, "--csv").stdout.splitlines()) == 31
+        some = ampo(*inspect, "--json", "--limit", "8")
+        assert len(json.loads(some.stdout)) == 8
+        assert some.stderr == f"8 of 30 {kind} shown; 22 left out; --limit 0 shows all\n"
+        assert f"20 of 30 {kind} shown; 10 left out; --limit 0 shows all" in ampo(*inspect).stdout
+        assert "left out" not in ampo(*inspect, "--limit", "0").stdout
 
 
 @pytest.mark.parametrize(
@@ -61,6 +79,7 @@ def test_questions_in_tables_json_and_csv(store: Path) -> None:
         (["store", "import", "STORE/manifest.json"], "row 1: this line is not JSON"),
         (["store", "import", "x.jsonl", "--rename", "ada"], "--rename ada: write OLD=NEW"),
         (["inspect", "store", "traces", "STORE", "--problem", "zz"], "--problem zz: no problem of"),
+        (["inspect", "store", "traces", "STORE", "--teacher", "nope"], "its teachers: ada, bob"),
         (["inspect", "store", "sql", "DELETE FROM traces", "STORE"], "SQL: give one SELECT"),
         (["inspect", "store", "agreement", "nowhere"], "no trace store at"),
     ],

@@ -16,13 +16,16 @@ from store.terminal.console import (
     DryRun,
     JsonFlag,
     SetOption,
+    ShownRows,
     console_of,
     emit_json,
     emit_rows,
     escaped,
     print_config,
     print_error,
+    print_left_out,
     print_line,
+    row_limit,
 )
 
 if TYPE_CHECKING:
@@ -190,13 +193,13 @@ def inspect_queries(
     teacher: Annotated[
         str | None, typer.Option(help="Only queries for which this teacher had a trace.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Show the last N queries; 0: all.")] = 20,
+    limit: ShownRows = None,
     json_: JsonFlag = False,
     csv_: CsvFlag = False,
 ) -> None:
     """Show the trainer's queries to the store: candidates, scores, and the traces used.
 
-    `--json` and `--csv` print every row that passes the filters.
+    A table has the last 20 queries; `--json` and `--csv` give all that pass the filters, a row a candidate.
 
     Example: `ampo inspect store queries runs/lab-ampo --step 3`
     """
@@ -204,15 +207,12 @@ def inspect_queries(
     from trainer.reports.tables import by_query, queries_table, summary_line
 
     root = open_run(run)
-    rows = query_rows(root, step=step, problem=problem, teacher=teacher)
-    if emit_rows(rows, json_, csv_):
-        return
-    queries, console = by_query(rows), console_of()
-    shown = queries[-limit:] if limit else queries
-    console.print(queries_table(shown, _questions(root)))
-    if len(shown) < len(queries):
-        console.print(f"the last {len(shown)} of {len(queries)} queries; --limit 0 shows all")
-    console.print(f"{root.name}: {summary_line(queries)}", highlight=False)
+    queries = by_query(query_rows(root, step=step, problem=problem, teacher=teacher))
+    shown = queries[-(row_limit(limit, table=20, programs=json_ or csv_) or 0) :]
+    if not emit_rows([row for query in shown for row in query], json_, csv_):
+        console_of().print(queries_table(shown, _questions(root)))
+        console_of().print(f"{root.name}: {summary_line(queries)}", highlight=False)
+    print_left_out(len(shown), len(queries), "queries", programs=json_ or csv_)
 
 
 def _questions(run: Path) -> dict[str, str]:

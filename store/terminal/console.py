@@ -33,6 +33,12 @@ DryRun = Annotated[
 JsonFlag = Annotated[bool, typer.Option("--json", help="JSON for programs instead of a table.")]
 CsvFlag = Annotated[bool, typer.Option("--csv", help="CSV for programs instead of a table.")]
 StorePath = Annotated[str, typer.Argument(help="The store's directory.")]
+ShownRows = Annotated[
+    int | None,
+    typer.Option(
+        "--limit", min=0, help="At most N rows; 0: all. Default: some in a table, all for programs."
+    ),
+]
 
 
 def console_of(*, stderr: bool = False) -> Console:
@@ -90,6 +96,21 @@ def emit_rows(rows: Sequence[Mapping[str, Any]], as_json: bool, as_csv: bool) ->
         writer.writeheader()
         writer.writerows(rows)
     return as_json or as_csv
+
+
+def row_limit(limit: int | None, *, table: int, programs: bool) -> int | None:
+    """Returns the number of rows to show, None for all: `--limit`, else `table` in a table and all rows as
+    JSON or CSV."""
+    if limit is None:
+        limit = 0 if programs else table
+    return limit or None
+
+
+def print_left_out(shown: int, total: int, kind: str, *, programs: bool) -> None:
+    """Prints how many rows are left out, if any; on stderr where stdout holds JSON or CSV."""
+    if shown < total:
+        line = f"{shown:,} of {total:,} {kind} shown; {total - shown:,} left out; --limit 0 shows all"
+        console_of(stderr=programs).print(line, highlight=False, soft_wrap=True)
 
 
 def emit_json(body: Any) -> None:

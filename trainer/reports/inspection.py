@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from store.errors import RunError
+from store.errors import RunError, UserError
 
 Rows = Sequence[dict[str, Any]]
 
@@ -35,7 +35,7 @@ def query_rows(
 
     Args:
         problem: a problem_id or its beginning.
-        teacher: only queries for which this teacher had a candidate.
+        teacher: only queries for which this teacher had a candidate; a UserError where it never had one.
     """
     name = "step-*.parquet" if step is None else f"step-{step:06d}.parquet"
     files = sorted((run / "queries").glob(name))
@@ -45,8 +45,18 @@ def query_rows(
         for row in rows
         if row["problem_id"].startswith(problem or "") and teacher in (None, row["teacher"])
     }
+    if teacher is not None and not chosen:
+        _check_teacher(run, teacher)
     rows = [row for row in rows if (row["step"], row["problem_id"]) in chosen]
     return sorted(rows, key=lambda row: (row["step"], row["problem_id"], row["rank"] or 0))
+
+
+def _check_teacher(run: Path, teacher: str) -> None:
+    files = (run / "queries").glob("step-*.parquet")
+    names = {name for file in files for name in pq.read_table(file, columns=["teacher"])[0].to_pylist()}
+    if teacher not in names:
+        known = ", ".join(sorted(names - {None})) or "none"
+        raise UserError(f"--teacher {teacher}: no query of {run} found a trace of it; teachers found: {known}")
 
 
 def curve(rows: Rows, key: str) -> tuple[list[int], list[float]]:
