@@ -28,7 +28,6 @@ from rich.console import Console
 from rich.table import Table
 
 from precompute.config_file import load_config
-from precompute.problems.prompts import demanded_form
 from precompute.verify.verifier import Verifier
 from store.reader import TraceStore
 from store.reports.report import store_report
@@ -108,8 +107,7 @@ def read_traces(config: Config, model: str) -> list[Reading]:
         verifier = stack.enter_context(Verifier(config.verify))
         store = stack.enter_context(TraceStore(config.store.path))
         problems = usable_problems(config, "train", verifier, TrainReporter())
-        form = demanded_form(config.student, problems[0])
-        traces = trace_reader(config, store, policy, form)
+        traces = trace_reader(config, store, policy)
         prompts = fitting_prompts(config, problems, policy.tokenizer, TrainReporter())
         pairs = [
             (Group(prompt=prompt, samples=()), candidate)

@@ -11,11 +11,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from precompute.config_file import Section, dotted, secret_error
+from store.records import AnswerForm
 
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-
-AnswerForm = Literal["boxed", "answer_tags"]
-"""Marks of a final answer: `\\boxed{42}` or `<answer>42</answer>`."""
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -149,8 +147,8 @@ class TeacherConfig(Section):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the chat template, e.g. {enable_thinking = false}."""
     answer_form: AnswerForm | None = None
-    """Marks of its final answers; None: as the system turn demands. A trace is
-    rewritten into the student's form when it is used."""
+    """Mark of its final answers: boxed, answer_tags, hashes (`#### x`), answer_line (`Answer: x`) or letter
+    (`(B)`); None: as the prompt demands. A trace is rewritten into the student's form when it is used."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Share = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0

@@ -31,6 +31,10 @@ FINISH_REASONS = ("stop", "length")
 """`stop`: the model ended by itself with an EOS token; `length`: the response was truncated."""
 
 
+AnswerForm = Literal["boxed", "answer_tags", "hashes", "answer_line", "letter"]
+"""Marks of a final answer: `\\boxed{42}`, `<answer>42</answer>`, lines `#### 42` and `Answer: 42`, `(B)`."""
+
+
 def content_hash(*parts: object) -> str:
     """Returns 16 hex digits of blake2b over the parts as JSON: ("a", "bc") and ("ab", "c") differ."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True)
@@ -149,7 +153,7 @@ class TeacherRecord:
     """temperature, top_p, max_tokens."""
     tokenizer_fingerprint: str
     """Hash of the vocabulary: `ratio = "teacher"` needs the student's to be the same."""
-    answer_form: Literal["boxed", "answer_tags"] | None = None
+    answer_form: AnswerForm | None = None
     """Form in which its answers are searched; None: as its system turn demands."""
     filters: Mapping[str, Any] = field(default_factory=dict)
     """The filters of its traces (config: [filters]). No part of the recipe: they apply to

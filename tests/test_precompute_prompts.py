@@ -14,9 +14,11 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from precompute.config import TeacherConfig
 from precompute.problems.prompts import (
     answer_form_of,
     build_messages,
+    check_form,
     prompt_warning,
     render_prompt,
     tokenizer_fingerprint,
@@ -192,7 +194,22 @@ def test_a_turn_ends_with_the_eos_that_the_template_writes_behind_an_answer(
 def test_the_system_turn_says_which_form_an_answer_must_have() -> None:
     assert answer_form_of("put the final answer within the <answer> </answer> tags.") == "answer_tags"
     assert answer_form_of("put your final answer within \\boxed{}.") == "boxed"
-    assert answer_form_of("") == answer_form_of(None) == "boxed"
+    assert answer_form_of("") is None
+    assert answer_form_of("End with a line #### and the number.") == "hashes"
+    assert answer_form_of("Its last line is Answer: $Answer (without quotes).") == "answer_line"
+    assert answer_form_of("Give the letter of the right option in parentheses.") == "letter"
+    # A few-shot prompt that ends in "Answer:" wants the answer behind it, not another line.
+    assert answer_form_of("Question: 2+2?\nAnswer:") is None
+    # The system turn decides before the user turn.
+    assert answer_form_of("Use \\boxed{}.", "Write #### x.") == "boxed"
+
+
+def test_a_form_that_the_prompt_contradicts_is_one_line() -> None:
+    problem = Problem(question="2+2? End with a line #### x.", answer="4")
+    teacher = TeacherConfig(name="ada", model="m", system_prompt="", answer_form="boxed")
+    check_form(teacher.model_copy(update={"answer_form": "hashes"}), problem, key="teachers.ada.answer_form")
+    with pytest.raises(ConfigError, match=r"teachers\.ada\.answer_form = 'boxed', but the prompt .* hashes"):
+        check_form(teacher, problem, key="teachers.ada.answer_form")
 
 
 def test_a_fingerprint_tells_vocabularies_apart_and_nothing_else() -> None:

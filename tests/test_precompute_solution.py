@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from precompute.config import AnswerForm
 from precompute.verify.final_answer import CLOSING, OPENING, find_answer, has_format, to_form
+from store.records import AnswerForm
 
 FORMS: tuple[AnswerForm, ...] = ("boxed", "answer_tags")
 PIECES = [
@@ -86,6 +86,34 @@ def test_a_broken_or_empty_answer_is_none(text: str) -> None:
 )
 def test_the_last_opening_decides_and_nothing_falls_back(text: str, answer: str | None) -> None:
     assert find_answer(text).answer == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "form", "answer", "count"),
+    [
+        ("7 * 6 = 42\n#### 42", "hashes", "42", 1),
+        ("#### 41\nno:\n  #### 42 \nbye", "hashes", "42", 2),
+        ("so\n**Final Answer:** 42", "answer_line", "42", 1),
+        ("so\nThe answer is: $42$\n", "answer_line", "$42$", 1),
+        ("(A) is wrong, so (B)", "letter", "B", 2),
+        ("<think>#### 41</think>\n#### 42", "hashes", "42", 1),
+        ("#### 41</think>\n#### 42", "hashes", "42", 1),
+        # Without a demand a line counts where there is no box.
+        ("so\n#### 42", None, "42", 1),
+        ("so \\boxed{42}\n#### 41", None, "42", 1),
+        # The last mark decides, and an empty one is broken.
+        ("#### 42\n####", "hashes", None, 1),
+        ("four ##### 42", "hashes", None, 0),
+        ("option A", "letter", None, 0),
+    ],
+)
+def test_lines_and_letters_hold_answers(
+    text: str, form: AnswerForm | None, answer: str | None, count: int
+) -> None:
+    found = find_answer(text, form=form)
+    assert (found.answer, found.count) == (answer, count)
+    if answer is not None:
+        assert text[found.answer_start : found.answer_end] == answer
 
 
 def test_a_demanded_form_does_not_see_the_other() -> None:

@@ -69,7 +69,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(samples: int) -
 @pytest.fixture(scope="module")
 def rewarder() -> Iterator[Rewarder]:
     with Verifier(VerifyConfig(workers=1)) as verifier:
-        yield Rewarder(verifier, answer_form="boxed", weights=DEFAULT_REWARDS)
+        yield Rewarder(verifier, max_length=500, weights=DEFAULT_REWARDS)
 
 
 @pytest.fixture(scope="module")

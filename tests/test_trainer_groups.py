@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from run_examples import prompt_of, sample_of
 
-from precompute.config import AnswerForm, VerifyConfig
+from precompute.config import VerifyConfig
 from precompute.config_file import load_config, toml_of
 from precompute.verify.verifier import Verdict, Verifier
 from store.errors import ConfigError
-from store.records import Problem
+from store.records import AnswerForm, Problem
 from trainer.config import DEFAULT_REWARDS, Config
 from trainer.method.groups import Group, Rewarder, Sample
 
@@ -52,8 +53,8 @@ def rewarded(
     **changes: Any,
 ) -> Sample:
     """The sample of a response to a problem whose gold answer is 4."""
-    rewarder = Rewarder(verifier, answer_form=form, weights=weights)
-    prompt = prompt_of(PROBLEM, opens_think=opens_think)
+    rewarder = Rewarder(verifier, max_length=500, weights=weights)
+    prompt = replace(prompt_of(PROBLEM, opens_think=opens_think), answer_form=form)
     fields: dict[str, Any] = {"token_ids": (7, 8, 1), "finish_reason": "stop", **changes}
     made = Sample(text=text, **fields)
     return rewarder.reward(prompt, made, rewarder.verify(prompt, made))
@@ -97,6 +98,7 @@ def test_a_sample_keeps_its_origin(verifier: Verifier) -> None:
     assert rewarded(verifier, "so \\boxed{4}", **origin) == Sample(
         token_ids=(7, 8, 1),
         text="so \\boxed{4}",
+        length_share=3 / 500,
         finish_reason="stop",
         is_correct=True,
         has_format=True,
@@ -128,14 +130,34 @@ def test_rewards_of_the_config_keep_the_others_defaults_and_are_read_back(tmp_pa
 
 
 def test_an_unknown_reward_is_refused_with_the_known_ones(verifier: Verifier) -> None:
-    with pytest.raises(ConfigError, match="rewards = 'typo': give one of correct, format, or module"):
+    with pytest.raises(ConfigError, match="rewards = 'typo': give one of correct, format, .*, or module"):
         rewarded(verifier, "", weights={"typo": 1.0})
 
 
 def test_verdicts_come_back_to_their_own_samples_in_any_order(verifier: Verifier) -> None:
-    rewarder, prompt = Rewarder(verifier, answer_form="boxed", weights=DEFAULT_REWARDS), prompt_of(PROBLEM)
+    rewarder, prompt = Rewarder(verifier, max_length=500, weights=DEFAULT_REWARDS), prompt_of(PROBLEM)
     samples = [Sample(text=f"\\boxed{{{n}}}", token_ids=(n,), finish_reason="stop") for n in range(8)]
     pending = [rewarder.verify(prompt, each) for each in samples]
     settled = {n: rewarder.reward(prompt, samples[n], pending[n]) for n in reversed(range(8))}
     assert [n for n, sample in settled.items() if sample.is_correct] == [4]
     assert all(sample.token_ids == (n,) for n, sample in settled.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "tokens", "value"),
+    [
+        ("length", "so \\boxed{4}", 100, 0.8),  # 1 - 100 / 500
+        ("overlong", "so \\boxed{4}", 400, 0.0),  # up to 80 % nothing
+        ("overlong", "so \\boxed{4}", 450, -0.5),  # (0.9 - 0.8) / 0.2
+        ("overlong", "so \\boxed{4}", 500, -1.0),
+        # 40 words give 21 20-grams of one kind: 20 of 21 are repeated.
+        ("repetition", "a " * 40, 40, -20 / 21),
+        ("repetition", "so \\boxed{4}", 3, 0.0),
+        # 2 of 6 letters are Cyrillic; the question has none, so Latin is right.
+        ("language", "four да", 4, 4 / 6),
+    ],
+)
+def test_further_rewards_by_name(verifier: Verifier, name: str, text: str, tokens: int, value: float) -> None:
+    sample = rewarded(verifier, text, token_ids=(7,) * tokens, weights={"correct": 1.0, name: 0.5})
+    assert sample.rewards[name] == pytest.approx(value)
+    assert sample.reward == pytest.approx(sample.is_correct + 0.5 * value)

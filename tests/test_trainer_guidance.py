@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -59,7 +60,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TraceStore]:
 @pytest.fixture(scope="module")
 def rewarder() -> Iterator[Rewarder]:
     with Verifier(VerifyConfig(workers=1)) as verifier:
-        yield Rewarder(verifier, answer_form="boxed", weights=DEFAULT_REWARDS)
+        yield Rewarder(verifier, max_length=500, weights=DEFAULT_REWARDS)
 
 
 def group(problem: Problem, correct: tuple[bool, ...] = (False,) * 4) -> Group:
@@ -79,7 +80,7 @@ def guide_of(store: TraceStore, rewarder: Rewarder) -> MakeGuide:
             train=TrainConfig(max_tokens_per_microbatch=max_tokens),
         )
         policy = Policy(tiny_model(), tiny_tokenizer(), dtype=torch.float32)
-        return Guide(config, trace_reader(config, store, policy, rewarder.answer_form), policy, rewarder)
+        return Guide(config, trace_reader(config, store, policy), policy, rewarder)
 
     return make
 
@@ -185,11 +186,10 @@ def test_a_trace_that_does_not_fit_is_left_out_and_never_cut(guide_of: MakeGuide
     assert [row.trace_id for row in rows] == [None]
 
 
-def test_a_trace_in_another_form_is_mapped_to_the_students(
-    guide_of: MakeGuide, rewarder: Rewarder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rewarder, "answer_form", "answer_tags")
-    guided, _ = guide_of().guide([group(PROBLEMS[1])], step=1)
+def test_a_trace_in_another_form_is_mapped_to_the_students(guide_of: MakeGuide) -> None:
+    demanding_tags = group(PROBLEMS[1])
+    prompt = replace(demanding_tags.prompt, answer_form="answer_tags")
+    guided, _ = guide_of().guide([replace(demanding_tags, prompt=prompt)], step=1)
     (placed,) = guided[0].guidance.values()
     assert placed.text == "so <answer>2</answer>"
     assert placed.is_correct

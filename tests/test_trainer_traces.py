@@ -6,11 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from run_examples import PROBLEMS, trace
+from run_examples import PROBLEMS, prompt_of, trace
 
-from precompute.config import AnswerForm
 from store.errors import StoreError
-from store.records import Trace
+from store.records import AnswerForm, Trace
 from trainer.method.teacher_traces import Candidate, TraceReader, in_students_form
 from trainer.student.policy import Policy
 
@@ -22,8 +21,9 @@ def trace_of(text: str, answer: str = "2") -> Trace:
 
 def candidate(policy: Policy, form: AnswerForm = "boxed", *, opens_think: bool = False) -> Candidate:
     store: Any = None
-    reader = TraceReader(store=store, student=policy, form=form, max_length=100)
-    return reader.candidate(trace_of("so \\boxed{2}"), opens_think=opens_think)
+    reader = TraceReader(store=store, student=policy, max_length=100)
+    prompt = replace(prompt_of(PROBLEMS[1], opens_think=opens_think), answer_form=form)
+    return reader.candidate(trace_of("so \\boxed{2}"), prompt)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,11 @@ def candidate(policy: Policy, form: AnswerForm = "boxed", *, opens_think: bool =
         ("so <answer>\\boxed{2}</answer>", "boxed", "so \\boxed{", "so \\boxed{2}"),
         # Verified as boxed; a broken tag behind it would hide it from a search in either form.
         ("\\boxed{2}. <answer>", "boxed", "\\boxed{", "\\boxed{2}. <answer>"),
+        # Lines begin and end with themselves.
+        ("so \\boxed{2}.", "hashes", "so \n#### ", "so \n#### 2\n."),
+        ("so\n#### 2", "boxed", "so\n\\boxed{", "so\n\\boxed{2}"),
+        ("so\n**Answer:** 2", "answer_tags", "so\n<answer>", "so\n<answer>2</answer>"),
+        ("so \\boxed{2}", "answer_line", "so \nAnswer: ", "so \nAnswer: 2"),
     ],
 )
 def test_the_answers_form_is_mapped(text: str, form: AnswerForm, reasoning: str, expected: str) -> None:

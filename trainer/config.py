@@ -19,6 +19,7 @@ from precompute.config import (
     checked_engine_args,
 )
 from precompute.config_file import Section, load_config
+from store.records import AnswerForm
 
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -47,8 +48,8 @@ class StudentConfig(Section):
     chat_template: str | None = None
     """A file with a Jinja chat template. None: the tokenizer's own, or plain text after the BOS token."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    answer_form: Literal["auto", "boxed", "answer_tags"] = "auto"
-    """Form in which the student must mark its final answer; auto: read off the system prompt."""
+    answer_form: AnswerForm | None = None
+    """Form in which the student must mark its final answer, as a teacher's; None: as the prompt demands."""
 
     @model_validator(mode="after")
     def _frozen_weights_need_adapters(self) -> Self:
@@ -247,6 +248,16 @@ class RunConfig(Section):
         return name
 
 
+RENAMED = {
+    "warmup.sft_steps": "sft.steps",
+    "warmup.sft_traces": "sft.traces",
+    "warmup.traces_per_step": "sft.traces_per_step",
+    "warmup.learning_rate": "sft.learning_rate",
+    "train.format_weight": "rewards.format",
+    "train.offload_optimizer": 'train.optim = "paged_adamw_8bit"',
+    "guidance.ratio": "guidance.loss",
+}
+"""Former key -> today's, for the error."""
 DEFAULT_REWARDS = {"correct": 0.9, "format": 0.1}
 
 
@@ -262,6 +273,15 @@ class Config(PrecomputeConfig):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed_keys(cls, tree: Any) -> Any:
+        for former, key in RENAMED.items():
+            section, _, name = former.partition(".")
+            if isinstance(tree, dict) and name in (tree.get(section) or {}):
+                raise ValueError(f"unknown key {former}: it is {key} now")
+        return tree
 
     @field_validator("rewards")
     @classmethod

@@ -77,7 +77,7 @@ def as_teacher(config: Config) -> TeacherConfig:
         "system_prompt": student.system_prompt,
         "chat_template": student.chat_template,
         "chat_template_kwargs": student.chat_template_kwargs,
-        "answer_form": None if student.answer_form == "auto" else student.answer_form,
+        "answer_form": student.answer_form,
         "temperature": config.eval.temperature,
         "top_p": config.eval.top_p,
         "max_tokens": config.rollout.max_completion_length,

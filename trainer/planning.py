@@ -18,7 +18,7 @@ from rich.table import Column, Table
 from rich.text import Text
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from precompute.problems.prompts import tokenizer_fingerprint
+from precompute.problems.prompts import check_form, tokenizer_fingerprint
 from precompute.run.reverify import check_verdicts
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, UserError
@@ -104,7 +104,10 @@ def dry_run(config: Config, *, gpu: str = "", processes: int = 1) -> tuple[Group
             prompts = attempt(
                 lambda: checked_prompts(config, problems, held_out, tokenizer, model.config, reporter)
             )
-            lines += [f"first prompt:\n{prompts[0][0].text}"] if prompts else []
+            if prompts:
+                check_form(config.student, problems[0], key="student.answer_form")
+                first = prompts[0][0]
+                lines += [f"first prompt:\n{first.text}", f"its answer in the form {first.answer_form}"]
     lines += [f"warning: {text}" for text in reporter.warnings]
     if not student:
         lines.append("no memory plan: the student's config.json cannot be read")

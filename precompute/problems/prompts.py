@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
-from precompute.config import AnswerForm
 from store.errors import ConfigError
-from store.records import Problem, content_hash
+from store.records import AnswerForm, Problem, content_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -135,26 +135,47 @@ def plain_text(messages: list[dict[str, str]], *, bos_token: str | None) -> str:
     return (bos_token or "") + "\n\n".join(message["content"] for message in messages) + "\n"
 
 
-def answer_form_of(system_prompt: str | None) -> AnswerForm:
-    """Returns the form that a system turn demands: `<answer>` tags if it names them, else `\\boxed{}`."""
-    return "answer_tags" if system_prompt is not None and "<answer>" in system_prompt else "boxed"
+DEMANDS: dict[AnswerForm, re.Pattern[str]] = {
+    "answer_tags": re.compile(r"<answer>"),
+    "boxed": re.compile(r"\\boxed"),
+    "hashes": re.compile(r"####"),
+    "answer_line": re.compile(r"\bAnswer:[ \t]*\S"),
+    "letter": re.compile(r"letter\b[^.\n]*\bparenthes[ei]s", re.IGNORECASE),
+}
+"""Form -> what a prompt that demands it says; the first one that fits."""
+
+
+def answer_form_of(*turns: str) -> AnswerForm | None:
+    """Returns the form that the first of some turns demands which demands one; None: no turn does."""
+    found = (form for turn in turns for form, demand in DEMANDS.items() if demand.search(turn))
+    return next(found, None)
 
 
 class Answering(Protocol):
     """A model that answers problems: a teacher's config or record, or the student's config."""
 
     @property
-    def answer_form(self) -> AnswerForm | Literal["auto"] | None: ...
+    def answer_form(self) -> AnswerForm | None: ...
 
     @property
     def system_prompt(self) -> str | None: ...
 
 
 def demanded_form(model: Answering, problem: Problem) -> AnswerForm:
-    """Returns the form in which the model's answer to the problem is searched."""
-    if model.answer_form is None or model.answer_form == "auto":
-        return answer_form_of(system_turn(problem, model.system_prompt))
-    return model.answer_form
+    """Returns the form in which the model's answer to the problem is searched; without any demand, boxed."""
+    if model.answer_form is not None:
+        return model.answer_form
+    return answer_form_of(system_turn(problem, model.system_prompt), problem.question) or "boxed"
+
+
+def check_form(model: Answering, problem: Problem, *, key: str) -> None:
+    """Raises ConfigError where the prompt demands another form than the config key `key` names."""
+    demanded = answer_form_of(system_turn(problem, model.system_prompt), problem.question)
+    if model.answer_form is not None and demanded not in (None, model.answer_form):
+        raise ConfigError(
+            f"{key} = {model.answer_form!r}, but the prompt demands the form {demanded}: change one of them "
+            "(none: as the prompt demands)"
+        )
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -11,8 +11,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Collection
 
-from precompute.config import AnswerForm, FiltersConfig
+from precompute.config import FiltersConfig
 from precompute.verify.final_answer import find_answer
+from store.records import AnswerForm
 
 _PIECE = re.compile(r"\w+|[^\w\s]")
 

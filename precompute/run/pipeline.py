@@ -17,7 +17,7 @@ from typing import Any
 from precompute.config import PrecomputeConfig, TeacherConfig
 from precompute.engines.registry import load_tokenizer
 from precompute.problems.problem_files import configured_problems, split_by_gold
-from precompute.problems.prompts import demanded_form, tokenizer_fingerprint
+from precompute.problems.prompts import check_form, demanded_form, tokenizer_fingerprint
 from precompute.run.backends import RAY, Backend
 from precompute.run.plan import (
     PrecomputePlan,
@@ -80,6 +80,8 @@ def run(
         check_verdicts(writer.path, problems, verifier)
         for teacher in prepared:
             check_filters(writer, teacher.record)
+            if problems:
+                check_form(teacher.config, problems[0], key=f"teachers.{teacher.name}.answer_form")
         writer.write_problems(problems)
         for teacher in prepared:
             writer.register_teacher(teacher.record)

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from precompute.config import AnswerForm
 from precompute.run.probe import Probe
 from store.reader import TraceStore
-from store.records import Problem
+from store.records import AnswerForm, Problem
 from store.reports.report import TeacherReport, teacher_reports
 
 

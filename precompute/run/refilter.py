@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from precompute.config import AnswerForm, FiltersConfig
+from precompute.config import FiltersConfig
 from precompute.problems.prompts import demanded_form
 from precompute.run.filters import why_filtered
 from precompute.verify.final_answer import find_answer
@@ -23,7 +23,7 @@ from store.errors import RecipeChangedError
 from store.format.manifest import PARTS, read_manifest
 from store.format.parts import damage_named, open_part, write_part
 from store.format.reading import chosen_teachers, read_problems, read_teachers
-from store.records import Problem, TeacherRecord
+from store.records import AnswerForm, Problem, TeacherRecord
 from store.upkeep.compaction import new_parts, swap_parts
 from store.writer import StoreWriter, recipe_changes
 

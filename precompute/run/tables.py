@@ -10,11 +10,11 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from precompute.config import AnswerForm
 from precompute.run.plan import PrecomputePlan, PrecomputeReport, ProblemsSummary, TeacherOutcome, TeacherPlan
 from precompute.run.refilter import RefilterReport
 from precompute.run.reverify import ReverifyReport
 from precompute.verify.final_answer import CLOSING, OPENING, find_answer, to_form
+from store.records import AnswerForm
 from store.reports.tables import coverage_table
 from store.terminal.tables import plain_table
 

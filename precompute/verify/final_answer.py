@@ -12,6 +12,7 @@ The rules, in order:
 - The last opening decides. If it is never closed, or holds nothing, the text has no answer: an earlier one
   is never used instead.
 - Inside an answer block or a box that is closed, further boxes belong to it.
+- A line `#### x` or `Answer: x` holds the answer to its end; `(B)` is one where letters are demanded.
 """
 
 from __future__ import annotations
@@ -19,10 +20,33 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from precompute.config import AnswerForm
+from store.records import AnswerForm
 
-OPENING: dict[AnswerForm, str] = {"boxed": "\\boxed{", "answer_tags": "<answer>"}
-CLOSING: dict[AnswerForm, str] = {"boxed": "}", "answer_tags": "</answer>"}
+OPENING: dict[AnswerForm, str] = {
+    "boxed": "\\boxed{",
+    "answer_tags": "<answer>",
+    "hashes": "#### ",
+    "answer_line": "Answer: ",
+    "letter": "(",
+}
+CLOSING: dict[AnswerForm, str] = {
+    "boxed": "}",
+    "answer_tags": "</answer>",
+    "hashes": "",
+    "answer_line": "",
+    "letter": ")",
+}
+MARKS: dict[AnswerForm, re.Pattern[str]] = {
+    "hashes": re.compile(r"^[ \t]*+####[ \t]*+(?P<answer>[^\n]*)", re.MULTILINE),
+    "answer_line": re.compile(
+        r"^[ \t*_#]*+(?:the[ \t]++)?(?:final[ \t]++)?answer[ \t]*+(?:is[ \t]*+)?:[ \t*_]*+(?P<answer>[^\n]*)",
+        re.MULTILINE | re.IGNORECASE,
+    ),
+    "letter": re.compile(r"\((?P<answer>[A-Z])\)"),
+}
+"""The forms that one expression finds: a line from its mark on, or a letter in parentheses."""
+LINES: tuple[AnswerForm, ...] = ("hashes", "answer_line")
+_THINK = re.compile(r"</?think>")
 
 # Every repetition is possessive, so nothing backtracks; a run is one token, so a megabyte of braces is cheap.
 # Every alternative begins with a character, not with a group, so that `re` skips to the next such character:
@@ -65,10 +89,54 @@ class _Span:
 
 
 def find_answer(text: str, *, form: AnswerForm | None = None, opens_think: bool = False) -> FinalAnswer:
-    """Returns the final answer of `text` in `form` (None: in either).
+    """Returns the final answer of `text` in `form`; None: in a box or tags, else on a line of its own.
 
     `opens_think`: the prompt ended inside a `<think>` block, so that the text begins as thinking.
     """
+    if form in MARKS:
+        return _marked(text, form, opens_think)
+    found = _enclosed(text, form, opens_think)
+    if form is None and found.count == found.broken == 0:
+        on_lines = (_marked(text, each, opens_think) for each in LINES)
+        return next((each for each in on_lines if each.answer is not None), found)
+    return found
+
+
+def _marked(text: str, form: AnswerForm, opens_think: bool) -> FinalAnswer:
+    """Returns the last answer in one of the forms of MARKS."""
+    spans = _outside_thinking(text, opens_think)
+    marks = [mark for start, end in spans for mark in MARKS[form].finditer(text, start, end)]
+    answers = [mark["answer"].rstrip(" \t\r*_") for mark in marks]
+    good = sum(map(bool, answers))
+    if not answers or not answers[-1]:
+        return FinalAnswer(count=good, broken=len(marks) - good)
+    last, start = marks[-1], marks[-1].start("answer")
+    return FinalAnswer(
+        answer=answers[-1],
+        opening_start=last.start(),
+        answer_start=start,
+        answer_end=start + len(answers[-1]),
+        closing_end=last.end(),
+        form=form,
+        count=good,
+        broken=len(marks) - good,
+    )
+
+
+def _outside_thinking(text: str, thinking: bool) -> list[tuple[int, int]]:
+    """Returns the spans of a text that are no thinking."""
+    spans, start = [], 0
+    for tag in _THINK.finditer(text):
+        if tag[0] == "<think>" and not thinking:
+            spans.append((start, tag.start()))
+        elif tag[0] == "</think>" and not thinking:
+            spans.clear()  # nothing in the text opened this block, so the prompt did
+        thinking, start = tag[0] == "<think>", tag.end()
+    return spans if thinking else [*spans, (start, len(text))]
+
+
+def _enclosed(text: str, form: AnswerForm | None, opens_think: bool) -> FinalAnswer:
+    """Returns the last answer in a box or in tags."""
     spans = _outermost(_Scan(form, opens_think).spans(text))
     good = [
         span for span in spans if span.closing_end >= 0 and text[span.answer_start : span.answer_end].strip()
@@ -102,7 +170,11 @@ def to_form(text: str, found: FinalAnswer, form: AnswerForm) -> tuple[str, str]:
     """
     if found.opening_start is None:
         raise ValueError("the text has no final answer")
-    return text[: found.opening_start] + OPENING[form], text[found.closing_end :]
+    before, rest = text[: found.opening_start], text[found.closing_end :]
+    if form in LINES:  # a line of its own
+        before += "" if before.endswith("\n") or not before else "\n"
+        rest = rest if rest.startswith("\n") or not rest else f"\n{rest}"
+    return before + OPENING[form], rest
 
 
 def _outermost(spans: list[_Span]) -> list[_Span]:

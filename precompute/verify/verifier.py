@@ -23,13 +23,13 @@ from functools import cache
 from pathlib import Path
 from typing import Self, TypeVar
 
-from precompute.config import AnswerForm, VerifyConfig
+from precompute.config import VerifyConfig
 from precompute.verify.base import Outcome, Request
 from precompute.verify.final_answer import FinalAnswer, find_answer
 from precompute.verify.plain_numbers import compare_numbers, is_own_expression
 from precompute.verify.pool import WorkerPool
 from precompute.verify.registry import PAIRWISE, chosen_verifier, is_verls, verifier_record
-from store.records import Problem
+from store.records import AnswerForm, Problem
 
 MATH_VERSIONS = dict([verifier_record("math")])
 """Name and version of the verifier `math`."""

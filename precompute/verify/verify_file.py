@@ -17,12 +17,11 @@ import pyarrow.parquet as pq
 from rich.console import Group
 from rich.markup import escape
 
-from precompute.config import AnswerForm
 from precompute.problems.data_rows import cell_of, data_rows, find_column, gold_of, turns_of
 from precompute.verify.verifier import Verifier
 from store.errors import ProblemsError, UserError
 from store.format.row_files import write_rows
-from store.records import VERDICTS
+from store.records import VERDICTS, AnswerForm
 from store.terminal.tables import clipped, plain_table
 
 RESPONSE_COLUMNS = ("response", "completion", "text", "output", "generation", "prediction", "solution")

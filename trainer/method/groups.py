@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
-from precompute.config import AnswerForm
+from precompute.run.filters import other_letters, repetition, script_of
 from precompute.verify.final_answer import has_format
 from precompute.verify.verifier import Verdict, Verifier
-from store.records import Problem
+from store.records import AnswerForm, Problem
 from store.registry import lookup
 
 
@@ -32,6 +32,8 @@ class Sample:
     """The verdict; every decision about failure reads this and never the reward. False if cut."""
     has_format: bool = False
     """True if it holds exactly one final answer in the demanded form and ended by itself."""
+    length_share: float = 0.0
+    """Its tokens as a share of `rollout.max_completion_length`."""
     rewards: Mapping[str, float] = field(default_factory=dict)
     """Name in `[rewards]`, of module:function the function's -> value, before weighting."""
     reward: float = 0.0
@@ -58,6 +60,8 @@ class Prompt:
     """[P]"""
     opens_think: bool = False
     """True if the prompt ends inside a `<think>` block, so that a response begins as thought."""
+    answer_form: AnswerForm = "boxed"
+    """Form in which the student must mark its final answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,24 +98,40 @@ Reward = Callable[[Problem, Sample, Verdict | None], float]
 """(problem, completion, verdict) -> value. The completion has its text, tokens, `is_correct` and
 `has_format`; the verdict is None for a completion that was cut, which is not verified."""
 
+
+def overlong(problem: Problem, completion: Sample, verdict: Verdict | None) -> float:
+    """0 up to 80 % of the longest response, then falling to -1 (DAPO, arXiv 2503.14476, equation 13)."""
+    return -min(max((completion.length_share - 0.8) / 0.2, 0.0), 1.0)
+
+
+def language(problem: Problem, completion: Sample, verdict: Verdict | None) -> float:
+    """Share of letters that come from the writing systems of the question."""
+    scripts = {script_of(letter) for letter in problem.question if letter.isalpha()} or {"latin"}
+    return 1.0 - other_letters(completion.text, scripts)
+
+
 REWARDS: dict[str, Reward] = {
     "correct": lambda problem, completion, verdict: 0.0 if verdict is None else verdict.score,
     "format": lambda problem, completion, verdict: float(completion.has_format),
+    "length": lambda problem, completion, verdict: 1.0 - completion.length_share,
+    "overlong": overlong,
+    "repetition": lambda problem, completion, verdict: -repetition(completion.text, 20),
+    "language": language,
 }
-"""Names in `[rewards]`."""
+"""Names in `[rewards]`. `repetition`: minus the share of 20-grams that occur earlier in the response."""
 
 
 class Rewarder:
     """Verifies completions and rewards them."""
 
-    def __init__(self, verifier: Verifier, *, answer_form: AnswerForm, weights: Mapping[str, float]) -> None:
+    def __init__(self, verifier: Verifier, *, weights: Mapping[str, float], max_length: int) -> None:
         """
         Args:
-            answer_form: form in which the student must answer.
+            max_length: `rollout.max_completion_length`.
             weights: `[rewards]`, name or module:function -> weight. Raises ConfigError for an unknown name.
         """
         self.verifier = verifier
-        self.answer_form = answer_form
+        self.max_length = max_length
         self._rewards = [
             (name.rpartition(":")[2], weight, lookup(REWARDS, name, key="rewards"))
             for name, weight in weights.items()
@@ -121,16 +141,19 @@ class Rewarder:
         """Starts verification and returns at once; None for a sample that was cut, which is never correct."""
         if sample.finish_reason != "stop":
             return None
-        return self.verifier.submit(sample.text, prompt.problem, opens_think=prompt.opens_think)
+        # Any mark will do for correctness; letters in parentheses are no answers unless demanded.
+        form = prompt.answer_form if prompt.answer_form == "letter" else None
+        return self.verifier.submit(sample.text, prompt.problem, form, opens_think=prompt.opens_think)
 
     def reward(self, prompt: Prompt, sample: Sample, verification: Future[Verdict] | None) -> Sample:
         """Returns the sample with verdict and rewards; waits for the verification that `verify` started."""
         verdict = None if verification is None else verification.result()
         sample = replace(
             sample,
+            length_share=len(sample.token_ids) / self.max_length,
             is_correct=verdict is not None and verdict.is_correct,
             has_format=verdict is not None
-            and has_format(sample.text, form=self.answer_form, opens_think=prompt.opens_think),
+            and has_format(sample.text, form=prompt.answer_form, opens_think=prompt.opens_think),
         )
         values, total = {}, 0.0
         for name, weight, reward in self._rewards:

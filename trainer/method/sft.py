@@ -88,7 +88,7 @@ class Sft:
         for prompt, trace_id in chosen:
             if trace_id not in traces:
                 raise StoreError(f"trace {trace_id} was removed from the store while SFT trained on it")
-            ids = self.traces.candidate(traces[trace_id], opens_think=prompt.opens_think).token_ids
+            ids = self.traces.candidate(traces[trace_id], prompt).token_ids
             # All tokens count as the student's own.
             sequence = TrainSequence(prompt_ids=prompt.ids, response_ids=ids, advantage=1.0, is_teacher=False)
             sequences.append(sequence)

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from precompute.config import AnswerForm
-from precompute.verify.final_answer import CLOSING, FinalAnswer, find_answer, to_form
+from precompute.verify.final_answer import CLOSING, OPENING, FinalAnswer, find_answer, to_form
 from store.errors import StoreError
-from store.records import Trace
+from store.records import AnswerForm, Trace
 from trainer.method.groups import Prompt, Sample
 
 QUERY_PROBLEMS = 256
@@ -61,8 +60,6 @@ class TraceReader:
 
     store: CandidateStore
     student: StudentTokens
-    form: AnswerForm
-    """Form in which the student must answer."""
     teachers: Sequence[str] = ()
     """Teachers whose traces are read; empty: all."""
     max_length: int
@@ -77,7 +74,7 @@ class TraceReader:
 
     def candidates(self, prompt: Prompt, traces: Sequence[Trace]) -> list[Candidate]:
         """Returns the traces of a prompt's problem as candidates, without those that are too long."""
-        found = [self.candidate(trace, opens_think=prompt.opens_think) for trace in traces]
+        found = [self.candidate(trace, prompt) for trace in traces]
         return [candidate for candidate in found if len(candidate.token_ids) <= self.max_length]
 
     def all_candidates(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, list[Candidate]]]:
@@ -89,9 +86,9 @@ class TraceReader:
                 (prompt, self.candidates(prompt, found[prompt.problem.problem_id])) for prompt in part
             )
 
-    def candidate(self, trace: Trace, *, opens_think: bool) -> Candidate:
-        """Returns the trace behind a prompt that ends inside `<think>`, or does not."""
-        reasoning, text = in_students_form(trace, self.form, opens_think=opens_think)
+    def candidate(self, trace: Trace, prompt: Prompt) -> Candidate:
+        """Returns the trace as it follows the prompt."""
+        reasoning, text = in_students_form(trace, prompt.answer_form, opens_think=prompt.opens_think)
         has_own_ids = len(trace.logprobs) == len(trace.token_ids) > 0
         ends = has_own_ids and trace.token_ids[-1] in self.student.eos_ids
         if self.own_ids and not (text == trace.text and ends):
@@ -119,6 +116,8 @@ def in_students_form(trace: Trace, form: AnswerForm, *, opens_think: bool) -> tu
     """Returns (z_c, text): the trace as the student must write it. A student whose prompt ends inside
     `<think>` closes it first; a thought that the teacher's prompt opened is opened in the text.
     """
+    if trace.answer_start is None:  # its verifier read the whole response
+        return trace.text, trace.text
     solution = _verified_answer(trace)
     reasoning, rest = to_form(trace.text, solution, form)
     if opens_think:
@@ -135,8 +134,7 @@ def in_students_form(trace: Trace, form: AnswerForm, *, opens_think: bool) -> tu
 
 def _verified_answer(trace: Trace) -> FinalAnswer:
     """Returns the answer that the verifier read: the one at `answer_start`."""
-    forms: tuple[AnswerForm | None, ...] = (None, "boxed", "answer_tags")
-    for form in forms:
+    for form in (None, *OPENING):
         for thinking in (False, True):
             solution = find_answer(trace.text, form=form, opens_think=thinking)
             if solution.answer_start is not None and solution.answer_start == trace.answer_start:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from precompute.problems.problem_files import configured_problems, split_by_gold
-from precompute.problems.prompts import prompt_warning, render_prompt
+from precompute.problems.prompts import demanded_form, prompt_warning, render_prompt
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, ProblemsError
 from store.records import Problem
@@ -60,6 +60,7 @@ def fitting_prompts(
                     text=rendered.text,
                     ids=rendered.ids,
                     opens_think=rendered.opens_think,
+                    answer_form=demanded_form(student, problem),
                 )
             )
     if not fitting:

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from precompute.config import AnswerForm
-from precompute.problems.prompts import demanded_form, tokenizer_fingerprint
+from precompute.problems.prompts import check_form, tokenizer_fingerprint
 from precompute.run.reverify import check_verdicts
 from precompute.verify.verifier import Verifier
 from store.errors import EngineError, StoreError, TrainingError
@@ -70,9 +69,10 @@ class Run:
         self.train_prompts, self.eval_prompts = checked_prompts(
             config, problems, held_out, policy.tokenizer, policy.model.config, reporter
         )
-        form = demanded_form(config.student, problems[0])
-        self.rewarder = Rewarder(verifier, answer_form=form, weights=config.rewards)
-        traces = None if store is None else trace_reader(config, store, policy, form)
+        check_form(config.student, problems[0], key="student.answer_form")
+        length = config.rollout.max_completion_length
+        self.rewarder = Rewarder(verifier, weights=config.rewards, max_length=length)
+        traces = None if store is None else trace_reader(config, store, policy)
         if store is not None and traces is not None:
             check_store(config, store, traces, self.train_prompts, verifier, reporter)
         ids = [problem.problem_id for problem in problems]
@@ -207,12 +207,11 @@ def check_tokenizers(
             )
 
 
-def trace_reader(config: Config, store: TraceStore, policy: Policy, form: AnswerForm) -> TraceReader:
+def trace_reader(config: Config, store: TraceStore, policy: Policy) -> TraceReader:
     """Returns the reader of the store's traces, in the tokens that `guidance.loss` needs."""
     return TraceReader(
         store=store,
         student=policy,
-        form=form,
         teachers=config.guidance.teachers,
         max_length=config.rollout.max_completion_length,
         own_ids=config.guidance.reads_teacher_logprobs,
