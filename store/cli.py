@@ -261,7 +261,8 @@ def store_forget(
 
 _FORMS = (
     "verl: a row a problem with target_lst; luffy: a row a trace with target; chat: messages for supervised "
-    "training; hf: a row a trace for datasets.load_dataset; or your own file.py:function."
+    "training; dpo: prompt, chosen, rejected; trl: prompt, solution; hf: a row a trace for "
+    "datasets.load_dataset; or your own file.py:function."
 )
 _SYSTEM = "Replaces every system turn, '' for none; default: the problem's, in chat the teacher's."
 
@@ -277,13 +278,15 @@ def store_export(
     ] = True,
     teacher: Annotated[list[str] | None, typer.Option(help="Only this teacher. May be repeated.")] = None,
     max_per_problem: Annotated[
-        int | None, typer.Option(min=1, help="At most N traces of a problem; the teachers take turns.")
+        int | None,
+        typer.Option(min=1, help="At most N traces (dpo: pairs) of a problem; the teachers take turns."),
     ] = None,
     system_prompt: Annotated[str | None, typer.Option(help=_SYSTEM)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
     json_: JsonFlag = False,
 ) -> None:
-    """Write a store's traces in another program's form: verl, LUFFY, chat messages, Hugging Face datasets.
+    """Write a store's traces in another program's form: verl, LUFFY, chat messages, DPO pairs, TRL prompts,
+    Hugging Face datasets.
 
     The output appears whole or not at all.
 

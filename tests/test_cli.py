@@ -162,7 +162,7 @@ def test_queries_as_json_and_csv_hold_the_same_rows(trained: Path) -> None:
     assert "left out" in last.stderr
     stranger = ampo("inspect", "store", "queries", str(trained), "--teacher", "nope")
     assert stranger.stderr.count("\n") == 1
-    assert "teachers found: ada, bob" in stranger.stderr
+    assert "teachers: ada, bob" in stranger.stderr
 
 
 def test_looking_loads_no_torch(trained: Path, world: Path, tmp_path: Path) -> None:

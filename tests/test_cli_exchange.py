@@ -72,7 +72,7 @@ def test_json_and_csv_have_all_rows_or_a_line_says_how_many_are_missing(tmp_path
     [
         (
             ["store", "export", "STORE", "--to", "csv", "--out", "x"],
-            "--to = 'csv': give one of chat, hf, luffy, verl",
+            "--to = 'csv': give one of chat, dpo, hf, luffy, trl, verl",
         ),
         (["store", "export", "nowhere", "--to", "verl", "--out", "x.jsonl"], "no trace store at"),
         (["store", "import", "nowhere.parquet"], "no data file at"),

@@ -109,6 +109,48 @@ def test_chat_has_the_system_turn_that_the_teacher_had(root: Path) -> None:
     assert {row["messages"][0]["content"] for row in rows_of(out)} == {"Be brief."}
 
 
+def test_dpo_pairs_verified_with_wrong_of_the_same_teacher_first(root: Path) -> None:
+    with StoreWriter.open(root, **JUDGE) as writer:
+        cut = trace(1, "ada", 3, is_correct=False, verdict="no_answer", text="...", finish_reason="length")
+        broken = trace(1, "ada", 4, is_correct=False, verdict="timeout", text="1/0/0")
+        writer.append([cut, broken, trace(1, "bob", 1), trace(1, "bob", 2)])
+    out = root.parent / "pairs.jsonl"
+    report = run(root, out, "dpo")
+    # Problem 1 has three verified traces and one that is known to be wrong; problem 0 has none of those.
+    assert rows_of(out) == [
+        {
+            "prompt": [{"role": "user", "content": "What is 1 + 1?"}],
+            "chosen": [{"role": "assistant", "content": "bob says: it is \\boxed{2}"}],
+            "rejected": [{"role": "assistant", "content": "no idea"}],
+        }
+    ]
+    assert (report.rows, report.problems, report.traces) == (1, 1, {"bob": 2})
+
+
+def test_dpo_without_a_pair_is_an_error(tmp_path: Path) -> None:
+    make_store(tmp_path / "traces", [wrong(0, "ada"), trace(1, "ada")])
+    with pytest.raises(StoreError, match="no problem with both a verified and a wrong trace"):
+        run(tmp_path / "traces", tmp_path / "x.jsonl", "dpo")
+
+
+def test_max_per_problem_counts_pairs(tmp_path: Path) -> None:
+    traces = [trace(0, "ada", n) for n in range(3)] + [wrong(0, "ada", n) for n in range(3, 6)]
+    make_store(tmp_path / "traces", traces)
+    for most, pairs in ((None, 3), (2, 2), (9, 3)):
+        report = run(tmp_path / "traces", tmp_path / f"{most}.parquet", "dpo", max_per_problem=most)
+        assert report.rows == pairs
+
+
+def test_trl_is_a_row_a_problem_with_its_gold_answer(root: Path) -> None:
+    run(root, root.parent / "trl.parquet", "trl", system_prompt="Box it.")
+    first, second = rows_of(root.parent / "trl.parquet")
+    assert first["prompt"] == [
+        {"role": "system", "content": "Box it."},
+        {"role": "user", "content": "What is 0 + 0?"},
+    ]
+    assert [first["solution"], second["solution"]] == ["0", "2"]
+
+
 def test_wrong_and_filtered_traces_go_out_only_when_all_is_asked_for(root: Path) -> None:
     run(root, root.parent / "all.jsonl", "verl", everything=True)
     targets = [
@@ -122,7 +164,12 @@ def test_wrong_and_filtered_traces_go_out_only_when_all_is_asked_for(root: Path)
 @pytest.mark.parametrize(
     ("form", "out", "options", "complaint"),
     [
-        ("csv", "x.csv", {}, r"--to = 'csv': give one of chat, hf, luffy, verl, or module:function"),
+        (
+            "csv",
+            "x.csv",
+            {},
+            r"--to = 'csv': give one of chat, dpo, hf, luffy, trl, verl, or module:function",
+        ),
         ("verl", "x.csv", {}, r"a file that ends in \.parquet or \.jsonl"),
         ("verl", "there.jsonl", {}, "exists already; --overwrite replaces it"),
         ("hf", "full.jsonl", {"overwrite": True}, "Is a directory"),

@@ -3,6 +3,8 @@
 verl    a row a problem: prompt, reward_model, ..., target_lst with a {content, source, ...} for each trace
 luffy   a row a trace: the same columns, with target, a list of the one message
 chat    a row a trace: messages of system, user and assistant, for supervised trainers
+dpo     a row a pair of a verified and a wrong trace: prompt, chosen, rejected, as TRL's DPOTrainer reads them
+trl     a row a problem: prompt, solution, as TRL's GRPOTrainer and its accuracy_reward read them
 hf      a row a trace: question, answer, teacher, text, verdict, ... for `datasets.load_dataset`
 
 To add a form, add a function and an entry in EXPORT_FORMS, or give `--to` your own as `file.py:function`.
@@ -28,7 +30,7 @@ class ExportOptions:
     teachers: tuple[str, ...] = ()
     """Empty: all."""
     max_per_problem: int | None = None
-    """The teachers take turns: the first trace of each, then the second."""
+    """The teachers take turns: the first trace of each, then the second. In the form dpo: pairs."""
     system_prompt: str | None = None
     """Replaces every system turn; None: the problem's (chat: the teacher's), empty: none."""
     overwrite: bool = False
@@ -64,6 +66,7 @@ class Solved:
     """0-based among the exported problems."""
     problem: Problem
     traces: Sequence[Trace]
+    """In the form dpo: verified and wrong ones in turns."""
     teachers: Mapping[str, TeacherRecord]
     """By name; a teacher whose record is lost is missing."""
     system_prompt: str | None
@@ -108,6 +111,24 @@ def chat_rows(solved: Solved) -> Iterator[dict[str, Any]]:
         yield {"messages": [*_prompt(solved, turn), {"role": "assistant", "content": trace.text}]}
 
 
+def dpo_rows(solved: Solved) -> Iterator[dict[str, Any]]:
+    """Yields a row a pair: messages up to the response, the verified one, the wrong one."""
+    prompt = _prompt(solved, solved.problem.system_prompt)
+    for chosen, rejected in zip(solved.traces[::2], solved.traces[1::2], strict=True):
+        responses = {"chosen": chosen.text, "rejected": rejected.text}
+        messages = {name: [{"role": "assistant", "content": text}] for name, text in responses.items()}
+        yield {"prompt": prompt, **messages}
+
+
+def trl_rows(solved: Solved) -> Iterator[dict[str, Any]]:
+    """Yields one row: messages up to the response, and the gold answer."""
+    yield {
+        "prompt": _prompt(solved, solved.problem.system_prompt),
+        "solution": solved.problem.answer,
+        "problem_id": solved.problem.problem_id,
+    }
+
+
 _HF_TRACE = {
     name: kind
     for name, kind in TRACE_COLUMNS.items()
@@ -147,5 +168,12 @@ def _extra(solved: Solved) -> dict[str, Any]:
     return {**solved.problem.metadata, **numbers}
 
 
-EXPORT_FORMS: dict[str, Form] = {"verl": verl_rows, "luffy": luffy_rows, "chat": chat_rows, "hf": hf_rows}
+EXPORT_FORMS: dict[str, Form] = {
+    "verl": verl_rows,
+    "luffy": luffy_rows,
+    "chat": chat_rows,
+    "dpo": dpo_rows,
+    "trl": trl_rows,
+    "hf": hf_rows,
+}
 """By the name that `--to` takes."""

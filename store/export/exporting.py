@@ -15,7 +15,9 @@ from store.export.export_forms import (
     HF_COLUMNS,
     ExportOptions,
     ExportReport,
+    Form,
     Solved,
+    dpo_rows,
     hf_rows,
 )
 from store.format.index import Progress
@@ -27,6 +29,8 @@ from store.records import Trace
 from store.registry import lookup
 
 PROBLEMS_AT_ONCE = 64
+WRONG = ("mismatch", "unsimplified", "no_answer")
+"""Verdicts of a response that is known to be wrong."""
 
 
 def export(
@@ -43,13 +47,13 @@ def export(
         raise UserError(f"--out {out} exists already; --overwrite replaces it")
     chosen_teachers(store.path, options.teachers)
     report = ExportReport(path=str(out), form=form, traces={})
-    rows = (row for solved in _solved(store, options, report, progress) for row in rows_of(solved))
+    rows = (row for solved in _solved(store, rows_of, options, report, progress) for row in rows_of(solved))
     report.rows = write_rows(out, rows, schema_of(HF_COLUMNS) if rows_of is hf_rows else None)
     return report
 
 
 def _solved(
-    store: TraceStore, options: ExportOptions, report: ExportReport, progress: Progress | None
+    store: TraceStore, form: Form, options: ExportOptions, report: ExportReport, progress: Progress | None
 ) -> Iterator[Solved]:
     """Yields the problems with a trace to export, in order of arrival; counts them in the report."""
     problems, records = store.problems(), store.teachers()
@@ -58,10 +62,10 @@ def _solved(
         found = store.candidates(
             [problem.problem_id for problem in batch],
             teachers=options.teachers or None,
-            usable=not options.everything,
+            usable=not options.everything and form is not dpo_rows,
         )
         for problem in batch:
-            traces = in_turns(found[problem.problem_id])[: options.max_per_problem]
+            traces = _chosen(found[problem.problem_id], form, options)
             if traces:
                 yield Solved(
                     index=report.problems,
@@ -75,8 +79,27 @@ def _solved(
                     report.traces[trace.teacher] = report.traces.get(trace.teacher, 0) + 1
         if progress is not None:
             progress(start + len(batch), len(problems))
+    if not report.problems and form is dpo_rows:
+        raise StoreError(f"{store.path} has no problem with both a verified and a wrong trace")
     if not report.problems:
         raise StoreError(f"{store.path} has no trace to export; --all takes wrong and filtered ones too")
+
+
+def _chosen(traces: Sequence[Trace], form: Form, options: ExportOptions) -> list[Trace]:
+    """Returns a problem's traces to export. For dpo, each verified one and then a wrong one, of the same
+    teacher where it has one, so that style differs little; a trace is in one pair at most."""
+    if form is not dpo_rows:
+        return in_turns(traces)[: options.max_per_problem]
+    wrong = in_turns([t for t in traces if t.verdict in WRONG and t.finish_reason == "stop"])
+    own = {trace.teacher for trace in wrong}
+    right = in_turns([t for t in traces if (t.is_correct if options.everything else t.is_usable)])
+    pairs: list[Trace] = []
+    for chosen in sorted(right, key=lambda t: t.teacher not in own)[: options.max_per_problem]:
+        if wrong:
+            rejected = next((t for t in wrong if t.teacher == chosen.teacher), wrong[0])
+            wrong.remove(rejected)
+            pairs += [chosen, rejected]
+    return pairs
 
 
 def in_turns(traces: Sequence[Trace]) -> list[Trace]:

@@ -56,7 +56,7 @@ def _check_teacher(run: Path, teacher: str) -> None:
     names = {name for file in files for name in pq.read_table(file, columns=["teacher"])[0].to_pylist()}
     if teacher not in names:
         known = ", ".join(sorted(names - {None})) or "none"
-        raise UserError(f"--teacher {teacher}: no query of {run} found a trace of it; teachers found: {known}")
+        raise UserError(f"--teacher {teacher}: no query of {run} found one of its traces; teachers: {known}")
 
 
 def curve(rows: Rows, key: str) -> tuple[list[int], list[float]]:
