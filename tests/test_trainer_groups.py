@@ -130,7 +130,7 @@ def test_rewards_of_the_config_keep_the_others_defaults_and_are_read_back(tmp_pa
 
 
 def test_an_unknown_reward_is_refused_with_the_known_ones(verifier: Verifier) -> None:
-    with pytest.raises(ConfigError, match="rewards = 'typo': give one of correct, format, .*, or module"):
+    with pytest.raises(ConfigError, match=r"rewards = 'typo': give one of correct, format, .*, or module"):
         rewarded(verifier, "", weights={"typo": 1.0})
 
 
