@@ -126,9 +126,12 @@ def test_what_was_downloaded_is_there_but_never_asked_for_in_vain(
 
 
 def test_nobody_is_asked_offline_nor_for_what_can_be_no_hubs(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, model_dir: Path
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, model_dir: Path, tmp_path: Path
 ) -> None:
     assert why_not_there(str(model_dir), None) is None
+    for model in ("owner/model.gguf", str(tmp_path)):
+        (tmp_path / "model.gguf").touch()
+        assert str(why_not_there(model, None)).startswith("GGUF weights are not loaded here: give the model")
     assert why_not_there("not a name", None) == (
         "it is neither a directory nor a name that a hub could have (OWNER/NAME)"
     )

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
-from conftest import save_student
-from run_examples import updater_of
+from conftest import save_student, tiny_tokenizer
+from run_examples import metrics_of, run, updater_of
+from transformers import AutoModelForCausalLM
 
+from precompute.config import TeacherConfig
 from precompute.config_file import load_config
+from precompute.engines import Request, Sampling
+from precompute.engines.checks import check_options
+from precompute.engines.transformers_engine import TransformersEngine
 from store.errors import ConfigError, EngineError
 from trainer.config import Config, StudentConfig, TrainConfig
+from trainer.merge import merge
+from trainer.run.saved_model import as_saved
 from trainer.student.batches import TrainSequence, pad
 from trainer.student.load import load_policy
 from trainer.student.policy import Policy
@@ -20,8 +30,10 @@ BATCH = pad([(2, 10, 11, 12, 1), (2, 20, 1)], [3, 1], pad_id=0, device=torch.dev
 ROW = TrainSequence(prompt_ids=(2, 40), response_ids=(9, 1), advantage=0.5, is_teacher=False)
 
 
-def student(model: Path, **changes: object) -> Policy:
-    settings = StudentConfig(model=str(model), device="cpu", use_peft=True, lora_r=4, **changes)  # type: ignore[arg-type]
+def student(model: Path, **changes: Any) -> Policy:
+    settings = StudentConfig(
+        **{"model": str(model), "device": "cpu", "use_peft": True, "lora_r": 4, **changes}
+    )
     return load_policy(settings, temperature=1.0)
 
 
@@ -88,3 +100,116 @@ def test_adapters_over_bfloat16_weights_train_in_float32(tmp_path: Path) -> None
     dtypes = {p.requires_grad: p.dtype for p in policy.model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
     one_step(policy)
+
+
+def logprobs(policy: Policy) -> torch.Tensor:
+    with torch.no_grad():
+        return policy.logprobs(BATCH)
+
+
+def moved_adapters(model: Path, out: Path, **lora: Any) -> tuple[Path, torch.Tensor]:
+    """Adapters as peft and TRL write them, and the log-probabilities of the model with them."""
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    settings = {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.3}
+    adapted = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **(settings | lora)))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    adapted.save_pretrained(out)
+    return out, logprobs(Policy(adapted.eval(), tiny_tokenizer(), dtype=torch.float32))
+
+
+def test_adapters_as_a_model_train_on_from_where_they_are(model_dir: Path, tmp_path: Path) -> None:
+    adapters, expected = moved_adapters(model_dir, tmp_path / "sft")
+    policy = student(adapters)
+    torch.testing.assert_close(logprobs(policy), expected)
+    assert not torch.allclose(logprobs(student(model_dir)), expected, atol=1e-3)
+    trained = {name for name, p in policy.model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 * 2  # the adapters' own layers, whatever lora_targets would be
+    one_step(policy)
+    assert not logprobs(policy).equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "way_out"),
+    [
+        ({"use_peft": False}, "set student.use_peft = true to train them further, or merge them"),
+        ({"lora_r": 8}, "set student.lora_r = 4 to train them further"),
+        ({"lora_alpha": 64, "lora_r": 8}, "set student.lora_r = 4, student.lora_alpha = 32 to train"),
+        ({"lora_targets": ("k_proj",)}, 'set student.lora_targets = ["q_proj", "v_proj"] to train'),
+    ],
+)
+def test_adapters_of_other_settings_are_one_line_with_the_way_out(
+    changes: dict[str, Any], way_out: str, model_dir: Path, tmp_path: Path
+) -> None:
+    adapters, _ = moved_adapters(model_dir, tmp_path / "sft")
+    with pytest.raises(EngineError) as error:
+        student(adapters, **changes)
+    assert way_out in str(error.value)
+    assert str(error.value).startswith(f"student.model = '{adapters}' holds LoRA adapters")
+    assert "\n" not in str(error.value)
+
+
+def test_targets_and_dropout_are_the_configs(model_dir: Path) -> None:
+    policy = student(model_dir, lora_targets=("q_proj",), lora_dropout=0.5)
+    assert len([p for p in policy.model.parameters() if p.requires_grad]) == 2 * 2
+    one_step(policy)
+    first = logprobs(policy)
+    assert first.equal(logprobs(policy))  # sampling and scores are without dropout
+    policy.drop_out(True)
+    assert not logprobs(policy).equal(first)
+
+
+def test_runs_follow_one_another_over_adapters_and_merged_models(
+    world: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    lora = {"student__use_peft": True, "student__lora_r": 4, "train__learning_rate": 3e-2}
+    first = run(world, model_dir, run__name="first", train__max_steps=1, **lora).checkpoint
+    assert first is not None
+    going_on = {"run__name": "second", "train__beta": 0.1, "train__max_steps": 1}
+    going_on["train__mini_batch_problems"] = 4
+    second = run(world, first, **lora, **going_on).checkpoint
+    assert second is not None
+    # The KL of the first update is to the adapters that training began from, not to their base.
+    assert metrics_of(second.parents[1])[-1]["kl"] == pytest.approx(0, abs=1e-5)
+    merge(first, tmp_path / "merged")
+    third = run(world, tmp_path / "merged", run__name="third", train__max_steps=1, **lora).checkpoint
+    assert third is not None
+    moved_adapters(model_dir, tmp_path / "below")
+    stacked, expected = stacked_adapters(model_dir, tmp_path / "below", tmp_path / "stacked")
+    for number, checkpoint in enumerate((second, third, stacked)):
+        settings = as_saved(StudentConfig(model=str(checkpoint), device="cpu"))
+        ours = logprobs(load_policy(settings, temperature=1.0))
+        merge(checkpoint, tmp_path / str(number))
+        plain = load_policy(StudentConfig(model=str(tmp_path / str(number)), device="cpu"), temperature=1.0)
+        torch.testing.assert_close(ours, logprobs(plain), atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+
+
+def stacked_adapters(model: Path, below: Path, out: Path) -> tuple[Path, torch.Tensor]:
+    """Adapters whose base is a directory of adapters, and the log-probabilities with both."""
+    moved_adapters(model, out, r=2)
+    path = out / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(below)}))
+    base = peft.AutoPeftModelForCausalLM.from_pretrained(below).merge_and_unload()
+    whole = peft.PeftModel.from_pretrained(base, out).eval()
+    return out, logprobs(Policy(whole, tiny_tokenizer(), dtype=torch.float32))
+
+
+def test_adapters_as_a_teacher_are_loaded_by_transformers_and_refused_for_vllm(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    adapters, _ = moved_adapters(model_dir, tmp_path / "sft")
+    engine = TransformersEngine.load(str(adapters), tiny_tokenizer(), dtype="float32", device="cpu")
+    request = Request(request_id="0", prompt_ids=(2, 10), seed=0)
+    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=4)
+    (found,) = engine.generate([request], sampling)
+    policy = student(adapters)
+    batch = pad([(2, 10, *found.token_ids)], [len(found.token_ids)], pad_id=0, device=torch.device("cpu"))
+    with torch.no_grad():
+        ours = policy.logprobs(batch)[0, 2:]
+    torch.testing.assert_close(ours, torch.tensor(found.logprobs), atol=1e-4, rtol=0)
+    teacher = TeacherConfig(name="sft", model=str(adapters))
+    with pytest.raises(EngineError, match=f"merge them first: ampo model merge {adapters} OUT"):
+        check_options(teacher, "vllm")

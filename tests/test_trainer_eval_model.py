@@ -120,11 +120,14 @@ def test_a_problem_whose_gold_answer_cannot_be_parsed_is_left_out(
     assert any("gold answers cannot be parsed" in each for each in messages)
 
 
-def test_adapters_are_merged_first_where_the_engine_cannot_add_them(world: Path, tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
+def test_adapters_are_merged_first_where_the_engine_cannot_add_them(
+    world: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    adapters = {"peft_type": "LORA", "base_model_name_or_path": str(model_dir), "r": 4, "lora_alpha": 8}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapters))
     four_bits = {"student": {"use_peft": True, "load_in_4bit": True}}
     (tmp_path / "state.json").write_text(json.dumps({"config": four_bits}))
-    with pytest.raises(EngineError, match=r"holds only adapters; merge them first: ampo model merge"):
+    with pytest.raises(EngineError, match=r"of 4-bit weights; merge them first: ampo model merge"):
         evaluated(world, tmp_path)
 
 

@@ -46,8 +46,7 @@ def trained(world: Path, model: Path, name: str, **changes: Any) -> Path:
 
 
 def as_trained(checkpoint: Path) -> Policy:
-    student, weights = as_saved(StudentConfig(model=str(checkpoint), device="cpu"))
-    return load_policy(student, temperature=1.0, weights=weights)
+    return load_policy(as_saved(StudentConfig(model=str(checkpoint), device="cpu")), temperature=1.0)
 
 
 def logprobs(policy: Policy) -> torch.Tensor:
@@ -85,7 +84,9 @@ def test_an_ordinary_model_directory_is_written_and_rounded_only_on_request(
     world: Path, tmp_path: Path
 ) -> None:
     checkpoint = trained(world, world / "base", "lora", student__use_peft=True)
+    (world / "base" / "preprocessor_config.json").write_text('{"size": 224}')  # of a model that reads images
     merge(checkpoint, tmp_path / "out")
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"size": 224}'
     report = merge(checkpoint, tmp_path / "rounded", dtype="bfloat16")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}

@@ -36,9 +36,14 @@ class StudentConfig(Section):
     train are float32, since steps of 1e-6 vanish in bfloat16."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     use_peft: bool = False
-    """Trains LoRA adapters on all linear layers and keeps the model itself frozen."""
+    """Trains LoRA adapters and keeps the model itself frozen. Where `model` is a directory of adapters, those
+    train on."""
     lora_r: Positive = 16
     lora_alpha: Positive = 32
+    lora_targets: tuple[str, ...] = ()
+    """Layers with adapters, e.g. ["q_proj", "v_proj"]; empty: all linear layers but the head."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the adapters, in the update alone: above 0 its log-probabilities are not those of sampling."""
     load_in_4bit: bool = False
     """QLoRA: the frozen weights as nf4 with double quantization (bitsandbytes). Needs use_peft."""
     gradient_checkpointing: bool = False

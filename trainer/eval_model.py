@@ -27,7 +27,8 @@ from store.reader import TraceStore
 from store.records import Problem, content_hash
 from trainer.config import Config
 from trainer.evaluation import Evaluation, evaluation_of
-from trainer.run.saved_model import ADAPTERS, check_model, fingerprint, trained_student
+from trainer.run.saved_model import check_model, fingerprint
+from trainer.student.adapters import as_trained
 
 
 def evaluate_model(
@@ -112,13 +113,13 @@ def results_of(config: Config, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _check_adapters(config: Config) -> None:
-    """Raises EngineError for adapters without a model that the engine can add them to."""
-    model = Path(config.student.model)
-    if not (model / ADAPTERS).is_file():
-        return
-    trained, engine = trained_student(model), resolve_engine(config.eval.engine)
-    if engine == "vllm" or (engine == "transformers" and trained is not None and trained.load_in_4bit):
-        raise EngineError(f"{model} holds only adapters; merge them first: ampo model merge {model} OUT")
+    """Raises EngineError for adapters over 4-bit weights, which transformers would add to the 16-bit ones."""
+    trained = as_trained(config.student).get("load_in_4bit")
+    if trained and resolve_engine(config.eval.engine) == "transformers":
+        model = config.student.model
+        raise EngineError(
+            f"{model} holds LoRA adapters of 4-bit weights; merge them first: ampo model merge {model} OUT"
+        )
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from trainer.run.resume import find_start
 from trainer.run.run_dir import Position, RunFiles
 from trainer.run.saved_model import check_model
 from trainer.run.setup import check_choices, check_tokenizers, covered, open_store
+from trainer.student.adapters import over_base
 from trainer.student.load import compute_dtype, load_tokenizer, naming_the_model, pick_device
 from trainer.telemetry.console import TrainReporter
 
@@ -118,9 +119,11 @@ def dry_run(config: Config, *, gpu: str = "", processes: int = 1) -> tuple[Group
 def read_student(student: StudentConfig) -> tuple[Any, Any]:
     """Returns the tokenizer and the model, on the meta device; EngineError when one cannot be read."""
     check_model(student)
+    tokenizer = load_tokenizer(student)
+    student, _ = over_base(student)
     with naming_the_model(student.model), torch.device("meta"):
         model_config = AutoConfig.from_pretrained(student.model, revision=student.revision)
-        return load_tokenizer(student), AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
+        return tokenizer, AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
 
 
 def card_memory(gpu: str, student: StudentConfig) -> int | None:

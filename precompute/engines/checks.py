@@ -76,6 +76,12 @@ def why_not_there(model: str, revision: str | None) -> str | None:
     """Returns why there is no such model, with the way out; None if there may be."""
     from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
+    has_no_config = not Path(model, "config.json").exists()
+    if model.endswith(".gguf") or (has_no_config and any(Path(model).glob("*.gguf"))):
+        return (
+            "GGUF weights are not loaded here: give the model that they were made from, or serve a teacher's "
+            '(llama.cpp, Ollama) and set engine = "openai", api = "chat"'
+        )
     if Path(model).is_dir():
         return None
     if missing := missing_directory(model):
@@ -127,6 +133,11 @@ def _transformers_problem(teacher: TeacherConfig) -> str | None:
 def _vllm_problem(teacher: TeacherConfig) -> str | None:
     import torch
 
+    if (Path(teacher.model) / "adapter_config.json").is_file():
+        return (
+            f"{teacher.model} holds LoRA adapters, which are not loaded into vllm here; merge them first: "
+            f"ampo model merge {teacher.model} OUT"
+        )
     gpus = torch.cuda.device_count()
     if teacher.tensor_parallel_size > max(gpus, 1):
         return f"tensor_parallel_size = {teacher.tensor_parallel_size} needs as many GPUs; there are {gpus}"

@@ -83,7 +83,7 @@ class Updater:
         step's, are the denominators; `micro_batches` are this rank's, None: cut from `sequences`."""
         counts = count(sequences, self.max_completion_length)
         self.optimizer.zero_grad(set_to_none=True)
-        self.policy.model.train()
+        self.policy.drop_out(True)
         loss, means = self._gradient(micro_batches or self.micro_batches(sequences), counts)
         weights = [weight for weight in self.policy.model.parameters() if weight.requires_grad]
         norm = full_tensor(torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None]))
@@ -93,7 +93,7 @@ class Updater:
         self.optimizer.step()
         # Freed now, since sampling needs no gradients.
         self.optimizer.zero_grad(set_to_none=True)
-        self.policy.model.eval()
+        self.policy.drop_out(False)
         return {"loss": loss, "grad_norm": float(norm)} | means
 
     def _gradient(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from precompute.engines.checks import check_there
@@ -10,9 +9,7 @@ from store.errors import EngineError
 from store.records import content_hash
 from trainer.config import StudentConfig
 from trainer.run.checkpoint import instead_of_run
-
-ADAPTERS = "adapter_config.json"
-"""A directory with this file holds adapters and no model."""
+from trainer.student.adapters import adapter_settings, as_trained
 
 
 def check_model(student: StudentConfig, *, named: str = "student.model") -> None:
@@ -25,33 +22,20 @@ def check_model(student: StudentConfig, *, named: str = "student.model") -> None
     key = f"{named} = {student.model!r}"
     if instead := instead_of_run(Path(student.model)):
         raise EngineError(f"{key}: {instead}")
-    check_there(student.model, student.revision, named=key)
+    model, revision = student.model, student.revision
+    while settings := adapter_settings(model):
+        key += f": the base model {settings['base_model_name_or_path']!r} of its adapters"
+        model, revision = settings["base_model_name_or_path"], settings.get("revision")
+    check_there(model, revision, named=key)
 
 
-def as_saved(student: StudentConfig) -> tuple[StudentConfig, Path | None]:
-    """Returns (config, weights) for `load_policy` of `student.model`, which may be a directory of adapters.
-
-    Adapters are loaded over the model that they were trained on, in 4 bits where they were trained so. Raises
-    EngineError when that model does not exist.
-    """
-    folder = Path(student.model)
-    if not (folder / ADAPTERS).is_file():
-        return student.model_copy(update={"use_peft": False, "load_in_4bit": False}), None
-    base = json.loads((folder / ADAPTERS).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    trained = trained_student(folder) or student.model_copy(
-        update={"model": base, "revision": None, "use_peft": True}
-    )
-    check_model(trained, named=f"student.model of {folder}")
-    kept = {key: getattr(student, key) for key in ("dtype", "device", "chat_template")}
-    return trained.model_copy(update=kept | {"gradient_checkpointing": False}), folder
-
-
-def trained_student(checkpoint: Path) -> StudentConfig | None:
-    """Returns [student] of the run that wrote the checkpoint; None for other directories."""
-    path = checkpoint / "state.json"
-    if not path.is_file():
-        return None
-    return StudentConfig.model_validate(json.loads(path.read_text(encoding="utf-8"))["config"]["student"])
+def as_saved(student: StudentConfig) -> StudentConfig:
+    """Returns the config for `load_policy` of `student.model`: a whole model, or adapters with their own
+    settings, in 4 bits where they were trained so."""
+    plain = {"use_peft": False, "load_in_4bit": False, "lora_targets": (), "gradient_checkpointing": False}
+    student = student.model_copy(update=plain)
+    trained = as_trained(student)
+    return student.model_copy(update={"use_peft": True} | trained) if trained else student
 
 
 def fingerprint(model: str) -> str | None:

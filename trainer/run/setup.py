@@ -32,6 +32,7 @@ from trainer.run.prompts import checked_prompts, usable_problems
 from trainer.run.run_dir import Position, RunFiles
 from trainer.run.saved_model import check_model
 from trainer.sampling.samplers import check_sampler, make_sampler
+from trainer.student.adapters import adapter_settings
 from trainer.student.batches import TokenBatch
 from trainer.student.load import load_policy
 from trainer.student.optimizer import make_optimizer
@@ -129,11 +130,11 @@ def load_student(config: Config, world: World, weights: Path | None = None) -> P
 def make_updater(config: Config, policy: Policy, optimizer: torch.optim.Optimizer, world: World) -> Updater:
     """Returns the updater of RL; its reference for the KL is the student as it was before training."""
     reference = None
-    if config.train.beta and config.student.use_peft:
+    if config.train.beta and config.student.use_peft and not adapter_settings(config.student.model):
         reference = policy.frozen_logprobs
     elif config.train.beta:
         before = load_student(config, world)
-        before.model.requires_grad_(False).eval()
+        before.model.requires_grad_(False)
         shard(before, world)
         reference = before.logprobs
     return Updater(
@@ -233,7 +234,6 @@ def probe_memory(policy: Policy, optimizer: torch.optim.Optimizer, *, longest: i
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     # AdamW has no state yet, and will have two values a weight.
     copies = 2 if isinstance(optimizer, torch.optim.AdamW) else 0
-    policy.model.train()
     try:
         with explain_memory(f"trying a micro-batch of {len(ids)} x {longest} tokens"):
             held = [torch.empty_like(weight) for weight in weights for _ in range(copies)]
@@ -242,7 +242,6 @@ def probe_memory(policy: Policy, optimizer: torch.optim.Optimizer, *, longest: i
             ((logprobs + entropy).sum() * 0.0).backward()  # type: ignore[no-untyped-call]
             del held
     finally:
-        policy.model.eval()
         optimizer.zero_grad(set_to_none=True)
 
 

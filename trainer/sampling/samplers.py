@@ -23,6 +23,7 @@ from store.errors import ConfigError, EngineError
 from trainer.config import Config, RolloutConfig
 from trainer.parallel.world import ALONE, World
 from trainer.sampling.weight_sync import write_adapter, write_base, write_weights
+from trainer.student.adapters import over_base
 from trainer.student.policy import Policy
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ def vllm_options(config: Config, dtype: torch.dtype, *, max_length: int) -> dict
 
 def student_as_teacher(config: Config, dtype: torch.dtype) -> TeacherConfig:
     """Returns the student in the form in which the engines read a model's settings."""
-    student, rollout = config.student, config.rollout
+    student, rollout = over_base(config.student)[0], config.rollout
     return TeacherConfig(
         name="student",
         model=student.model,

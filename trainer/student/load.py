@@ -5,15 +5,18 @@ Sources: LoRA arXiv 2106.09685; QLoRA arXiv 2305.14314 (nf4, double quantization
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from precompute.engines.checks import load_failure
@@ -21,6 +24,7 @@ from precompute.engines.four_bits import check_blocks, nf4_on
 from precompute.problems.prompts import use_template
 from store.errors import EngineError, RunError
 from trainer.config import StudentConfig
+from trainer.student.adapters import adapter_settings, import_peft, over_base, with_adapters
 from trainer.student.batches import pad
 from trainer.student.head import log_softmax_at
 from trainer.student.policy import LOGITS_CHUNK_TOKENS, Policy
@@ -39,7 +43,7 @@ def load_policy(
     """Loads the student, with weights that train in float32.
 
     Args:
-        weights: a checkpoint to load instead of `student.model`; of adapters, beside it.
+        weights: a checkpoint to load instead of `student.model`, or adapters over it.
         initial_device: device that holds the weights until `shard` moves them; None: the student's device. On
             `meta` a model has no weights.
 
@@ -51,16 +55,18 @@ def load_policy(
     dtype = compute_dtype(config, device)
     tokenizer = load_tokenizer(config, weights)
     on_meta = initial_device is not None and initial_device.type == "meta"
+    config, trained_on = over_base(config)
     model = _load_model(config, device, weights, initial_device or device)
     # Sampling options of a model have no effect here, and invalid ones would stop the first checkpoint.
     special = ("eos_token_id", "pad_token_id", "bos_token_id")
     kept = {name: getattr(model.generation_config, name) for name in special}
     model.generation_config = GenerationConfig(**kept)  # type: ignore[no-untyped-call]
     if config.use_peft:
-        model = with_adapters(model, config, None if on_meta else weights)
-    _switch_dropout_off(model)
+        with naming_the_model(str(weights or trained_on or config.model)):
+            model = with_adapters(model, config, weights or trained_on)
+    model.eval()  # for good: dropout and router noise would make the update's log-probabilities others
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _recompute_layers(model)
     if not on_meta:
         _check_head(Policy(model, tokenizer, dtype=torch.float32))
     return Policy(
@@ -97,38 +103,23 @@ def _load_model(
     elif initial_device.type == "meta":
         options["device_map"] = {"": "meta"}
     with naming_the_model(source):
-        model: Any = AutoModelForCausalLM.from_pretrained(source, revision=revision, **options)
+        model = _with_merged_adapters(source, revision, options)
         if not config.load_in_4bit:
             return model.to(initial_device)
     check_blocks(model, device, named=f"student.model = {source!r}", instead="set load_in_4bit = false")
     return model
 
 
-def with_adapters(model: Any, config: StudentConfig, checkpoint: Path | None) -> Any:
-    """Returns the model frozen, with float32 LoRA adapters on every linear layer but the head.
-
-    `checkpoint` holds the adapters; None starts new ones, which change nothing at first (B = 0). Raises
-    EngineError without peft.
-    """
-    for module in model.modules():
-        # On some CPUs bitsandbytes repacks 4-bit weights at the first forward pass in eval mode, into a form
-        # without gradients: after one rollout nothing below the last layer would learn.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    try:
-        import peft
-    except ImportError:
-        raise EngineError('student.use_peft needs peft: pip install "ampo[qlora]"') from None
-    if checkpoint is not None:
-        return peft.PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
-    lora = peft.LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=0.0,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    return peft.get_peft_model(model, lora)
+def _with_merged_adapters(source: str, revision: str | None, options: dict[str, Any]) -> Any:
+    """Returns the model of a directory or hub name; adapters below those that train are merged."""
+    settings = adapter_settings(source)
+    if settings is None:
+        return AutoModelForCausalLM.from_pretrained(source, revision=revision, **options)
+    if "quantization_config" in options:
+        raise EngineError(f"{source} holds LoRA adapters, which 4-bit weights cannot hold: merge them first")
+    below, revision = settings["base_model_name_or_path"], settings.get("revision")
+    model = _with_merged_adapters(below, revision, options)
+    return import_peft().PeftModel.from_pretrained(model, source).merge_and_unload()
 
 
 def load_tokenizer(config: StudentConfig, checkpoint: Path | None = None) -> Any:
@@ -138,6 +129,8 @@ def load_tokenizer(config: StudentConfig, checkpoint: Path | None = None) -> Any
     the checkpoint was trained with another template.
     """
     source, revision = (str(checkpoint), None) if checkpoint else (config.model, config.revision)
+    while (settings := adapter_settings(source)) and not Path(source, "tokenizer_config.json").is_file():
+        source, revision = settings["base_model_name_or_path"], settings.get("revision")  # peft writes none
     with naming_the_model(source):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     trained_with = tokenizer.chat_template
@@ -164,13 +157,25 @@ def compute_dtype(config: StudentConfig, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
 
 
-def _switch_dropout_off(model: nn.Module) -> None:
-    """Switches dropout off, which would make the ratio differ from 1 before any update."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - nn.Module types its attributes as tensors
+def _recompute_layers(model: nn.Module) -> None:
+    """Makes each layer keep its input alone and compute the rest again in the backward pass.
+
+    transformers' own switch works in training mode only, where some models drop out or add noise.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        name = type(model).__name__
+        raise EngineError(
+            f"student.gradient_checkpointing = true is not possible for {name}; set it to false"
+        )
+    for layer in layers:
+        setattr(layer, "forward", partial(_recomputed, layer.forward))  # noqa: B010 - typed as a method
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if torch.is_grad_enabled():
+        return recompute(forward, *args, use_reentrant=False, **kwargs)
+    return forward(*args, **kwargs)
 
 
 @torch.no_grad()
