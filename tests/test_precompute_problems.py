@@ -12,7 +12,7 @@ from precompute_examples import jsonl
 
 from precompute.config import VerifyConfig
 from precompute.problems.problem_files import load_problems, split_by_gold
-from precompute.problems.prompts import answer_form_of
+from precompute.verify.final_answer import answer_form_of
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, ProblemsError
 from store.records import Problem

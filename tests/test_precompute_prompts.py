@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 
 from precompute.config import TeacherConfig
 from precompute.problems.prompts import (
-    answer_form_of,
     build_messages,
     check_form,
     prompt_warning,
@@ -25,6 +24,7 @@ from precompute.problems.prompts import (
     turn_end,
     use_template,
 )
+from precompute.verify.final_answer import answer_form_of
 from store.errors import ConfigError
 from store.records import Problem
 

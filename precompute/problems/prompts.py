@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
+from precompute.verify.final_answer import answer_form_of
 from store.errors import ConfigError
 from store.records import AnswerForm, Problem, content_hash
 
@@ -133,22 +133,6 @@ def _name(tokenizer: PreTrainedTokenizerBase) -> str:
 def plain_text(messages: list[dict[str, str]], *, bos_token: str | None) -> str:
     """Renders a prompt without a chat template: BOS, if there is one, `{system}\\n\\n{question}\\n`."""
     return (bos_token or "") + "\n\n".join(message["content"] for message in messages) + "\n"
-
-
-DEMANDS: dict[AnswerForm, re.Pattern[str]] = {
-    "answer_tags": re.compile(r"<answer>"),
-    "boxed": re.compile(r"\\boxed"),
-    "hashes": re.compile(r"####"),
-    "answer_line": re.compile(r"\bAnswer:[ \t]*\S"),
-    "letter": re.compile(r"letter\b[^.\n]*\bparenthes[ei]s", re.IGNORECASE),
-}
-"""Form -> what a prompt that demands it says; the first one that fits."""
-
-
-def answer_form_of(*turns: str) -> AnswerForm | None:
-    """Returns the form that the first of some turns demands which demands one; None: no turn does."""
-    found = (form for turn in turns for form, demand in DEMANDS.items() if demand.search(turn))
-    return next(found, None)
 
 
 class Answering(Protocol):

@@ -48,6 +48,22 @@ MARKS: dict[AnswerForm, re.Pattern[str]] = {
 LINES: tuple[AnswerForm, ...] = ("hashes", "answer_line")
 _THINK = re.compile(r"</?think>")
 
+DEMANDS: dict[AnswerForm, re.Pattern[str]] = {
+    "answer_tags": re.compile(r"<answer>"),
+    "boxed": re.compile(r"\\boxed"),
+    "hashes": re.compile(r"####"),
+    "answer_line": re.compile(r"\bAnswer:[ \t]*\S"),
+    "letter": re.compile(r"letter\b[^.\n]*\bparenthes[ei]s", re.IGNORECASE),
+}
+"""Form -> what a prompt that demands it says; the first one that fits."""
+
+
+def answer_form_of(*turns: str) -> AnswerForm | None:
+    """Returns the form that the first of some turns demands which demands one; None: no turn does."""
+    found = (form for turn in turns for form, demand in DEMANDS.items() if demand.search(turn))
+    return next(found, None)
+
+
 # Every repetition is possessive, so nothing backtracks; a run is one token, so a megabyte of braces is cheap.
 # Every alternative begins with a character, not with a group, so that `re` skips to the next such character:
 # five times as fast on prose.

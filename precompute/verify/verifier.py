@@ -25,7 +25,7 @@ from typing import Self, TypeVar
 
 from precompute.config import VerifyConfig
 from precompute.verify.base import Outcome, Request
-from precompute.verify.final_answer import FinalAnswer, find_answer
+from precompute.verify.final_answer import FinalAnswer, answer_form_of, find_answer
 from precompute.verify.plain_numbers import compare_numbers, is_own_expression
 from precompute.verify.pool import WorkerPool
 from precompute.verify.registry import PAIRWISE, chosen_verifier, is_verls, verifier_record
@@ -142,12 +142,14 @@ class Verifier:
 
         Args:
             problem: or its gold answer alone.
-            answer_form: mark of the final answer; None: any.
+            answer_form: mark of the final answer; None: any, `(B)` where the prompt demands it.
             opens_think: the prompt ended inside a `<think>` block.
             timeout: in seconds; None: `verify.timeout`.
         """
         problem = _problem(problem)
         kind = self._kind(self.name_for(problem), f"verifier of problem {problem.problem_id}")
+        if answer_form is None and answer_form_of(problem.system_prompt or "", problem.question) == "letter":
+            answer_form = "letter"
         found = find_answer(response, form=answer_form, opens_think=opens_think)
         if found.answer is None and not kind.reads_response:
             why = "the last opening is never closed or holds nothing" if found.broken else ""
