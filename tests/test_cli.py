@@ -176,6 +176,7 @@ def test_looking_loads_no_torch(trained: Path, world: Path, tmp_path: Path) -> N
         ["inspect", "store", "problems", store],
         ["inspect", "store", "agreement", store],
         ["inspect", "store", "sql", "FROM traces", store],
+        ["report", run, "--out", str(tmp_path / "report.html")],
     ]
     code = (
         "import sys, cli\n"

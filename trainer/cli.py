@@ -203,29 +203,18 @@ def inspect_queries(
 
     Example: `ampo inspect store queries runs/lab-ampo --step 3`
     """
-    from trainer.reports.inspection import open_run, query_rows
+    from trainer.reports.inspection import open_run, problems_of, query_rows
     from trainer.reports.tables import by_query, queries_table, summary_line
 
     root = open_run(run)
     queries = by_query(query_rows(root, step=step, problem=problem, teacher=teacher))
     shown = queries[-(row_limit(limit, table=20, programs=json_ or csv_) or 0) :]
     if not emit_rows([row for query in shown for row in query], json_, csv_):
-        console_of().print(queries_table(shown, _questions(root)))
+        problems = problems_of(root, {query[0]["problem_id"] for query in shown})
+        questions = {problem_id: problem.question for problem_id, problem in problems.items()}
+        console_of().print(queries_table(shown, questions))
         console_of().print(f"{root.name}: {summary_line(queries)}", highlight=False)
     print_left_out(len(shown), len(queries), "queries", programs=json_ or csv_)
-
-
-def _questions(run: Path) -> dict[str, str]:
-    """Returns problem_id -> question; empty when the run's store is gone."""
-    from precompute.config_file import load_config
-    from store.reader import TraceStore
-    from trainer.config import Config
-
-    try:
-        with TraceStore(load_config(Config, str(run / "config.toml"), []).store.path) as store:
-            return {problem.problem_id: problem.question for problem in store.problems()}
-    except UserError:
-        return {}
 
 
 def inspect_run(
@@ -255,6 +244,28 @@ def inspect_run(
         console.print(evaluations_table(found))
     if png is not None:
         console.print(f"wrote {png}", highlight=False)
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Run directories.")],
+    out: Annotated[Path, typer.Option(help="The page; an existing one is replaced.")] = Path("report.html"),
+    groups: Annotated[int, typer.Option(min=0, help="At most N groups in the page; 0: all.")] = 200,
+) -> None:
+    """Write runs as one HTML page: curves, shares of the teachers, and groups with their candidates.
+
+    The page needs neither a server nor a network.
+
+    Example: `ampo report runs/lab-ampo runs/lab-grpo --out report.html`
+    """
+    from trainer.reports.inspection import open_run
+    from trainer.reports.report import write_report
+
+    roots = [open_run(path) for path in runs]
+    common = os.path.commonpath([root.parent for root in roots])
+    notes = write_report({os.path.relpath(root, common): root for root in roots}, out, most=groups)
+    print_line(f"wrote {escaped(str(out))}: {len(roots)} runs, {out.stat().st_size / 2**20:.1f} MiB")
+    for note in notes:
+        print_line(note)
 
 
 @model_app.command("merge")

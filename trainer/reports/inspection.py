@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from precompute.config_file import load_config, read_toml
 from store.errors import RunError, UserError
+from store.records import Problem
 
 Rows = Sequence[dict[str, Any]]
 
@@ -48,7 +52,7 @@ def query_rows(
     if teacher is not None and not chosen:
         _check_teacher(run, teacher)
     rows = [row for row in rows if (row["step"], row["problem_id"]) in chosen]
-    return sorted(rows, key=lambda row: (row["step"], row["problem_id"], row["rank"] or 0))
+    return sorted(rows, key=lambda row: (row["step"], row["problem_id"], row["rank"] or math.inf))
 
 
 def _check_teacher(run: Path, teacher: str) -> None:
@@ -59,7 +63,39 @@ def _check_teacher(run: Path, teacher: str) -> None:
         raise UserError(f"--teacher {teacher}: no query of {run} found one of its traces; teachers: {known}")
 
 
-def curve(rows: Rows, key: str) -> tuple[list[int], list[float]]:
+def problems_of(run: Path, wanted: Collection[str]) -> dict[str, Problem]:
+    """Returns problem_id -> problem, of the run's store or else of its training file; some may be missing."""
+    from precompute.problems.problem_files import configured_problems
+    from store.reader import TraceStore
+    from trainer.config import Config
+
+    found = {}
+    with suppress(UserError), TraceStore(_store_of(run)) as store:
+        found = {problem.problem_id: problem for problem in store.problems()}
+    if not found.keys() >= set(wanted):
+        with suppress(UserError):
+            config = load_config(Config, str(run / "config.toml"), [])
+            problems = configured_problems(config.problems, "train").problems
+            found |= {problem.problem_id: problem for problem in problems}
+    return found
+
+
+def stored_texts(run: Path, problem_ids: Collection[str]) -> dict[str, str]:
+    """Returns trace_id -> text of the problems' traces in the run's store; none where it cannot be read."""
+    from store.reader import TraceStore
+
+    with suppress(UserError), TraceStore(_store_of(run)) as store:
+        found = store.candidates(list(problem_ids)).values()
+        return {trace.trace_id: trace.text for traces in found for trace in traces}
+    return {}
+
+
+def _store_of(run: Path) -> str:
+    path: str = read_toml(run / "config.toml")["store"]["path"]
+    return path
+
+
+def curve(rows: Rows, key: str, *, over: str = "step") -> tuple[list[int], list[float]]:
     """Returns steps and values of one metric, where it exists."""
-    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    points = [(row[over], row[key]) for row in rows if row.get(key) is not None]
     return [step for step, _ in points], [value for _, value in points]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -51,12 +51,18 @@ def figure_of(runs: Mapping[str, Rows]) -> Any:
     return figure
 
 
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Returns the mean over a tenth of the values around each."""
+    reach = len(values) // 20
+    padded = np.pad(values, reach, mode="edge")
+    smooth: list[float] = np.convolve(padded, np.ones(2 * reach + 1) / (2 * reach + 1), mode="valid").tolist()
+    return smooth
+
+
 def _plot(axes: Any, rows: Rows, metric: str, colour: str, name: str) -> None:
     steps, values = curve(rows, metric)
     if len(steps) > SMOOTHED:
         axes.plot(steps, values, linewidth=1, alpha=0.3, color=colour)
-        reach = len(values) // 20
-        padded = np.pad(values, reach, mode="edge")
-        values = np.convolve(padded, np.ones(2 * reach + 1) / (2 * reach + 1), mode="valid").tolist()
+        values = running_mean(values)
     marker = "o" if len(steps) < 30 else None
     axes.plot(steps, values, linewidth=1.8, color=colour, marker=marker, label=name)
