@@ -12,6 +12,7 @@ from math_verify.grader import verify
 from math_verify.parser import parse_latex_cached
 
 from precompute.verify import math as verify_math
+from precompute.verify.base import Outcome
 from precompute.verify.math import agree, apart, compare, parse, read_math
 from precompute.verify.plain_numbers import compare_numbers
 
@@ -164,9 +165,9 @@ def test_a_letter_is_a_unit_only_after_a_space_and_a_number(text: str, meant: st
 
 
 def test_what_was_read_is_said() -> None:
-    assert compare("\\frac{7}{4}", "1.75") == ("match", "", "7/4", "1.75000000000000")
-    assert compare("5", "{" * 9) == ("mismatch", "the answer cannot be parsed", "5", None)
-    assert compare("1/0", "1/0") == ("gold_unparseable", "the gold answer cannot be parsed", None, None)
+    assert compare("\\frac{7}{4}", "1.75") == Outcome("match", "", "7/4", "1.75000000000000")
+    assert compare("5", "{" * 9) == Outcome("mismatch", "the answer cannot be parsed", "5")
+    assert compare("1/0", "1/0") == Outcome("gold_unparseable", "the gold answer cannot be parsed")
 
 
 def test_what_was_read_is_cut_and_what_cannot_be_written_is_named() -> None:

@@ -122,6 +122,7 @@ def test_workers_end_with_a_parent_that_is_killed_while_they_compute(tmp_path: P
     script = tmp_path / "parent.py"
     script.write_text(
         "import time\n"
+        "from precompute.config import VerifyConfig\n"
         "from precompute.verify.verifier import Verifier\n"
         "verifier = Verifier(VerifyConfig(workers=2, timeout=1.0))\n"
         "verifier.submit('\\\\boxed{0.5}', '2^{-1}').result()\n"
@@ -156,7 +157,8 @@ def test_closing_with_cancel_ends_at_once() -> None:
 
 def test_workers_that_cannot_start_are_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     # 8 MiB of address space do not hold a Python with sympy.
-    with Verifier(VerifyConfig(workers=2, memory_mb=8)) as verifier:
+    too_small = VerifyConfig.model_construct(**VerifyConfig(workers=2).model_dump() | {"memory_mb": 8})
+    with Verifier(too_small) as verifier:
         for answers in (("x", "y"), ("z",)):
             futures = [verifier.submit(f"\\boxed{{{answer}}}", "5") for answer in answers]
             for future in futures:
