@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
-SOURCES := cli.py store precompute trainer lab bench tests
+SOURCES := ampo_rl.py cli.py store precompute trainer lab bench tests
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Waiting threads that spin starve everything else on a small machine.

@@ -24,12 +24,12 @@ from trainer import cli as trainer
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Multi-teacher reinforcement learning without a cluster (AMPO, arXiv 2510.02227).",
 )
 inspect_app = typer.Typer(no_args_is_help=True, help="Look into stores and runs.")
+app.command()(lab.init)
 app.add_typer(precompute.app, name="precompute")
 app.command()(trainer.train)
 app.command("eval")(trainer.evaluate)
@@ -67,7 +67,7 @@ def main() -> None:
 
 def _version(show: bool) -> None:
     if show:
-        typer.echo(f"ampo {package_version('ampo')}")
+        typer.echo(f"ampo {package_version('ampo-rl')}")
         raise typer.Exit
 
 

@@ -5,7 +5,7 @@
 One data set, one run, each contender in a process of its own: latency of a query, resident memory after all
 of them, disk, build time. Lance and pandas get the row numbers; this store and DuckDB find the problems
 themselves, and this store returns records, not columns. Then this store again
-with `--big` traces of a tenth of the length. Needs `pip install "ampo[bench]"`. The last line is JSON.
+with `--big` traces of a tenth of the length. Needs `pip install -e ".[bench]"`. The last line is JSON.
 """
 
 from __future__ import annotations

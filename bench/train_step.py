@@ -18,7 +18,7 @@ the peak of resident memory (on CUDA: allocated) beyond what is there between st
     0.5b    a random Qwen2 with the shape of Qwen2.5-0.5B, likewise: 8 problems x 8 samples of 512 tokens, in
             bfloat16 over float32 weights; wants a GPU
 
-Needs `pip install "ampo[bench]"`. The last line is JSON.
+Needs `pip install -e ".[bench]"`. The last line is JSON.
 """
 
 from __future__ import annotations

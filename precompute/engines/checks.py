@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from precompute.config import TeacherConfig
-from store.errors import EngineError
+from store.errors import EngineError, install_hint
 
 BITSANDBYTES = "bitsandbytes"
 
@@ -126,7 +126,7 @@ def _transformers_problem(teacher: TeacherConfig) -> str | None:
             "alone; a checkpoint that is quantized already needs no key"
         )
     if teacher.quantization and find_spec("bitsandbytes") is None:
-        return f'quantization = {BITSANDBYTES!r} needs bitsandbytes: pip install "ampo[qlora]"'
+        return f'quantization = {BITSANDBYTES!r} needs bitsandbytes: {install_hint("qlora")}'
     return None
 
 

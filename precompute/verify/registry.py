@@ -24,7 +24,7 @@ from precompute.verify.plain_answers import (
     verify_numeric,
     verify_reasoning_gym,
 )
-from store.errors import ConfigError
+from store.errors import ConfigError, install_hint
 from store.registry import lookup
 
 VERIFY_KEY = "verify.default"
@@ -67,7 +67,7 @@ def chosen_verifier(name: str, *, key: str = VERIFY_KEY) -> Callable[..., Any]:
         function: Callable[..., Any] = offered[name].load()
         return function
     if name == "reasoning_gym" and find_spec("reasoning_gym") is None:
-        raise ConfigError(f'{key} = "reasoning_gym" needs the package: pip install reasoning-gym')
+        raise ConfigError(f'{key} = "reasoning_gym" needs the package: {install_hint("reasoning-gym")}')
     found: Callable[..., Any] = lookup(VERIFIERS, name, key=key)
     return found
 

@@ -14,7 +14,7 @@ import torch
 from precompute.problems.prompts import check_form, tokenizer_fingerprint
 from precompute.run.reverify import check_verdicts
 from precompute.verify.verifier import Verifier
-from store.errors import EngineError, StoreError, TrainingError
+from store.errors import EngineError, StoreError, TrainingError, install_hint
 from store.reader import TraceStore
 from store.records import Problem, TeacherRecord, content_hash
 from store.registry import lookup
@@ -109,9 +109,7 @@ def check_choices(config: Config, world: World) -> None:
         lookup(REWARDS, name, key="rewards")
     for name in config.run.report_to:
         if find_spec(name) is None:
-            raise EngineError(
-                f'run.report_to: {name!r} is not installed; pip install "ampo[{name}]" installs it'
-            )
+            raise EngineError(f"run.report_to: {name!r} is not installed; {install_hint(name)} installs it")
     check_sampler(config)
     check_shardable(config, world)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from store.errors import EngineError
+from store.errors import EngineError, install_hint
 from trainer.config import TrainConfig
 
 
@@ -30,7 +30,7 @@ def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
         from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
     except ImportError:
         raise EngineError(
-            f'train.optim = "{config.optim}" needs bitsandbytes: pip install "ampo[qlora]"'
+            f'train.optim = "{config.optim}" needs bitsandbytes: {install_hint("qlora")}'
         ) from None
     kind = {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}[config.optim]
     optimizer: torch.optim.Optimizer = kind(groups, **options)
