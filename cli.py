@@ -54,6 +54,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # At import it reports a faster kernel that nothing here needs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    sys.argv[1:] = map(_home_expanded, sys.argv[1:])
     try:
         app()
     except UserError as error:
@@ -63,6 +64,12 @@ def main() -> None:
         # `ampo ... | head` closes the pipe; that is the reader's good right.
         sys.stderr.close()
         sys.exit(0)
+
+
+def _home_expanded(argument: str) -> str:
+    """Returns `--out=/home/me/x` for `--out=~/x`, which a shell leaves as it is, unlike `--out ~/x`."""
+    option, equals, value = argument.partition("=")
+    return option + equals + os.path.expanduser(value) if option.startswith("--") else argument
 
 
 def _version(show: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
-from precompute.config_file import Section, dotted, secret_error
+from precompute.config_file import PathText, Section, dotted, secret_error
 from store.records import AnswerForm
 
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -36,9 +36,9 @@ BaseUrls = Annotated[tuple[str, ...], AfterValidator(checked_urls)]
 class ProblemsConfig(Section):
     """[problems]: where the problems are."""
 
-    train: str = ""
+    train: PathText = ""
     """Parquet or JSONL with the problems that teachers solve and the student trains on."""
-    eval: str = ""
+    eval: PathText = ""
     """Held-out problems; empty switches evaluation during training off."""
     question_column: str | None = None
     """None: the first of `question`, `problem`, `prompt` that the file has."""
@@ -52,7 +52,7 @@ class ProblemsConfig(Section):
 class StoreConfig(Section):
     """[store]: where the traces are."""
 
-    path: str = "traces"
+    path: PathText = "traces"
     part_traces: Positive = 512
     """A part file is written after this many verified traces..."""
     part_seconds: Annotated[float, Field(gt=0)] = 15.0
@@ -126,7 +126,7 @@ class TeacherConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of its traces in the store."""
-    model: str
+    model: PathText
     """A directory or a hub name."""
     revision: str | None = None
     engine: str = "auto"
@@ -141,7 +141,7 @@ class TeacherConfig(Section):
     """With `until_verified`: the most samples of a problem; None: `samples`."""
     system_prompt: str | None = BOXED_INSTRUCTION
     """None: the problem's own system turn, where it brought one. An empty string: no system turn."""
-    chat_template: str | None = None
+    chat_template: PathText | None = None
     """A file with a Jinja chat template. None: the tokenizer's own; a model that has none gets plain text
     behind its BOS token."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
+import re
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from store.errors import ConfigError
@@ -33,6 +35,18 @@ HOW_TO_WRITE = {
 def secret_error(reason: str) -> PydanticCustomError:
     """Returns an error whose message does not repeat the value."""
     return PydanticCustomError(SECRET, "{reason}", {"reason": reason})
+
+
+def expanded(path: str) -> str:
+    """Returns a path with `~` and $VARIABLES replaced. Raises ValueError for a variable that is not set."""
+    path = os.path.expanduser(os.path.expandvars(path))
+    if unset := re.search(r"\$(\w+|\{\w+\})", path):
+        raise ValueError(f"the variable {unset[0]} is not set")
+    return path
+
+
+PathText = Annotated[str, AfterValidator(expanded)]
+"""A path, or a name that may be one."""
 
 
 class Section(BaseModel):
@@ -85,7 +99,10 @@ def read_tree(path: Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         return tree
     if not isinstance(base, str):
         raise ConfigError(f"{path.absolute()}: extends = {short(base)}: give the path of one TOML file")
-    merged: dict[str, Any] = _overlaid(read_tree(path.parent / base, above=(*above, path.resolve())), tree)
+    merged: dict[str, Any] = _overlaid(
+        read_tree(path.parent / Path(os.path.expandvars(base)).expanduser(), above=(*above, path.resolve())),
+        tree,
+    )
     return merged
 
 
@@ -151,11 +168,7 @@ def explain(schema: type[Section], error: ValidationError) -> str:
     where = dotted(location)
     reason = HOW_TO_WRITE.get(kind) or str(first["msg"]).removeprefix("Value error, ")
     if kind == "extra_forbidden":
-        table = _table_at(schema, location[:-1])
-        known = sorted(table.model_fields if table else ())
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key {where} = {short(first['input'])}; {hint}"
+        return f"unknown key {where} = {short(first['input'])}; {_hint(schema, location)}"
     if kind == "missing":
         return f"{where} is missing; it has no default"
     if kind == SECRET:
@@ -163,6 +176,19 @@ def explain(schema: type[Section], error: ValidationError) -> str:
     if _table_at(schema, location) is not None:
         return _explain_table(kind, where, reason, first["input"])
     return f"{where} = {short(first['input'])}: {reason[:1].lower()}{reason[1:]}"
+
+
+def _hint(schema: type[Section], location: tuple[int | str, ...]) -> str:
+    """Returns the right key for an unknown one: of these initials, of this name in another section, or
+    spelled nearly so; else all keys of the section."""
+    table, key = _table_at(schema, location[:-1]), str(location[-1])
+    known = sorted(table.model_fields if table else ())
+    near = [name for name in known if key == "".join(word[0] for word in name.split("_"))]
+    if not near and len(location) > 1:
+        tables = {name: _table_at(schema, (name,)) for name in schema.model_fields}
+        near = [f"{name}.{key}" for name, other in tables.items() if other and key in other.model_fields]
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known keys: {', '.join(known)}"
 
 
 def _table_at(schema: type[Section], location: tuple[int | str, ...]) -> type[BaseModel] | None:

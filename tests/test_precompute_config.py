@@ -27,6 +27,24 @@ def test_set_wins_over_file_and_file_over_default(tmp_path: Path) -> None:
     assert (config.train.max_steps, config.train.seed, config.guidance.k) == (7, 5, 2)
 
 
+def test_paths_know_the_home_directory_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/data")
+    (tmp_path / "base.toml").write_text("[train]\nseed = 3\n")
+    monkeypatch.setenv("BASE", str(tmp_path))
+    path = tmp_path / "c.toml"
+    path.write_text('extends = "$BASE/base.toml"\n[problems]\ntrain = "${DATA}/a.jsonl"\n')
+    config = load("store.path=~/traces", "student.model=~/models/s", path=path)
+    paths = (config.problems.train, config.store.path, config.student.model)
+    assert paths == ("/data/a.jsonl", "/home/me/traces", "/home/me/models/s")
+    assert config.train.seed == 3
+
+
+def test_one_tracker_needs_no_list() -> None:
+    assert load("run.report_to=wandb").run.report_to == ("wandb",)
+    assert load("run.report_to=none").run.report_to == ()
+
+
 def test_defaults_are_the_papers_run() -> None:
     config = load()
     assert (config.train.problems_per_step, config.train.mini_batch_problems) == (128, 64)
@@ -41,6 +59,10 @@ def test_defaults_are_the_papers_run() -> None:
         ("train.learnin_rate=1", "unknown key train.learnin_rate = 1; did you mean 'learning_rate'?"),
         ("gudance.k=1", "unknown key gudance = {'k': 1}; did you mean 'guidance'?"),
         ("train.zzz=1", "known keys: "),
+        ("train.lr=1", "unknown key train.lr = 1; did you mean 'learning_rate'?"),
+        ("train.num_generations=8", "did you mean 'rollout.num_generations'?"),
+        ("train.temperature=1", "'teachers.temperature' or 'rollout.temperature' or 'eval.temperature'?"),
+        ("store.path=$AMPO_NOWHERE/x", "the variable $AMPO_NOWHERE is not set"),
         ("train.max_steps=-1", "train.max_steps = -1: "),
         ("train.max_steps=many", "train.max_steps = 'many': "),
         ("train.learning_rate=nan", "train.learning_rate = nan"),

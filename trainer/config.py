@@ -18,7 +18,7 @@ from precompute.config import (
     Share,
     checked_engine_args,
 )
-from precompute.config_file import Section, load_config
+from precompute.config_file import NONE, PathText, Section, load_config
 from store.records import AnswerForm
 
 NotNegative = Annotated[float, Field(ge=0)]
@@ -28,7 +28,7 @@ Count = Annotated[int, Field(ge=0)]
 class StudentConfig(Section):
     """[student]: the model that learns."""
 
-    model: str = ""
+    model: PathText = ""
     """A directory or a hub name."""
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -50,7 +50,7 @@ class StudentConfig(Section):
     """Recomputes activations in the backward pass: about a third slower, far less memory."""
     system_prompt: str | None = BOXED_INSTRUCTION
     """None: the problem's own system turn, if any. An empty string: no system turn."""
-    chat_template: str | None = None
+    chat_template: PathText | None = None
     """A file with a Jinja chat template. None: the tokenizer's own, or plain text after the BOS token."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     answer_form: AnswerForm | None = None
@@ -86,7 +86,7 @@ class RolloutConfig(Section):
     path; empty: a process on the student's device."""
     served_model_name: str | None = None
     """Name of the student at the servers; None: `student.model`."""
-    sync_dir: str | None = None
+    sync_dir: PathText | None = None
     """Directory, seen by all ranks, through which weights reach vllm, e.g. /dev/shm; None: the run's."""
     sync_tolerance: Annotated[float, Field(gt=0)] | None = None
     """Nats a token by which the log-probabilities of vllm and trainer may differ, on average over a step's
@@ -233,7 +233,7 @@ class EvalConfig(Section):
 class RunConfig(Section):
     """[run]: the run's directory, checkpoints and logs."""
 
-    dir: str = "runs"
+    dir: PathText = "runs"
     name: str = "ampo"
     save_every: Positive = 50
     """Steps between checkpoints; the last step is always saved."""
@@ -244,6 +244,11 @@ class RunConfig(Section):
     num_completions_to_print: Positive = 4
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Trackers that get the metrics beside metrics.jsonl; each needs the extra of its name."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker_needs_no_list(cls, given: Any) -> Any:
+        return (() if given == NONE else (given,)) if isinstance(given, str) else given
 
     @field_validator("name")
     @classmethod

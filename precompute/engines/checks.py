@@ -126,7 +126,7 @@ def _transformers_problem(teacher: TeacherConfig) -> str | None:
             "alone; a checkpoint that is quantized already needs no key"
         )
     if teacher.quantization and find_spec("bitsandbytes") is None:
-        return f'quantization = {BITSANDBYTES!r} needs bitsandbytes: {install_hint("qlora")}'
+        return f"quantization = {BITSANDBYTES!r} needs bitsandbytes: {install_hint('qlora')}"
     return None
 
 

@@ -34,7 +34,7 @@ def figure_of(runs: Mapping[str, Rows]) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise EngineError(f'a PNG needs matplotlib: {install_hint("plot")}') from None
+        raise EngineError(f"a PNG needs matplotlib: {install_hint('plot')}") from None
     figure = Figure(figsize=(13, 7.2), layout="constrained")
     for index, (metric, title) in enumerate(PANELS.items()):
         axes: Any = figure.add_subplot(2, 3, index + 1, title=title, xlabel="step")
