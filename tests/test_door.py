@@ -41,7 +41,7 @@ def test_the_wheel_brings_configs_and_lab(tmp_path: Path) -> None:
     subprocess.run([*command, "--wheel-dir", str(tmp_path), str(tmp_path / "source")], check=True)
     (wheel,) = tmp_path.glob("ampo_rl-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    configs = {f"lab/configs/{file.relative_to(ROOT / 'configs')}" for file in ROOT.glob("configs/**/*.toml")}
+    configs = {f"lab/configs/{file.relative_to(ROOT / 'configs')}" for file in ROOT.glob("configs/**/*.*")}
     models = {str(file.relative_to(ROOT)) for file in ROOT.glob("lab/models/*/*")}
     assert configs | models | {"ampo_rl.py", "lab/problems/train.jsonl"} <= names
 

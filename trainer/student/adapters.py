@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from store.errors import EngineError
+from store.errors import EngineError, install_hint
 from trainer.config import StudentConfig
 
 ADAPTERS = "adapter_config.json"
@@ -114,5 +114,5 @@ def import_peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise EngineError('student.use_peft needs peft: pip install "ampo[qlora]"') from None
+        raise EngineError(f"student.use_peft needs peft: {install_hint('qlora')}") from None
     return peft
