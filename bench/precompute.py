@@ -152,7 +152,7 @@ def measure_overhead(options: argparse.Namespace, directory: Path) -> dict[str, 
     import psutil  # type: ignore[import-untyped]  # comes with vLLM
 
     config, job, problems = overhead_job(options)
-    filled = fill_prompts(job, problems, Reporter())
+    filled = fill_prompts(job, problems, {}, Reporter())
     prompts = [
         {"ids": list(prompt.ids), "seed": sample_seed(problem_id, job.name, index)}
         for problem_id, prompt in filled.items()

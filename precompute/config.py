@@ -172,12 +172,17 @@ class TeacherConfig(Section):
     vllm_args: dict[str, Any] = Field(default_factory=dict)
     """More arguments of `vllm.LLM`, unchanged, e.g. {max_num_batched_tokens = 4096}."""
     base_urls: BaseUrls = ()
-    """openai alone, as the next five: servers of one model, e.g. ["http://127.0.0.1:8000/v1"]; requests are
+    """openai alone, as the next seven: servers of one model, e.g. ["http://127.0.0.1:8000/v1"]; requests are
     spread over them."""
     served_model_name: str | None = None
     """The name that the servers know the model by; None: `model`, which gives the tokenizer in any case."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the key; None: no key is sent."""
+    api: Literal["completions", "chat"] = "completions"
+    """completions: ids in, and from vLLM ids out. chat: the server renders the messages and returns text; no
+    tokenizer is needed, and a field with its reasoning becomes `<think>...</think>` before the text."""
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of every request, unchanged, e.g. {reasoning_effort = "high"}."""
     request_timeout: Annotated[float, Field(gt=0)] = 900.0
     """Seconds for one completion, waiting at the server included."""
     max_retries: Annotated[int, Field(ge=0)] = 5
@@ -216,7 +221,7 @@ class TeacherConfig(Section):
 ENGINE_KEYS = (
     *("dtype", "batch_size", "quantization", "max_model_len", "gpu_memory_utilization"),
     *("tensor_parallel_size", "enforce_eager", "vllm_args", "base_urls", "served_model_name"),
-    *("api_key_env", "request_timeout", "max_retries"),
+    *("api_key_env", "api", "extra_body", "request_timeout", "max_retries"),
 )
 """Keys of a teacher that control how its model is run, and not what is sampled."""
 

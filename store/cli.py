@@ -245,7 +245,11 @@ def store_compact(store: StorePath = "traces") -> None:
 
 @app.command("forget")
 def store_forget(
-    teacher: Annotated[str, typer.Option(help="The teacher to remove.")], store: StorePath = "traces"
+    teacher: Annotated[str, typer.Option(help="The teacher to remove.")],
+    store: StorePath = "traces",
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Only samples that failed, to try them again.")
+    ] = False,
 ) -> None:
     """Remove every trace of one teacher, and its record.
 
@@ -255,8 +259,8 @@ def store_forget(
     from store.upkeep.compaction import forget
 
     with Meter("writing traces") as progress:
-        forget(store, teacher, progress=progress)
-    print_line(f"forgot {teacher}")
+        forget(store, teacher, failed=failed, progress=progress)
+    print_line(f"forgot {'the failed samples of ' if failed else ''}{teacher}")
 
 
 _FORMS = (

@@ -27,8 +27,9 @@ expression; `unjudged`: the verifier returned None."""
 ROW_NUMBERS = ("index", "split", "problem_id", "teacher")
 """Keys of `metadata` that number a file's rows; no part of a problem's identity."""
 
-FINISH_REASONS = ("stop", "length")
-"""`stop`: the model ended by itself with an EOS token; `length`: the response was truncated."""
+FINISH_REASONS = ("stop", "length", "error")
+"""`stop`: the model ended by itself with an EOS token; `length`: the response was truncated; `error`: there
+is none, and `verdict_detail` has the reason."""
 
 
 AnswerForm = Literal["boxed", "answer_tags", "hashes", "answer_line", "letter"]
@@ -87,7 +88,8 @@ class Trace:
     n_tokens: int
     """Length in the teacher's tokens, the EOS token included."""
     token_ids: tuple[int, ...]
-    """The teacher's own token ids, [n_tokens]; ends with the EOS id when it stopped by itself."""
+    """The teacher's own token ids, [n_tokens]; ends with the EOS id when it stopped by itself. Empty where a
+    server or an import gives text alone."""
     logprobs: tuple[float, ...]
     """The teacher's log-probability of each of its tokens at temperature 1, [n_tokens]."""
     finish_reason: str

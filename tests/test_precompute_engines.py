@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from precompute_examples import by_id, forward_logits, forward_logprobs
@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerFast
 from precompute.config import TeacherConfig
 from precompute.engines import Request, Sampling
 from precompute.engines.checks import eos_ids
-from precompute.engines.registry import check_fits, prepare_engine
+from precompute.engines.decoding import response_decoder
+from precompute.engines.registry import most_prompt_tokens, prepare_engine
 from precompute.engines.seeded_sampler import BLOCK, FEW_BLOCKS, inverse_cdf
 from precompute.engines.transformers_engine import TransformersEngine
 from precompute.engines.vllm_engine import llm_options
@@ -352,20 +353,15 @@ def test_vllms_arguments_with_a_key_of_their_own_are_refused() -> None:
         teacher(vllm_args={"max_num_seqs": 3})
 
 
-def test_max_model_len_has_to_hold_the_longest_prompt_and_max_tokens(tmp_path: Path) -> None:
+def test_the_longest_prompt_is_what_max_tokens_leaves(tmp_path: Path) -> None:
     random_model().save_pretrained(tmp_path)
-    # 10 + 24 = 34 positions are needed; the model has 96.
-    check_fits(teacher(model=str(tmp_path), max_model_len=34), 10)
-    with pytest.raises(
-        EngineError, match=r"max_model_len = 33 is too small .* of 10 tokens .* 34 are needed"
-    ):
-        check_fits(teacher(model=str(tmp_path), max_model_len=33), 10)
-    with pytest.raises(EngineError, match=r"exceed the 96 positions of .* may be 16 at most"):
-        check_fits(teacher(model=str(tmp_path)), 80)
+    # The model has 96 positions, and max_tokens is 24.
+    assert most_prompt_tokens(teacher(model=str(tmp_path), max_model_len=34)) == (10, "max_model_len = 34")
+    assert most_prompt_tokens(teacher(model=str(tmp_path))) == (72, f"the 96 positions of '{tmp_path}'")
     with pytest.raises(EngineError, match="there is no directory"):
-        check_fits(teacher(model=str(tmp_path / "absent")), 10)
+        most_prompt_tokens(teacher(model=str(tmp_path / "absent")))
     # Behind a server only the tokenizer has to be here.
-    check_fits(teacher(model=str(tmp_path / "absent"), base_urls=["http://h/v1"]), 10)
+    assert most_prompt_tokens(teacher(model=str(tmp_path / "absent"), base_urls=["http://h/v1"])) is None
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -396,3 +392,13 @@ def test_bitsandbytes_draws_with_weights_of_four_bits(tokenizer: Any, tmp_path: 
         expected = forward_logprobs(model, each, found[each.request_id])
         # On some CPUs bitsandbytes computes in bfloat16.
         assert found[each.request_id].logprobs == pytest.approx(expected, abs=0.4)
+
+
+def test_tags_that_are_special_tokens_stay_in_the_text_and_control_tokens_do_not() -> None:
+    plain, tagged = tiny_tokenizer(), tiny_tokenizer()
+    tagged.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<|turn|>"]})
+    ids = tagged("<think>a</think><|turn|>b")["input_ids"]
+    ids += [tagged.eos_token_id, tagged.pad_token_id]
+    assert tagged.decode(ids, skip_special_tokens=True) == "ab"
+    assert response_decoder(tagged)(ids) == "<think>a</think>b"
+    assert response_decoder(plain)([*plain("ab")["input_ids"], plain.eos_token_id]) == "ab"

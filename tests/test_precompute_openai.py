@@ -234,9 +234,11 @@ def test_an_answer_that_repeats_the_key_is_told_without_it(
     server = proxy()
     engine = engine_of(teacher(server.url), tokenizer)
     server.failures = [(400, f"what is Bearer {KEY} to me?\nnothing")]
-    with pytest.raises(EngineError) as caught:
-        list(engine.generate(requests[:1], SAMPLING))
-    assert str(caught.value) == f"{server.url}: 400 what is Bearer *** to me? nothing"
+    (found,) = engine.generate(requests[:1], SAMPLING)
+    assert (found.finish_reason, found.error) == (
+        "error",
+        f"{server.url}: 400 what is Bearer *** to me? nothing",
+    )
 
 
 def test_without_api_key_env_no_key_is_sent(
@@ -276,10 +278,16 @@ def test_without_a_server_there_is_one_line_that_names_it() -> None:
         prepare_engine(teacher("http://127.0.0.1:1/v1"), "openai")
 
 
-def test_positions_that_the_server_lacks_are_named(port: int, tokenizer: Any) -> None:
+def test_prompts_that_a_server_has_no_room_for_fail_alone(
+    port: int, requests: list[Request], tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     # 41 + 120 = 161 positions, and the server was started with 160.
-    with pytest.raises(EngineError, match=r"need 161 positions and a server has 160; .*--max-model-len 161"):
-        load_engine(teacher(address(port)), "openai", tokenizer, longest_prompt=41)
+    engine = load_engine(teacher(address(port)), "openai", tokenizer, longest_prompt=41)
+    assert "max_tokens = 120 need 161 positions and a server has 160; prompts that do not fit" in caplog.text
+    long = Request(request_id="long", prompt_ids=(5,) * 41, seed=0)
+    found = by_id(engine.generate([long, requests[0]], SAMPLING))
+    assert "need 161 positions and a server has 160" in found["long"].error
+    assert found["0"].finish_reason == "stop"
 
 
 def test_of_a_server_without_ids_the_text_is_all_that_is_taken(

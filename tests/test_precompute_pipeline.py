@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from precompute_examples import GOOD, POOR, jsonl, keys_of, lab_config, start_child, traces_of
+from precompute_examples import GOOD, POOR, PROBLEM_FILE, jsonl, keys_of, lab_config, start_child, traces_of
 from rich.console import Console
 
 from precompute.config import PrecomputeConfig
@@ -284,3 +285,23 @@ def test_on_a_terminal_progress_is_a_bar() -> None:
     text = console.export_text()
     assert "70/100" in text
     assert "verified 25%  80 tokens/s" in text
+
+
+def test_a_question_that_is_too_long_is_left_out_and_the_rest_goes_on(tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in PROBLEM_FILE.read_text().splitlines()[:4]]
+    rows[2]["question"] += " + 1" * 40
+    problems = {"train": str(jsonl(tmp_path / "problems.jsonl", *rows))}
+
+    class Lines(Reporter):
+        def message(self, text: str) -> None:
+            lines.append(text)
+
+    for new in (3, 0):
+        lines: list[str] = []
+        config = lab_config(tmp_path / "traces", GOOD | {"max_model_len": 160}, problems=problems)
+        report = pipeline.run(config, reporter=Lines())
+        assert report.teachers[0].new_samples == new
+        (line,) = (line for line in lines if "left out" in line)
+        assert "problems are left out: prompt and max_tokens = 120 exceed max_model_len = 160" in line
+    with pytest.raises(EngineError, match=r"shortest prompt of \d+ tokens exceed max_model_len = 110"):
+        pipeline.run(lab_config(tmp_path / "none", GOOD | {"max_model_len": 110}, problems=problems))

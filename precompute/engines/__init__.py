@@ -8,7 +8,7 @@ Each engine has a file of its own, the only one with its heavy import; registry.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -39,9 +39,11 @@ class Request:
 
     request_id: str
     prompt_ids: tuple[int, ...]
-    """[P], special tokens and generation prompt included."""
+    """[P], special tokens and generation prompt included; empty where `messages` are sent."""
     seed: int
     """Below 2**31, different for each sample: a shared seed gives n identical samples."""
+    messages: tuple[Mapping[str, str], ...] = ()
+    """The chat, for a server that renders it itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +57,18 @@ class Completion:
     """[T], log-probability of each token, of the kind that `Sampling.logprobs` names; empty where the engine
     cannot know it."""
     finish_reason: str
-    """`stop` or `length` (store.records.FINISH_REASONS)."""
+    """`stop`, `length` or `error` (store.records.FINISH_REASONS)."""
     text: str
-    """The token ids decoded, special tokens left out."""
+    """The token ids decoded, without control tokens and with think and answer tags."""
+    n_tokens: int | None = None
+    """Length in tokens, where the server counts them and does not return them; None: len(token_ids)."""
+    error: str = ""
+    """Reason of the finish reason `error`: there is no response to this prompt, and other prompts go on."""
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(self.token_ids) if self.n_tokens is None else self.n_tokens
 
 
 Requests = Iterable[Request | None]

@@ -120,6 +120,8 @@ def check_options(teacher: TeacherConfig, engine_name: str) -> None:
 
 
 def _transformers_problem(teacher: TeacherConfig) -> str | None:
+    if teacher.api == "chat":
+        return 'api = "chat" is for servers: set engine = "openai" and base_urls'
     if teacher.quantization not in {None, BITSANDBYTES}:
         return (
             f"quantization = {teacher.quantization!r} is not for transformers, which takes {BITSANDBYTES!r} "
@@ -132,6 +134,9 @@ def _transformers_problem(teacher: TeacherConfig) -> str | None:
 
 def _vllm_problem(teacher: TeacherConfig) -> str | None:
     import torch
+
+    if teacher.api == "chat":
+        return 'api = "chat" is for servers: set engine = "openai" and base_urls'
 
     if (Path(teacher.model) / "adapter_config.json").is_file():
         return (

@@ -61,7 +61,7 @@ class Feed:
 
     def _check_length(self, request: Request) -> None:
         prompt, most = len(request.prompt_ids), self._context_length
-        if not prompt:
+        if not prompt and not request.messages:
             raise EngineError(f"request {request.request_id} has an empty prompt; a prompt needs one token")
         if most is not None and prompt + self._sampling.max_tokens > most:
             raise EngineError(

@@ -1,8 +1,11 @@
-"""Servers with OpenAI's completions API, several for one model; the one file that imports openai.
+"""Servers with OpenAI's APIs, several for one model; the one file that imports openai.
 
-Servers that are vLLM take the prompt's ids, and return the completion's with their log-probabilities. Of any
-other server only the text is sure: it is tokenized again with the teacher's tokenizer (no EOS behind it), and
-`logprobs` stays empty, so that `guidance.loss = "shaped_ratio"` refuses its traces.
+completions: servers that are vLLM take the prompt's ids, and return the completion's with their
+log-probabilities. Of any other server only the text is sure: it is tokenized again with the teacher's
+tokenizer (no EOS behind it), and `logprobs` stays empty, so that `guidance.loss = "shaped_ratio"` refuses its
+traces.
+
+chat: messages in, text and its number of tokens out.
 
 The key is read from the environment when a client is made, and goes nowhere else.
 """
@@ -14,6 +17,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import openai
@@ -21,13 +25,22 @@ import openai
 from precompute.config import TeacherConfig
 from precompute.engines import Completion, Request, Requests, Sampling
 from precompute.engines.checks import stop_ids_of
+from precompute.engines.decoding import response_decoder
 from precompute.engines.feed import PAUSE, Feed
+from precompute.engines.openai_answers import chat_text, choice_of, whole_text
 from store.errors import EngineError
 
 CONNECT_SECONDS = 10.0
-"""Longest wait for a connection."""
+"""Longest wait for a connection, and between two tries of an unusable answer."""
+RETRY_SECONDS = 0.25
+SHOWN = 8
+"""Names of a server's models in an error."""
+NO_SUCH_PATH = (404, 405, 501)
 UNKNOWN = "unknown"
 LOGGER = logging.getLogger(__name__)
+
+REFUSALS = (400, 403, 413, 422)
+"""Status of an answer to a prompt that no server will take; others may be taken."""
 
 GONE = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)
 """Errors after which the client tries again; after `max_retries` the server is given up."""
@@ -45,6 +58,8 @@ class Server:
     version: str = UNKNOWN
     max_length: int | None = None
     """Positions for prompt and completion; None: it does not state them."""
+    limit_key: str = "max_tokens"
+    """Its name for the most tokens of a response; `max_completion_tokens` for OpenAI's reasoning models."""
     gone: str | None = None
     """Why it is given up."""
     busy: int = 0
@@ -70,25 +85,47 @@ def servers_version(teacher: TeacherConfig) -> str:
 def _find_server(teacher: TeacherConfig, url: str) -> Server:
     headers = _headers(teacher)
     options = _client_options(teacher, url) | {"timeout": CONNECT_SECONDS, "max_retries": 2}
+    name, is_chat = teacher.served_model_name or teacher.model, teacher.api == "chat"
     with openai.OpenAI(**options) as client:
         try:
             served: dict[str, Any] = {model.id: model for model in client.models.list(extra_headers=headers)}
             version = _version(client, url, headers)
+            if name not in served:
+                near = get_close_matches(name, served, n=SHOWN, cutoff=0.0)
+                more = f" and {len(served) - SHOWN} others" if len(served) > SHOWN else ""
+                listed = ", ".join(map(repr, near)) or None
+                raise EngineError(f"{url} does not serve {name!r}; served_model_name may be: {listed}{more}")
+            is_vllm = getattr(served[name], "owned_by", None) == "vllm"
+            if not (is_vllm or is_chat):
+                _check_takes_ids(client, url, name, headers)
         except GONE as error:
             return Server(url=url, gone=_reason(error, teacher))
         except openai.APIStatusError as error:
+            if is_chat and error.status_code in NO_SUCH_PATH:  # some list no models
+                return Server(url=url)
             raise _refused(url, error, teacher) from None
-    name = teacher.served_model_name or teacher.model
-    if name not in served:
-        raise EngineError(
-            f"{url} does not serve {name!r}; served_model_name may be: {', '.join(map(repr, served)) or None}"
-        )
-    return Server(
-        url=url,
-        is_vllm=served[name].owned_by == "vllm",
-        version=version,
-        max_length=getattr(served[name], "max_model_len", None),
-    )
+        except (AttributeError, TypeError, ValueError):  # a page of HTML, say
+            raise EngineError(f"{url} lists no models: is it the base URL? most end in /v1") from None
+    length = None if is_chat else getattr(served[name], "max_model_len", None)
+    return Server(url=url, is_vllm=is_vllm, version=version, max_length=length)
+
+
+def _check_takes_ids(client: openai.OpenAI, url: str, name: str, headers: dict[str, Any]) -> None:
+    """Raises EngineError for a server that completes no text, or none that is given as token ids."""
+    for prompt in ([1], "1"):
+        options: dict[str, Any] = {"model": name, "prompt": prompt, "max_tokens": 1}
+        try:
+            client.completions.create(**options, extra_headers=headers)
+        except openai.APIStatusError as error:
+            if error.status_code in NO_SUCH_PATH:
+                raise EngineError(f'{url} has no completions API: set api = "chat"') from None
+            if error.status_code not in REFUSALS:
+                raise
+        else:
+            if prompt == "1":
+                raise EngineError(f'{url} takes prompts as text and not as token ids: set api = "chat"')
+            return
+    raise EngineError(f'{url} refuses any prompt of its completions API: set api = "chat"')
 
 
 def _version(client: openai.OpenAI, url: str, headers: dict[str, Any]) -> str:
@@ -111,16 +148,14 @@ class OpenAIEngine:
         """
         self._teacher = teacher
         self._tokenizer = tokenizer
+        self._decode = None if tokenizer is None else response_decoder(tokenizer)
         self._servers = find_servers(teacher)
         self._model = teacher.served_model_name or teacher.model
-        self._stop_ids = _stop_ids(teacher, tokenizer)
+        self._stop_ids = () if tokenizer is None else _stop_ids(teacher, tokenizer)
         lengths = [server.max_length for server in self._servers if server.max_length]
         self._max_length = min(lengths, default=None)
         if self._max_length is not None and max_length > self._max_length:
-            raise EngineError(
-                f"the longest prompt and max_tokens = {teacher.max_tokens} need {max_length} positions and a "
-                f"server has {self._max_length}; start it with --max-model-len {max_length}"
-            )
+            LOGGER.warning(f"{teacher.name}: {self._too_long(max_length)}; prompts that do not fit fail")
         for server in self._servers:
             if server.gone:
                 self._report_gone(server)
@@ -131,7 +166,7 @@ class OpenAIEngine:
         The event loop runs while this is iterated; at other times the answers wait in their sockets. Raises
         EngineError when the last server is given up, and for errors that no further try can mend.
         """
-        feed, most = Feed(requests, sampling, self._max_length), self._teacher.batch_size
+        feed, most = Feed(requests, sampling, None), self._teacher.batch_size
         running: Tasks = set()
         with asyncio.Runner() as runner:
             clients = {
@@ -161,22 +196,43 @@ class OpenAIEngine:
     async def _sample(
         self, request: Request, sampling: Sampling, clients: Mapping[str, openai.AsyncOpenAI]
     ) -> Completion:
-        """Samples from the server with the least to do, and from another if that one is given up."""
+        """Samples from the server with the least to do, and from another if that one is given up.
+
+        A refused prompt fails at once, and one without a usable answer after `max_retries` further tries.
+        """
+        needed, unusable = len(request.prompt_ids) + sampling.max_tokens, 0
+        if self._max_length is not None and needed > self._max_length:
+            return failed(request, self._too_long(needed))
         while alive := [server for server in self._servers if not server.gone]:
             server = min(alive, key=lambda server: server.busy)
             server.busy += 1
+            limit_key = server.limit_key
             try:
-                answer = await clients[server.url].completions.create(
+                client = clients[server.url]
+                create: Any = client.chat.completions.create if self._chats else client.completions.create
+                answer = await create(
                     **self._arguments(request, sampling, server), extra_headers=_headers(self._teacher)
                 )
-                completion = self._completion(request, sampling, answer, server)
+                completion = self._completion(request, sampling, answer)
                 if completion is not None:
                     return completion
                 reason = "it broke a completion off"
             except GONE as error:
                 reason = _reason(error, self._teacher)
             except openai.APIStatusError as error:
+                is_refused = error.status_code in REFUSALS
+                if is_refused and "max_completion_tokens" in str(error) and limit_key == "max_tokens":
+                    server.limit_key = "max_completion_tokens"
+                    continue
+                if is_refused:
+                    return failed(request, f"{server.url}: {_reason(error, self._teacher)}")
                 raise _refused(server.url, error, self._teacher) from None
+            except ValueError as error:  # also of an answer that is no JSON
+                unusable += 1
+                if unusable > self._teacher.max_retries:
+                    return failed(request, f"{server.url}: {_one_line(str(error), self._teacher)}")
+                await asyncio.sleep(min(RETRY_SECONDS * 2**unusable, CONNECT_SECONDS))
+                continue
             finally:
                 server.busy -= 1
             if not server.gone:
@@ -190,42 +246,45 @@ class OpenAIEngine:
 
     def _arguments(self, request: Request, sampling: Sampling, server: Server) -> dict[str, Any]:
         """Returns the arguments of a call. vLLM is to return ids, and to apply no sampling default of its
-        own; another server gets the API's own arguments, and top_k, which many know, where it is on."""
+        own; another server gets the API's own arguments, and those that are off at their default only where
+        they are on."""
         arguments = {
             "model": self._model,
-            "prompt": list(request.prompt_ids),
-            "max_tokens": sampling.max_tokens,
+            server.limit_key: sampling.max_tokens,
             "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
             "seed": request.seed,
         }
-        if not server.is_vllm:
-            return arguments | {"extra_body": {"top_k": sampling.top_k} if sampling.top_k else {}}
-        more = {
-            "top_k": sampling.top_k,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "stop_token_ids": list(self._stop_ids),
-            "return_token_ids": True,
-        }
-        # logprobs = 0: of the sampled token alone; vLLM gives it at temperature 1.
-        return arguments | {"logprobs": 0, "extra_body": more}
+        if self._chats:
+            arguments["messages"] = [dict(message) for message in request.messages]
+        else:
+            arguments["prompt"] = list(request.prompt_ids)
+        more: dict[str, Any] = {}
+        if server.is_vllm or sampling.top_p < 1:
+            arguments["top_p"] = sampling.top_p
+        if server.is_vllm or sampling.top_k:
+            more["top_k"] = sampling.top_k
+        if server.is_vllm:
+            more |= {"min_p": 0.0, "repetition_penalty": 1.0}
+            if not self._chats:
+                more |= {"stop_token_ids": list(self._stop_ids), "return_token_ids": True}
+                arguments["logprobs"] = 0  # of the sampled token alone; vLLM gives it at temperature 1
+        return arguments | {"extra_body": more | self._teacher.extra_body}
 
-    def _completion(
-        self, request: Request, sampling: Sampling, answer: Any, server: Server
-    ) -> Completion | None:
-        """Returns the completion; None if the server broke it off."""
-        if not getattr(answer, "choices", None):
-            raise EngineError(f"{server.url} answers with something that is no completion")
-        choice = answer.choices[0]
-        if choice.finish_reason == "abort":
+    def _completion(self, request: Request, sampling: Sampling, answer: Any) -> Completion | None:
+        """Returns the completion; None if the server broke it off. ValueError for any other answer."""
+        choice, count = choice_of(answer), None
+        finish_reason = getattr(choice, "finish_reason", None)
+        if finish_reason == "abort":
             return None
         ids, logprobs = getattr(choice, "token_ids", None), None
-        if ids is None:
-            text = choice.text
+        if self._chats:
+            text, ids = chat_text(choice), ()
+            count = getattr(getattr(answer, "usage", None), "completion_tokens", None) or 0
+        elif ids is None or self._decode is None:
+            text = whole_text(getattr(choice, "text", None))
             ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         else:
-            text = self._tokenizer.decode(ids, skip_special_tokens=True)
+            text = self._decode(ids)
             if sampling.logprobs == "model" or sampling.is_plain:  # servers give the model's alone
                 logprobs = getattr(choice.logprobs, "token_logprobs", None)
         return Completion(
@@ -233,13 +292,36 @@ class OpenAIEngine:
             token_ids=tuple(ids),
             logprobs=tuple(logprobs or ()),
             # Any other reason is a cut as well.
-            finish_reason="stop" if choice.finish_reason == "stop" else "length",
+            finish_reason="stop" if finish_reason == "stop" else "length",
             text=text,
+            n_tokens=count,
+        )
+
+    @property
+    def _chats(self) -> bool:
+        return self._teacher.api == "chat"
+
+    def _too_long(self, needed: int) -> str:
+        return (
+            f"a prompt and max_tokens = {self._teacher.max_tokens} need {needed} positions and a server has "
+            f"{self._max_length}"
         )
 
     def _report_gone(self, server: Server) -> None:
         name = self._teacher.name
         LOGGER.warning(f"{name}: {server.url} is given up ({server.gone}); the other servers go on")
+
+
+def failed(request: Request, reason: str) -> Completion:
+    """Returns the completion of a prompt that no server completes."""
+    return Completion(
+        request_id=request.request_id,
+        token_ids=(),
+        logprobs=(),
+        finish_reason="error",
+        text="",
+        error=reason,
+    )
 
 
 async def _close(tasks: Tasks, clients: Mapping[str, openai.AsyncOpenAI]) -> None:
@@ -294,8 +376,12 @@ def _reason(error: openai.APIError, teacher: TeacherConfig) -> str:
         reason = f"{error.status_code} {body or error.response.reason_phrase}"
     else:
         reason = str(error.__cause__ or error) or type(error).__name__
+    return _one_line(reason, teacher)
+
+
+def _one_line(text: str, teacher: TeacherConfig) -> str:
     key = os.environ.get(teacher.api_key_env or "")
-    return " ".join((reason.replace(key, "***") if key else reason).split())[:300]
+    return " ".join((text.replace(key, "***") if key else text).split())[:300]
 
 
 def _listed(servers: Sequence[Server]) -> str:

@@ -115,10 +115,12 @@ def load_engine(teacher: TeacherConfig, engine_name: str, tokenizer: Any, *, lon
 
 
 def load_tokenizer(teacher: TeacherConfig) -> Any:
-    """Returns the teacher's tokenizer, with the chat template of the config.
+    """Returns the teacher's tokenizer, with the chat template of the config; None for a chat server.
 
     Raises EngineError that names teacher and model, or ConfigError if the template cannot be read.
     """
+    if teacher.api == "chat":
+        return None
     from transformers import AutoTokenizer
 
     model = f"model {teacher.model!r}"
@@ -133,28 +135,25 @@ def load_tokenizer(teacher: TeacherConfig) -> Any:
     return tokenizer
 
 
-def check_fits(teacher: TeacherConfig, longest_prompt: int) -> None:
-    """Raises EngineError if `longest_prompt` + max_tokens exceed max_model_len or the model's positions, or
-    if there is no such model (behind a server only its tokenizer is needed here)."""
+def most_prompt_tokens(teacher: TeacherConfig) -> tuple[int, str] | None:
+    """Returns the most tokens of a prompt with room for max_tokens behind it, and what sets that limit.
+
+    None where nothing here knows a limit. Raises EngineError if there is no such model (behind a server only
+    its tokenizer is needed here).
+    """
     from transformers import AutoConfig
 
-    needed = longest_prompt + teacher.max_tokens
+    if teacher.api == "chat":
+        return None
+    positions, limit = teacher.max_model_len, f"max_model_len = {teacher.max_model_len}"
     with prefixed(f"teacher {teacher.name!r}", EngineError):
-        if teacher.max_model_len is not None and needed > teacher.max_model_len:
-            raise EngineError(
-                f"max_model_len = {teacher.max_model_len} is too small for the longest prompt of "
-                f"{longest_prompt} tokens and max_tokens = {teacher.max_tokens}; {needed} are needed"
-            )
         try:
             config = AutoConfig.from_pretrained(teacher.model, revision=teacher.revision)
+            found = getattr(config.get_text_config(), "max_position_embeddings", None)
         except (OSError, ValueError, KeyError) as error:
-            if teacher.base_urls or (Path(teacher.model) / "adapter_config.json").is_file():
-                return
-            raise cannot_load(teacher.model, error) from error
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and needed > positions:
-            raise EngineError(
-                f"max_tokens = {teacher.max_tokens} and the longest prompt of {longest_prompt} tokens exceed "
-                f"the {positions} positions of {teacher.model!r}; "
-                f"max_tokens may be {max(positions - longest_prompt, 0)} at most"
-            )
+            if not teacher.base_urls and not (Path(teacher.model) / "adapter_config.json").is_file():
+                raise cannot_load(teacher.model, error) from error
+            found = None
+    if found is not None and (positions is None or found < positions):
+        positions, limit = found, f"the {found} positions of {teacher.model!r}"
+    return None if positions is None else (positions - teacher.max_tokens, limit)

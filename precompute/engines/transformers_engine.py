@@ -32,6 +32,7 @@ from transformers.utils import logging
 from precompute.engines import Completion, Request, Requests, Sampling
 from precompute.engines.batch import Rows
 from precompute.engines.checks import cannot_load, eos_ids
+from precompute.engines.decoding import response_decoder
 from precompute.engines.feed import Feed
 from precompute.engines.four_bits import check_blocks, nf4_on
 from store.errors import EngineError
@@ -50,7 +51,7 @@ class TransformersEngine:
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 64) -> None:
         self._model = model
-        self._tokenizer = tokenizer
+        self._decode = response_decoder(tokenizer)
         self._batch_size = batch_size
         base = _base_model(model)
         self._eos = eos_ids(base.generation_config, tokenizer)
@@ -235,7 +236,7 @@ class TransformersEngine:
             token_ids=tuple(tokens[:length]),
             logprobs=tuple(logprobs[:length]),
             finish_reason="stop" if ends else "length",
-            text=self._tokenizer.decode(tokens[:length], skip_special_tokens=True),
+            text=self._decode(tokens[:length]),
         )
 
 

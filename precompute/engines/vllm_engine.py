@@ -20,6 +20,7 @@ import torch
 
 from precompute.config import TeacherConfig
 from precompute.engines import Completion, Requests, Sampling, vllm_process
+from precompute.engines.decoding import response_decoder
 from precompute.engines.feed import PAUSE, Feed
 from precompute.engines.vllm_process import Finished
 from store.errors import EngineError, UserError
@@ -53,7 +54,7 @@ class VllmEngine:
 
         Raises EngineError that names the model, and what the user gave, if it cannot be loaded.
         """
-        self._tokenizer = tokenizer
+        self._decode = response_decoder(tokenizer)
         self._stop_ids = list(stop_ids)
         self._max_length = options["max_model_len"]
         self._ahead = 2 * options["max_num_seqs"]
@@ -76,7 +77,7 @@ class VllmEngine:
                 token_ids=token_ids,
                 logprobs=logprobs if has_logprobs else (),
                 finish_reason=finish_reason,
-                text=self._tokenizer.decode(list(token_ids), skip_special_tokens=True),
+                text=self._decode(token_ids),
             )
 
     def load_weights(self, folder: Path) -> None:

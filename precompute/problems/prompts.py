@@ -28,6 +28,8 @@ class Prompt:
     """[P], the text's token ids; nothing is added to them."""
     opens_think: bool
     """The prompt ends inside a `<think>` block: the response begins as thought."""
+    messages: tuple[Mapping[str, str], ...] = ()
+    """The chat, for a server that renders it itself; `ids` are empty then."""
 
 
 def system_turn(problem: Problem, system_prompt: str | None) -> str:
@@ -59,7 +61,7 @@ def use_template(tokenizer: PreTrainedTokenizerBase, path: str | None, *, key: s
 
 
 def render_prompt(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     problem: Problem,
     *,
     system_prompt: str | None,
@@ -67,10 +69,15 @@ def render_prompt(
 ) -> Prompt:
     """Renders the prompt by the tokenizer's chat template, or by `plain_text` where it has none.
 
+    Without a tokenizer the prompt is the messages, and the text is for people to read.
+
     Raises ConfigError when the template refuses the messages (some know no system turn), is not valid Jinja,
     or doubles the BOS token.
     """
     messages = build_messages(problem, system_prompt)
+    if tokenizer is None:
+        text = plain_text(messages, bos_token=None)
+        return Prompt(text=text, ids=(), opens_think=False, messages=tuple(messages))
     if tokenizer.chat_template is None:
         text = plain_text(messages, bos_token=tokenizer.bos_token)
     else:
@@ -87,12 +94,14 @@ def render_prompt(
 
 
 def prompt_warning(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, key: str, template: str | None
+    tokenizer: PreTrainedTokenizerBase | None, text: str, *, key: str, template: str | None
 ) -> str | None:
     """Returns a warning about how prompts such as `text` are rendered, or None.
 
     `key` is the config key that gives a template, `template` its value.
     """
+    if tokenizer is None:
+        return None
     if tokenizer.chat_template is None:
         return (
             f"{_name(tokenizer)} has no chat template: prompts are plain text (--dry-run shows the first); "

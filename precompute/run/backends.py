@@ -42,12 +42,14 @@ class Backend:
         """Adds the samples of one teacher that the store lacks; loads the model if there are any."""
         done = writer.done(teacher.name)
         solver = Solver(teacher, problems, done, verifier=verifier, filters=config.filters, reporter=reporter)
+        solver.fill_prompts()
         if solver.left:
-            solver.fill_prompts()
             reporter.message(f"{teacher.name}: loading {teacher.config.model} with {teacher.engine}")
             longest = longest_prompt(solver.prompts)
             with closing(
                 load_engine(teacher.config, teacher.engine, teacher.tokenizer, longest_prompt=longest)
             ) as engine:
                 solver.run(engine, writer.append, config.store)
+        if failed := solver.failed_line():
+            reporter.message(failed)
         reporter.progress(solver.progress(), last=True)

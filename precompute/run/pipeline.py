@@ -184,10 +184,12 @@ def prepare_teachers(
 def _prepared(teacher: TeacherConfig, backend: Backend, filters: Mapping[str, Any]) -> PreparedTeacher:
     tokenizer = load_tokenizer(teacher)
     engine, version = backend.engine_of(teacher)
-    template = tokenizer.chat_template
+    template = "" if tokenizer is None else tokenizer.chat_template  # a chat server has its own
     sampling = {key: getattr(teacher, key) for key in ("temperature", "top_p", "top_k", "max_tokens")}
     if teacher.quantization:  # quantized weights are another model's
         sampling["quantization"] = teacher.quantization
+    if teacher.extra_body:
+        sampling["extra_body"] = teacher.extra_body
     record = TeacherRecord(
         name=teacher.name,
         model=teacher.model,
@@ -199,7 +201,7 @@ def _prepared(teacher: TeacherConfig, backend: Backend, filters: Mapping[str, An
         system_prompt=teacher.system_prompt,
         chat_template_kwargs=teacher.chat_template_kwargs,
         sampling=sampling,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        tokenizer_fingerprint="" if tokenizer is None else tokenizer_fingerprint(tokenizer),
         answer_form=teacher.answer_form,
         filters=filters,
     )
@@ -253,10 +255,10 @@ def _stored(store: StoreWriter | None, teacher: PreparedTeacher) -> Done:
 def _teacher_plan(
     teacher: PreparedTeacher, problems: Sequence[Problem], done: Done, reporter: Reporter
 ) -> TeacherPlan:
-    prompts = fill_prompts(teacher, problems, reporter)
+    prompts = fill_prompts(teacher, problems, done, reporter)
     stored = [done.get(problem.problem_id, {}) for problem in problems]
     left = sum(samples_left(teacher.config, samples) for samples in stored)
-    first = prompts[problems[0].problem_id]
+    first = next(iter(prompts.values()))
     return TeacherPlan(
         name=teacher.name,
         engine=teacher.engine,

@@ -101,6 +101,8 @@ def run_probe(
     probed = replace(teacher, config=teacher.config.model_copy(update=once))
     solver = Solver(probed, chosen, {}, verifier=verifier, filters=config.filters, reporter=reporter)
     solver.fill_prompts()
+    if not solver.left:
+        return None
     reporter.message(f"{teacher.name}: loading {teacher.config.model} with {teacher.engine} for a probe")
     longest = longest_prompt(solver.prompts)
     traces: list[Trace] = []

@@ -161,7 +161,10 @@ class RayBackend(Backend):
         done = writer.done(teacher.name)
         left = [p for p in problems if samples_left(teacher.config, done.get(p.problem_id, {}))]
         if left:
-            longest = longest_prompt(fill_prompts(teacher, left, reporter))
+            prompts = fill_prompts(teacher, left, done, reporter)
+            left = [problem for problem in left if problem.problem_id in prompts]
+        if left:
+            longest = longest_prompt(prompts)
             store = config.store.model_copy(update={"path": str(writer.path)})
             setup = (_portable(teacher), config.model_copy(update={"store": store}), longest)
             self._run(setup, left, reporter, report)
@@ -237,11 +240,12 @@ class Worker:
             filters=self._config.filters,
             reporter=Reporter(),
         )
+        solver.fill_prompts()
         if solver.left:
-            solver.fill_prompts()
             solver.run(self._engine, self._writer.append, self._config.store)
         restarted, self._restarted = self._restarted, False
-        return "a worker died; another continued its block" if restarted else ""
+        lines = ["a worker died; another continued its block" if restarted else "", solver.failed_line()]
+        return "; ".join(filter(None, lines))
 
     @cached_property
     def _writer(self) -> StoreWriter:

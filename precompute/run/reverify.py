@@ -34,6 +34,7 @@ READ_COLUMNS = [
     "text",
     "answer_start",
     "finish_reason",
+    "verdict_detail",
     "is_correct",
 ]
 
@@ -155,15 +156,16 @@ def _reverified(
 
 def _columns(row: Mapping[str, Any], verdict: Verdict, problem_id: str) -> dict[str, Any]:
     """Returns the columns that another verdict changes."""
+    has_failed = row["finish_reason"] == "error"  # there is no response to verify
     return {
         "problem_id": problem_id,
         "trace_id": content_hash(problem_id, row["teacher"], row["sample_index"], row["text"]),
         "answer": verdict.answer,
         "answer_start": verdict.answer_start,
-        "verdict": verdict.reason,
+        "verdict": "error" if has_failed else verdict.reason,
         "is_correct": verdict.is_correct and row["finish_reason"] == "stop",
         "verified_by": verdict.verifier,
-        "verdict_detail": verdict.detail,
+        "verdict_detail": row["verdict_detail"] if has_failed else verdict.detail,
         "parsed_answer": verdict.parsed_answer,
         "parsed_gold": verdict.parsed_gold,
     }

@@ -17,7 +17,7 @@ from typing import Any
 from precompute.config import FiltersConfig, StoreConfig, TeacherConfig
 from precompute.engines import Engine, Request, Sampling
 from precompute.engines.feed import RequestQueue, loop_in_thread
-from precompute.engines.registry import check_fits
+from precompute.engines.registry import most_prompt_tokens
 from precompute.problems.prompts import Prompt, demanded_form, prompt_warning, render_prompt
 from precompute.run.progress import Reporter, TeacherProgress
 from precompute.run.traces import Append, PartBuffer, trace_of
@@ -29,6 +29,9 @@ STAGE_PROBLEMS = 500
 """Problems between two reports of a preparation."""
 OPEN_PROBLEMS = 1024
 """Problems under way at once, or four times the engine's batch where that is more."""
+FEWEST_FAILURES = 16
+"""Failed samples, without any that succeeded, that end a run; or twice the engine's batch where that is more:
+failures come first, since they take no time."""
 
 Done = dict[str, dict[int, bool]]
 """problem_id -> sample_index -> usable (verified, and not filtered)"""
@@ -76,9 +79,12 @@ def sample_seed(problem_id: str, teacher: str, sample_index: int) -> int:
 
 
 def fill_prompts(
-    teacher: PreparedTeacher, problems: Sequence[Problem], reporter: Reporter
+    teacher: PreparedTeacher, problems: Sequence[Problem], done: Done, reporter: Reporter
 ) -> dict[str, Prompt]:
-    """Returns problem_id -> prompt. EngineError when one does not fit the model together with max_tokens."""
+    """Returns problem_id -> prompt, of the problems whose prompt fits the model together with max_tokens.
+
+    Reports those that do not fit; EngineError when none does and none of `done` did.
+    """
     prompts = {}
     for number, problem in enumerate(problems, start=1):
         prompts[problem.problem_id] = render_prompt(
@@ -93,13 +99,38 @@ def fill_prompts(
     key = f"teachers.{teacher.name}.chat_template"
     if warning := prompt_warning(teacher.tokenizer, first, key=key, template=teacher.config.chat_template):
         reporter.message(f"warning: {warning}")
-    check_fits(teacher.config, longest_prompt(prompts))
-    return prompts
+    return _fitting(teacher.config, prompts, done, reporter)
+
+
+def _fitting(
+    teacher: TeacherConfig, prompts: Mapping[str, Prompt], done: Done, reporter: Reporter
+) -> dict[str, Prompt]:
+    """Returns the prompts that leave room for max_tokens."""
+    limit = most_prompt_tokens(teacher)
+    if limit is None:
+        return dict(prompts)
+    most, name = limit
+    fitting = {problem_id: prompt for problem_id, prompt in prompts.items() if len(prompt.ids) <= most}
+    too_long = {problem_id: len(prompts[problem_id].ids) for problem_id in prompts.keys() - fitting.keys()}
+    if not too_long:
+        return fitting
+    shortest, asked = min(too_long.values()), f"max_tokens = {teacher.max_tokens}"
+    if not fitting and not any(done.values()):
+        raise EngineError(
+            f"teacher {teacher.name!r}: {asked} and the shortest prompt of {shortest} tokens exceed {name}; "
+            f"max_tokens may be {max(most + teacher.max_tokens - shortest, 0)} at most"
+        )
+    example = max(too_long, key=lambda problem_id: too_long[problem_id])
+    reporter.message(
+        f"{teacher.name}: {len(too_long)} of {len(prompts)} problems are left out: prompt and {asked} exceed "
+        f"{name} (longest: {example}, {too_long[example]} tokens)"
+    )
+    return fitting
 
 
 def longest_prompt(prompts: Mapping[str, Prompt]) -> int:
-    """Returns the length of the longest prompt in tokens."""
-    return max(len(prompt.ids) for prompt in prompts.values())
+    """Returns the length of the longest prompt in tokens; 0 without prompts."""
+    return max((len(prompt.ids) for prompt in prompts.values()), default=0)
 
 
 class Solver:
@@ -118,6 +149,7 @@ class Solver:
         self.teacher = teacher
         self.done = {problem.problem_id: done.get(problem.problem_id, {}) for problem in problems}
         self.left = [p for p in problems if next_samples(teacher.config, self.done[p.problem_id])]
+        self._has_earlier = any(self.done.values())
         self.prompts: dict[str, Prompt] = {}
         self._verifier = verifier
         self._filters = filters
@@ -128,10 +160,19 @@ class Solver:
             total=sum(len(each) + samples_left(teacher.config, each) for each in self.done.values()),
         )
         self._started: float | None = None
+        self._failed: list[Trace] = []
+        """Failed samples of this run, which are written once another has succeeded."""
+        self._kept_failures, self._successes = 0, 0
 
     def fill_prompts(self) -> None:
-        """Renders the prompts of the problems that still get samples."""
-        self.prompts = fill_prompts(self.teacher, self.left, self._reporter)
+        """Renders the prompts of the problems that still get samples; those that do not fit get none."""
+        if not self.left:
+            return
+        self.prompts = fill_prompts(self.teacher, self.left, self.done, self._reporter)
+        for problem in self.left:
+            if problem.problem_id not in self.prompts:
+                self._progress.total -= samples_left(self.teacher.config, self.done[problem.problem_id])
+        self.left = [problem for problem in self.left if problem.problem_id in self.prompts]
 
     def warm_up(self, engine: Engine, max_tokens: int) -> None:
         """Lets the engine sample a few tokens and drops them."""
@@ -151,8 +192,20 @@ class Solver:
                     queue.deliver(completion)
                 if not work.done():
                     raise EngineError(f"engine {self.teacher.engine!r} ended before the requests did")
+            self._keep_failed(part, at_end=True)
         finally:
             part.write()
+
+    def failed_line(self) -> str:
+        """Returns one line about the samples of this run that failed; empty without any."""
+        if not self._failed:
+            return ""
+        problems, first = len({trace.problem_id for trace in self._failed}), self._failed[0]
+        return (
+            f"{self.teacher.name}: {len(self._failed)} samples of {problems} problems failed, e.g. "
+            f"{first.problem_id}: {first.verdict_detail}; they are not tried again before `ampo store forget "
+            f"--teacher {self.teacher.name} --failed`"
+        )
 
     def progress(self) -> TeacherProgress:
         """Returns how far the teacher is."""
@@ -217,14 +270,33 @@ class Solver:
             filters=self._filters,
             opens_think=opens_think,
         )
-        part.add(trace)
+        if completion.error:
+            self._failed.append(trace)
+        else:
+            self._successes += 1
+            part.add(trace)
+        self._keep_failed(part)
         self._count(trace)
         return trace
+
+    def _keep_failed(self, part: PartBuffer, *, at_end: bool = False) -> None:
+        """Adds failed samples to the part once one has succeeded; EngineError where all fail."""
+        held = self._failed[self._kept_failures :]
+        has_some = self._successes or (at_end and self._has_earlier)
+        if held and has_some:
+            self._kept_failures += len(held)
+            for trace in held:
+                part.add(trace)
+        elif held and (at_end or len(held) >= max(FEWEST_FAILURES, 2 * self.teacher.config.batch_size)):
+            raise EngineError(
+                f"teacher {self.teacher.name!r}: all {len(held)} samples failed: {held[0].verdict_detail}"
+            )
 
     def _request(self, problem: Problem, index: int) -> Request:
         return Request(
             request_id=f"{problem.problem_id}-{index}",
             prompt_ids=self.prompts[problem.problem_id].ids,
+            messages=self.prompts[problem.problem_id].messages,
             seed=sample_seed(problem.problem_id, self.teacher.name, index),
         )
 

@@ -53,10 +53,11 @@ def compact(
 
 
 def forget(
-    path: str | os.PathLike[str], teacher: str, *, progress: Progress | None = None
+    path: str | os.PathLike[str], teacher: str, *, failed: bool = False, progress: Progress | None = None
 ) -> CompactionReport:
     """Removes every trace of a teacher, and its record; parts with traces of others are rewritten without.
 
+    `failed`: only its failed samples, so that they are tried again.
     Raises StoreError for an unknown teacher, else what `compact` raises.
     """
     with StoreWriter.reopen(path) as writer, open_index(writer.path) as index:
@@ -69,10 +70,12 @@ def forget(
             known = ", ".join(sorted(file.stem for file in record.parent.glob("*.json"))) or "none"
             raise StoreError(f"no teacher {teacher!r} in {writer.path}; its teachers: {known}")
         listed = ", ".join(map(quoted, parts)) or "NULL"
-        others = f"part IN ({listed}) AND teacher <> {quoted(teacher)}"
+        gone = f"teacher = {quoted(teacher)}" + (" AND finish_reason = 'error'" if failed else "")
+        others = f"part IN ({listed}) AND NOT ({gone})"
         report = _rewrite(writer.path, index, parts, others, PART_TRACES, progress)
-        with disk_errors_named(record):
-            record.unlink(missing_ok=True)
+        if not failed:
+            with disk_errors_named(record):
+                record.unlink(missing_ok=True)
         return report
 
 

@@ -11,10 +11,12 @@ import json
 import secrets
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from precompute.config import TeacherConfig
+from precompute.engines import Completion, Requests, Sampling
 from precompute.engines.openai_engine import OpenAIEngine
 from store.errors import EngineError
 from trainer.parallel.world import World
@@ -35,9 +37,19 @@ class VllmServers(OpenAIEngine):
         `servers`: their `base_urls`, `model`, `served_model_name`, `batch_size` and `request_timeout`.
         """
         super().__init__(servers, tokenizer, max_length=max_length)
+        if self._max_length is not None and max_length > self._max_length:
+            raise EngineError(f"{self._too_long(max_length)}; start it with --max-model-len {max_length}")
         self._updated_urls = servers.base_urls if world.is_main else ()
         # A server may still have the adapters of a killed run.
         self._adapters = world.from_main(lambda: f"student-{secrets.token_hex(4)}")
+
+    def generate(self, requests: Requests, sampling: Sampling) -> Iterator[Completion]:
+        """Yields one completion a request; the student's samples have to be complete, so a failed one raises
+        EngineError."""
+        for completion in super().generate(requests, sampling):
+            if completion.error:
+                raise EngineError(completion.error)
+            yield completion
 
     def load_weights(self, folder: Path) -> None:
         """Has every server load the weights of a transformers directory. Raises EngineError."""
