@@ -107,7 +107,7 @@ def read_traces(config: Config, model: str) -> list[Reading]:
         verifier = stack.enter_context(Verifier(config.verify))
         store = stack.enter_context(TraceStore(config.store.path))
         problems = usable_problems(config, "train", verifier, TrainReporter())
-        traces = trace_reader(config, store, policy)
+        traces = trace_reader(config, store, policy, TrainReporter())
         prompts = fitting_prompts(config, problems, policy.tokenizer, TrainReporter())
         pairs = [
             (Group(prompt=prompt, samples=()), candidate)

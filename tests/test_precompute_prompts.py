@@ -179,6 +179,8 @@ def test_plain_text_prompts_are_warned_of_by_the_key_that_changes_them() -> None
         # Its template ends an answer with <end>, whatever the tokenizer calls EOS.
         (TEMPLATE, "<s>", 2),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "<s>", 1),
+        # The opening of the next turn ends one, as in GLM's.
+        ("{% for m in messages %}{{ '<end>' if m.role == 'user' }}{{ m.content }}{% endfor %}", "<s>", 2),
         (None, "<s>", 1),
         (None, None, 1),
         ("{{ raise_exception('never') }}", "<s>", 1),

@@ -32,6 +32,7 @@ from trainer.method.guidance import (
 from trainer.method.teacher_traces import Candidate
 from trainer.run.setup import trace_reader
 from trainer.student.policy import Policy
+from trainer.telemetry.console import TrainReporter
 
 MakeGuide = Callable[..., Guide]
 PROBLEMS = [Problem(question=f"{n}+1", answer=str(n + 1)) for n in range(3)]
@@ -80,7 +81,7 @@ def guide_of(store: TraceStore, rewarder: Rewarder) -> MakeGuide:
             train=TrainConfig(max_tokens_per_microbatch=max_tokens),
         )
         policy = Policy(tiny_model(), tiny_tokenizer(), dtype=torch.float32)
-        return Guide(config, trace_reader(config, store, policy), policy, rewarder)
+        return Guide(config, trace_reader(config, store, policy, TrainReporter()), policy, rewarder)
 
     return make
 

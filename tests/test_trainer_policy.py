@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer, token_logprobs
+from run_examples import run
 
-from store.errors import EngineError, RunError
+from store.errors import ConfigError, EngineError, RunError
 from trainer.config import StudentConfig
 from trainer.student.batches import pad
 from trainer.student.head import log_softmax_at
@@ -146,3 +147,36 @@ def test_gradient_checkpointing_changes_memory_not_gradients(model_dir: Path) ->
         gradients.append(loaded.model.get_input_embeddings().weight.grad)
     torch.testing.assert_close(gradients[0], gradients[1])
     assert math.isfinite(float(gradients[0].sum()))
+
+
+def with_added(path: Path, *tokens: str, pad: str = "<pad>", template: str | None = None) -> Path:
+    """The tiny student whose tokenizer has tokens that its embedding lacks."""
+    made = tiny_tokenizer()
+    made.add_special_tokens({"additional_special_tokens": list(tokens)})
+    made.pad_token = pad
+    made.chat_template = template or made.chat_template
+    tiny_model().save_pretrained(path)
+    made.save_pretrained(path)
+    return path
+
+
+def test_padding_that_the_embedding_lacks_is_done_with_the_eos(tmp_path: Path) -> None:
+    policy = load_policy(StudentConfig(model=str(with_added(tmp_path, "<P>", pad="<P>"))), temperature=1.0)
+    assert policy.pad_id == policy.eos_id
+    policy.logprobs(pad(ROWS, [3, 2], pad_id=policy.pad_id, device=CPU))
+
+
+def test_a_prompt_of_such_a_token_is_one_line_before_anything_is_sampled(world: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}<S>{{ m.content }}{% endfor %}"
+    with pytest.raises(
+        ConfigError, match=r"holds '<S>' \(\d+\), which was added to the tokenizer and not"
+    ):
+        run(world, with_added(tmp_path, "<S>", template=template))
+
+
+def test_a_template_whose_turn_end_is_no_eos_is_warned_of(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = "{% for m in messages %}{{ m.content }}<user>{% endfor %}"
+    run(world, with_added(tmp_path, template=template), run__name="turns", train__max_steps=0)
+    assert "ends an answer with '<user>', which is no EOS token of the model ('<eos>')" in caplog.text

@@ -46,7 +46,7 @@ def prompts_of(config: Config) -> list[Prompt]:
 def sft_of(world: Path, store: TraceStore, *, temperature: float = 1.0, **changes: Any) -> Sft:
     config = config_of(world, world, **{**SFT, **changes})
     policy = Policy(tiny_model(), tiny_tokenizer(), dtype=torch.float32, temperature=temperature)
-    return Sft(config, policy, trace_reader(config, store, policy), prompts_of(config))
+    return Sft(config, policy, trace_reader(config, store, policy, TrainReporter()), prompts_of(config))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

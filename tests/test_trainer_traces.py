@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from run_examples import PROBLEMS, prompt_of, trace
 
+from precompute.engines.decoding import control_tokens
 from store.errors import StoreError
 from store.records import AnswerForm, Trace
 from trainer.method.teacher_traces import Candidate, TraceReader, in_students_form
@@ -45,29 +46,32 @@ def candidate(policy: Policy, form: AnswerForm = "boxed", *, opens_think: bool =
 )
 def test_the_answers_form_is_mapped(text: str, form: AnswerForm, reasoning: str, expected: str) -> None:
     answer = "\\boxed{2}" if "<answer>\\boxed" in text else "2"
-    assert in_students_form(trace_of(text, answer), form, opens_think=False) == (reasoning, expected)
+    assert in_students_form(trace_of(text, answer), form, opened=None) == (reasoning, expected)
 
 
 @pytest.mark.parametrize(
-    ("text", "opens_think", "expected"),
+    ("text", "opened", "expected"),
     [
-        ("so \\boxed{2}", True, "</think>\n\nso \\boxed{2}"),
-        ("<think>hm</think>so \\boxed{2}", True, "hm</think>so \\boxed{2}"),
-        ("hm</think>so \\boxed{2}", True, "hm</think>so \\boxed{2}"),
-        ("hm</think>so \\boxed{2}", False, "<think>\nhm</think>so \\boxed{2}"),
-        ("<think>hm</think>so \\boxed{2}", False, "<think>hm</think>so \\boxed{2}"),
+        ("so \\boxed{2}", "\n", "</think>\n\nso \\boxed{2}"),
+        ("<think>hm</think>so \\boxed{2}", "\n", "hm</think>so \\boxed{2}"),
+        ("hm</think>so \\boxed{2}", "\n", "hm</think>so \\boxed{2}"),
+        ("<think>\nhm</think>so \\boxed{2}", "\n", "hm</think>so \\boxed{2}"),
+        ("<think>\nhm</think>so \\boxed{2}", "", "\nhm</think>so \\boxed{2}"),
+        (" \n<think>\n\nhm</think>so \\boxed{2}", "\n", "\nhm</think>so \\boxed{2}"),
+        ("hm</think>so \\boxed{2}", None, "<think>\nhm</think>so \\boxed{2}"),
+        ("<think>hm</think>so \\boxed{2}", None, "<think>hm</think>so \\boxed{2}"),
     ],
 )
 def test_thinking_is_mapped_to_what_the_students_prompt_opened(
-    text: str, opens_think: bool, expected: str
+    text: str, opened: str | None, expected: str
 ) -> None:
-    assert in_students_form(trace_of(text), "boxed", opens_think=opens_think)[1] == expected
+    assert in_students_form(trace_of(text), "boxed", opened=opened)[1] == expected
 
 
 def test_a_trace_whose_answer_is_not_where_it_says_is_named() -> None:
     made = replace(trace_of("so \\boxed{2}"), answer_start=0)
     with pytest.raises(StoreError, match=made.trace_id):
-        in_students_form(made, "boxed", opens_think=False)
+        in_students_form(made, "boxed", opened=None)
 
 
 def test_a_trace_in_the_students_tokens_ends_with_its_eos(policy: Policy) -> None:
@@ -80,3 +84,26 @@ def test_a_trace_in_the_students_tokens_ends_with_its_eos(policy: Policy) -> Non
 def test_the_eos_is_there_once_whatever_pads(policy: Policy, pad_token: str) -> None:
     policy.tokenizer.pad_token = pad_token
     assert candidate(policy).token_ids.count(policy.tokenizer.eos_token_id) == 1
+
+
+def test_control_tokens_behind_a_trace_are_cut_and_others_keep_it_out(policy: Policy) -> None:
+    refused = []
+    reader = TraceReader(
+        store=cast(Any, None),
+        student=policy,
+        max_length=100,
+        control=control_tokens(policy.tokenizer),
+        on_refused=lambda trace, token: refused.append((trace.text, token)),
+    )
+    texts = [
+        "so \\boxed{2}",
+        "so \\boxed{2}. <eos>\n<pad><eos> ",
+        "so <user>1 \\boxed{2}",
+        "\\boxed{2}<eos> so",
+    ]
+    found = reader.candidates(prompt_of(PROBLEMS[1]), [trace_of(text) for text in texts])
+    assert [policy.tokenizer.decode(each.token_ids) for each in found] == [
+        "so \\boxed{2}<eos>",
+        "so \\boxed{2}.<eos>",
+    ]
+    assert refused == [(texts[2], "<user>"), (texts[3], "<eos>")]

@@ -5,6 +5,7 @@ A further engine is a function like those in ENGINES: `engine = "module:function
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -14,10 +15,11 @@ from typing import Any, Protocol
 from precompute.config import TeacherConfig
 from precompute.engines import Engine
 from precompute.engines.checks import cannot_load, check_options, check_there, load_failure, stop_ids_of
-from precompute.problems.prompts import use_template
+from precompute.problems.prompts import turn_end_warning, use_template
 from store.errors import EngineError, install_hint, prefixed
 from store.registry import lookup
 
+LOGGER = logging.getLogger(__name__)
 UNKNOWN = "unknown"
 """Version of a user's own engine."""
 
@@ -111,7 +113,16 @@ def load_engine(teacher: TeacherConfig, engine_name: str, tokenizer: Any, *, lon
     load = lookup(ENGINES, engine_name, key="engine")
     with prefixed(f"teacher {teacher.name!r}", EngineError):
         check_options(teacher, engine_name)
+        if engine_name in ("vllm", "transformers"):
+            _warn_of_turn_end(teacher, tokenizer)
         return load(teacher, tokenizer, max_length=longest_prompt + teacher.max_tokens)
+
+
+def _warn_of_turn_end(teacher: TeacherConfig, tokenizer: Any) -> None:
+    with suppress(EngineError):  # a model that cannot be read is an error of the engine
+        eos = stop_ids_of(teacher.model, teacher.revision, tokenizer)
+        if warning := turn_end_warning(tokenizer, eos):
+            LOGGER.warning(f"{teacher.name}: {warning}")
 
 
 def load_tokenizer(teacher: TeacherConfig) -> Any:

@@ -125,14 +125,34 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> int:
     A chat model may end a turn with another token (`<end_of_turn>`, say) than the one that its tokenizer
     calls EOS: the one that its template writes behind an answer. Else the tokenizer's, else the smallest.
     """
-    chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "ANSWER"}]
+    default = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(eos_ids)
+    # Where a template writes nothing behind an answer, the next turn's opening may be what ends it.
+    behind = behind_answer(tokenizer) + behind_answer(tokenizer, {"role": "user", "content": "1"})
+    return next((token for token in behind if token in eos_ids), default)
+
+
+def behind_answer(tokenizer: PreTrainedTokenizerBase, *more: dict[str, str]) -> list[int]:
+    """Returns the ids that the chat template writes behind an answer, with `more` turns to follow."""
+    chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "ANSWER"}, *more]
     try:
         text = str(tokenizer.apply_chat_template(chat, tokenize=False))
     except (TemplateError, ValueError):  # no template, or one that fails: reported where prompts are rendered
-        text = ""
-    behind = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"]
-    default = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(eos_ids)
-    return next((token for token in behind if token in eos_ids), default)
+        return []
+    return list(tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"])
+
+
+def turn_end_warning(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> str | None:
+    """Returns a warning about a template that ends an answer with a token that is no EOS; None if there is no
+    such token."""
+    behind = [index for index in behind_answer(tokenizer) if index in tokenizer.added_tokens_decoder]
+    if not behind or not set(behind).isdisjoint(eos_ids):
+        return None
+    token, eos = (tokenizer.convert_ids_to_tokens(ids) for ids in (behind[:1], list(eos_ids)))
+    return (
+        f"the chat template of {_name(tokenizer)} ends an answer with {token[0]!r}, which is no EOS token of "
+        f"the model ({', '.join(map(repr, eos))}): responses may run on to their limit; add {behind[0]} to "
+        "eos_token_id in its generation_config.json"
+    )
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from precompute.verify.final_answer import CLOSING, OPENING, FinalAnswer, find_answer, to_form
@@ -56,7 +56,7 @@ class StudentTokens(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceReader:
-    """Reads traces from the store as candidates; nothing is cut."""
+    """Reads traces from the store as candidates; nothing is cut but control tokens behind the end."""
 
     store: CandidateStore
     student: StudentTokens
@@ -66,6 +66,10 @@ class TraceReader:
     """Most student tokens of a candidate; half a solution is no solution, so a longer trace is left out."""
     own_ids: bool = False
     """Keeps the teacher's own tokens and log-probs; StoreError where the tokens are not the student's."""
+    control: Mapping[str, int] = field(default_factory=dict)
+    """Control tokens of the student: token -> id. A text that holds one would train turns of others."""
+    on_refused: Callable[[Trace, str], None] = lambda trace, token: None
+    """Called for each trace that is left out for such a token."""
 
     def query(self, prompts: Sequence[Prompt]) -> Mapping[str, Sequence[Trace]]:
         """Returns problem_id -> its verified traces, by one query of the store."""
@@ -73,9 +77,18 @@ class TraceReader:
         return self.store.candidates(ids, teachers=self.teachers or None, tokens=self.own_ids)
 
     def candidates(self, prompt: Prompt, traces: Sequence[Trace]) -> list[Candidate]:
-        """Returns the traces of a prompt's problem as candidates, without those that are too long."""
+        """Returns the traces of a prompt's problem as candidates, without those that are too long or hold
+        control tokens."""
         found = [self.candidate(trace, prompt) for trace in traces]
-        return [candidate for candidate in found if len(candidate.token_ids) <= self.max_length]
+        fitting = [candidate for candidate in found if len(candidate.token_ids) <= self.max_length]
+        return [candidate for candidate in fitting if not self._is_refused(candidate)]
+
+    def _is_refused(self, candidate: Candidate) -> bool:
+        ids = set(candidate.token_ids[:-1])
+        token = next((token for token, index in self.control.items() if index in ids), None)
+        if token is not None:
+            self.on_refused(candidate.trace, token)
+        return token is not None
 
     def all_candidates(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, list[Candidate]]]:
         """Yields each prompt with its candidates, by queries of QUERY_PROBLEMS problems."""
@@ -88,7 +101,10 @@ class TraceReader:
 
     def candidate(self, trace: Trace, prompt: Prompt) -> Candidate:
         """Returns the trace as it follows the prompt."""
-        reasoning, text = in_students_form(trace, prompt.answer_form, opens_think=prompt.opens_think)
+        opened = prompt.text.rpartition("<think>")[2] if prompt.opens_think else None
+        reasoning, text = in_students_form(trace, prompt.answer_form, opened=opened)
+        text = without_ends(text, self.control)
+        reasoning = reasoning[: len(text)]
         has_own_ids = len(trace.logprobs) == len(trace.token_ids) > 0
         ends = has_own_ids and trace.token_ids[-1] in self.student.eos_ids
         if self.own_ids and not (text == trace.text and ends):
@@ -112,24 +128,36 @@ class TraceReader:
         return tuple(self.student.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def in_students_form(trace: Trace, form: AnswerForm, *, opens_think: bool) -> tuple[str, str]:
+def in_students_form(trace: Trace, form: AnswerForm, *, opened: str | None) -> tuple[str, str]:
     """Returns (z_c, text): the trace as the student must write it. A student whose prompt ends inside
     `<think>` closes it first; a thought that the teacher's prompt opened is opened in the text.
+
+    `opened`: the prompt's text behind its open `<think>`; None where it opens no thought.
     """
-    if trace.answer_start is None:  # its verifier read the whole response
-        return trace.text, trace.text
-    solution = _verified_answer(trace)
-    reasoning, rest = to_form(trace.text, solution, form)
-    if opens_think:
-        has_thought = "</think>" in trace.text
-        reasoning = reasoning.removeprefix("<think>") if has_thought else f"</think>\n\n{reasoning}"
-    elif "</think>" in trace.text and "<think>" not in trace.text.split("</think>")[0]:
+    reasoning, ending, has_thought = trace.text, "", "</think>" in trace.text
+    if trace.answer_start is not None:  # otherwise its verifier read the whole response
+        solution = _verified_answer(trace)
+        reasoning, rest = to_form(trace.text, solution, form)
+        answer = str(solution.answer)
+        inner = find_answer(answer, form="boxed")
+        if inner.answer is not None and inner.opening_start == 0 and inner.closing_end == len(answer):
+            answer = inner.answer  # `\boxed{4}` inside answer tags is the answer 4
+        ending = f"{answer}{CLOSING[form]}{rest}"
+    if opened is not None and not has_thought:
+        reasoning = f"</think>\n\n{reasoning}"
+    elif opened is not None:
+        if reasoning.lstrip().startswith("<think>"):
+            reasoning = reasoning.lstrip().removeprefix("<think>").removeprefix(opened)
+    elif has_thought and "<think>" not in trace.text.split("</think>")[0]:
         reasoning = f"<think>\n{reasoning}"
-    answer = str(solution.answer)
-    inner = find_answer(answer, form="boxed")
-    if inner.answer is not None and inner.opening_start == 0 and inner.closing_end == len(answer):
-        answer = inner.answer  # `\boxed{4}` inside answer tags is the answer 4
-    return reasoning, f"{reasoning}{answer}{CLOSING[form]}{rest}"
+    return reasoning, f"{reasoning}{ending}"
+
+
+def without_ends(text: str, control: Iterable[str]) -> str:
+    """Returns the text without the control tokens that end it, and the space before them."""
+    while ends := [token for token in control if text.rstrip().endswith(token)]:
+        text = text.rstrip().removesuffix(max(ends, key=len)).rstrip()
+    return text
 
 
 def _verified_answer(trace: Trace) -> FinalAnswer:

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from precompute.problems.prompts import check_form, tokenizer_fingerprint
+from precompute.engines.decoding import control_tokens
+from precompute.problems.prompts import check_form, tokenizer_fingerprint, turn_end_warning
 from precompute.run.reverify import check_verdicts
 from precompute.verify.verifier import Verifier
-from store.errors import EngineError, StoreError, TrainingError, install_hint
+from store.errors import ConfigError, EngineError, StoreError, TrainingError, install_hint
 from store.reader import TraceStore
-from store.records import Problem, TeacherRecord, content_hash
+from store.records import Problem, TeacherRecord, Trace, content_hash
 from store.registry import lookup
 from store.reports.report import problem_rows
 from trainer.config import Config
@@ -67,13 +68,16 @@ class Run:
         store = open_store(config, stack)
         torch.manual_seed(config.train.seed)  # new adapters begin at random
         self.policy = policy = load_student(config, world, weights)
+        if warning := turn_end_warning(policy.tokenizer, policy.eos_ids):
+            reporter.warned(warning)
         self.train_prompts, self.eval_prompts = checked_prompts(
             config, problems, held_out, policy.tokenizer, policy.model.config, reporter
         )
+        check_embedded((*self.train_prompts, *self.eval_prompts), policy)
         check_form(config.student, problems[0], key="student.answer_form")
         length = config.rollout.max_completion_length
         self.rewarder = Rewarder(verifier, weights=config.rewards, max_length=length)
-        traces = None if store is None else trace_reader(config, store, policy)
+        traces = None if store is None else trace_reader(config, store, policy, reporter)
         if store is not None and traces is not None:
             check_store(config, store, traces, self.train_prompts, verifier, reporter)
         ids = [problem.problem_id for problem in problems]
@@ -206,15 +210,48 @@ def check_tokenizers(
             )
 
 
-def trace_reader(config: Config, store: TraceStore, policy: Policy) -> TraceReader:
+def trace_reader(config: Config, store: TraceStore, policy: Policy, reporter: TrainReporter) -> TraceReader:
     """Returns the reader of the store's traces, in the tokens that `guidance.loss` needs."""
+    refused: set[str] = set()
+
+    def on_refused(trace: Trace, token: str) -> None:
+        is_new = trace.trace_id not in refused
+        refused.add(trace.trace_id)
+        if is_new and str(len(refused)).rstrip("0") == "1":  # 1, 10, 100, ...
+            reporter.warned(
+                f"{len(refused)} traces hold control tokens of the student and are left out, e.g. "
+                f"{trace.trace_id} of {trace.teacher}: {token}"
+            )
+
+    tokenizer, unknown = policy.tokenizer, policy.tokenizer.unk_token
+    control = control_tokens(tokenizer) | not_embedded(policy)
     return TraceReader(
+        control={token: index for token, index in control.items() if token != unknown},
+        on_refused=on_refused,
         store=store,
         student=policy,
         teachers=config.guidance.teachers,
         max_length=config.rollout.max_completion_length,
         own_ids=config.guidance.reads_teacher_logprobs,
     )
+
+
+def not_embedded(policy: Policy) -> dict[str, int]:
+    """Returns token -> id of the tokens that were added to the tokenizer and not to the embedding."""
+    rows = policy.causal.config.get_text_config().vocab_size
+    added = policy.tokenizer.added_tokens_decoder
+    return {str(token): index for index, token in added.items() if index >= rows}
+
+
+def check_embedded(prompts: Sequence[Prompt], policy: Policy) -> None:
+    """Raises ConfigError for a prompt with a token that the student's embedding lacks."""
+    for token, index in not_embedded(policy).items():
+        if found := next((prompt for prompt in prompts if index in prompt.ids), None):
+            raise ConfigError(
+                f"student.model: the prompt of {found.problem.problem_id} holds {token!r} ({index}), which "
+                "was added to the tokenizer and not to the embedding: leave it out of chat_template and "
+                "system_prompt, or give a model that was resized"
+            )
 
 
 def probe_memory(policy: Policy, optimizer: torch.optim.Optimizer, *, longest: int, max_tokens: int) -> None:

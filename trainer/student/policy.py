@@ -57,8 +57,9 @@ class Policy:
         """All ids that end a response."""
         self.eos_id: int = turn_end(tokenizer, self.eos_ids)
         """The id that ends a trace in the student's tokens."""
-        # Padding is on the right, where no token attends to it, so any id will do.
-        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        # Padding is on the right, where no token attends to it, so any id of the embedding will do.
+        pad_id, embedded = tokenizer.pad_token_id, self.causal.config.get_text_config().vocab_size
+        self.pad_id: int = pad_id if pad_id is not None and 0 <= pad_id < embedded else self.eos_id
         self.target_values: Callable[..., list[Tensor]] = self._target_values
         """`_target_values`, or FSDP's wrapper of it, which gathers the weights."""
         self.gathered: Callable[[], AbstractContextManager[Any]] = nullcontext
