@@ -168,9 +168,7 @@ def test_padding_that_the_embedding_lacks_is_done_with_the_eos(tmp_path: Path) -
 
 def test_a_prompt_of_such_a_token_is_one_line_before_anything_is_sampled(world: Path, tmp_path: Path) -> None:
     template = "{% for m in messages %}<S>{{ m.content }}{% endfor %}"
-    with pytest.raises(
-        ConfigError, match=r"holds '<S>' \(\d+\), which was added to the tokenizer and not"
-    ):
+    with pytest.raises(ConfigError, match=r"holds '<S>' \(\d+\), which was added to the tokenizer and not"):
         run(world, with_added(tmp_path, "<S>", template=template))
 
 
