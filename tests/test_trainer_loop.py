@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from run_examples import PROBLEMS, assert_same_run, config_of, metrics_of, rows_
 from store.errors import RunError, TrainingError, UserError
 from store.records import Problem
 from trainer import train as loop
+from trainer.config import Config
 from trainer.planning import dry_run
 from trainer.run import checkpoint
 from trainer.run.run_dir import RunFiles
@@ -317,6 +319,34 @@ def test_a_run_is_trained_by_one_process_at_a_time(world: Path, model_dir: Path)
 def test_a_dry_run_refuses_to_go_on_as_another_run(straight: Path, world: Path, model_dir: Path) -> None:
     with pytest.raises(RunError, match=r"train\.seed"):
         dry_run(config_of(world, model_dir, run__name="straight", train__seed=7))
+
+
+def test_teachers_of_the_store_that_the_config_does_not_name_are_said_once(
+    world: Path, model_dir: Path
+) -> None:
+    reporter = TrainReporter()
+    teachers = [{"name": "ada", "model": "any"}]
+    tables = config_of(world, model_dir, run__name="named", train__max_steps=1).model_dump(mode="json")
+    train(Config.model_validate({**tables, "teachers": teachers}), reporter=reporter)
+    (said,) = (warning for warning in reporter.warnings if "[[teachers]]" in warning)
+    assert "traces of bob are used too" in said
+    assert 'guidance.teachers = ["ada"]' in said
+
+
+def test_callbacks_get_every_row_and_every_group(world: Path, model_dir: Path) -> None:
+    rows: list[Mapping[str, Any]] = []
+    groups: list[tuple[int, str]] = []
+    report = train(
+        config_of(
+            world, model_dir, run__name="called", train__max_steps=2, sft__steps=1, sft__traces_per_step=4
+        ),
+        on_step=rows.append,
+        on_group=lambda step, group: groups.append((step, group.problem_id)),
+    )
+    written = (report.run / "metrics.jsonl").read_text().splitlines()
+    assert [dict(row) for row in rows] == [json.loads(line) for line in written]
+    rollouts = [row for rows in rows_of(report.run, "rollouts").values() for row in rows]
+    assert set(groups) == {(row["step"], row["problem_id"]) for row in rollouts}
 
 
 @pytest.mark.parametrize(

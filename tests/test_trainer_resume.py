@@ -27,6 +27,7 @@ from store.upkeep.compaction import compact
 from store.writer import StoreWriter
 from trainer.eval_model import evaluate_model
 from trainer.merge import merge
+from trainer.planning import dry_run
 from trainer.telemetry.console import TrainReporter
 from trainer.train import TrainReport, train
 
@@ -219,3 +220,21 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before(
         run(begun, model_dir, "run", train__max_steps=3)
     shutil.rmtree(damaged)
     assert run(begun, model_dir, "run", train__max_steps=3).done.step == 3
+
+
+def test_a_dry_run_refuses_what_training_would(begun: Path, model_dir: Path) -> None:
+    settings = config_of(begun, model_dir, run__name="run", **SMALL, train__max_steps=3)
+    dry_run(settings)
+    with StoreWriter.open(begun / "traces", verifiers=MATH_VERSIONS) as w:
+        w.append([trace(PROBLEMS[0], "ada", "\\boxed{0}")])
+    with pytest.raises(RunError, match="other traces of ada"):
+        dry_run(settings)
+    dry_run(settings, changed_store=True)
+    with pytest.raises(RunError, match="already holds a run"):
+        dry_run(settings, resume="never")
+    last = begun / "runs" / "run" / "checkpoints" / "step-000002"
+    other = config_of(begun, model_dir, run__name="other", **SMALL, train__max_steps=3)
+    dry_run(other, resume=str(last), changed_store=True)
+    (last / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(RunError, match="is damaged"):
+        dry_run(other, resume=str(last), changed_store=True)

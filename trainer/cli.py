@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -68,7 +68,7 @@ def train(
 
     settings = read_config(config, set_)
     if dry_run:
-        _show_dry_run(settings, gpu, processes)
+        _show_dry_run(settings, gpu=gpu, processes=processes, resume=resume, changed_store=changed_store)
         return
     if gpu or processes > 1:
         raise UserError("--gpu and --processes plan a run: they need --dry-run")
@@ -106,11 +106,11 @@ def _train(settings: Config, *, resume: str, changed_store: bool) -> None:
     print_line(f"done: {outcome.done}. Next:\n  ampo inspect run {run}\n  ampo inspect store queries {run}")
 
 
-def _show_dry_run(settings: Config, gpu: str, processes: int) -> None:
+def _show_dry_run(settings: Config, **options: Any) -> None:
     from precompute.config_file import toml_of
     from trainer.planning import dry_run
 
-    report, missing = dry_run(settings, gpu=gpu, processes=processes)
+    report, missing = dry_run(settings, **options)
     console = console_of()
     print_config(console, toml_of(settings))
     console.print(report)

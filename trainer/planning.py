@@ -25,10 +25,18 @@ from store.errors import ConfigError, UserError
 from trainer.config import Config, StudentConfig
 from trainer.parallel.world import World
 from trainer.run.prompts import checked_prompts, usable_problems
-from trainer.run.resume import find_start
+from trainer.run.resume import check_data, find_start
 from trainer.run.run_dir import Position, RunFiles
 from trainer.run.saved_model import check_model
-from trainer.run.setup import check_choices, check_tokenizers, covered, open_store
+from trainer.run.setup import (
+    check_choices,
+    check_tokenizers,
+    covered,
+    fingerprint_of,
+    open_store,
+    reads_store,
+    usable_traces,
+)
 from trainer.student.adapters import over_base
 from trainer.student.load import compute_dtype, load_tokenizer, naming_the_model, pick_device
 from trainer.telemetry.console import TrainReporter
@@ -61,7 +69,14 @@ MemoryPlan = dict[str, dict[str, int]]
 """`update` and `sampling`, which never overlap -> part -> bytes on each device."""
 
 
-def dry_run(config: Config, *, gpu: str = "", processes: int = 1) -> tuple[Group, list[UserError]]:
+def dry_run(
+    config: Config,
+    *,
+    gpu: str = "",
+    processes: int = 1,
+    resume: str = "auto",
+    changed_store: bool = False,
+) -> tuple[Group, list[UserError]]:
     """Returns what a run would do, and the errors of missing problems, store or student.
 
     Raises everything else that would end the run before its first step, except what needs the weights or the
@@ -70,14 +85,35 @@ def dry_run(config: Config, *, gpu: str = "", processes: int = 1) -> tuple[Group
     Args:
         gpu: the card to plan for, with its size in the name; empty: the local device.
         processes: number of GPUs that share the run.
+        resume, changed_store: as those of `train`.
     """
     card_bytes = card_memory(gpu, config.student)
     check_choices(config, World(size=processes))
     run = RunFiles(Path(config.run.dir).absolute() / config.run.name)
-    start_from = find_start(run, config, "auto")
+    start_from = find_start(run, config, resume, checksums=True)
     after = "would start" if start_from is None else f"would resume after {Position.of(start_from)}"
     lines = [f"run {run.root}: {after}, up to step {config.train.max_steps}"]
     reporter, missing = TrainReporter(), list[UserError]()
+    student = _check(config, start_from, changed_store, lines, missing, reporter)
+    lines += [f"warning: {text}" for text in reporter.warnings]
+    if not student:
+        lines.append("no memory plan: the student's config.json cannot be read")
+    plan = memory_report(config, student[1], card_bytes, processes) if student else ()
+    return Group(Text("\n".join(lines)), *plan), missing
+
+
+def _check(
+    config: Config,
+    start: Path | None,
+    changed_store: bool,
+    lines: list[str],
+    missing: list[UserError],
+    reporter: TrainReporter,
+) -> tuple[Any, Any] | None:
+    """Checks problems, store and prompts as a run does; adds what it finds to `lines` and `missing`.
+
+    Returns the student's tokenizer and model, None where they cannot be read.
+    """
 
     def attempt(check: Callable[[], T]) -> T | None:
         try:
@@ -98,6 +134,11 @@ def dry_run(config: Config, *, gpu: str = "", processes: int = 1) -> tuple[Group
         if store is not None:
             check_verdicts(store.path, problems, verifier)
             lines.append(f"{covered(store, problems, config)} problems have a verified trace in the store")
+        if problems and (store is not None or not reads_store(config)):
+            usable = usable_traces(config, store, problems, reporter)
+            if start is not None:
+                fingerprint = fingerprint_of(problems)
+                check_data(start, fingerprint, usable, changed_store=changed_store, reporter=reporter)
         if student and store and config.guidance.reads_teacher_logprobs:
             check_tokenizers(store.teachers(), tokenizer_fingerprint(student[0]), config.guidance.teachers)
         if student and problems:
@@ -109,11 +150,7 @@ def dry_run(config: Config, *, gpu: str = "", processes: int = 1) -> tuple[Group
                 check_form(config.student, problems[0], key="student.answer_form")
                 first = prompts[0][0]
                 lines += [f"first prompt:\n{first.text}", f"its answer in the form {first.answer_form}"]
-    lines += [f"warning: {text}" for text in reporter.warnings]
-    if not student:
-        lines.append("no memory plan: the student's config.json cannot be read")
-    plan = memory_report(config, student[1], card_bytes, processes) if student else ()
-    return Group(Text("\n".join(lines)), *plan), missing
+    return student
 
 
 def read_student(student: StudentConfig) -> tuple[Any, Any]:

@@ -30,7 +30,7 @@ from trainer.parallel.signals import StopSignal, stop_on_signals
 from trainer.parallel.world import ALONE, World
 from trainer.run.resume import TrainReport, explain_step, find_start, restore, save
 from trainer.run.run_dir import Position, RunFiles
-from trainer.run.setup import Run, explain_memory
+from trainer.run.setup import OnGroup, OnStep, Run, explain_memory
 from trainer.sampling.samplers import check_sampler_weights
 from trainer.student.optimizer import learning_rate_at, set_learning_rate
 from trainer.telemetry.console import TrainReporter
@@ -43,8 +43,10 @@ def train(
     *,
     resume: str = "auto",
     changed_store: bool = False,
-    reporter: TrainReporter,
+    reporter: TrainReporter | None = None,
     world: World = ALONE,
+    on_step: OnStep | None = None,
+    on_group: OnGroup | None = None,
 ) -> TrainReport:
     """Trains the student; the first Ctrl-C finishes the step, saves, and returns.
 
@@ -53,16 +55,21 @@ def train(
             the path of a checkpoint.
         changed_store: continue though the store holds other traces than before; the result is another run
             than the uninterrupted one.
+        reporter: prints the run; None: nothing is printed.
         world: the ranks that train together (parallel/world.py); each of them calls this.
+        on_step: called with every row of metrics.jsonl: a dict of the step and its metrics.
+        on_group: called with the step and each of its groups, as it trained.
 
     Raises UserError for everything that a user can mend, before the first step.
     """
+    reporter = reporter or TrainReporter()
     files = RunFiles(Path(config.run.dir).absolute() / config.run.name, writes=world.is_main)
     with ExitStack() as stack:
         stack.enter_context(files.held())
         start = world.from_main(lambda: find_start(files, config, resume, checksums=True))
         with explain_memory("setting up the run"):
             run = Run(config, files, start, reporter, stack, world)
+        run.on_step, run.on_group = on_step or run.on_step, on_group or run.on_group
         if start is not None:
             restore(run, start, changed_store=changed_store)
         resumed = start is not None and start.parent == files.checkpoints
@@ -114,6 +121,8 @@ def run_steps(run: Run, stop: StopSignal) -> TrainReport:
             if run.eval_prompts and (step == last or step % config.eval.every == 0):
                 row |= evaluate_student(run, step)
         run.done = replace(run.done, step=step)
+        for group in groups if run.world.is_main else ():
+            run.on_group(step, group)
         log(run, row)
         run.reporter.stepped(row, groups, last)
         if step % config.run.save_every == 0:
@@ -215,8 +224,10 @@ def evaluate_student(run: Run, step: int) -> dict[str, float]:
 
 
 def log(run: Run, row: dict[str, Any]) -> None:
-    """Appends a row to metrics.jsonl, and sends its numbers to the trackers of `run.report_to`."""
+    """Appends a row to metrics.jsonl, and gives it to `on_step` and to the trackers of `run.report_to`."""
     run.files.add_metrics(row)
+    if run.world.is_main:
+        run.on_step(row)
     numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
     for tracker in run.trackers:
         tracker.log(numbers, step=run.done.sft_step + run.done.step)

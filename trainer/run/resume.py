@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from precompute.config_file import load_config
 from store.errors import EngineError, RunError, TrainingError
+from store.reader import Usable
 from trainer.config import Config
 from trainer.method.update import NonFiniteError
 from trainer.run import checkpoint
 from trainer.run.run_dir import Position, RunFiles
 from trainer.run.setup import Run, explain_memory
+from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.metrics import read_metrics
 
 
@@ -63,28 +65,45 @@ def find_start(files: RunFiles, config: Config, resume: str, *, checksums: bool 
 
 
 def restore(run: Run, start: Path, *, changed_store: bool) -> None:
-    """Restores the progress, the optimizer and torch's generators.
+    """Restores the progress, the optimizer and torch's generators. Raises what `check_data` raises."""
+    state = check_data(
+        start, run.problems_fingerprint, run.usable, changed_store=changed_store, reporter=run.reporter
+    )
+    run.done, run.saved = state.done, start
+    with explain_memory(f"loading the optimizer of {start}"):
+        checkpoint.restore_optimizer(start, run.policy, run.last_optimizer)
 
-    Raises RunError when problems or traces are others than before; `changed_store`: traces may be.
+
+def check_data(
+    start: Path,
+    problems_fingerprint: str,
+    usable: Mapping[str, Usable],
+    *,
+    changed_store: bool,
+    reporter: TrainReporter,
+) -> checkpoint.TrainState:
+    """Returns the checkpoint's state. Raises RunError when problems or traces are others than its own;
+    `changed_store`: for other traces it only warns.
+
+    Args:
+        usable: teacher -> its usable traces now.
     """
     state = checkpoint.read_state(start)
-    if state.problems_fingerprint != run.problems_fingerprint:
+    if state.problems_fingerprint != problems_fingerprint:
         raise RunError(
             f"problems.train holds other problems than {start} was trained on; "
             "give it the same file, or start again under another run.name"
         )
-    teachers = sorted({*state.store, *run.usable})
-    if changed := [name for name in teachers if state.store.get(name) != run.usable.get(name)]:
+    teachers = sorted({*state.store, *usable})
+    if changed := [name for name in teachers if state.store.get(name) != usable.get(name)]:
         others = f"the store holds other traces of {', '.join(changed)} than {start} was trained with"
         if not changed_store:
             raise RunError(
                 f"{others}. Give it the same store, start again under another run.name, or add "
                 "--resume-with-changed-store"
             )
-        run.reporter.warned(others)
-    run.done, run.saved = state.done, start
-    with explain_memory(f"loading the optimizer of {start}"):
-        checkpoint.restore_optimizer(start, run.policy, run.last_optimizer)
+        reporter.warned(others)
+    return state
 
 
 def save(run: Run) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -16,12 +17,12 @@ from precompute.problems.prompts import check_form, tokenizer_fingerprint, turn_
 from precompute.run.reverify import check_verdicts
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, EngineError, StoreError, TrainingError, install_hint
-from store.reader import TraceStore
+from store.reader import TraceStore, Usable
 from store.records import Problem, TeacherRecord, Trace, content_hash
 from store.registry import lookup
 from store.reports.report import problem_rows
 from trainer.config import Config
-from trainer.method.groups import REWARDS, Prompt, Rewarder
+from trainer.method.groups import REWARDS, Group, Prompt, Rewarder
 from trainer.method.guidance import SELECTORS, TRIGGERS, Guide
 from trainer.method.loss import make_policy_loss
 from trainer.method.sft import Sft
@@ -39,6 +40,11 @@ from trainer.student.load import load_policy
 from trainer.student.optimizer import make_optimizer
 from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
+
+OnStep = Callable[[Mapping[str, Any]], object]
+"""Called on rank 0 with every row of metrics.jsonl, as it is written."""
+OnGroup = Callable[[int, Group], object]
+"""Called on rank 0 with the step and each of its groups, as it trained."""
 
 
 class Run:
@@ -60,6 +66,8 @@ class Run:
         self.saved: Path | None = None
         """The last checkpoint."""
         self.trackers: list[Any] = []
+        self.on_step: OnStep = lambda row: None
+        self.on_group: OnGroup = lambda step, group: None
         verifier = stack.enter_context(Verifier(config.verify))
         problems = usable_problems(config, "train", verifier, reporter)
         held_out = usable_problems(config, "eval", verifier, reporter) if config.eval.every else []
@@ -80,9 +88,8 @@ class Run:
         traces = None if store is None else trace_reader(config, store, policy, reporter)
         if store is not None and traces is not None:
             check_store(config, store, traces, self.train_prompts, verifier, reporter)
-        ids = [problem.problem_id for problem in problems]
-        self.problems_fingerprint = content_hash(ids)
-        self.usable = {} if store is None else store.usable(ids, teachers=config.guidance.teachers or None)
+        self.problems_fingerprint = fingerprint_of(problems)
+        self.usable = usable_traces(config, store, problems, reporter)
         """teacher -> usable traces of the training problems; empty where the store is not read."""
         shard(policy, world)
         prompts = [prompt.ids for prompt in (*self.train_prompts, *self.eval_prompts)]
@@ -150,9 +157,14 @@ def make_updater(config: Config, policy: Policy, optimizer: torch.optim.Optimize
     )
 
 
+def reads_store(config: Config) -> bool:
+    """Returns whether a run reads the store."""
+    return config.guidance.trigger != "never" or config.sft.steps > 0
+
+
 def open_store(config: Config, stack: ExitStack) -> TraceStore | None:
     """Returns the store if the run reads it. Raises StoreError when a configured teacher is not in it."""
-    if config.guidance.trigger == "never" and not config.sft.steps:
+    if not reads_store(config):
         return None
     store = stack.enter_context(TraceStore(config.store.path))
     known = sorted(store.teachers())
@@ -188,6 +200,32 @@ def check_store(
         )
     for part in store.damaged:
         reporter.warned(f"{part.part} cannot be read ({part.reason}); its traces are left out")
+
+
+def fingerprint_of(problems: Sequence[Problem]) -> str:
+    """Returns the content hash of the problems, in order."""
+    return content_hash([problem.problem_id for problem in problems])
+
+
+def usable_traces(
+    config: Config, store: TraceStore | None, problems: Sequence[Problem], reporter: TrainReporter
+) -> dict[str, Usable]:
+    """Returns teacher -> its usable traces of the problems, {} without a store.
+
+    Warns of teachers whose traces are used although the config has no [[teachers]] table of their name.
+    """
+    if store is None:
+        return {}
+    ids = [problem.problem_id for problem in problems]
+    usable = store.usable(ids, teachers=config.guidance.teachers or None)
+    named = {teacher.name for teacher in config.teachers}
+    others = sorted(usable.keys() - named)
+    if others and (mine := sorted(usable.keys() & named)) and not config.guidance.teachers:
+        reporter.warned(
+            f"the store's traces of {', '.join(others)} are used too, which no [[teachers]] table names; "
+            f"guidance.teachers = {json.dumps(mine)} leaves them out"
+        )
+    return usable
 
 
 def covered(store: TraceStore, problems: Sequence[Problem], config: Config) -> int:
