@@ -102,7 +102,7 @@ def run_sft(run: Run, stop: StopSignal) -> None:
         if done.sft_step == last or done.sft_step % run.config.run.save_every == 0:
             save(run)
     if run.done.sft_step == last:
-        run.sft.forget()
+        run.sft.optimizer.state.clear()  # frees it
 
 
 def run_steps(run: Run, stop: StopSignal) -> TrainReport:

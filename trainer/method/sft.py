@@ -94,10 +94,6 @@ class Sft:
             sequences.append(sequence)
         return sequences
 
-    def forget(self) -> None:
-        """Frees the optimizer's state, once the last step is taken and saved."""
-        self.optimizer.state.clear()
-
 
 def choose_traces(
     config: SftConfig,

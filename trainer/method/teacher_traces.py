@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from precompute.verify.final_answer import CLOSING, OPENING, FinalAnswer, find_answer, to_form
 from store.errors import StoreError
 from store.records import AnswerForm, Trace
 from trainer.method.groups import Prompt, Sample
+from trainer.student.policy import Policy
 
 QUERY_PROBLEMS = 256
 """Problems of one query where traces of all problems are read."""
@@ -44,22 +45,12 @@ class Candidate:
         return self.sample.token_ids
 
 
-class StudentTokens(Protocol):
-    """The student's tokens, its weights loaded (`Policy`) or not."""
-
-    tokenizer: Any
-    eos_ids: tuple[int, ...]
-    """All ids that end a response."""
-    eos_id: int
-    """The id that ends a trace."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceReader:
     """Reads traces from the store as candidates; nothing is cut but control tokens behind the end."""
 
     store: CandidateStore
-    student: StudentTokens
+    student: Policy
     teachers: Sequence[str] = ()
     """Teachers whose traces are read; empty: all."""
     max_length: int
