@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -238,3 +240,84 @@ def test_a_dry_run_refuses_what_training_would(begun: Path, model_dir: Path) -> 
     (last / "optimizer.pt").write_bytes(b"")
     with pytest.raises(RunError, match="is damaged"):
         dry_run(other, resume=str(last), changed_store=True)
+
+
+def test_a_copy_of_a_checkpoint_beside_the_others_is_left_alone(begun: Path, model_dir: Path) -> None:
+    folder = begun / "runs" / "run" / "checkpoints"
+    shutil.copytree(folder / "step-000002", folder / "step-000002-backup")
+    shutil.copy(begun / "runs/run/rollouts/step-000001.parquet", begun / "runs/run/rollouts/step-x.parquet")
+    assert run(begun, model_dir, "run", train__max_steps=3).done.step == 3
+    assert (folder / "step-000002-backup" / "state.json").exists()
+
+
+def test_a_fork_may_change_rate_lengths_and_steps_and_is_recorded(begun: Path, model_dir: Path) -> None:
+    first = begun / "runs" / "run" / "checkpoints" / "step-000002"
+    changes = {
+        "train__learning_rate": 5e-4,
+        "train__lr_schedule": "linear",
+        "rollout__max_completion_length": 12,
+        "train__max_steps": 4,
+    }
+
+    def fork(name: str, **more: Any) -> tuple[TrainReport, list[str]]:
+        lines: list[str] = []
+        reporter = TrainReporter()
+        reporter.line = lines.append  # type: ignore[method-assign]
+        config = config_of(begun, model_dir, run__name=name, **{**SMALL, **changes, **more})
+        return train(config, resume=str(first), reporter=reporter), lines
+
+    with pytest.raises(RunError, match=rf"or fork it: --resume {first} under another run\.name"):
+        fork("run")
+    with pytest.raises(RunError, match=r"train\.seed = 0, now 7\. Set it back, or start again under another"):
+        fork("other", train__seed=7)
+    report, lines = fork("fork")
+    assert report.done.step == 4
+    assert lines[0].startswith(f"a fork of {first}, trained with ")
+    assert "rollout.max_completion_length = 16, now 12" in lines[0]
+    assert [row["learning_rate"] for row in metrics_of(report.run)] == [5e-4 * 0.5, 5e-4 * 0.25]
+    changed = {each.split(" = ")[0] for each in read_env(report.run)["fork"]["changed"]}
+    assert changed == {key.replace("__", ".") for key in changes}
+    # It is resumed like any run, and stays recorded.
+    config = config_of(begun, model_dir, run__name="fork", **{**SMALL, **changes})
+    train(config, reporter=TrainReporter())
+    assert read_env(report.run)["fork"]["of"] == str(first)
+
+
+def read_env(run_dir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run_dir / "env.json").read_text())
+    return found
+
+
+def test_a_stop_in_an_evaluation_saves_at_once_and_the_evaluation_follows(
+    world: Path, model_dir: Path
+) -> None:
+    held_out = {"problems__eval": str(world / "train.jsonl"), "eval__every": 2, "eval__samples": 2}
+    changes = {**held_out, "eval__k": [1], "train__max_steps": 3}
+    straight = run(world, model_dir, "evaluated", **changes)
+
+    class Stopping(TrainReporter):
+        """Sends SIGTERM in the middle of the evaluation of step 2."""
+
+        seen, sent = 0, False
+
+        def progress(self, what: str, done: int, total: int, **_: Any) -> None:
+            self.seen = self.seen + 1 if what == "step 2" else self.seen
+            if what == "evaluation" and self.seen and done == 3 and not self.sent:
+                self.sent = True
+                signal.raise_signal(signal.SIGTERM)
+
+    config = config_of(world, model_dir, run__name="stopped", **{**SMALL, "run__save_every": 50, **changes})
+    reporter = Stopping()
+    stopped = train(config, reporter=reporter)
+    assert reporter.sent
+    assert (stopped.done.step, stopped.interrupted_by) == (2, "SIGTERM")
+    assert not any("eval/pass@1" in row for row in metrics_of(stopped.run) if row["step"] == 2)
+    train(config, reporter=TrainReporter())
+
+    def by_step(path: Path) -> dict[int, dict[str, Any]]:
+        found: dict[int, dict[str, Any]] = {}
+        for row in metrics_of(path):
+            found[row["step"]] = found.get(row["step"], {}) | row
+        return found
+
+    assert by_step(stopped.run) == by_step(straight.run)

@@ -6,8 +6,9 @@ pass@k = 1 - C(n - c, k) / C(n, k)      with c of n samples correct (Chen et al.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from math import comb
 from statistics import fmean
 
@@ -133,8 +134,11 @@ def evaluate(
     *,
     world: World = ALONE,
     on_sample: OnSample = lambda done, total: None,
-) -> Evaluation:
+    halts: Callable[[], object] = lambda: False,
+) -> Evaluation | None:
     """Generates and verifies `eval.samples` responses per prompt; each rank takes its share of the prompts.
+
+    None where `halts` became true in a rank, which then stops sampling.
 
     A problem that its file repeats more often gets that many. One seed always gives the same samples, so that
     two evaluations differ by the policy alone.
@@ -160,11 +164,17 @@ def evaluate(
             finish_reason=sample.finish_reason,
             text=sample.text,
         )
-        for (p, s), sample in rewarded_samples(
-            engine, rewarder, own, sampling, indices, seed=seed, key="eval", on_sample=on_sample
+        for (p, s), sample in takewhile(
+            lambda _: not halts(),
+            rewarded_samples(
+                engine, rewarder, own, sampling, indices, seed=seed, key="eval", on_sample=on_sample
+            ),
         )
     ]
-    gathered = [row for share in world.gather(rows) for row in share]
+    shares = world.gather(rows if len(rows) == len(indices) else None)
+    if None in shares:
+        return None
+    gathered = [row for share in shares for row in share or ()]
     order = {prompt.problem.problem_id: index for index, prompt in enumerate(prompts)}
     gathered.sort(key=lambda row: (order[row.problem_id], row.sample_index))
     sources = {prompt.problem.problem_id: prompt.problem.source for prompt in prompts}

@@ -34,7 +34,7 @@ from trainer.run.setup import OnGroup, OnStep, Run, explain_memory
 from trainer.sampling.samplers import check_sampler_weights
 from trainer.student.optimizer import learning_rate_at, set_learning_rate
 from trainer.telemetry.console import TrainReporter
-from trainer.telemetry.metrics import StepTimer, peak_memory, step_metrics
+from trainer.telemetry.metrics import StepTimer, peak_memory, read_metrics, step_metrics
 from trainer.telemetry.trackers import start_trackers
 
 
@@ -111,15 +111,14 @@ def run_steps(run: Run, stop: StopSignal) -> TrainReport:
     if not stop():
         with explain_step(run, run.done):
             run.sampler.sync()
-            if run.done.step == 0 and run.eval_prompts:
-                log(run, {"step": 0, **evaluate_student(run, 0)})
+            if lacks_evaluation(run):
+                log(run, {"step": run.done.step, **evaluate_student(run, run.done.step, stop)})
     while run.done.step < last and not stop():
         step = run.done.step + 1
         with explain_step(run, replace(run.done, step=step)):
             row, groups = train_step(run, step)
-            # Even when a stop is requested: a resumed run would not evaluate this step.
-            if run.eval_prompts and (step == last or step % config.eval.every == 0):
-                row |= evaluate_student(run, step)
+            if is_evaluated(run, step):
+                row |= evaluate_student(run, step, stop)
         run.done = replace(run.done, step=step)
         for group in groups if run.world.is_main else ():
             run.on_group(step, group)
@@ -206,8 +205,22 @@ def groups_of(
     return groups, sorted(rows, key=lambda row: order[row.problem_id])
 
 
-def evaluate_student(run: Run, step: int) -> dict[str, float]:
-    """Evaluates on the held-out problems, writes the samples, and returns the metrics."""
+def is_evaluated(run: Run, step: int) -> bool:
+    """Returns whether the step ends with an evaluation."""
+    due = step == run.config.train.max_steps or step % (run.config.eval.every or 1) == 0
+    return due and bool(run.eval_prompts)
+
+
+def lacks_evaluation(run: Run) -> bool:
+    """Returns whether the evaluation after the last step is still to come, as after a stop in it."""
+    rows = [row for row in read_metrics(run.files.root) if row["step"] == run.done.step]
+    missing = run.done.step == 0 or (rows and not any(key.startswith("eval/") for row in rows for key in row))
+    return bool(missing) and is_evaluated(run, run.done.step)
+
+
+def evaluate_student(run: Run, step: int, stop: StopSignal) -> dict[str, float]:
+    """Evaluates on the held-out problems, writes the samples, and returns the metrics; {} after a stop, so
+    that the step is saved at once: a resumed run evaluates it."""
     config, started = run.config, time.perf_counter()
     with run.sampler.sampling(), run.policy.computing():
         evaluation = evaluate(
@@ -217,7 +230,10 @@ def evaluate_student(run: Run, step: int) -> dict[str, float]:
             run.eval_prompts,
             world=run.world,
             on_sample=lambda done, total: run.reporter.progress("evaluation", done, total),
+            halts=lambda: stop.received,
         )
+    if evaluation is None:
+        return {}
     run.files.write_evaluation(step, evaluation.samples)
     run.reporter.evaluated(step, evaluation)
     return {**evaluation.metrics, "seconds/eval": round(time.perf_counter() - started, 4)}

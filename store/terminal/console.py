@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -65,12 +66,15 @@ def print_line(markup: str) -> None:
 
 @contextmanager
 def on_interrupt(message: str, *, stderr: bool = False) -> Iterator[None]:
-    """On Ctrl-C prints a line about the work so far and exits with code 130."""
+    """On Ctrl-C or SIGTERM prints a line about the work so far and exits with code 130."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
         console_of(stderr=stderr).print(f"\ninterrupted; {message}.", highlight=False)
         raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def print_config(console: Console, toml: str) -> None:

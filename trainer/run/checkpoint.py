@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -52,6 +53,15 @@ MAY_CHANGE_KEYS = {
 }
 """Keys that may differ on resume: they do not change what a step computes. A template's text is compared when
 the tokenizer is loaded. `check_config` has the exceptions of `sft.steps` and `train.max_steps`."""
+FORK_KEYS = {
+    "train.learning_rate",
+    "train.lr_schedule",
+    "train.warmup_steps",
+    "train.max_steps",
+    "rollout.max_prompt_length",
+    "rollout.max_completion_length",
+}
+"""Keys that may differ in a fork as well: a run under another name that begins with a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,8 +165,8 @@ def check_complete(checkpoint: Path) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Returns the complete checkpoints of a run's `checkpoints`, oldest first."""
-    names = (*folder.glob("sft-*"), *folder.glob("step-*"))
-    return sorted((path for path in names if (path / "state.json").is_file()), key=Position.of)
+    found = [path for path in folder.glob("*/") if re.fullmatch(r"(sft|step)-\d+", path.name)]
+    return sorted((path for path in found if (path / "state.json").is_file()), key=Position.of)
 
 
 def instead_of_run(path: Path) -> str | None:
@@ -190,13 +200,15 @@ def restore_optimizer(checkpoint: Path, policy: Policy, optimizer: torch.optim.O
         torch.cuda.set_rng_state(generators["cuda"], policy.device)
 
 
-def check_config(state: TrainState, config: Config, checkpoint: Path) -> None:
+def check_config(state: TrainState, config: Config, checkpoint: Path, *, is_fork: bool = False) -> None:
     """Raises RunError, with the difference, when the config would make another run of it."""
     done, steps = state.done, config.sft.steps
-    if changed := differences(state.config, config):
+    if changed := differences(state.config, config, is_fork=is_fork):
+        can_fork = not differences(state.config, config, is_fork=True)
+        fork = f", or fork it: --resume {checkpoint} under another run.name" if can_fork else ""
         raise RunError(
             f"{checkpoint} was trained with {'; '.join(changed)}. "
-            f"Set it back, or start again under another run.name"
+            f"Set it back, or start again under another run.name{fork}"
         )
     if done.step > config.train.max_steps:
         raise RunError(
@@ -210,11 +222,14 @@ def check_config(state: TrainState, config: Config, checkpoint: Path) -> None:
         )
 
 
-def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
-    """Returns `section.key = saved, now other` for every key whose change would make another run of it."""
+def differences(saved: Mapping[str, Any], config: Config, *, is_fork: bool = False) -> list[str]:
+    """Returns `section.key = saved, now other` for every key whose change would make another run of it, or
+    that even a fork may not change."""
     free = MAY_CHANGE_KEYS
     if config.train.lr_schedule != "constant":  # it runs down to max_steps
         free = free - {"train.max_steps"}
+    if is_fork:
+        free = free | FORK_KEYS
     return [
         f"{name}.{key} = {before.get(key)!r}, now {value!r}"
         for name, keys in config.model_dump(mode="json").items()

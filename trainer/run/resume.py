@@ -56,7 +56,8 @@ def find_start(files: RunFiles, config: Config, resume: str, *, checksums: bool 
     if start is not None:
         if checksums:
             checkpoint.check_complete(start)
-        checkpoint.check_config(checkpoint.read_state(start), config, start)
+        is_fork = start.parent != files.checkpoints
+        checkpoint.check_config(checkpoint.read_state(start), config, start, is_fork=is_fork)
     elif any(row["step"] > 0 or "sft/step" in row for row in read_metrics(files.root)):
         begun_with = load_config(Config, str(files.root / "config.toml"), [])
         if changed := checkpoint.differences(begun_with.model_dump(mode="json"), config):
@@ -69,6 +70,10 @@ def restore(run: Run, start: Path, *, changed_store: bool) -> None:
     state = check_data(
         start, run.problems_fingerprint, run.usable, changed_store=changed_store, reporter=run.reporter
     )
+    if start.parent != run.files.checkpoints:
+        changed = checkpoint.differences(state.config, run.config)
+        run.files.fork = {"of": str(start), "changed": changed}
+        run.reporter.line(f"a fork of {start}" + (f", trained with {'; '.join(changed)}" if changed else ""))
     run.done, run.saved = state.done, start
     with explain_memory(f"loading the optimizer of {start}"):
         checkpoint.restore_optimizer(start, run.policy, run.last_optimizer)

@@ -106,6 +106,8 @@ class RunFiles:
         self.root = root
         self.writes = writes
         self.checkpoints = root / "checkpoints"
+        self.fork: dict[str, Any] | None = None
+        """The checkpoint of another run that this one began with, and the changed keys."""
 
     def start(self, config: Config, *, after: Position, processes: int = 1) -> None:
         """Writes config and environment, and drops what an interrupted run logged past `after`.
@@ -118,7 +120,7 @@ class RunFiles:
         for name in ("rollouts", "queries", "evals", "checkpoints"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
             for file in (self.root / name).glob("step-*.parquet"):
-                if Position.of(file).step > last:
+                if file.stem.removeprefix("step-").isdecimal() and Position.of(file).step > last:
                     file.unlink()
         kept = [
             row
@@ -130,6 +132,7 @@ class RunFiles:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "processes": processes,
+            "fork": self.fork or self._earlier_fork(),
             "packages": dict(sorted((package.name, package.version) for package in distributions())),
         }
         texts = {
@@ -140,6 +143,14 @@ class RunFiles:
         for name, text in texts.items():
             with whole_file(self.root / name) as written:
                 written.write(text.encode("utf-8"))
+
+    def _earlier_fork(self) -> dict[str, Any] | None:
+        """Returns what env.json has of it, for a fork that is resumed."""
+        try:
+            found = json.loads((self.root / "env.json").read_text(encoding="utf-8")).get("fork")
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
 
     @contextmanager
     def held(self) -> Iterator[None]:
