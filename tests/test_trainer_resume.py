@@ -18,7 +18,9 @@ from run_examples import (
     config_of,
     make_world,
     metrics_of,
+    rows_of,
     trace,
+    weights_of,
 )
 
 from precompute.run.progress import Reporter
@@ -321,3 +323,5 @@ def test_a_stop_in_an_evaluation_saves_at_once_and_the_evaluation_follows(
         return found
 
     assert by_step(stopped.run) == by_step(straight.run)
+    assert rows_of(stopped.run, "evals") == rows_of(straight.run, "evals")
+    assert weights_of(stopped.run, "step-000003") == weights_of(straight.run, "step-000003")
