@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -68,12 +69,15 @@ class Section(BaseModel):
 C = TypeVar("C", bound=Section)
 
 
-def load_config(schema: type[C], path: str | None, overrides: list[str]) -> C:
-    """Reads `path` (None: defaults alone), applies `section.key=value` overrides, validates.
+def load_config(schema: type[C], path: str | Sequence[str] | None, overrides: list[str]) -> C:
+    """Reads the file at `path`, or several, later ones over earlier ones (None: defaults alone), applies
+    `section.key=value` overrides, validates.
 
     Raises ConfigError with one line that names the key, the value and what would be right.
     """
-    tree = read_tree(Path(path)) if path else {}
+    tree: Any = {}
+    for each in [path] if isinstance(path, str) else path or ():
+        tree = _overlaid(tree, read_tree(Path(each)))
     for override in overrides:
         set_key(tree, override)
     try:

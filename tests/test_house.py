@@ -36,6 +36,7 @@ LAYERS = {
         "parallel",
         "student",
         "method sampling",
+        "variants",
         "evaluation",
         "telemetry",
         "run",

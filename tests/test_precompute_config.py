@@ -172,7 +172,8 @@ def test_a_resolved_config_reads_back_to_itself(
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.toml")), ids=lambda path: path.name)
 def test_every_config_that_ships_is_valid(path: Path) -> None:
-    assert load(path=path).problems.train
+    # A method is laid over another config.
+    assert load(path=path).problems.train or path.parent.name == "methods"
 
 
 def files(folder: Path, **texts: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from run_examples import prompt_of, sample_of
 
+import trainer.variants  # noqa: F401  enters more rewards
 from precompute.config import VerifyConfig
 from precompute.config_file import load_config, toml_of
 from precompute.verify.verifier import Verdict, Verifier

@@ -255,9 +255,9 @@ def test_a_selector_of_the_users_own_gets_scores_in_one_pass_over_the_step(guide
     assert rows[3].score is not None
 
 
-def half(n_correct: int, size: int) -> bool:
+def half(group: Group, config: GuidanceConfig, rng: Random) -> bool:
     """A user's trigger."""
-    return n_correct <= size // 2
+    return group.n_correct <= len(group.samples) // 2
 
 
 def test_a_trigger_of_the_users_own(guide_of: MakeGuide) -> None:
@@ -288,7 +288,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(guide_of: MakeGuide, key
 def test_how_many_traces_enter_a_group(
     correct: tuple[bool, ...], candidates: int, k: int, expected: int
 ) -> None:
-    assert guidance_size(group(PROBLEMS[0], correct), candidates, k) == expected
+    assert guidance_size(group(PROBLEMS[0], correct), candidates, GuidanceConfig(k=k)) == expected
 
 
 def test_failed_samples_alone_are_replaced_at_random_indices_that_a_seed_fixes(guide_of: MakeGuide) -> None:

@@ -115,17 +115,35 @@ class GuidanceConfig(Section):
     loss may also be module:function or file.py:function of your own (docs/extending.md)."""
 
     trigger: str = "all_fail"
-    """all_fail: AMPO. never: GRPO. always: a single-teacher mixed policy in the manner of LUFFY."""
+    """all_fail: AMPO. never: GRPO. always. solved_at_most: at most as many samples are correct as that key
+    says. hybrid: all_fail, and a seeded `rate` of the other groups."""
+    solved_at_most: Count = 0
+    rate: Annotated[float, Field(ge=0, le=1)] = 0.3
     select: str = "comprehension"
-    """comprehension, random or shortest."""
+    """comprehension, random, shortest, longest, likelihood, round_robin (over teachers), worst."""
+    place: Literal["failed", "any", "instead", "extra"] = "failed"
+    """failed: traces replace failed samples. any: they replace any. instead: the group's own samples leave
+    the update. extra: they train beside them."""
+    baseline: Literal["members", "student"] = "members"
+    """Rewards whose mean the advantages refer to: those of the group as it trains, or of its own samples."""
     k: Positive = 2
-    """k0: most traces that replace samples of a group."""
+    """k0: most traces of a group."""
     score: Literal["mean_logprob", "mean_prob"] = "mean_logprob"
     """mean_logprob: the paper's section 3.3. mean_prob: as in the published code."""
     gamma: Annotated[float, Field(gt=0)] = 0.1
     """gamma in f(x) = x / (x + gamma), the weight of a teacher's token."""
     loss: str = "shaped"
-    """shaped: x = pi_theta (the published runs). shaped_ratio: x = pi_theta / pi_teacher (equation 7)."""
+    """shaped: x = pi_theta (the published runs). shaped_ratio: x = pi_theta / pi_teacher (equation 7). nll,
+    nll_p, nll_phi, nll_entropy, mixture, policy: docs/methods.md."""
+    weight: NotNegative = 1.0
+    """Weight of the guided tokens' loss."""
+    weight_schedule: Literal["constant", "linear", "cosine", "after"] = "constant"
+    """constant, linear or cosine to `weight_end` at the last step, or after: 0 up to `weight_warmup`."""
+    weight_end: NotNegative = 0.0
+    weight_warmup: Count = 0
+    """Steps in which the weight rises from 0, of linear and cosine."""
+    complement: bool = False
+    """Weighs the student's tokens by 1 - weight (CHORD)."""
     teachers: tuple[str, ...] = ()
     """Only these teachers' traces are used; empty: those of all teachers in the store."""
 
@@ -149,7 +167,7 @@ class TrainConfig(Section):
     """Response tokens whose logits exist at once: 3.5 GiB for 1024 tokens and a vocabulary of 152,000.
     Changes memory and speed, never the result."""
     objective: str = "clip"
-    """Loss of the student's tokens: clip, or module:function of your own (docs/extending.md)."""
+    """Loss of the student's tokens: clip, cispo, or module:function of your own (docs/extending.md)."""
     loss_type: str = "ampo"
     """Reduction over tokens and sequences: ampo, dr_grpo, dapo, grpo, or module:function of your own."""
     scale_rewards: Literal["none", "group"] = "none"
@@ -308,6 +326,6 @@ class Config(PrecomputeConfig):
         return self
 
 
-def read_config(path: str | None, overrides: Sequence[str] | None) -> Config:
-    """The whole config from a TOML file and `--set` overrides; UserError for what does not fit."""
+def read_config(path: str | Sequence[str] | None, overrides: Sequence[str] | None) -> Config:
+    """Returns the whole config from TOML files and `--set` overrides; UserError for what does not fit."""
     return load_config(Config, path, list(overrides or []))

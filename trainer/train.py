@@ -36,6 +36,7 @@ from trainer.student.optimizer import learning_rate_at, set_learning_rate
 from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.metrics import StepTimer, peak_memory, read_metrics, step_metrics
 from trainer.telemetry.trackers import start_trackers
+from trainer.variants import guided_weight
 
 
 def train(
@@ -139,12 +140,16 @@ def train_step(run: Run, step: int) -> tuple[dict[str, Any], list[Group]]:
     groups, queries = sample_and_guide(run, step, timer)
     learning_rate = learning_rate_at(step, config.train)
     with timer("update"):
-        advantages = member_advantages(groups, scale=config.train.scale_rewards)
+        guidance, scale = config.guidance, config.train.scale_rewards
+        advantages = member_advantages(groups, scale=scale, baseline=guidance.baseline)
         set_learning_rate(run.optimizer, learning_rate)
         # Refills replace groups without a gradient, so that mini-batches are full.
         refilled = config.rollout.max_refills > 0
         trained = [g for g, group in enumerate(groups) if not refilled or group.has_gradient]
-        update = run.updater.update([groups[g] for g in trained], advantages[trained])
+        mu = guided_weight(step, config.train.max_steps, guidance)
+        has_traces = any(group.traces for group in groups)
+        weights = (mu, 1.0 - mu if guidance.complement and has_traces else 1.0)
+        update = run.updater.update([groups[g] for g in trained], [advantages[g] for g in trained], weights)
     check_sampler_weights(config.rollout, run.policy.dtype, update.get("sampling/logp_difference"))
     with timer("sync"):
         run.sampler.sync()

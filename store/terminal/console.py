@@ -22,7 +22,8 @@ PIPE_WIDTH = 100_000
 """Characters of a line where no terminal limits them."""
 
 ConfigOption = Annotated[
-    str | None, typer.Option("--config", "-c", help="A TOML file; without it the defaults alone.")
+    list[str] | None,
+    typer.Option("--config", "-c", help="A TOML file; repeated, later ones over earlier ones."),
 ]
 SetOption = Annotated[
     list[str] | None,

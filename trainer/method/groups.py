@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
-from precompute.run.filters import other_letters, repetition, script_of
 from precompute.verify.final_answer import has_format
 from precompute.verify.verifier import Verdict, Verifier
 from store.records import AnswerForm, Problem
@@ -73,6 +72,10 @@ class Group:
     """[G], the student's own, as sampled."""
     guidance: Mapping[int, Sample] = field(default_factory=dict)
     """Index (0..G-1) -> the trace that replaces the student's sample there."""
+    extra: tuple[Sample, ...] = ()
+    """Traces that train beside or instead of the student's samples."""
+    own_train: bool = True
+    """False where the student's own samples leave the update."""
 
     @property
     def problem_id(self) -> str:
@@ -80,8 +83,14 @@ class Group:
 
     @property
     def members(self) -> tuple[Sample, ...]:
-        """[G], the group as it trains."""
-        return tuple(self.guidance.get(index, sample) for index, sample in enumerate(self.samples))
+        """The group as it trains: [G], and the extra traces."""
+        own = tuple(self.guidance.get(index, sample) for index, sample in enumerate(self.samples))
+        return (own if self.own_train else ()) + self.extra
+
+    @property
+    def traces(self) -> tuple[Sample, ...]:
+        """The traces that train."""
+        return (*self.guidance.values(), *self.extra)
 
     @property
     def n_correct(self) -> int:
@@ -98,27 +107,11 @@ Reward = Callable[[Problem, Sample, Verdict | None], float]
 """(problem, completion, verdict) -> value. The completion has its text, tokens, `is_correct` and
 `has_format`; the verdict is None for a completion that was cut, which is not verified."""
 
-
-def overlong(problem: Problem, completion: Sample, verdict: Verdict | None) -> float:
-    """0 up to 80 % of the longest response, then falling to -1 (DAPO, arXiv 2503.14476, equation 13)."""
-    return -min(max((completion.length_share - 0.8) / 0.2, 0.0), 1.0)
-
-
-def language(problem: Problem, completion: Sample, verdict: Verdict | None) -> float:
-    """Share of letters that come from the writing systems of the question."""
-    scripts = {script_of(letter) for letter in problem.question if letter.isalpha()} or {"latin"}
-    return 1.0 - other_letters(completion.text, scripts)
-
-
 REWARDS: dict[str, Reward] = {
     "correct": lambda problem, completion, verdict: 0.0 if verdict is None else verdict.score,
     "format": lambda problem, completion, verdict: float(completion.has_format),
-    "length": lambda problem, completion, verdict: 1.0 - completion.length_share,
-    "overlong": overlong,
-    "repetition": lambda problem, completion, verdict: -repetition(completion.text, 20),
-    "language": language,
 }
-"""Names in `[rewards]`. `repetition`: minus the share of 20-grams that occur earlier in the response."""
+"""Names in `[rewards]`; trainer/variants.py has more."""
 
 
 class Rewarder:

@@ -24,20 +24,22 @@ import torch
 from torch import Tensor
 
 from store.registry import lookup
-from trainer.config import Config
+from trainer.config import Config, GuidanceConfig
 from trainer.method.groups import Group, Rewarder
 from trainer.method.rollouts import Timer, seed_of
 from trainer.method.teacher_traces import Candidate, TraceReader
 from trainer.student.batches import fill, pad
 from trainer.student.policy import Policy
 
-TRIGGERS: dict[str, Callable[[int, int], bool]] = {
-    "all_fail": lambda n_correct, size: n_correct == 0,
-    "never": lambda n_correct, size: False,
-    "always": lambda n_correct, size: True,
+Trigger = Callable[[Group, GuidanceConfig, Random], bool]
+TRIGGERS: dict[str, Trigger] = {
+    "all_fail": lambda group, config, rng: group.n_correct == 0,
+    "never": lambda group, config, rng: False,
+    "always": lambda group, config, rng: True,
+    "solved_at_most": lambda group, config, rng: group.n_correct <= config.solved_at_most,
+    "hybrid": lambda group, config, rng: group.n_correct == 0 or rng.random() < config.rate,
 }
-"""`guidance.trigger`: (number of correct samples, group size) -> True if the store is queried for the
-group."""
+"""`guidance.trigger`: (group, `[guidance]`, generator) -> True if the store is queried for the group."""
 
 
 def comprehension_scores(logprobs: Tensor, answer_mask: Tensor) -> Tensor:
@@ -92,13 +94,13 @@ class Scorer:
     def __init__(
         self, guide: Guide, groups: Sequence[Group], candidates: Mapping[str, Sequence[Candidate]]
     ) -> None:
-        self._guide = guide
+        self.guide = guide
         self._prompts = {group.problem_id: group.prompt for group in groups}
         self.choosing: dict[str, Sequence[Candidate]] = {}
         """problem_id -> candidates, of the groups that use some of theirs and leave others out."""
         for group in groups:
             found = candidates[group.problem_id]
-            if 0 < guidance_size(group, len(found), guide.config.guidance.k) < len(found):
+            if 0 < guidance_size(group, len(found), guide.config.guidance) < len(found):
                 self.choosing[group.problem_id] = found
         self.known: dict[str, float] = {}
         """trace_id -> s, of the candidates scored so far."""
@@ -116,7 +118,7 @@ class Scorer:
 
     def _score(self, candidates: Mapping[str, Candidate]) -> None:
         """Scores the sequences of prompt, z_c and gold answer; trace_id -> candidate."""
-        guide, sequences = self._guide, []
+        guide, sequences = self.guide, []
         assert guide.traces is not None, "there are candidates only where there is a store"
         for candidate in candidates.values():
             prompt = self._prompts[candidate.trace.problem_id]
@@ -140,10 +142,12 @@ def bare_answer(gold: str) -> str:
     return bare[1:-1].strip() if is_one_formula else bare
 
 
-def guidance_size(group: Group, n_candidates: int, k: int) -> int:
-    """Returns min(k0, |C(q)|, G - 1), and never more than the group's failed samples."""
+def guidance_size(group: Group, n_candidates: int, guidance: GuidanceConfig) -> int:
+    """Returns min(k0, |C(q)|, G - 1), and never more than the group's failed samples where traces replace
+    those; min(k0, |C(q)|) where they replace nothing."""
     size = len(group.samples)
-    return min(k, n_candidates, size - 1, size - group.n_correct)
+    room = {"failed": min(size - 1, size - group.n_correct), "any": size - 1}
+    return min(guidance.k, n_candidates, room.get(guidance.place, n_candidates))
 
 
 Selector = Callable[[Group, Sequence[Candidate], Scorer, Random], list[Candidate]]
@@ -156,12 +160,15 @@ def comprehension(
     """Best score first; exact ties go to the shorter trace, then to the smaller trace_id. Nothing is scored
     where all candidates will be used."""
     has_to_choose = group.problem_id in scorer.choosing
-    scores = scorer(candidates) if has_to_choose else [0.0] * len(candidates)
-    best_first = sorted(
+    return best_first(candidates, scorer(candidates) if has_to_choose else [0.0] * len(candidates))
+
+
+def best_first(candidates: Sequence[Candidate], scores: Sequence[float]) -> list[Candidate]:
+    ordered = sorted(
         zip(scores, candidates, strict=True),
         key=lambda pair: (-pair[0], len(pair[1].token_ids), pair[1].trace.trace_id),
     )
-    return [candidate for _, candidate in best_first]
+    return [candidate for _, candidate in ordered]
 
 
 def at_random(group: Group, candidates: Sequence[Candidate], scorer: Scorer, rng: Random) -> list[Candidate]:
@@ -217,7 +224,12 @@ class Guide:
         """
         is_triggered = lookup(TRIGGERS, self.config.guidance.trigger, key="guidance.trigger")
         select = lookup(SELECTORS, self.config.guidance.select, key="guidance.select")
-        queried = [group for group in groups if is_triggered(group.n_correct, len(group.samples))]
+        guidance, seed = self.config.guidance, self.config.train.seed
+        queried = [
+            group
+            for group in groups
+            if is_triggered(group, guidance, Random(seed_of(seed, "trigger", step, group.problem_id)))
+        ]
         if not queried or self.traces is None:
             return list(groups), []
         with timer("query"):
@@ -231,15 +243,15 @@ class Guide:
         with timer("score"):
             scorer, ranked = Scorer(self, queried, candidates), {}
             for group in queried:
-                rng = Random(seed_of(self.config.train.seed, "select", step, group.problem_id))
+                rng = Random(seed_of(seed, "select", step, group.problem_id))
                 ranked[group.problem_id] = select(group, candidates[group.problem_id], scorer, rng)
         with timer("place"):
-            guided = self._replace_samples(queried, ranked, step)
+            guided = self._place(queried, ranked, step)
         rows = []
         for group in queried:
             best_first = ranked[group.problem_id]
             left_out = [c for c in candidates[group.problem_id] if c not in best_first]
-            used = {trace.trace_id for trace in guided[group.problem_id].guidance.values()}
+            used = {trace.trace_id for trace in guided[group.problem_id].traces}
             empty = QueryRow(step=step, problem_id=group.problem_id, latency_ms=latency_ms)
             rows += [
                 replace(
@@ -255,22 +267,27 @@ class Guide:
             ] or [empty]
         return [guided.get(group.problem_id, group) for group in groups], rows
 
-    def _replace_samples(
+    def _place(
         self, groups: Sequence[Group], ranked: Mapping[str, Sequence[Candidate]], step: int
     ) -> dict[str, Group]:
-        """Returns problem_id -> group with its best traces at random indices of failed samples.
-        A trace gets the reward that the same verifier and the same rule give it."""
+        """Returns problem_id -> group with its best traces, which replace samples at random indices or train
+        beside them. A trace gets the reward that the same verifier and the same rule give it."""
+        place = self.config.guidance.place
         verifying = []
         for group in groups:
             best_first = ranked[group.problem_id]
-            size = guidance_size(group, len(best_first), self.config.guidance.k)
+            size = guidance_size(group, len(best_first), self.config.guidance)
             samples = [candidate.sample for candidate in best_first[:size]]
             verifying.append([(sample, self.rewarder.verify(group.prompt, sample)) for sample in samples])
         guided = {}
         for group, pending in zip(groups, verifying, strict=True):
             traces = [self.rewarder.reward(group.prompt, *each) for each in pending]
-            failed = [index for index, sample in enumerate(group.samples) if not sample.is_correct]
+            if place in ("instead", "extra"):
+                own_train = place == "extra" or not traces
+                guided[group.problem_id] = replace(group, extra=tuple(traces), own_train=own_train)
+                continue
+            free = [i for i, sample in enumerate(group.samples) if place == "any" or not sample.is_correct]
             rng = Random(seed_of(self.config.train.seed, "place", step, group.problem_id))
-            indices = sorted(rng.sample(failed, len(traces)))
+            indices = sorted(rng.sample(free, len(traces)))
             guided[group.problem_id] = replace(group, guidance=dict(zip(indices, traces, strict=True)))
         return guided

@@ -15,7 +15,7 @@ GRPO 2402.03300; DAPO 2503.14476; Dr. GRPO 2503.20783; GSPO 2507.18071; dual cli
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,17 +24,21 @@ from store.registry import lookup
 from trainer.config import GuidanceConfig, TrainConfig
 
 
-def group_advantages(rewards: Tensor, *, scale: str) -> Tensor:
+def group_advantages(rewards: Tensor, *, scale: str, baseline: Tensor | None = None) -> Tensor:
     """Returns A_i = R_i - mean(R) [N, G] within each group of `rewards` [N, G], guidance included.
 
     `scale`: `none`, or `group` to divide by the group's sample standard deviation (n - 1, as TRL does). A
-    group whose rewards are all equal gets zeros under either.
+    group whose rewards are all equal gets zeros under either. `baseline` [N, B]: rewards that give mean and
+    deviation; None: the group's.
     """
     rewards = rewards.float()
-    advantages = rewards - rewards.mean(dim=1, keepdim=True)
-    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    baseline = rewards if baseline is None else baseline.float()
+    advantages = rewards - baseline.mean(dim=1, keepdim=True)
+    equal = (rewards == baseline[:, :1]).all(dim=1, keepdim=True)
+    equal &= (baseline == baseline[:, :1]).all(dim=1, keepdim=True)
     if scale == "group":
-        advantages = advantages / rewards.std(dim=1, keepdim=True)
+        deviation = baseline.std(dim=1, keepdim=True)
+        advantages = advantages / torch.where(deviation > 0, deviation, 1.0)
     elif scale != "none":
         raise ValueError(f"scale = {scale!r}: give none or group")
     return advantages.masked_fill(equal, 0.0)
@@ -54,6 +58,9 @@ class StepCounts:
     """T_off, response tokens of the teachers' traces."""
     max_length: int
     """L_max, max_completion_length."""
+    guided_weight: float = 1.0
+    """mu, the weight of the guided tokens' loss in this step."""
+    student_weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,9 +219,13 @@ def make_policy_loss(train: TrainConfig, guidance: GuidanceConfig) -> MicroLoss:
         student_terms, student_values = objective(inputs, train)
         guided_terms, guided_weights, guided_values = guided_loss(inputs, counts, guidance)
         lengths = inputs.response_mask.sum(dim=1).clamp(min=1)
+        if guided_weights is not None:  # with a denominator of their own they are none of the reduction's
+            counts = replace(counts, sequences=max(counts.student_sequences, 1), guided_tokens=0)
         weights = reduction(lengths, inputs.is_teacher, counts).unsqueeze(1)
-        if guided_weights is not None:
-            weights = torch.where(is_teacher, guided_weights, weights)
+        guided_weights = weights if guided_weights is None else guided_weights
+        weights = torch.where(
+            is_teacher, guided_weights * counts.guided_weight, weights * counts.student_weight
+        )
         terms = torch.where(is_teacher, guided_terms, student_terms)
         loss = -(terms.masked_fill(~inputs.response_mask, 0.0) * weights).sum()
         kl = torch.zeros_like(inputs.logprobs)

@@ -45,27 +45,45 @@ class Updater:
     max_completion_length: int
     reference: Callable[..., Tensor] | None = None
     """`logprobs` of the student before training, for the KL term."""
+    supervised: bool = False
+    """True if the guided loss needs no advantage, so that the traces of every group train."""
     world: World = ALONE
 
-    def update(self, groups: Sequence[Group], advantages: Tensor) -> dict[str, float]:
+    def update(
+        self,
+        groups: Sequence[Group],
+        advantages: Sequence[Sequence[float]],
+        weights: tuple[float, float] = (1.0, 1.0),
+    ) -> dict[str, float]:
         """Takes one optimizer step for each mini-batch of `mini_batch_problems` groups; returns the metrics.
-        `groups` and `advantages` [N, G] are the whole step's, on every rank."""
-        size = self.train.mini_batch_problems
+
+        Args:
+            groups: the whole step's, on every rank, as `advantages` of their members.
+            weights: of guided and of student tokens.
+        """
+        size, supervised = self.train.mini_batch_problems, self.supervised
         masked = self.train.mask_truncated_completions
         batches = [
-            sequences_of(groups[i : i + size], advantages[i : i + size], without_truncated=masked)
+            sequences_of(
+                groups[i : i + size],
+                advantages[i : i + size],
+                without_truncated=masked,
+                supervised=supervised,
+            )
             for i in range(0, len(groups), size)
         ]
         steps = [(batch, cut) for batch in batches if (cut := self.micro_batches(batch))]
         # The first optimizer step updates the policy that sampled: its old log-probs are its own.
         steps = [*steps[:1], *((batch, self._with_old_logprobs(cut)) for batch, cut in steps[1:])]
-        return mean_metrics([self.optimizer_step(batch, cut) for batch, cut in steps])
+        return mean_metrics([self.optimizer_step(batch, cut, weights) for batch, cut in steps])
 
     def micro_batches(self, sequences: Sequence[TrainSequence]) -> list[list[TrainSequence]]:
         """Returns this rank's share of the sequences that carry a gradient, cut into micro-batches: as many
         as the rank with the most has. Empty where no sequence carries one."""
         regularised = bool(self.train.entropy_coef or self.reference)
-        trained = [s for s in sequences if s.advantage != 0 or (regularised and not s.is_teacher)]
+        trained = [
+            s for s in sequences if s.advantage != 0 or (self.supervised if s.is_teacher else regularised)
+        ]
         cuts = []
         for indices in split_over_ranks([s.length for s in trained], self.world.size):
             share = [trained[i] for i in indices]
@@ -78,16 +96,19 @@ class Updater:
         self,
         sequences: Sequence[TrainSequence],
         micro_batches: Sequence[Sequence[TrainSequence]] | None = None,
+        weights: tuple[float, float] = (1.0, 1.0),
     ) -> dict[str, float]:
         """Takes one optimizer step; returns its metrics. The counts of `sequences`, the whole optimizer
-        step's, are the denominators; `micro_batches` are this rank's, None: cut from `sequences`."""
+        step's, are the denominators; `micro_batches` are this rank's, None: cut from `sequences`; `weights`
+        as in `update`."""
         counts = count(sequences, self.max_completion_length)
+        counts = replace(counts, guided_weight=weights[0], student_weight=weights[1])
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.drop_out(True)
         loss, means = self._gradient(micro_batches or self.micro_batches(sequences), counts)
-        weights = [weight for weight in self.policy.model.parameters() if weight.requires_grad]
-        norm = full_tensor(torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None]))
-        torch.nn.utils.clip_grads_with_norm_(weights, self.train.max_grad_norm, norm)
+        trained = [weight for weight in self.policy.model.parameters() if weight.requires_grad]
+        norm = full_tensor(torch.nn.utils.get_total_norm([w.grad for w in trained if w.grad is not None]))
+        torch.nn.utils.clip_grads_with_norm_(trained, self.train.max_grad_norm, norm)
         if not torch.isfinite(norm):
             raise NonFiniteError(f"gradient norm {float(norm)} at a loss of {loss:.4g}", sequences)
         self.optimizer.step()
@@ -155,33 +176,43 @@ class Updater:
         return carried
 
 
-def member_advantages(groups: Sequence[Group], *, scale: str) -> Tensor:
-    """Returns [N, G] advantages of the groups as they train."""
-    rewards = torch.tensor([[member.reward for member in group.members] for group in groups])
-    return group_advantages(rewards, scale=scale)
+def member_advantages(groups: Sequence[Group], *, scale: str, baseline: str = "members") -> list[list[float]]:
+    """Returns the advantages of each group's members; `baseline` as `guidance.baseline`."""
+    found = []
+    for group in groups:
+        rewards = torch.tensor([[member.reward for member in group.members]])
+        own = torch.tensor([[sample.reward for sample in group.samples]]) if baseline == "student" else None
+        found.append(group_advantages(rewards, scale=scale, baseline=own)[0].tolist())
+    return found
 
 
 def sequences_of(
-    groups: Sequence[Group], advantages: Tensor, *, without_truncated: bool = False
+    groups: Sequence[Group],
+    advantages: Sequence[Sequence[float]],
+    *,
+    without_truncated: bool = False,
+    supervised: bool = False,
 ) -> list[TrainSequence]:
     """Returns the sequences of groups that carry a gradient; a group of equal rewards is left out.
 
-    `without_truncated`: the student's samples that were cut are left out, too; their rewards still count in
-    the advantages.
+    Args:
+        without_truncated: the student's samples that were cut are left out, too; their rewards still count in
+            the advantages.
+        supervised: the traces of groups that are left out stay.
     """
     return [
         TrainSequence(
             prompt_ids=group.prompt.ids,
             response_ids=member.token_ids,
-            advantage=float(advantage),
+            advantage=advantage,
             is_teacher=member.is_teacher,
             teacher_logprobs=member.logprobs if member.is_teacher else None,
             sampler_logprobs=None if member.is_teacher else member.logprobs or None,
         )
         for group, row in zip(groups, advantages, strict=True)
-        if bool(row.any())
         for member, advantage in zip(group.members, row, strict=True)
-        if not (without_truncated and member.finish_reason == "length")
+        if (any(row) or (supervised and member.is_teacher))
+        and not (without_truncated and member.finish_reason == "length")
     ]
 
 

@@ -25,14 +25,13 @@ from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
 from precompute.config_file import toml_of
 from store.errors import RunError
 from store.format.files import FileLock, disk_errors_named, whole_file
 from trainer.config import Config
 from trainer.evaluation import EvalSample
-from trainer.method.groups import Group
+from trainer.method.groups import Group, Sample
 from trainer.method.guidance import QueryRow
 from trainer.student.batches import TrainSequence
 from trainer.telemetry.metrics import read_metrics
@@ -191,12 +190,16 @@ class RunFiles:
                 file.write(json.dumps(row) + "\n")
 
     def write_step(
-        self, step: int, groups: Sequence[Group], advantages: Tensor, queries: Sequence[QueryRow] | None
+        self,
+        step: int,
+        groups: Sequence[Group],
+        advantages: Sequence[Sequence[float]],
+        queries: Sequence[QueryRow] | None,
     ) -> None:
         """Writes rollouts and queries.
 
         Args:
-            advantages: [N, G] of the groups' members.
+            advantages: of each group's members.
             queries: None where the store is never queried.
         """
         if not self.writes:
@@ -208,19 +211,17 @@ class RunFiles:
                 origin="teacher" if member.is_teacher else "student",
                 trace_id=member.trace_id,
                 teacher=member.teacher,
-                replaced=member is sample and index in group.guidance,
+                replaced=advantage is None,
                 is_correct=member.is_correct,
                 has_format=member.has_format,
                 reward=member.reward,
-                advantage=None if member is sample and index in group.guidance else values[index],
+                advantage=advantage,
                 n_tokens=len(member.token_ids),
                 finish_reason=member.finish_reason,
                 text=member.text,
             )
-            for group, values in zip(groups, advantages.tolist(), strict=True)
-            for index, sample in enumerate(group.samples)
-            for member in (sample, group.guidance.get(index))
-            if member is not None
+            for group, values in zip(groups, advantages, strict=True)
+            for index, member, advantage in _with_advantages(group, values)
         ]
         name = f"step-{step:06d}.parquet"
         write_rows(self.root / "rollouts" / name, RolloutRow, rollouts, step=step)
@@ -238,6 +239,18 @@ class RunFiles:
         if self.writes:
             write_rows(path, TrainSequence, sequences, step=step.step)
         return path
+
+
+def _with_advantages(group: Group, values: Sequence[float]) -> Iterator[tuple[int, Sample, float | None]]:
+    """Yields index, sample and advantage of all samples and traces; None for samples that do not train."""
+    trained = iter(values)
+    for index, sample in enumerate(group.samples):
+        trace = group.guidance.get(index)
+        yield index, sample, None if trace or not group.own_train else next(trained)
+        if trace:
+            yield index, trace, next(trained)
+    for index, trace in enumerate(group.extra, start=len(group.samples)):
+        yield index, trace, next(trained)
 
 
 def write_rows(path: Path, record: type, rows: Iterable[Any], *, step: int) -> None:

@@ -40,6 +40,7 @@ from trainer.student.load import load_policy
 from trainer.student.optimizer import make_optimizer
 from trainer.student.policy import Policy
 from trainer.telemetry.console import TrainReporter
+from trainer.variants import SUPERVISED
 
 OnStep = Callable[[Mapping[str, Any]], object]
 """Called on rank 0 with every row of metrics.jsonl, as it is written."""
@@ -153,6 +154,7 @@ def make_updater(config: Config, policy: Policy, optimizer: torch.optim.Optimize
         make_policy_loss(config.train, config.guidance),
         max_completion_length=config.rollout.max_completion_length,
         reference=reference,
+        supervised=config.guidance.loss in SUPERVISED,
         world=world,
     )
 

@@ -111,7 +111,7 @@ def completions_table(step: int, groups: list[Group], problems: int) -> Table:
     for name in ("problem", "by", "response", "correct", "reward"):
         table.add_column(name, overflow="fold")
     for group in groups[:problems]:
-        for sample in (group.samples[0], *list(group.guidance.values())[:1]):
+        for sample in (group.samples[0], *group.traces[:1]):
             text = " ".join(sample.text.split())
             if len(text) > LONGEST_CELL:  # its beginning and its end matter most
                 text = f"{text[: LONGEST_CELL // 2]} … {text[-LONGEST_CELL // 2 :]}"

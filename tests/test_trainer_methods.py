@@ -1,0 +1,194 @@
+"""The methods of configs/methods: each loss, trigger and place by hand; each file trains as it says."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from run_examples import metrics_of, prompt_of, rows_of, sample_of, settings, teacher
+from test_trainer_loss import COUNTS, INPUTS, logs
+
+from precompute.verify.verifier import MATH_VERSIONS
+from store.records import Problem
+from store.writer import StoreWriter
+from trainer.config import GuidanceConfig, TrainConfig, read_config
+from trainer.method.groups import Group
+from trainer.method.guidance import TRIGGERS, guidance_size
+from trainer.method.loss import GUIDED_LOSSES, make_policy_loss
+from trainer.method.update import member_advantages, sequences_of
+from trainer.telemetry.console import TrainReporter
+from trainer.train import train
+from trainer.variants import guided_weight
+
+METHODS = Path(__file__).parents[1] / "configs" / "methods"
+NAMES = sorted(path.stem for path in METHODS.glob("*.toml"))
+RUNNING = [name for name in NAMES if name != "ampo_ratio"]
+"""Without the one whose teachers must have the student's tokenizer, see test_trainer_guidance."""
+# Row 0 is a trace of two tokens with p = 0.6 and 0.2, p_old = 0.4 and 0.25, H = (1 + 2) / 2, A = 1.
+TRACE = replace(INPUTS, is_teacher=torch.tensor([True, False]))
+GUIDED = replace(COUNTS, student_sequences=1, student_tokens=2, guided_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "terms"),
+    [
+        ("nll", [math.log(0.6), math.log(0.2)]),
+        ("nll_p", [0.6 * math.log(0.6), 0.2 * math.log(0.2)]),
+        ("nll_phi", [0.24 * math.log(0.6), 0.16 * math.log(0.2)]),  # 0.6 * 0.4 and 0.2 * 0.8
+        ("nll_entropy", [0.5 * math.exp(-1.5) * math.log(0.6), 0.5 * math.exp(-1.5) * math.log(0.2)]),
+        # 2 * 0.6 / (0.4 + 0.7) * sqrt(0.4) and 2 * 0.2 / (0.25 + 0.625) * sqrt(0.8)
+        ("mixture", [1.2 / 1.1 * math.sqrt(0.4), 0.4 / 0.875 * math.sqrt(0.8)]),
+        ("policy", [1.2, 0.8]),  # min(1.5, 1.2) and min(0.8, 0.8)
+    ],
+)
+def test_guided_terms_by_hand(name: str, terms: list[float]) -> None:
+    found, weight, _ = GUIDED_LOSSES[name](TRACE, GUIDED, GuidanceConfig())
+    assert found[0].tolist() == pytest.approx(terms, rel=1e-5)
+    assert weight == (0.5 if name.startswith("nll") else None)  # 1 / 2 guided tokens
+
+
+def test_a_supervised_loss_leaves_the_students_denominators_alone() -> None:
+    # grpo: the student's row alone is 1 sequence of 2 tokens, so each weighs 1/2; without the trace likewise.
+    options = TrainConfig(loss_type="grpo", entropy_coef=0.0)
+    loss = make_policy_loss(options, GuidanceConfig(loss="nll"))
+    both = float(loss(TRACE, replace(GUIDED, sequences=2))[0])
+    nll = -(math.log(0.6) + math.log(0.2)) / 2
+    student = 5.8 / 2  # -(min(-5, -1.2) + min(-0.8, -0.8)) / 2 by test_trainer_loss
+    assert both == pytest.approx(nll + student, rel=1e-5)
+    # mu = 0.25 and its complement.
+    weighed = replace(GUIDED, sequences=2, guided_weight=0.25, student_weight=0.75)
+    assert float(loss(TRACE, weighed)[0]) == pytest.approx(0.25 * nll + 0.75 * student, rel=1e-5)
+
+
+def test_cispo_keeps_the_gradient_of_a_clipped_token() -> None:
+    new = logs([0.6, 0.2]).requires_grad_()
+    one = replace(INPUTS, logprobs=new, old_logprobs=logs([0.1, 0.25]), entropy=torch.zeros(1, 2))
+    one = replace(one, response_mask=one.response_mask[:1], is_teacher=one.is_teacher[:1])
+    one = replace(one, advantages=one.advantages[:1], teacher_logprobs=one.teacher_logprobs[:1])
+    train_config = TrainConfig(objective="cispo", loss_type="grpo", entropy_coef=0.0, eps_high=4.0)
+    counts = replace(COUNTS, sequences=1, student_sequences=1, student_tokens=2)
+    loss, sums = make_policy_loss(train_config, GuidanceConfig())(one, counts)
+    loss.backward()  # type: ignore[no-untyped-call]
+    # Ratios 6 -> 5 and 0.8: gradients -5/2 and -0.8/2.
+    assert new.grad is not None
+    assert new.grad.tolist()[0] == pytest.approx([-2.5, -0.4])
+    assert sums["clip_ratio/high_mean"] == (1.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "expected"),
+    [
+        ({"weight": 0.5}, [1, 10], [0.5, 0.5]),
+        # Up to 0.8 in two steps, then evenly down to 0 at step 5.
+        (
+            {"weight": 0.8, "weight_schedule": "linear", "weight_warmup": 2},
+            [1, 2, 3, 4, 5],
+            [0.4, 0.8, 0.8, 0.4, 0],
+        ),
+        # Half-way the cosine is in the middle of 0.9 and 0.1.
+        ({"weight": 0.9, "weight_schedule": "cosine", "weight_end": 0.1}, [1, 3, 5], [0.9, 0.5, 0.1]),
+        ({"weight": 0.7, "weight_schedule": "after", "weight_warmup": 2}, [2, 3, 5], [0.0, 0.7, 0.7]),
+    ],
+)
+def test_the_weight_is_a_function_of_the_step(
+    options: dict[str, Any], steps: list[int], expected: list[float]
+) -> None:
+    found = [guided_weight(step, 5, GuidanceConfig(**options)) for step in steps]
+    assert found == pytest.approx(expected)
+
+
+def group_of(*correct: bool) -> Group:
+    samples = tuple(sample_of(float(each)) for each in correct)
+    return Group(prompt=prompt_of(Problem(question="1+1", answer="2")), samples=samples)
+
+
+def test_triggers_and_places() -> None:
+    config, rng = GuidanceConfig(solved_at_most=1, rate=0.5), Random(0)
+    fires = TRIGGERS["solved_at_most"]
+    assert [fires(group_of(*c), config, rng) for c in ((True, False), (True, True))] == [True, False]
+    hybrid = [TRIGGERS["hybrid"](group_of(True, False), config, rng) for _ in range(200)]
+    assert 70 < sum(hybrid) < 130  # 100 expected
+    assert TRIGGERS["hybrid"](group_of(False, False), config, rng)
+    solved = group_of(True, True, True, True)
+    sizes = {
+        place: guidance_size(solved, 9, GuidanceConfig(k=5, place=place))
+        for place in ("failed", "any", "extra")
+    }
+    assert sizes == {"failed": 0, "any": 3, "extra": 5}
+
+
+def test_traces_beside_or_instead_of_the_students_samples() -> None:
+    trace = sample_of(1.0, trace_id="t", teacher="ada")
+    failed = group_of(False, False)
+    beside, instead = replace(failed, extra=(trace,)), replace(failed, extra=(trace,), own_train=False)
+    # Rewards 0, 0, 1: mean 1/3. Against the student's own mean of 0 the trace has the advantage 1.
+    assert member_advantages([beside], scale="none")[0] == pytest.approx([-1 / 3, -1 / 3, 2 / 3])
+    assert member_advantages([beside], scale="none", baseline="student")[0] == [0.0, 0.0, 1.0]
+    alone = member_advantages([instead], scale="none")
+    assert alone == [[0.0]]
+    assert sequences_of([instead], alone) == []
+    (sequence,) = sequences_of([instead], alone, supervised=True)
+    assert sequence.is_teacher
+
+
+def shrunk(name: str, world: Path, model: Path, **more: Any) -> Any:
+    """The file as it ships, on the tiny world: paths and sizes are changed, the method is not."""
+    chosen = tomllib.loads((METHODS / f"{name}.toml").read_text())
+    small: dict[str, Any] = {"train__max_steps": 2 * ("max_steps" not in chosen.get("train", {}))}
+    small |= {"sft__steps": 2 * ("sft" in chosen), "sft__traces_per_step": 4, "train__seed": 1}
+    small |= {"rollout__max_completion_length": 40, "guidance__weight_warmup": 0, **more}
+    return read_config(str(METHODS / f"{name}.toml"), settings(world, model, run__name=name, **small))
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_a_method_trains_as_its_file_says(name: str, world: Path, model_dir: Path) -> None:
+    config = shrunk(name, world, model_dir)
+    run = train(config, reporter=TrainReporter()).run
+    rows = metrics_of(run)
+    assert sum("sft/loss" in row for row in rows) == config.sft.steps
+    assert sum("reward" in row for row in rows) == config.train.max_steps
+    queries, guidance = rows_of(run, "queries"), config.guidance
+    assert bool(queries) == (guidance.trigger != "never" and config.train.max_steps > 0)
+    for file, samples in rows_of(run, "rollouts").items():
+        used = {row["problem_id"] for row in queries.get(file, []) if row["selected"]}
+        for problem in {row["problem_id"] for row in samples}:
+            own = [row for row in samples if row["problem_id"] == problem and row["origin"] == "student"]
+            traces = [row for row in samples if row["problem_id"] == problem and row["origin"] == "teacher"]
+            assert bool(traces) == (problem in used)
+            assert len(traces) <= guidance.k
+            replaced = {"extra": 0, "instead": len(own) if traces else 0}.get(guidance.place, len(traces))
+            assert sum(row["replaced"] for row in own) == replaced
+    assert all(math.isfinite(row["loss"]) for row in rows if row.get("loss") is not None)
+
+
+def asks_the_store(name: str) -> bool:
+    guidance = tomllib.loads((METHODS / f"{name}.toml").read_text()).get("guidance", {})
+    return guidance.get("trigger", "never") != "never"
+
+
+@pytest.mark.parametrize("name", filter(asks_the_store, RUNNING))
+def test_an_empty_store_gives_grpo_to_the_bit(
+    name: str, world: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    with StoreWriter.open(tmp_path / "empty", verifiers=MATH_VERSIONS) as writer:
+        writer.register_teacher(teacher("ada"))
+    here = {"sft__steps": 0, "store__path": str(tmp_path / "empty")}
+    rows = []
+    for changes in ({}, {"guidance__trigger": "never"}):
+        config = shrunk(name, world, model_dir, run__dir=str(tmp_path / str(len(rows))), **here, **changes)
+        run = train(config, reporter=TrainReporter()).run
+        rows.append([(row.get("loss"), row.get("grad_norm"), row["reward"]) for row in metrics_of(run)])
+    assert rows[0] == rows[1]
+
+
+def test_the_files_are_short_and_named_after_their_runs() -> None:
+    for name in NAMES:
+        text = (METHODS / f"{name}.toml").read_text()
+        assert len(text.splitlines()) <= 20
+        assert tomllib.loads(text)["run"]["name"] == name
