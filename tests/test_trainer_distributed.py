@@ -255,3 +255,13 @@ def test_a_killed_rank_ends_the_others_and_the_last_checkpoint_is_whole(
 def rank_of(process: int) -> str | None:
     variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
     return next((v.decode().removeprefix("RANK=") for v in variables if v.startswith(b"RANK=")), None)
+
+
+@pytest.mark.slow
+def test_ranks_end_with_0_thirty_times_in_a_row(world: Path, model_dir: Path) -> None:
+    for number in range(30):
+        given = settings(world, model_dir, run__name=f"ended-{number}", train__max_steps=1)
+        flags = [word for each in given for word in ("--set", each)]
+        done = run_processes(2, "cli.py", "train", *flags)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("done: step 1") == 1

@@ -30,6 +30,7 @@ from store.terminal.console import (
 
 if TYPE_CHECKING:
     from trainer.config import Config, EvalConfig
+    from trainer.run.resume import TrainReport
 
 model_app = typer.Typer(no_args_is_help=True, help="Export checkpoints as models.")
 
@@ -76,7 +77,7 @@ def train(
 
 
 def _train(settings: Config, *, resume: str, changed_store: bool) -> None:
-    from trainer.parallel.world import torchrun_world
+    from trainer.parallel.world import leave, torchrun_world
     from trainer.student.load import pick_device
     from trainer.telemetry.console import TrainReporter
     from trainer.train import train as run_training
@@ -93,15 +94,22 @@ def _train(settings: Config, *, resume: str, changed_store: bool) -> None:
     except KeyboardInterrupt:
         console.print("stopped at once; everything saved before is complete. Resume with the same command.")
         raise typer.Exit(130) from None
-    if not world.is_main:
-        raise typer.Exit(130 if outcome.interrupted_by else 0)
+    if world.is_main:
+        _print_end(outcome)
+    code = 130 if outcome.interrupted_by else 0
+    if world.size > 1:
+        leave(code)
+    raise typer.Exit(code)
+
+
+def _print_end(outcome: TrainReport) -> None:
     if outcome.interrupted_by:
         saved = f"saved {outcome.checkpoint}" if outcome.checkpoint else "nothing to save yet"
         print_line(
             f"stopped by {outcome.interrupted_by} after {outcome.done}; {saved}. "
             f"Resume with the same command (--resume auto is the default)."
         )
-        raise typer.Exit(130)
+        return
     run = os.path.relpath(outcome.run)
     print_line(f"done: {outcome.done}. Next:\n  ampo inspect run {run}\n  ampo inspect store queries {run}")
 

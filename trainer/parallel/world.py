@@ -8,14 +8,16 @@ its share of every mini-batch's sequences. A single process sends nothing and ha
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -102,6 +104,18 @@ def torchrun_world(device: torch.device) -> Iterator[World]:
         raise
     # After a failure NCCL would wait for collectives that never end.
     dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a rank that has left its group, with an exit code.
+
+    The interpreter's own end would free torch's caches while threads of gloo still run (a device mesh keeps
+    them), and now and then abort a run in which everything was saved.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _wait_for_rank_0(world: World, error: BaseException) -> None:
