@@ -174,7 +174,16 @@ def test_shares_of_teachers_are_of_the_traces_used_in_this_step() -> None:
 
 def test_every_metric_of_the_update_is_in_the_line() -> None:
     found = metrics()
-    assert {name: found[name] for name in UPDATE} == UPDATE
+    renamed = {"entropy/trained" if name == "entropy" else name: value for name, value in UPDATE.items()}
+    assert {name: found[name] for name in renamed} == renamed
+
+
+def test_the_entropy_is_that_of_all_sampled_tokens_where_the_sampler_tells() -> None:
+    # (0.5 + 1.5 + 4.0) / 3 over the tokens of a group without a gradient; the trace's tokens are no samples.
+    failed = sample_of(0.0, logprobs=(-0.5, -1.5)), sample_of(0.0, logprobs=(-4.0,))
+    silent = group(HARD, *failed, guidance={1: sample_of(1.0, logprobs=(-9.0,), trace_id="t1")})
+    assert step_metrics([silent], [], {"entropy": 7.0})["entropy"] == pytest.approx(2.0)
+    assert metrics()["entropy"] == 1.5  # samples without log-probs: of the tokens that trained
 
 
 def test_a_step_without_an_optimizer_step_has_no_loss_rather_than_loss_0() -> None:

@@ -42,9 +42,12 @@ def step_metrics(
     samples = [sample for group in groups for sample in group.samples]
     stds = [stdev(sample.reward for sample in group.samples) for group in groups]
     lengths = [len(sample.token_ids) for sample in samples]
+    sampled = [logprob for sample in samples for logprob in sample.logprobs or ()]
     return {
-        **dict.fromkeys(("loss", "grad_norm", "entropy")),
-        **update,
+        **dict.fromkeys(("loss", "grad_norm")),
+        **{name if name != "entropy" else "entropy/trained": value for name, value in update.items()},
+        # Of all sampled tokens, also of groups without a gradient: the mean of -log p is unbiased.
+        "entropy": -fmean(sampled) if sampled else update.get("entropy"),
         "reward": fmean(sample.reward for sample in samples),
         "reward_std": fmean(stds),
         "frac_reward_zero_std": fmean(std == 0 for std in stds),
