@@ -39,7 +39,7 @@ from trainer.method.teacher_traces import Candidate
 from trainer.reports.inspection import open_run, query_rows
 from trainer.reports.tables import by_query
 from trainer.run.checkpoint import checkpoints
-from trainer.run.prompts import fitting_prompts, usable_problems
+from trainer.run.prompts import fitting_prompts, training_problems
 from trainer.run.run_dir import Position
 from trainer.run.setup import trace_reader
 from trainer.student.batches import fill, pad
@@ -106,7 +106,7 @@ def read_traces(config: Config, model: str) -> list[Reading]:
     with ExitStack() as stack:
         verifier = stack.enter_context(Verifier(config.verify))
         store = stack.enter_context(TraceStore(config.store.path))
-        problems = usable_problems(config, "train", verifier, TrainReporter())
+        problems = training_problems(config, verifier, TrainReporter())
         traces = trace_reader(config, store, policy, TrainReporter())
         prompts = fitting_prompts(config, problems, policy.tokenizer, TrainReporter())
         pairs = [

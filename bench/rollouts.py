@@ -110,7 +110,7 @@ def timed(draw: Draw, prompts: Prompts) -> Measured:
 
 
 def prompts_of(tokenizer: Any, problems: int) -> Iterator[tuple[int, ...]]:
-    loaded = load_problems(PROBLEMS, question_column=None, answer_column=None).problems[:problems]
+    loaded = load_problems(PROBLEMS).problems[:problems]
     for problem in loaded:
         rendered = render_prompt(tokenizer, problem, system_prompt="", chat_template_kwargs={})
         yield from [rendered.ids] * SAMPLES

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.measure import alone
-from precompute.problems.data_rows import data_rows
+from precompute.problems.data_files import data_rows
 from precompute.verify.final_answer import find_answer
 from precompute.verify.verifier import Verifier
 from store.terminal.tables import plain_table

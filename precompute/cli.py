@@ -203,7 +203,8 @@ def store_reverify(
     from trainer.config import read_config
 
     settings, console = read_config(config, set_), console_of()
-    problems = configured_problems(settings.problems, "train").problems if settings.problems.train else ()
+    found, train = settings.problems, settings.problems.train
+    problems = configured_problems(found, train, key="problems.train").problems if train.files else ()
     with (
         on_interrupt("the verdicts are as before. Start again with the same command"),
         Verifier(settings.verify) as verifier,
@@ -258,8 +259,9 @@ def store_import(
 
     Example: `ampo store import openr1_math_4longcots.parquet traces --rename deepseek-ai/DeepSeek-R1=r1`
     """
-    from precompute.imports.foreign_rows import ImportColumns, ImportForm, TeacherNames, files_at
+    from precompute.imports.foreign_rows import ImportColumns, ImportForm, TeacherNames
     from precompute.imports.import_traces import import_table, import_traces
+    from precompute.problems.data_files import files_at
     from precompute.verify.verifier import Verifier
     from trainer.config import read_config
 

@@ -6,9 +6,19 @@ Every default is in this file (or in `trainer/config.py`) and nowhere else.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from jinja2 import Environment, TemplateSyntaxError
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from precompute.config_file import PathText, Section, dotted, secret_error
 from store.records import AnswerForm
@@ -33,20 +43,99 @@ BaseUrls = Annotated[tuple[str, ...], AfterValidator(checked_urls)]
 """Addresses of OpenAI-compatible servers."""
 
 
-class ProblemsConfig(Section):
-    """[problems]: where the problems are."""
+def checked_template(text: str | None) -> str | None:
+    """Returns the Jinja template. Raises for one that is not valid."""
+    try:
+        Environment().parse(text or "")
+    except TemplateSyntaxError as error:
+        raise ValueError(f"this is not valid Jinja: line {error.lineno}: {error.message}") from None
+    return text
 
-    train: PathText = ""
-    """Parquet or JSONL with the problems that teachers solve and the student trains on."""
-    eval: PathText = ""
-    """Held-out problems; empty switches evaluation during training off."""
+
+Template = Annotated[str | None, AfterValidator(checked_template)]
+"""Jinja, e.g. "{{ question }} Answer with a number."; None: none."""
+
+
+class ProblemColumns(Section):
+    """Meaning of a row's columns (docs/data.md)."""
+
     question_column: str | None = None
-    """None: the first of `question`, `problem`, `prompt` that the file has."""
+    """None: the first of `question`, `problem`, `prompt`, ... that the file has."""
     answer_column: str | None = None
-    """None: the first of `answer`, `gold`, `reward_model.ground_truth` that the file has."""
-    form: str = "any"
-    """The form of a row: a name in precompute.problems.problem_files.PROBLEM_FORMS, a function of yours as
-    `module:function` or `file.py:function`, or any: the first that fits."""
+    """None: the first of `answer`, `gold`, `reward_model.ground_truth`, ... that the file has."""
+    source_column: str | None = None
+    """Origin or subject, for results by source; None: `data_source` or `source`."""
+    metadata_column: str | None = None
+    """Object with facts for verifier and templates; None: `metadata` or `extra_info`."""
+    form: str | None = None
+    """Form of a row: a name in precompute.problems.forms.PROBLEM_FORMS, or a function of yours as
+    `module:function` or `file.py:function`; None: the first that fits."""
+    template: Template = None
+    """User turn, in Jinja over the row's columns; None: the question as it is."""
+
+
+class ProblemFiles(ProblemColumns):
+    """One set of problems: its files, and the columns that differ from those of [problems]."""
+
+    files: tuple[PathText, ...] = ()
+    """Files, directories, globs, or `hf:NAME:CONFIG[SPLIT]` for a data set of the Hub."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paths_are_enough(cls, given: Any) -> Any:
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, str | list | tuple | dict):
+            raise ValueError("give a path, a list of paths, or a table with files and columns")
+        table = given if isinstance(given, dict) else {"files": given}
+        files = table.get("files", ())
+        return table | {"files": [files] if files else []} if isinstance(files, str) else table
+
+    @model_serializer(mode="wrap")
+    def _as_short_as_given(self, handler: SerializerFunctionWrapHandler) -> Any:
+        given = {key: value for key, value in handler(self).items() if value is not None}
+        files = list(given["files"])
+        if len(given) > 1:
+            return given
+        return "".join(files) if len(files) < 2 else files
+
+    @property
+    def name(self) -> str:
+        """The files, for messages."""
+        return ", ".join(
+            each if each.startswith("hf:") else str(Path(each).absolute()) for each in self.files
+        )
+
+
+class ProblemsConfig(ProblemColumns):
+    """[problems]: where the problems are. Its columns are those of train and eval alike."""
+
+    train: ProblemFiles = ProblemFiles()
+    """Problems that teachers solve and the student trains on: a path, a list of paths, or a table of `files`
+    and columns of their own."""
+    eval: ProblemFiles = ProblemFiles()
+    """Held-out problems, as `train`; empty: none (but see eval.sets)."""
+    limit: Positive | None = None
+    """Only the first problems of train."""
+    pass_rates: PathText | None = None
+    """A trace store, e.g. of an `ampo eval`, whose share of verified samples is a problem's pass rate."""
+    min_pass_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    max_pass_rate: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Problems of train with another pass rate, or without one, are left out."""
+
+    @model_validator(mode="after")
+    def _rates_come_from_a_store(self) -> Self:
+        if not self.pass_rates and (self.min_pass_rate > 0 or self.max_pass_rate < 1):
+            raise ValueError("min_pass_rate and max_pass_rate need pass_rates, the path of a trace store")
+        if self.min_pass_rate > self.max_pass_rate:
+            raise ValueError("min_pass_rate is above max_pass_rate: no problem has such a pass rate")
+        return self
+
+    def with_columns(self, files: ProblemFiles) -> ProblemFiles:
+        """Returns the files with the columns of this section where they name none of their own."""
+        own = {key: value for key, value in dict(files).items() if value is not None}
+        columns = {key: getattr(self, key) for key in ProblemColumns.model_fields}
+        return ProblemFiles.model_validate(columns | own)
 
 
 class StoreConfig(Section):
@@ -141,6 +230,8 @@ class TeacherConfig(Section):
     """With `until_verified`: the most samples of a problem; None: `samples`."""
     system_prompt: str | None = BOXED_INSTRUCTION
     """None: the problem's own system turn, where it brought one. An empty string: no system turn."""
+    user_template: Template = None
+    """User turn, in Jinja over `question` and the problem's metadata; None: the question as it is."""
     chat_template: PathText | None = None
     """A file with a Jinja chat template. None: the tokenizer's own; a model that has none gets plain text
     behind its BOS token."""

@@ -199,8 +199,8 @@ def _table_at(schema: type[Section], location: tuple[int | str, ...]) -> type[Ba
     """Returns the model of the table, or of the list of tables, at a location; None for a key's."""
     model: type[BaseModel] = schema
     for part in location:
-        if isinstance(part, str):
-            annotation = model.model_fields[part].annotation
+        if part in model.model_fields:  # others are keys of a dict, or indices
+            annotation = model.model_fields[str(part)].annotation
             choices = [each for each in (annotation, *get_args(annotation)) if isinstance(each, type)]
             models = [each for each in choices if issubclass(each, BaseModel)]
             if not models:

@@ -151,6 +151,11 @@ class TraceStore:
                 self.refresh()
         raise StoreDamagedError(f"the parts of {self.path} change faster than they can be read; try again")
 
+    def pass_rates(self) -> dict[str, float]:
+        """Returns problem_id -> share of verified ones among its traces; problems without one are missing."""
+        query = "SELECT problem_id, avg(is_correct::INT) AS rate FROM idx.traces GROUP BY problem_id"
+        return {row["problem_id"]: row["rate"] for row in self.index.rows(query)}
+
     def teachers(self) -> dict[str, TeacherRecord]:
         """Returns every registered teacher, by name."""
         return read_teachers(self.path)

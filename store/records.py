@@ -4,7 +4,7 @@
 
 Ids are content hashes, so that doing a thing twice changes nothing:
 
-    problem_id = hash(question, answer, and the row's own verifier and metadata where it has them)
+    problem_id = hash(question, answer, and the row's own verifier, metadata and turns where it has them)
     trace_id   = hash(problem_id, teacher, sample_index, text)
 """
 
@@ -54,6 +54,9 @@ class Problem:
     """Origin, e.g. `aime`: for tables and for `[verify.by_source]`, no part of the identity."""
     system_prompt: str | None = None
     """System turn that came with the data (the verl form embeds one), or None."""
+    turns: tuple[tuple[str, str], ...] = ()
+    """The turns behind the system turn, as (role, text), where there are more than the question: examples,
+    say, or earlier turns. The last one is the question."""
     verifier: str = ""
     """The verifier that the row names; empty: as `[verify]` says."""
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -62,12 +65,18 @@ class Problem:
     """Number of its rows in the file: the least number of samples in an evaluation; no part of the identity,
     and not stored."""
     problem_id: str = field(init=False)
-    """Content hash of question and answer, and of verifier and metadata where there are any."""
+    """Content hash of question and answer, and of verifier, metadata and turns where there are any."""
 
     def __post_init__(self) -> None:
         facts = {key: value for key, value in self.metadata.items() if key not in ROW_NUMBERS}
-        own = (self.verifier, facts) if self.verifier or facts else ()
+        own: tuple[object, ...] = (self.verifier, facts) if self.verifier or facts else ()
+        own += (self.turns,) if self.turns else ()
         object.__setattr__(self, "problem_id", content_hash(self.question, self.answer, *own))
+
+    @property
+    def user_turns(self) -> tuple[tuple[str, str], ...]:
+        """The prompt behind its system turn, as (role, text)."""
+        return self.turns or (("user", self.question),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +164,8 @@ class TeacherRecord:
     """temperature, top_p, max_tokens."""
     tokenizer_fingerprint: str
     """Hash of the vocabulary: `ratio = "teacher"` needs the student's to be the same."""
+    user_template: str | None = None
+    """Jinja that made the user turn of each question; None: the question itself."""
     answer_form: AnswerForm | None = None
     """Form in which its answers are searched; None: as its system turn demands."""
     filters: Mapping[str, Any] = field(default_factory=dict)
@@ -170,6 +181,7 @@ class TeacherRecord:
             "revision": self.revision,
             "chat_template": self.chat_template,
             "system_prompt": self.system_prompt,
+            "user_template": self.user_template,
             "chat_template_kwargs": dict(self.chat_template_kwargs),
             "sampling": dict(self.sampling),
             "tokenizer_fingerprint": self.tokenizer_fingerprint,

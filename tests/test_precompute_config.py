@@ -35,7 +35,7 @@ def test_paths_know_the_home_directory_and_variables(tmp_path: Path, monkeypatch
     path = tmp_path / "c.toml"
     path.write_text('extends = "$BASE/base.toml"\n[problems]\ntrain = "${DATA}/a.jsonl"\n')
     config = load("store.path=~/traces", "student.model=~/models/s", path=path)
-    paths = (config.problems.train, config.store.path, config.student.model)
+    paths = (config.problems.train.name, config.store.path, config.student.model)
     assert paths == ("/data/a.jsonl", "/home/me/traces", "/home/me/models/s")
     assert config.train.seed == 3
 

@@ -20,8 +20,9 @@ from precompute_examples import jsonl, keys_of, traces_of
 from run_examples import PROBLEMS, make_world, metrics_of, run, write_store
 
 from precompute.config import FiltersConfig, StoreConfig, VerifyConfig
-from precompute.imports.foreign_rows import ImportColumns, ImportForm, TeacherNames, files_at
+from precompute.imports.foreign_rows import ImportColumns, ImportForm, TeacherNames
 from precompute.imports.import_traces import ImportReport, import_traces
+from precompute.problems.data_files import files_at
 from precompute.run.refilter import refilter
 from precompute.verify.verifier import Verifier
 from store.errors import RecipeChangedError, StoreError, UserError

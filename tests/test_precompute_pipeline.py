@@ -250,13 +250,15 @@ def test_golds_that_do_not_parse_are_left_out_and_reported(tmp_path: Path) -> No
     file = jsonl(tmp_path / "problems.jsonl", *rows)
     settings = lab_config(tmp_path / "traces", GOOD, problems={"train": str(file)})
     report = pipeline.run(settings)
-    assert [problem.question for problem in report.problems.unparseable] == ["what?"]
-    assert (report.problems.rows, report.problems.used) == (2, 1)
+    assert (report.problems.rows, report.problems.left_out, report.problems.used) == (2, 1, 1)
     assert {trace.problem_id for trace in traces_of(tmp_path / "traces")} == {
         problem.problem_id for problem in TraceStore(tmp_path / "traces").problems()
     }
     jsonl(file, rows[1])
-    with pytest.raises(ProblemsError, match="no gold answer of its problems can be parsed"):
+    with pytest.raises(
+        ProblemsError,
+        match="no problem can be used: 1 left out: a gold answer that",
+    ):
         pipeline.run(settings)
 
 

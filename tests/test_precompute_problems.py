@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from precompute_examples import jsonl
 
-from precompute.config import VerifyConfig
-from precompute.problems.problem_files import load_problems, split_by_gold
+from precompute.config import ProblemFiles, VerifyConfig
+from precompute.problems.problem_files import LeftOut, load_problems, usable_problems
 from precompute.verify.final_answer import answer_form_of
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, ProblemsError
@@ -31,6 +31,11 @@ VERL = {
 
 def write_lines(folder: Path, *rows: Any) -> Path:
     return jsonl(folder / "problems.jsonl", *rows)
+
+
+def table(path: Path, **columns: str) -> ProblemFiles:
+    """The file with columns of its own, as the config gives them."""
+    return ProblemFiles.model_validate({"files": str(path), **columns})
 
 
 def parquet(folder: Path, *rows: dict[str, Any]) -> Path:
@@ -65,7 +70,7 @@ def test_the_last_user_message_is_the_question(tmp_path: Path) -> None:
 
 def test_columns_can_be_named_from_the_outside_in(tmp_path: Path) -> None:
     path = write_lines(tmp_path, {"q": {"text": "2 + 2?"}, "a.b": "4"})
-    (problem,) = load_problems(path, question_column="q.text", answer_column="a.b").problems
+    (problem,) = load_problems(table(path, question_column="q.text", answer_column="a.b")).problems
     assert (problem.question, problem.answer) == ("2 + 2?", "4")
 
 
@@ -88,16 +93,16 @@ def test_a_form_of_the_users_reads_rows_of_any_shape(tmp_path: Path) -> None:
     (tmp_path / "forms.py").write_text(FORMS)
     form = f"{tmp_path / 'forms.py'}:gsm8k"
     rows = [{"task": "2 + 2?", "solution": "Two and two. #### 4", "source": "gsm8k"}, {"solution": "four"}]
-    (problem,) = load_problems(write_lines(tmp_path, rows[0]), form=form).problems
+    (problem,) = load_problems(table(write_lines(tmp_path, rows[0]), form=form)).problems
     assert (problem.question, problem.answer, problem.source) == ("2 + 2?", "4", "gsm8k")
-    with pytest.raises(ProblemsError, match=r"row 2: problems\.form does not fit this row: .*'four'"):
-        load_problems(write_lines(tmp_path, *rows), form=form)
+    left_out = load_problems(table(write_lines(tmp_path, *rows), form=form)).left_out.lines
+    assert "row 2: problems.form does not fit this row: {'solution': 'four'}" in left_out[0]
     with pytest.raises(ProblemsError, match="row 1: the column 'task' is missing"):
-        load_problems(write_lines(tmp_path, {"solution": "#### 4"}), form=form)
+        load_problems(table(write_lines(tmp_path, {"solution": "#### 4"}), form=form))
     with pytest.raises(
-        ConfigError, match=r"problems\.form = 'gsm': give one of chat, plain, or module:function"
+        ConfigError, match=r"problems\.form = 'gsm': give one of chat, choices, gsm8k, .*, or module"
     ):
-        load_problems(write_lines(tmp_path, SUM), form="gsm")
+        load_problems(table(write_lines(tmp_path, SUM), form="gsm"))
 
 
 def test_equal_rows_are_one_problem_and_are_counted(tmp_path: Path) -> None:
@@ -119,15 +124,18 @@ def test_equal_rows_are_one_problem_and_are_counted(tmp_path: Path) -> None:
         ({"question": "?"}, "row 2: the column 'answer' is missing"),
         ({"question": 5, "answer": "4"}, "row 2: question is neither a text nor a list of messages: 5"),
         ({"question": [{"role": "system", "content": "x"}], "answer": "4"}, "no message of the role 'user'"),
-        ([1], "row 2: a row is a JSON object, not [1]"),
+        (5, "row 2: a row is a JSON object, not 5"),
     ],
 )
-def test_a_bad_row_is_named(tmp_path: Path, row: Any, complaint: str) -> None:
-    path = write_lines(tmp_path, SUM, row)
-    with pytest.raises(ProblemsError) as error:
-        load_problems(path)
-    assert str(path) in str(error.value)
-    assert complaint in str(error.value)
+def test_a_bad_row_is_left_out_counted_and_named(tmp_path: Path, row: Any, complaint: str) -> None:
+    loaded = load_problems(write_lines(tmp_path, SUM, row, row))
+    assert (loaded.rows, len(loaded.problems)) == (3, 1)
+    (line,) = loaded.left_out.lines
+    assert line.startswith("2 left out: ")
+    assert f"e.g. {tmp_path / 'problems.jsonl'}, row 2: " in line
+    assert complaint in line
+    with pytest.raises(ProblemsError, match=r"holds no problem: 1 left out: .*, row 1: "):
+        load_problems(write_lines(tmp_path, row))
 
 
 def test_a_bad_file_is_named_with_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,14 +144,18 @@ def test_a_bad_file_is_named_with_its_whole_path(tmp_path: Path, monkeypatch: py
     Path("cut.jsonl").write_text('{"question": "?", "ans')
     Path("cut.parquet").write_bytes(b"PAR1 and no footer")
     Path("folder.jsonl").mkdir()
+    Path("pointer.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    Path("cut.json").write_text('[{"question": "?", "answer": 4}, {"ques')
     for name, complaint in {
         "none.jsonl": "no problem file at",
         "none.parquet": "no problem file at",
         "empty.jsonl": "holds no problem",
         "cut.jsonl": "row 1: this line is not JSON",
         "cut.parquet": "is not a readable Parquet file",
-        "folder.jsonl": "cannot read .*: Is a directory",
-        "table.csv": "ends in '.csv'",
+        "folder.jsonl": "holds no file that ends in",
+        "table.xlsx": "ends in '.xlsx'",
+        "pointer.parquet": "is a pointer of Git LFS, without the data: run `git lfs pull`",
+        "cut.json": "is a JSON array that breaks off or is broken: ",
     }.items():
         with pytest.raises(ProblemsError, match=complaint) as error:
             load_problems(name)
@@ -158,15 +170,18 @@ def test_unknown_columns_are_answered_with_those_that_are_there(tmp_path: Path) 
     ):
         load_problems(path)
     with pytest.raises(ProblemsError, match=r"no column 'label\.gold' \(problems\.answer_column\)"):
-        load_problems(path, question_column="text", answer_column="label.gold")
+        load_problems(table(path, question_column="text", answer_column="label.gold"))
 
 
-def test_problems_are_split_by_whether_their_gold_can_be_parsed() -> None:
-    problems = [Problem(question="?", answer=answer) for answer in ("4", "np.arcsin(10/13)", "\\frac12")]
+def test_problems_whose_gold_is_of_no_use_are_left_out_by_reason() -> None:
+    golds = ("4", "np.arcsin(10/13)", "\\frac12", "proof", "notfound")
+    problems, left_out = [Problem(question="?", answer=gold) for gold in golds], LeftOut()
     with Verifier(VerifyConfig(workers=1)) as verifier:
-        usable, unparseable = split_by_gold(problems, verifier)
+        usable = usable_problems(problems, verifier, left_out)
     assert [problem.answer for problem in usable] == ["4", "\\frac12"]
-    assert [problem.answer for problem in unparseable] == ["np.arcsin(10/13)"]
+    lines = left_out.lines
+    assert "2 left out: the gold answer is none, e.g. 'proof' of" in lines[0]
+    assert "1 left out: a gold answer that the verifier math cannot use, e.g. 'np.arcsin(10/13)'" in lines[1]
 
 
 @pytest.mark.skipif(not SHARED_PROBLEMS.exists(), reason=f"{SHARED_PROBLEMS} is not here")

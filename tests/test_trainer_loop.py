@@ -208,7 +208,7 @@ def test_a_run_without_a_checkpoint_is_not_written_over_by_another_config(
         ({"rollout__max_completion_length": 510}, "512 positions"),
         ({"run__dir": "/dev/null/x"}, "run.dir: cannot write /dev/null"),
         ({"problems__train": "empty"}, "holds no problem"),
-        ({"problems__train": "senseless"}, "no gold answer"),
+        ({"problems__train": "senseless"}, "no problem can be used: 1 left out: a gold answer"),
         ({"guidance__teachers": ["eve"]}, "'eve'"),
         ({"guidance__loss": "shaped_ratio"}, "needs the student's tokenizer"),
     ],

@@ -48,6 +48,7 @@ def train(
         bool,
         typer.Option("--resume-with-changed-store", help="Resume although the traces in the store changed."),
     ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N training problems.")] = None,
     dry_run: DryRun = False,
     gpu: Annotated[str, typer.Option(help="With --dry-run: the card to plan for, e.g. A100-40GB.")] = "",
     processes: Annotated[
@@ -67,7 +68,8 @@ def train(
     """
     from trainer.config import read_config
 
-    settings = read_config(config, set_)
+    given = [f"problems.limit={limit}"] if limit else []
+    settings = read_config(config, [*(set_ or []), *given])
     if dry_run:
         _show_dry_run(settings, gpu=gpu, processes=processes, resume=resume, changed_store=changed_store)
         return
@@ -131,7 +133,10 @@ def _show_dry_run(settings: Config, **options: Any) -> None:
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model directory, e.g. a checkpoint, or a hub name.")],
     problems: Annotated[
-        str, typer.Option(help="Parquet or JSONL; default: the config's problems.eval.")
+        str,
+        typer.Option(
+            help="A file, or a name in the config's eval.sets; default: the config's problems.eval."
+        ),
     ] = "",
     samples: Annotated[
         int | None,

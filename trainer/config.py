@@ -5,6 +5,7 @@ Defaults are the paper's run (arXiv 2510.02227); `configs/lab.toml` overrides th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -15,7 +16,9 @@ from precompute.config import (
     BaseUrls,
     Positive,
     PrecomputeConfig,
+    ProblemFiles,
     Share,
+    Template,
     checked_engine_args,
 )
 from precompute.config_file import NONE, PathText, Section, load_config
@@ -50,6 +53,8 @@ class StudentConfig(Section):
     """Recomputes activations in the backward pass: about a third slower, far less memory."""
     system_prompt: str | None = BOXED_INSTRUCTION
     """None: the problem's own system turn, if any. An empty string: no system turn."""
+    user_template: Template = None
+    """User turn, in Jinja over `question` and the problem's metadata; None: the question as it is."""
     chat_template: PathText | None = None
     """A file with a Jinja chat template. None: the tokenizer's own, or plain text after the BOS token."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -228,6 +233,8 @@ class SftConfig(Section):
 class EvalConfig(Section):
     """[eval]: held-out problems during training."""
 
+    sets: dict[str, ProblemFiles] = Field(default_factory=dict)
+    """Name -> problems, as `problems.eval`: further held-out sets, each with a curve of its own."""
     every: Count = 10
     """Steps between evaluations, and before the first and after the last step; 0: never."""
     samples: Positive = 8
@@ -240,6 +247,14 @@ class EvalConfig(Section):
     engine_args: Annotated[dict[str, Any], AfterValidator(checked_engine_args)] = Field(default_factory=dict)
     """Keys of a [[teachers]] table for vllm and openai under `ampo eval`, e.g. {tensor_parallel_size = 2} or
     {base_urls = ["http://127.0.0.1:8000/v1"]}."""
+
+    @field_validator("sets")
+    @classmethod
+    def _names_fit_metrics(cls, sets: dict[str, ProblemFiles]) -> dict[str, ProblemFiles]:
+        for name in sets:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+                raise ValueError(f"{name!r}: a set's name has letters, digits, '.', '_' and '-'")
+        return sets
 
     @model_validator(mode="after")
     def _k_fits_samples(self) -> Self:
@@ -310,6 +325,12 @@ class Config(PrecomputeConfig):
             if isinstance(tree, dict) and name in (tree.get(section) or {}):
                 raise ValueError(f"unknown key {former}: it is {key} now")
         return tree
+
+    @property
+    def eval_sets(self) -> dict[str, ProblemFiles]:
+        """Name -> held-out problems; that of `problems.eval` is empty."""
+        own = {"": self.problems.eval} if self.problems.eval.files else {}
+        return own | self.eval.sets
 
     @field_validator("rewards")
     @classmethod

@@ -10,18 +10,19 @@ it is a hash of all that decides about the samples, so that those of two evaluat
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from precompute.config import PrecomputeConfig, TeacherConfig
+from precompute.config import PrecomputeConfig, ProblemFiles, ProblemsConfig, TeacherConfig
 from precompute.engines.registry import resolve_engine
-from precompute.problems.problem_files import load_problems
+from precompute.problems.problem_files import configured_problems
 from precompute.run.pipeline import run
 from precompute.run.progress import Reporter
-from store.errors import ConfigError, EngineError, ProblemsError, UserError, prefixed
+from store.errors import ConfigError, EngineError, UserError
 from store.format.files import whole_file
 from store.reader import TraceStore
 from store.records import Problem, content_hash
@@ -37,23 +38,21 @@ def evaluate_model(
     """Samples `eval.samples` responses per problem of `problems.eval` into the trace store `out`.
 
     Returns the evaluation, and the body of results.json. The default directory is
-    run.dir/evals/MODEL-PROBLEMS-HASH. Problems whose gold answers cannot be parsed are reported and left out.
+    run.dir/evals/MODEL-PROBLEMS-HASH. Problems that cannot be used are reported and left out.
     Raises UserErrors; all samples that were verified by then are kept.
     """
-    if not config.problems.eval:
-        raise ConfigError("no problems to evaluate on: give --problems FILE or set problems.eval")
+    files = chosen_files(config)
     check_model(config.student, named="MODEL")
     _check_adapters(config)
     teacher = as_teacher(config)
-    names = [Path(config.student.model).absolute().name, Path(config.problems.eval).stem, teacher.name[-8:]]
+    stem = re.sub(r"[^\w.-]+", "-", Path(config.problems.eval.name).stem).strip("-")
+    names = [Path(config.student.model).absolute().name, stem, teacher.name[-8:]]
     root = (out or Path(config.run.dir, "evals", "-".join(names))).absolute()
-    columns = {"question_column", "answer_column", "form"}
-    with prefixed("problems.eval", ProblemsError):
-        problems = load_problems(config.problems.eval, **config.problems.model_dump(include=columns)).problems
+    problems = configured_problems(config.problems, files, key="problems.eval").problems
     if (repeats := max(problem.repeats for problem in problems)) > config.eval.samples:
         reporter.message(f"the file repeats a problem {repeats} times: --samples {repeats} takes as many")
     stage = PrecomputeConfig(
-        problems=config.problems.model_copy(update={"train": config.problems.eval}),
+        problems=ProblemsConfig(train=config.problems.with_columns(files)),
         store=config.store.model_copy(update={"path": str(root)}),
         verify=config.verify,
         teachers=(teacher,),
@@ -67,6 +66,18 @@ def evaluate_model(
     return evaluation, results
 
 
+def chosen_files(config: Config) -> ProblemFiles:
+    """Returns the files of `problems.eval`, or those of the set in `eval.sets` that it names."""
+    files, sets = config.problems.eval, config.eval.sets
+    named = "".join(files.files)
+    if named in sets and not Path(named).exists():
+        return sets[named]
+    if not named:
+        names = f" or one of {', '.join(sets)}, the names in eval.sets," if sets else ""
+        raise ConfigError(f"no problems to evaluate on: give --problems FILE{names} or set problems.eval")
+    return files
+
+
 def as_teacher(config: Config) -> TeacherConfig:
     """Returns the student as the teacher that the offline stage samples from, named after its recipe."""
     student, engine_args = config.student, config.eval.engine_args
@@ -76,6 +87,7 @@ def as_teacher(config: Config) -> TeacherConfig:
         "dtype": engine_args.get("dtype", student.dtype),
         "quantization": engine_args.get("quantization"),
         "system_prompt": student.system_prompt,
+        "user_template": student.user_template,
         "chat_template": student.chat_template,
         "chat_template_kwargs": student.chat_template_kwargs,
         "answer_form": student.answer_form,
@@ -103,7 +115,7 @@ def results_of(config: Config, evaluation: Evaluation) -> dict[str, Any]:
     """Returns the results as JSON holds them."""
     return {
         "model": config.student.model,
-        "problems": config.problems.eval,
+        "problems": ", ".join(config.problems.eval.files),
         "interval": "95%, bootstrap over problems",
         **evaluation.metrics,
         "overall": asdict(evaluation.overall),

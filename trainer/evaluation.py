@@ -29,6 +29,8 @@ RESAMPLES = 2000
 class EvalSample:
     """One verified response: a row of a run's evals/step-N.parquet."""
 
+    set: str = ""
+    """Name in `eval.sets`; empty for `problems.eval`."""
     problem_id: str
     source: str
     """The problem's source in its file, e.g. `aime`; empty where the file names none."""
@@ -78,6 +80,8 @@ class Score:
 class Evaluation:
     """One evaluation."""
 
+    name: str = ""
+    """Name in `eval.sets`; empty for `problems.eval`."""
     n: int
     """Samples per problem; a problem that its file repeats more often has that many."""
     overall: Score
@@ -97,18 +101,27 @@ class Evaluation:
     @property
     def metrics(self) -> dict[str, float]:
         """Values by their names in metrics.jsonl; avg@n is the share of correct samples."""
-        overall = self.overall
+        overall, place = self.overall, f"eval/{self.name}".rstrip("/")
         return {
-            f"eval/avg@{self.n}": overall.pass_at[1].value,
-            **{f"eval/pass@{k}": found.value for k, found in overall.pass_at.items()},
-            "eval/mean_length": overall.mean_length,
-            "eval/cut_share": overall.cut_share,
+            f"{place}/avg@{self.n}": overall.pass_at[1].value,
+            **{f"{place}/pass@{k}": found.value for k, found in overall.pass_at.items()},
+            f"{place}/mean_length": overall.mean_length,
+            f"{place}/cut_share": overall.cut_share,
             **{
-                f"eval/{source}/pass@{k}": found.value
+                f"{place}/{source}/pass@{k}": found.value
                 for source, score in self.sources.items()
                 for k, found in score.pass_at.items()
             },
         }
+
+
+def metrics_of(evaluations: Sequence[Evaluation]) -> dict[str, float]:
+    """Returns the values of all held-out sets; `eval/pass@k` is that of `problems.eval`, or without it the
+    mean of the sets."""
+    found = {key: value for each in evaluations for key, value in each.metrics.items()}
+    for k in evaluations[0].overall.pass_at:
+        found.setdefault(f"eval/pass@{k}", fmean(each.overall.pass_at[k].value for each in evaluations))
+    return found
 
 
 def pass_at_k(*, samples: int, correct: int, k: int) -> float:
@@ -132,6 +145,7 @@ def evaluate(
     rewarder: Rewarder,
     prompts: Sequence[Prompt],
     *,
+    name: str = "",
     world: World = ALONE,
     on_sample: OnSample = lambda done, total: None,
     halts: Callable[[], object] = lambda: False,
@@ -141,7 +155,7 @@ def evaluate(
     None where `halts` became true in a rank, which then stops sampling.
 
     A problem that its file repeats more often gets that many. One seed always gives the same samples, so that
-    two evaluations differ by the policy alone.
+    two evaluations differ by the policy alone. `name`: of the set.
     """
     own = world.share(prompts)
     counts = [max(config.eval.samples, prompt.problem.repeats) for prompt in own]
@@ -155,6 +169,7 @@ def evaluate(
     seed = config.train.seed
     rows = [
         EvalSample(
+            set=name,
             problem_id=own[p].problem.problem_id,
             source=own[p].problem.source,
             sample_index=s,
@@ -178,7 +193,7 @@ def evaluate(
     order = {prompt.problem.problem_id: index for index, prompt in enumerate(prompts)}
     gathered.sort(key=lambda row: (order[row.problem_id], row.sample_index))
     sources = {prompt.problem.problem_id: prompt.problem.source for prompt in prompts}
-    return replace(evaluation_of(config.eval, gathered, sources), samples=tuple(gathered))
+    return replace(evaluation_of(config.eval, gathered, sources), name=name, samples=tuple(gathered))
 
 
 def evaluation_of(

@@ -24,7 +24,7 @@ from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, UserError
 from trainer.config import Config, StudentConfig
 from trainer.parallel.world import World
-from trainer.run.prompts import checked_prompts, usable_problems
+from trainer.run.prompts import checked_prompts, held_out_problems, training_problems
 from trainer.run.resume import check_data, find_start
 from trainer.run.run_dir import Position, RunFiles
 from trainer.run.saved_model import check_model
@@ -124,13 +124,12 @@ def _check(
 
     with ExitStack() as stack:
         verifier = stack.enter_context(Verifier(config.verify))
-        problems = attempt(lambda: usable_problems(config, "train", verifier, reporter)) or []
-        held_out = []
-        if config.eval.every:
-            held_out = attempt(lambda: usable_problems(config, "eval", verifier, reporter)) or []
+        problems = attempt(lambda: training_problems(config, verifier, reporter)) or ()
+        held_out = attempt(lambda: held_out_problems(config, verifier, reporter)) or {}
         store = attempt(lambda: open_store(config, stack))
         student = attempt(lambda: read_student(config.student))
-        lines.append(f"{len(problems)} training problems, {len(held_out)} held-out problems")
+        counts = [f"{len(each):,} held-out problems {name}".rstrip() for name, each in held_out.items()]
+        lines.append(", ".join([f"{len(problems):,} training problems", *counts]))
         if store is not None:
             check_verdicts(store.path, problems, verifier)
             lines.append(f"{covered(store, problems, config)} problems have a verified trace in the store")

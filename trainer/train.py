@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import Config
-from trainer.evaluation import evaluate
+from trainer.evaluation import evaluate, metrics_of
 from trainer.method.groups import Group, Prompt
 from trainer.method.guidance import QueryRow
 from trainer.method.rollouts import problems_of_step, refills_of_step, sample_groups
@@ -224,24 +224,28 @@ def lacks_evaluation(run: Run) -> bool:
 
 
 def evaluate_student(run: Run, step: int, stop: StopSignal) -> dict[str, float]:
-    """Evaluates on the held-out problems, writes the samples, and returns the metrics; {} after a stop, so
-    that the step is saved at once: a resumed run evaluates it."""
-    config, started = run.config, time.perf_counter()
+    """Evaluates on the held-out sets, writes the samples, and returns the metrics; {} after a stop, so that
+    the step is saved at once: a resumed run evaluates it."""
+    config, started, evaluations = run.config, time.perf_counter(), []
     with run.sampler.sampling(), run.policy.computing():
-        evaluation = evaluate(
-            config,
-            run.sampler,
-            run.rewarder,
-            run.eval_prompts,
-            world=run.world,
-            on_sample=lambda done, total: run.reporter.progress("evaluation", done, total),
-            halts=lambda: stop.received,
-        )
-    if evaluation is None:
-        return {}
-    run.files.write_evaluation(step, evaluation.samples)
-    run.reporter.evaluated(step, evaluation)
-    return {**evaluation.metrics, "seconds/eval": round(time.perf_counter() - started, 4)}
+        for name, prompts in run.eval_prompts.items():
+            evaluation = evaluate(
+                config,
+                run.sampler,
+                run.rewarder,
+                prompts,
+                name=name,
+                world=run.world,
+                on_sample=lambda done, total: run.reporter.progress("evaluation", done, total),
+                halts=lambda: stop.received,
+            )
+            if evaluation is None:
+                return {}
+            evaluations.append(evaluation)
+    run.files.write_evaluation(step, [sample for each in evaluations for sample in each.samples])
+    for evaluation in evaluations:
+        run.reporter.evaluated(step, evaluation)
+    return {**metrics_of(evaluations), "seconds/eval": round(time.perf_counter() - started, 4)}
 
 
 def log(run: Run, row: dict[str, Any]) -> None:

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from precompute.problems.data_rows import SUFFIXES, Row, cell_of, data_rows, find_column, has_cell, turns_of
+from precompute.problems.data_files import Row, data_rows
+from precompute.problems.data_rows import cell_of, find_column, has_cell, turns_of
 from precompute.problems.problem_files import ProblemReader
 from store.errors import ProblemsError
 from store.records import Problem
@@ -117,18 +118,3 @@ def file_name(source: str) -> str:
     if not name:
         raise ValueError(f"{source!r} cannot name a teacher; give --rename {source}=NAME")
     return name
-
-
-def files_at(path: str | Path) -> list[Path]:
-    """Returns the data files that `path` names: itself, or those of the first kind in SUFFIXES that the
-    directory holds, in order of their paths."""
-    root = Path(path).absolute()
-    if not root.is_dir():
-        return [root]
-    below = [file for file in sorted(root.rglob("*")) if "/." not in f"/{file.relative_to(root)}"]
-    # In this order, because a .json file beside Parquet or JSONL files describes them.
-    for suffix in SUFFIXES:
-        found = [file for file in below if file.suffix == suffix and file.is_file()]
-        if found:
-            return found
-    raise ProblemsError(f"{root} holds no file that ends in {', '.join(SUFFIXES)}")

@@ -1,4 +1,4 @@
-"""Rows of anybody's Parquet or JSON-lines files, one at a time, and what their cells hold.
+"""Cells of anybody's rows: which column, and what its cells hold.
 
 One rule for text, chat and gold cells serves problem files, imported traces and `ampo verify`.
 """
@@ -12,19 +12,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from precompute.config_file import short
+from precompute.problems.data_files import Row
 from store.errors import ProblemsError
 
-SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json")
-
-BATCH_ROWS = 64
-"""Rows of a Parquet file that are in memory at once; a row may hold several long solutions."""
-READ_BYTES = 1 << 20
-
-Row = Mapping[str, Any]
+ROLES = {"human": "user", "gpt": "assistant"}
+"""Roles of sharegpt's turns -> those of a chat."""
 
 
 class Turn(NamedTuple):
@@ -36,54 +29,7 @@ class Turn(NamedTuple):
     source: str | None = None
 
 
-def data_rows(
-    file: Path, *, kind: str = "data file", columns: list[str] | None = None
-) -> Iterator[tuple[int, Row]]:
-    """Yields (row number from 1, row) of a .parquet file, or of a .jsonl, .ndjson or .json file with an
-    object a line, whose row number is the line's.
-
-    Of a Parquet file only the `columns` are read, e.g. `reward_model.ground_truth`; None: all.
-    Raises ProblemsError, calling the file a `kind`.
-    """
-    if file.suffix not in SUFFIXES:
-        raise ProblemsError(f"{file} ends in {file.suffix!r}; a {kind} ends in {', '.join(SUFFIXES)}")
-    try:
-        yield from _parquet_rows(file, columns) if file.suffix == ".parquet" else _json_rows(file)
-    except FileNotFoundError:
-        raise ProblemsError(f"no {kind} at {file}") from None
-    except OSError as error:
-        raise ProblemsError(f"cannot read {file}: {error.strerror}") from None
-
-
-def _parquet_rows(file: Path, columns: list[str] | None) -> Iterator[tuple[int, Row]]:
-    number = 0
-    try:
-        with file.open("rb") as handle, pq.ParquetFile(handle, buffer_size=READ_BYTES) as parquet:
-            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=columns, use_threads=False):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except pa.ArrowException as error:
-        raise ProblemsError(
-            f"{file} is not a readable Parquet file: {' '.join(str(error).split())}"
-        ) from None
-
-
-def _json_rows(file: Path) -> Iterator[tuple[int, Row]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ProblemsError(f"{file}, row {number}: this line is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ProblemsError(f"{file}, row {number}: a row is a JSON object, not {short(row)}")
-            yield number, row
-
-
-def find_column(file: Path, row: Row, wanted: str | None, known: tuple[str, ...], option: str) -> str:
+def find_column(file: Path | str, row: Row, wanted: str | None, known: tuple[str, ...], option: str) -> str:
     """Returns the column `wanted`, or for None the first of `known` that the row has.
 
     Raises ProblemsError that names the row's columns, and the `option` that chooses.
@@ -125,24 +71,41 @@ def cell_of(row: Row, name: str) -> Any:
 
 
 def turns_of(cell: Any, column: str) -> list[Turn]:
-    """Returns the texts of a cell: a text, a list of texts, or a list of {content, role, source}.
+    """Returns the texts of a cell: a text, a list of texts, or a list of {content, role, source} or, as
+    sharegpt has it, {value, from}; such a list may be JSON text.
 
     ValueError when it holds something else.
     """
     if cell is None:
         return []
     if isinstance(cell, str):
-        return [Turn(cell)]
+        listed = listed_turns(cell)
+        if listed is None:
+            return [Turn(cell)]
+        cell = listed
     if not isinstance(cell, list):
         raise ValueError(f"{column} is neither a text nor a list of messages: {short(cell)}")
     turns = []
     for entry in cell:
         turn = entry if isinstance(entry, Mapping) else {"content": entry}
-        text = turn.get("content")
+        text = turn.get("content", turn.get("value"))
         if not isinstance(text, str | None):
             raise ValueError(f"{column} has a message that is not text: {short(text)}")
-        turns.append(Turn(text or "", turn.get("role"), turn.get("source")))
+        role = turn.get("role", turn.get("from"))
+        turns.append(Turn(text or "", ROLES.get(str(role), role), turn.get("source")))
     return turns
+
+
+def listed_turns(text: str) -> list[Any] | None:
+    """Returns the messages that a text holds as JSON; None for any other text."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    is_chat = isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found)
+    return found if is_chat and all(turn.keys() & {"role", "from"} for turn in found) else None
 
 
 def gold_of(cell: Any, column: str) -> str:

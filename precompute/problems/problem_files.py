@@ -1,167 +1,197 @@
-"""Reads problems from Parquet or JSONL and recognises repeated ones by content (DESIGN 3).
+"""Reads problems from files and recognises repeated ones by content (DESIGN 3).
 
-The built-in forms of a row:
-
-    {"question": "What is 2 + 2?", "answer": "4"}                           plain
-    {"prompt": [{"role": "system", "content": "..."},                       chat (verl)
-                {"role": "user", "content": "What is 2 + 2?"}],
-     "reward_model": {"ground_truth": "4"}, "data_source": "aime"}
-
-To add a form, write a ProblemForm and enter it in PROBLEM_FORMS; or name your own function in the config,
-`[problems] form = "forms.py:gsm8k"`.
+Rows that cannot be used are counted by reason and left out; only when all are is it an error. The forms of a
+row are in forms.py, the kinds of files in data_files.py.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from precompute.config import ProblemsConfig
+from precompute.config import ProblemFiles, ProblemsConfig
 from precompute.config_file import short
-from precompute.problems.data_rows import Row, cell_of, data_rows, find_column, gold_of, turns_of
+from precompute.problems.data_files import Row, data_rows, files_at, hub_rows
+from precompute.problems.data_rows import cell_of, find_column
+from precompute.problems.forms import PROBLEM_FORMS, TEMPLATE, Columns
+from precompute.problems.prompts import filled_template
 from precompute.verify.verifier import Verifier
 from store.errors import ProblemsError, prefixed
+from store.reader import TraceStore
 from store.records import Problem
 from store.registry import lookup
 
-QUESTION_COLUMNS = ("question", "problem", "prompt")
-ANSWER_COLUMNS = ("answer", "gold", "reward_model.ground_truth")
+QUESTION_COLUMNS = (
+    *("question", "problem", "prompt", "Problem", "Question"),
+    *("conversations", "messages", "0.value"),
+)
+ANSWER_COLUMNS = (
+    *("answer", "gold", "reward_model.ground_truth", "Answer", "final_answer", "expected_answer"),
+    *("ground_truth", "answerKey", "solution", "Solution", "conversations", "1.ground_truth.value"),
+)
 SOURCE_COLUMNS = ("data_source", "source")
 METADATA_COLUMNS = ("metadata", "extra_info")
-ANY_FORM = "any"
-"""The form of each row is the first of PROBLEM_FORMS that knows it."""
+NO_ANSWERS = ("proof", "notfound", "not found", "unknown", "none", "nan", "n/a")
+"""Gold answers of published data sets that are none, to verifiers of mathematics."""
+CHECKED_AT_ONCE = 500
+"""Gold answers between two reports of progress."""
 
 
-class Columns(NamedTuple):
-    """Columns of a file, named from the outside in, e.g. `reward_model.ground_truth`; empty: not found."""
+class LeftOut:
+    """Counts what is left out, by reason, with the first example of each."""
 
-    question: str
-    answer: str
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
 
+    def add(self, reason: str, example: str) -> None:
+        """Counts one more for a reason."""
+        self.counts[reason] += 1
+        self._examples.setdefault(reason, example)
 
-ProblemForm = Callable[[Row, Columns], Problem | None]
-"""Returns the problem that a row states; None when the row has another form, ValueError when it is wrong."""
-
-
-def plain(row: Row, columns: Columns) -> Problem | None:
-    """Reads a row whose question is a text."""
-    question = cell_of(row, columns.question)
-    if not isinstance(question, str):
-        return None
-    return Problem(question=_filled(question, columns.question), answer=_answer(row, columns))
-
-
-def chat(row: Row, columns: Columns) -> Problem | None:
-    """Reads a row whose question is a list of messages: the last user turn, and the system turn."""
-    cell = cell_of(row, columns.question)
-    if isinstance(cell, str):
-        return None
-    turns = {turn.role: turn.text for turn in turns_of(cell, columns.question)}
-    if "user" not in turns:
-        raise ValueError(f"{columns.question} has no message of the role 'user': {short(cell)}")
-    return Problem(
-        question=_filled(turns["user"], f"{columns.question}: user"),
-        answer=_answer(row, columns),
-        system_prompt=turns.get("system") or None,
-    )
-
-
-PROBLEM_FORMS: Mapping[str, ProblemForm] = {"plain": plain, "chat": chat}
+    @property
+    def lines(self) -> list[str]:
+        """A line for each reason, the most frequent first."""
+        return [
+            f"{count:,} left out: {reason}, e.g. {self._examples[reason]}"
+            for reason, count in self.counts.most_common()
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProblemSet:
-    """The problems of a file."""
+    """The problems of a set of files."""
 
     problems: tuple[Problem, ...]
-    """Unique by content, in the file's order; of equal ones the first."""
+    """Unique by content, in the files' order; of equal ones the first."""
     rows: int
-    """Rows of the file."""
+    """Rows of the files."""
     duplicates: int
-    """Rows that repeat an earlier one: rows - len(problems)."""
+    """Rows that repeat an earlier one."""
+    left_out: LeftOut = field(default_factory=LeftOut, compare=False)
+    """Rows that hold no problem."""
 
 
-def load_problems(
-    path: str | Path,
-    *,
-    question_column: str | None = None,
-    answer_column: str | None = None,
-    form: str = ANY_FORM,
-) -> ProblemSet:
-    """Reads a .parquet file, or a .jsonl, .ndjson or .json file with an object a line.
-
-    A column is named from the outside in, `reward_model.ground_truth`; None takes the first of
-    QUESTION_COLUMNS and ANSWER_COLUMNS that the file has. Raises ProblemsError.
-    """
-    file = Path(path).absolute()
-    reader = ProblemReader(question_column, answer_column, form=form)
+def load_problems(files: ProblemFiles | str | Path) -> ProblemSet:
+    """Reads files, with their columns, or one file. Raises ProblemsError where they hold no problem."""
+    given = files if isinstance(files, ProblemFiles) else ProblemFiles(files=(str(files),))
     unique: dict[str, Problem] = {}
     repeats: Counter[str] = Counter()
-    for number, row in data_rows(file, kind="problem file"):
-        problem = reader.problem(file, number, row)
+    left_out = LeftOut()
+    for problem in _problems_of(given, left_out):
         unique.setdefault(problem.problem_id, problem)
         repeats[problem.problem_id] += 1
     if not unique:
-        raise ProblemsError(f"{file} holds no problem")
+        first = f": {left_out.lines[0]}" if left_out.counts else ""
+        raise ProblemsError(f"{given.name} holds no problem{first}")
     problems = tuple(replace(problem, repeats=repeats[each]) for each, problem in unique.items())
-    rows = repeats.total()
-    return ProblemSet(problems=problems, rows=rows, duplicates=rows - len(unique))
+    rows, used = repeats.total() + left_out.counts.total(), repeats.total()
+    return ProblemSet(problems=problems, rows=rows, duplicates=used - len(unique), left_out=left_out)
 
 
-def configured_problems(config: ProblemsConfig, which: Literal["train", "eval"]) -> ProblemSet:
-    """Reads the file of `problems.train` or `problems.eval`. Raises ProblemsError that names the key."""
-    with prefixed(f"problems.{which}", ProblemsError):
-        return load_problems(
-            getattr(config, which),
-            question_column=config.question_column,
-            answer_column=config.answer_column,
-            form=config.form,
-        )
+def _problems_of(files: ProblemFiles, left_out: LeftOut) -> Iterator[Problem]:
+    """Yields the problem of each row, and counts the rows without one."""
+    for name in files.files:
+        sources = [name] if name.startswith("hf:") else files_at(name, kind="problem file")
+        for source in sources:
+            reader = ProblemReader.of(files)
+
+            def bad(number: int, reason: str, source: str | Path = source) -> None:
+                left_out.add(re.split("[:;]", reason)[0], f"{source}, row {number}: {reason}")
+
+            rows = (
+                hub_rows(source)
+                if isinstance(source, str)
+                else data_rows(source, kind="problem file", on_bad=bad)
+            )
+            for number, row in rows:
+                try:
+                    problem = reader.read(source, row)
+                except ValueError as error:
+                    bad(number, str(error))
+                else:
+                    yield problem
+
+
+def configured_problems(config: ProblemsConfig, files: ProblemFiles, *, key: str) -> ProblemSet:
+    """Reads the problems of `problems.train`, `problems.eval` or of one of `eval.sets`, whose `key` errors
+    name."""
+    with prefixed(key, ProblemsError):
+        return load_problems(config.with_columns(files))
 
 
 class ProblemReader:
-    """Reads the problems of rows; the first row settles the columns."""
+    """Reads the problems of one file's rows; the first row that has them settles the columns."""
 
     def __init__(
         self,
         question_column: str | None,
         answer_column: str | None,
         *,
-        form: str = ANY_FORM,
+        source_column: str | None = None,
+        metadata_column: str | None = None,
+        form: str | None = None,
+        template: str | None = None,
         options: tuple[str, str] = ("problems.question_column", "problems.answer_column"),
     ) -> None:
         """`options` choose the columns, for errors. Raises ConfigError for an unknown form."""
-        built_in = form == ANY_FORM or form in PROBLEM_FORMS
+        built_in = form is None or form in PROBLEM_FORMS
         self._forms = (
-            PROBLEM_FORMS.values() if form == ANY_FORM else [lookup(PROBLEM_FORMS, form, key="problems.form")]
+            PROBLEM_FORMS.values() if form is None else [lookup(PROBLEM_FORMS, form, key="problems.form")]
         )
         names = (QUESTION_COLUMNS, ANSWER_COLUMNS) if built_in else ((), ())
-        self._wanted = tuple(zip((question_column, answer_column), names, options, strict=True))
+        question = TEMPLATE if template else question_column
+        self._wanted = tuple(zip((question, answer_column), names, options, strict=True))
         self._columns: Columns | None = None
+        self._source, self._metadata, self._template = source_column, metadata_column, template
+
+    @classmethod
+    def of(cls, files: ProblemFiles) -> ProblemReader:
+        """Returns a reader with the columns of the config."""
+        return cls(
+            files.question_column,
+            files.answer_column,
+            source_column=files.source_column,
+            metadata_column=files.metadata_column,
+            form=files.form,
+            template=files.template,
+        )
 
     def problem(self, file: Path, number: int, row: Row) -> Problem:
         """Returns the problem that a row states. Raises ProblemsError that names file and row."""
-        if self._columns is None:
-            self._columns = Columns(
-                *(find_column(file, row, *each) if each[0] or each[1] else "" for each in self._wanted)
-            )
         try:
-            problem = self._formed(row, self._columns)
-        except KeyError as error:
-            raise ProblemsError(f"{file}, row {number}: the column {error} is missing") from None
+            return self.read(file, row)
         except ValueError as error:
             raise ProblemsError(f"{file}, row {number}: {error}") from None
-        sources = (row.get(name) for name in SOURCE_COLUMNS)
-        return replace(
+
+    def read(self, file: Path | str, row: Row) -> Problem:
+        """Returns the problem that a row states. ValueError that names what is wrong with the row."""
+        if self._template:
+            row = {**row, TEMPLATE: filled_template(self._template, {"row": row, **row})}
+        try:
+            if self._columns is None:
+                self._columns = Columns(
+                    *(find_column(file, row, *each) if each[0] or each[1] else "" for each in self._wanted)
+                )
+            problem = self._formed(row, self._columns)
+        except KeyError as error:
+            raise ValueError(f"the column {error} is missing") from None
+        except ProblemsError as error:
+            raise ValueError(str(error).removeprefix(f"{file} has ")) from None
+        metadata = metadata_of(row, self._metadata)
+        problem = replace(
             problem,
-            source=next((each for each in sources if isinstance(each, str)), problem.source),
+            source=source_of(row, self._source) or problem.source,
             verifier=problem.verifier or row.get("verifier") or "",
-            metadata=problem.metadata or metadata_of(row),
+            metadata={**metadata, **problem.metadata},
         )
+        _check_text(problem)
+        return problem
 
     def _formed(self, row: Row, columns: Columns) -> Problem:
         for form in self._forms:
@@ -170,35 +200,79 @@ class ProblemReader:
         raise ValueError(f"problems.form does not fit this row: {short(row)}")
 
 
-def metadata_of(row: Row) -> dict[str, Any]:
-    """Returns the facts for the row's verifier, in JSON's types: its `metadata` or verl's `extra_info`, an
-    object or JSON text."""
-    for name in METADATA_COLUMNS:
-        cell = row.get(name)
+def source_of(row: Row, column: str | None) -> str:
+    """Returns the row's origin or subject: the named column's, or that of SOURCE_COLUMNS."""
+    if column is not None:
+        return str(cell_of(row, column) or "")
+    return next((cell for cell in map(row.get, SOURCE_COLUMNS) if isinstance(cell, str)), "")
+
+
+def metadata_of(row: Row, column: str | None = None) -> dict[str, Any]:
+    """Returns the facts for the row's verifier, in JSON's types: of the named column, or of `metadata` or
+    verl's `extra_info`, an object or JSON text. ValueError where the named one holds neither."""
+    for name in METADATA_COLUMNS if column is None else (column,):
+        cell = row.get(name) if column is None else cell_of(row, name)
         if isinstance(cell, str) and cell.strip().startswith("{"):
             cell = json.loads(cell)
         if isinstance(cell, Mapping):
             facts = json.loads(json.dumps(cell, default=str))
             # Parquet gives every row the keys of all.
             return {key: value for key, value in facts.items() if value is not None}
+        if column is not None and cell is not None:
+            raise ValueError(f"{column} is no object: {short(cell)}")
     return {}
 
 
-def split_by_gold(
-    problems: Sequence[Problem], verifier: Verifier
-) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
-    """Returns (usable, unparseable): a problem whose gold answer cannot be parsed never earns a reward."""
-    pairs = list(zip(problems, verifier.gold_errors(problems), strict=True))
-    return tuple(p for p, error in pairs if error is None), tuple(
-        p for p, error in pairs if error is not None
-    )
+def _check_text(problem: Problem) -> None:
+    """Raises ValueError for lone surrogates, which no file in UTF-8 can hold."""
+    texts = problem.question, problem.answer, problem.source, problem.system_prompt or "", problem.verifier
+    try:
+        json.dumps([*texts, problem.turns, problem.metadata], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"a text with lone surrogates: {short(problem.question)}") from None
 
 
-def _answer(row: Row, columns: Columns) -> str:
-    return _filled(gold_of(cell_of(row, columns.answer), columns.answer), columns.answer)
+def usable_problems(
+    problems: Sequence[Problem],
+    verifier: Verifier,
+    left_out: LeftOut,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Problem, ...]:
+    """Returns the problems whose gold answer their verifier can use, which could never earn a reward
+    otherwise, and counts the others."""
+    usable: list[Problem] = []
+    for start in range(0, len(problems), CHECKED_AT_ONCE):
+        some = problems[start : start + CHECKED_AT_ONCE]
+        for problem, error in zip(some, verifier.gold_errors(some), strict=True):
+            name, gold = verifier.name_for(problem), problem.answer.strip()
+            example = f"{short(gold)} of {problem.problem_id}"
+            if name in ("math", "numeric") and gold.casefold() in NO_ANSWERS:
+                left_out.add("the gold answer is none", example)
+            elif error is not None:
+                left_out.add(f"a gold answer that the verifier {name} cannot use", f"{example}: {error}")
+            else:
+                usable.append(problem)
+        progress(start + len(some), len(problems))
+    return tuple(usable)
 
 
-def _filled(text: str, column: str) -> str:
-    if not text.strip():
-        raise ValueError(f"{column} holds no text: {text!r}")
-    return text
+def in_pass_range(
+    problems: Sequence[Problem], config: ProblemsConfig, left_out: LeftOut
+) -> tuple[Problem, ...]:
+    """Returns the problems whose pass rate in the store `problems.pass_rates` is in the config's range, and
+    counts the others."""
+    if config.pass_rates is None or (config.min_pass_rate, config.max_pass_rate) == (0, 1):
+        return tuple(problems)
+    with TraceStore(config.pass_rates) as store:
+        rates = store.pass_rates()
+    kept = []
+    for problem in problems:
+        rate = rates.get(problem.problem_id)
+        if rate is None:
+            left_out.add(f"without a sample in {config.pass_rates}", problem.problem_id)
+        elif not config.min_pass_rate <= rate <= config.max_pass_rate:
+            limits = f"{config.min_pass_rate:g} to {config.max_pass_rate:g}"
+            left_out.add(f"a pass rate outside {limits}", f"{problem.problem_id}: {rate:.2f}")
+        else:
+            kept.append(problem)
+    return tuple(kept)

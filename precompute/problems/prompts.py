@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from jinja2 import Environment, StrictUndefined, Template
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
+from precompute.config_file import short
 from precompute.verify.final_answer import answer_form_of
 from store.errors import ConfigError
 from store.records import AnswerForm, Problem, content_hash
@@ -37,11 +40,33 @@ def system_turn(problem: Problem, system_prompt: str | None) -> str:
     return (problem.system_prompt or "") if system_prompt is None else system_prompt
 
 
-def build_messages(problem: Problem, system_prompt: str | None) -> list[dict[str, str]]:
-    """Returns the chat of one problem: a system turn, unless it is empty, and the question as user turn."""
-    system = system_turn(problem, system_prompt)
-    question = {"role": "user", "content": problem.question}
-    return [{"role": "system", "content": system}, question] if system else [question]
+def build_messages(
+    problem: Problem, system_prompt: str | None, user_template: str | None = None
+) -> list[dict[str, str]]:
+    """Returns the chat of one problem: a system turn, unless it is empty, earlier turns, where there are any,
+    and the question as the last user turn.
+
+    `user_template`: Jinja over `question` and the problem's metadata that makes that turn.
+    """
+    system, turns = system_turn(problem, system_prompt), problem.user_turns
+    if user_template is not None:
+        facts = {"metadata": problem.metadata, **problem.metadata, "question": problem.question}
+        turns = (*turns[:-1], ("user", filled_template(user_template, facts)))
+    given = (*([("system", system)] if system else []), *turns)
+    return [{"role": role, "content": text} for role, text in given]
+
+
+def filled_template(template: str, values: Mapping[str, Any]) -> str:
+    """Returns the text of a Jinja template. ValueError where it names a value that there is not."""
+    try:
+        return _compiled(template).render(values)
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"the template {short(template)} does not fit: {error}") from None
+
+
+@lru_cache
+def _compiled(template: str) -> Template:
+    return Environment(undefined=StrictUndefined).from_string(template)
 
 
 def use_template(tokenizer: PreTrainedTokenizerBase, path: str | None, *, key: str) -> None:
@@ -66,15 +91,19 @@ def render_prompt(
     *,
     system_prompt: str | None,
     chat_template_kwargs: Mapping[str, Any],
+    user_template: str | None = None,
 ) -> Prompt:
     """Renders the prompt by the tokenizer's chat template, or by `plain_text` where it has none.
 
     Without a tokenizer the prompt is the messages, and the text is for people to read.
 
-    Raises ConfigError when the template refuses the messages (some know no system turn), is not valid Jinja,
-    or doubles the BOS token.
+    Raises ConfigError when a template refuses the messages (some know no system turn) or the problem, is not
+    valid Jinja, or doubles the BOS token.
     """
-    messages = build_messages(problem, system_prompt)
+    try:
+        messages = build_messages(problem, system_prompt, user_template)
+    except ValueError as error:
+        raise ConfigError(f"user_template: problem {problem.problem_id}: {error}") from None
     if tokenizer is None:
         text = plain_text(messages, bos_token=None)
         return Prompt(text=text, ids=(), opens_think=False, messages=tuple(messages))
@@ -164,6 +193,14 @@ def plain_text(messages: list[dict[str, str]], *, bos_token: str | None) -> str:
     return (bos_token or "") + "\n\n".join(message["content"] for message in messages) + "\n"
 
 
+def replaced_warning(problems: Sequence[Problem], system_prompt: str | None, *, key: str) -> str | None:
+    """Returns a warning where the config's system turn, of the config's `key`, replaces those of the data."""
+    count = sum(bool(problem.system_prompt) for problem in problems)
+    if system_prompt is None or not any(p.system_prompt not in (None, system_prompt) for p in problems):
+        return None
+    return f'{key} replaces the system turns of {count:,} problems; {key} = "none" keeps them'
+
+
 class Answering(Protocol):
     """A model that answers problems: a teacher's config or record, or the student's config."""
 
@@ -173,17 +210,25 @@ class Answering(Protocol):
     @property
     def system_prompt(self) -> str | None: ...
 
+    @property
+    def user_template(self) -> str | None: ...
+
 
 def demanded_form(model: Answering, problem: Problem) -> AnswerForm:
     """Returns the form in which the model's answer to the problem is searched; without any demand, boxed."""
     if model.answer_form is not None:
         return model.answer_form
-    return answer_form_of(system_turn(problem, model.system_prompt), problem.question) or "boxed"
+    return _demand(model, problem) or "boxed"
+
+
+def _demand(model: Answering, problem: Problem) -> AnswerForm | None:
+    system = system_turn(problem, model.system_prompt)
+    return answer_form_of(system, model.user_template or "", problem.question)
 
 
 def check_form(model: Answering, problem: Problem, *, key: str) -> None:
     """Raises ConfigError where the prompt demands another form than the config key `key` names."""
-    demanded = answer_form_of(system_turn(problem, model.system_prompt), problem.question)
+    demanded = _demand(model, problem)
     if model.answer_form is not None and demanded not in (None, model.answer_form):
         raise ConfigError(
             f"{key} = {model.answer_form!r}, but the prompt demands the form {demanded}: change one of them "

@@ -10,13 +10,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from precompute.config import PrecomputeConfig, TeacherConfig
 from precompute.engines.registry import load_tokenizer
-from precompute.problems.problem_files import configured_problems, split_by_gold
+from precompute.problems.problem_files import configured_problems, in_pass_range, usable_problems
 from precompute.problems.prompts import check_form, demanded_form, tokenizer_fingerprint
 from precompute.run.backends import RAY, Backend
 from precompute.run.plan import (
@@ -33,7 +34,6 @@ from precompute.run.refilter import check_filters, filter_settings
 from precompute.run.reverify import check_verdicts
 from precompute.run.shard import Shard
 from precompute.run.solve import (
-    STAGE_PROBLEMS,
     Done,
     PreparedTeacher,
     fill_prompts,
@@ -199,6 +199,7 @@ def _prepared(teacher: TeacherConfig, backend: Backend, filters: Mapping[str, An
         # A tokenizer may have no template, or several by name.
         chat_template=template if isinstance(template, str) else content_hash(template),
         system_prompt=teacher.system_prompt,
+        user_template=teacher.user_template,
         chat_template_kwargs=teacher.chat_template_kwargs,
         sampling=sampling,
         tokenizer_fingerprint="" if tokenizer is None else tokenizer_fingerprint(tokenizer),
@@ -211,34 +212,29 @@ def _prepared(teacher: TeacherConfig, backend: Backend, filters: Mapping[str, An
 def read_problems(
     config: PrecomputeConfig, limit: int | None, shard: Shard | None, verifier: Verifier, reporter: Reporter
 ) -> tuple[tuple[Problem, ...], ProblemsSummary]:
-    """Returns the problems to solve: those of the shard with a gold answer that can be parsed.
+    """Returns the problems to solve: those of the shard that can be used.
 
-    Raises ProblemsError when there are some and no gold answer can be parsed.
+    Raises ProblemsError when there are some and none of them can be used.
     """
-    if not config.problems.train:
-        raise ConfigError("problems.train is empty; name a Parquet or JSONL file with the problems to solve")
-    found = configured_problems(config.problems, "train")
-    chosen = found.problems[:limit] if shard is None else shard.of(found.problems[:limit])
-    parseable: list[Problem] = []
-    unparseable: list[Problem] = []
-    for start in range(0, len(chosen), STAGE_PROBLEMS):
-        fine, broken = split_by_gold(chosen[start : start + STAGE_PROBLEMS], verifier)
-        parseable += fine
-        unparseable += broken
-        reporter.show("checking gold answers", len(parseable) + len(unparseable), len(chosen))
-    if not parseable and not shard:
-        raise ProblemsError(
-            f"problems.train: {config.problems.train}: no gold answer of its problems can be parsed"
-        )
-    if unparseable:
-        shown = ", ".join(f"{problem.problem_id} ({problem.answer[:30]!r})" for problem in unparseable[:3])
-        reporter.message(f"{len(unparseable)} gold answers cannot be parsed; left out: {shown} ...")
-    return tuple(parseable), ProblemsSummary(
-        path=str(Path(config.problems.train).absolute()),
+    settings = config.problems
+    if not settings.train.files:
+        raise ConfigError("problems.train is empty; name a file with the problems to solve")
+    found = configured_problems(settings, settings.train, key="problems.train")
+    left_out = found.left_out
+    first = in_pass_range(found.problems, settings, left_out)[: limit or settings.limit]
+    chosen = first if shard is None else shard.of(first)
+    usable = usable_problems(chosen, verifier, left_out, partial(reporter.show, "checking gold answers"))
+    if not usable and not shard:
+        reason = left_out.lines[0]
+        raise ProblemsError(f"problems.train: {settings.train.name}: no problem can be used: {reason}")
+    for line in left_out.lines:
+        reporter.message(f"warning: {settings.train.name}: {line}")
+    return usable, ProblemsSummary(
+        path=settings.train.name,
         rows=found.rows,
         duplicates=found.duplicates,
-        unparseable=tuple(unparseable),
-        used=len(parseable),
+        left_out=left_out.counts.total(),
+        used=len(usable),
         shard=str(shard) if shard else None,
     )
 

@@ -49,8 +49,8 @@ class ProblemsSummary:
     rows: int
     duplicates: int
     """Rows that repeat an earlier one."""
-    unparseable: tuple[Problem, ...]
-    """Problems left out because their gold answer cannot be parsed."""
+    left_out: int
+    """Rows and problems that cannot be used."""
     used: int
     """Problems for the teachers to solve."""
     shard: str | None = None

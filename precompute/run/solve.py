@@ -18,7 +18,7 @@ from precompute.config import FiltersConfig, StoreConfig, TeacherConfig
 from precompute.engines import Engine, Request, Sampling
 from precompute.engines.feed import RequestQueue, loop_in_thread
 from precompute.engines.registry import most_prompt_tokens
-from precompute.problems.prompts import Prompt, demanded_form, prompt_warning, render_prompt
+from precompute.problems.prompts import Prompt, demanded_form, prompt_warning, render_prompt, replaced_warning
 from precompute.run.progress import Reporter, TeacherProgress
 from precompute.run.traces import Append, PartBuffer, trace_of
 from precompute.verify.verifier import Verifier
@@ -92,13 +92,18 @@ def fill_prompts(
             problem,
             system_prompt=teacher.config.system_prompt,
             chat_template_kwargs=teacher.config.chat_template_kwargs,
+            user_template=teacher.config.user_template,
         )
         if number % STAGE_PROBLEMS == 0 or number == len(problems):
             reporter.show(f"{teacher.name}: filling prompts", number, len(problems))
     first = next(iter(prompts.values())).text
-    key = f"teachers.{teacher.name}.chat_template"
-    if warning := prompt_warning(teacher.tokenizer, first, key=key, template=teacher.config.chat_template):
-        reporter.message(f"warning: {warning}")
+    config, key = teacher.config, f"teachers.{teacher.name}"
+    for warning in (
+        prompt_warning(teacher.tokenizer, first, key=f"{key}.chat_template", template=config.chat_template),
+        replaced_warning(problems, config.system_prompt, key=f"{key}.system_prompt"),
+    ):
+        if warning:
+            reporter.message(f"warning: {warning}")
     return _fitting(teacher.config, prompts, done, reporter)
 
 

@@ -147,8 +147,7 @@ def reverify_table(reports: Sequence[ReverifyReport]) -> Table:
 
 def problems_line(summary: ProblemsSummary) -> str:
     """Returns the counts of the problem file's rows."""
-    unparseable = len(summary.unparseable)
     repeats = f", {summary.duplicates:,} repeated" if summary.duplicates else ""
-    left_out = f", {unparseable:,} with a gold answer that cannot be parsed" if unparseable else ""
+    left_out = f", {summary.left_out:,} left out" if summary.left_out else ""
     part = f" (shard {summary.shard})" if summary.shard else ""
     return f"{summary.path}: {summary.rows:,} rows{repeats}{left_out}; {summary.used:,} problems used{part}"

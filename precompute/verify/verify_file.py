@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from rich.console import Group
 from rich.markup import escape
 
-from precompute.problems.data_rows import cell_of, data_rows, find_column, gold_of, turns_of
+from precompute.problems.data_files import data_rows
+from precompute.problems.data_rows import cell_of, find_column, gold_of, turns_of
 from precompute.verify.verifier import Verifier
 from store.errors import ProblemsError, UserError
 from store.format.row_files import write_rows

@@ -12,12 +12,11 @@ To add a form, add a function and an entry in EXPORT_FORMS, or give `--to` your 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from store.format.columns import PROBLEM_COLUMNS, TOKEN_COLUMNS, TRACE_COLUMNS
+from store.format.columns import PROBLEM_COLUMNS, TOKEN_COLUMNS, TRACE_COLUMNS, json_text
 from store.records import Problem, TeacherRecord, Trace
 
 
@@ -141,7 +140,7 @@ HF_COLUMNS = {**PROBLEM_COLUMNS, "final_answer": "string", **_HF_TRACE}
 def hf_rows(solved: Solved) -> Iterator[dict[str, Any]]:
     """Yields a row a trace, without tokens and log-probabilities."""
     problem = {name: getattr(solved.problem, name) for name in PROBLEM_COLUMNS}
-    problem["metadata"] = json.dumps(problem["metadata"], ensure_ascii=False, sort_keys=True)
+    problem |= {name: json_text(problem[name]) for name in ("metadata", "turns")}
     for trace in solved.traces:
         columns = {name: getattr(trace, name) for name in _HF_TRACE}
         yield {**problem, "final_answer": trace.answer, **columns}
@@ -158,8 +157,8 @@ def _verl_columns(solved: Solved) -> dict[str, Any]:
 
 def _prompt(solved: Solved, turn: str | None) -> list[dict[str, str]]:
     system = turn if solved.system_prompt is None else solved.system_prompt
-    question = {"role": "user", "content": solved.problem.question}
-    return [{"role": "system", "content": system}, question] if system else [question]
+    turns = (*([("system", system)] if system else []), *solved.problem.user_turns)
+    return [{"role": role, "content": text} for role, text in turns]
 
 
 def _extra(solved: Solved) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 from store.records import TeacherRecord
@@ -37,6 +38,7 @@ PROBLEM_COLUMNS = {
     "answer": "string",
     "source": "string",
     "system_prompt": "string",
+    "turns": "string",
     "verifier": "string",
     "metadata": "string",
 }
@@ -59,6 +61,11 @@ VIEWS: Mapping[str, Sequence[str]] = {
     "parts": PART_COLUMNS,
 }
 """The views of `ampo inspect store sql`."""
+
+
+def json_text(value: object) -> str:
+    """Returns the metadata or the turns of a problem as a column holds them."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 def views_help() -> str:

@@ -102,10 +102,15 @@ def read_problems(root: Path) -> list[Problem]:
     with damage_named(path, MAKE_AGAIN), open_part(path) as file:
         rows = file.read(use_threads=False).to_pylist()
         ids = [row.pop("problem_id") for row in rows]
-        problems = [Problem(**row | {"metadata": json.loads(row["metadata"])}) for row in rows]
+        problems = [_problem(row) for row in rows]
         if ids != [problem.problem_id for problem in problems]:
             raise ValueError("the problem_id of a row does not fit its content")
     return problems
+
+
+def _problem(row: dict[str, Any]) -> Problem:
+    metadata, turns = (json.loads(row.pop(name)) for name in ("metadata", "turns"))
+    return Problem(**row, metadata=metadata, turns=tuple(map(tuple, turns)))
 
 
 def read_teachers(root: Path) -> dict[str, TeacherRecord]:

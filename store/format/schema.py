@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 
-from store.format.columns import BIG_COLUMNS, PROBLEM_COLUMNS, TRACE_COLUMNS
+from store.format.columns import BIG_COLUMNS, PROBLEM_COLUMNS, TRACE_COLUMNS, json_text
 from store.records import Problem, TeacherRecord, Trace
 
 SCHEMA_VERSION = 3
@@ -63,14 +62,16 @@ PART_OPTIONS: dict[str, Any] = PARQUET_OPTIONS | {
 
 def table_of(records: Sequence[Trace] | Sequence[Problem], schema: pa.Schema) -> pa.Table:
     """Returns one row a record, in the order given."""
-    columns = [[_cell(getattr(record, name)) for record in records] for name in schema.names]
+    columns = [[_cell(getattr(record, field.name), field) for record in records] for field in schema]
     return pa.table(
         [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema
     )
 
 
-def _cell(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True) if isinstance(value, Mapping) else value
+def _cell(value: Any, field: pa.Field) -> Any:
+    """Returns the value; what is no text in a column of texts (metadata, turns) as JSON."""
+    is_json = isinstance(value, Mapping | tuple) and field.type == pa.string()
+    return json_text(value) if is_json else value
 
 
 def teacher_json(record: TeacherRecord) -> dict[str, Any]:

@@ -74,9 +74,9 @@ def problems_of(run: Path, wanted: Collection[str]) -> dict[str, Problem]:
         found = {problem.problem_id: problem for problem in store.problems()}
     if not found.keys() >= set(wanted):
         with suppress(UserError):
-            config = load_config(Config, str(run / "config.toml"), [])
-            problems = configured_problems(config.problems, "train").problems
-            found |= {problem.problem_id: problem for problem in problems}
+            given = load_config(Config, str(run / "config.toml"), []).problems
+            loaded = configured_problems(given, given.train, key="problems.train")
+            found |= {problem.problem_id: problem for problem in loaded.problems}
     return found
 
 

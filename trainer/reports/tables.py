@@ -107,16 +107,24 @@ def _number(value: float | None) -> str:
 
 
 def evaluations_table(runs: Mapping[str, Rows]) -> Table:
-    """Returns the held-out evaluations of one or several runs; --json has those of single sources."""
+    """Returns the held-out evaluations of one or several runs, a row a set; --json has those of single
+    sources."""
     keys = {key for rows in runs.values() for row in rows for key in row}
-    passes = sorted((key for key in keys if key.startswith("eval/pass@")), key=lambda key: int(key[10:]))
-    columns = (*passes, "eval/mean_length", "eval/cut_share")
-    numbers = ["step", *(key.removeprefix("eval/") for key in passes), "tokens", "cut"]
-    evaluated = [(name, row) for name, rows in runs.items() for row in rows if "eval/pass@1" in row]
+    passes = sorted((key[5:] for key in keys if key.startswith("eval/pass@")), key=lambda key: int(key[5:]))
+    sets = sorted(key[5:-12] for key in keys if key.startswith("eval/") and key.endswith("/mean_length"))
     found = (
-        [escape(name), row["step"], *(_number(row.get(key)) for key in columns)] for name, row in evaluated
+        [escape(name), escape(each or "-"), row["step"]]
+        + [
+            _number(row.get(f"eval/{each}/{key}".replace("//", "/")))
+            for key in (*passes, "mean_length", "cut_share")
+        ]
+        for name, rows in runs.items()
+        for row in rows
+        if "eval/pass@1" in row
+        for each in sets
     )
-    return plain_table("held-out evaluation", text=["run"], numbers=numbers, rows=found)
+    numbers = ["step", *passes, "tokens", "cut"]
+    return plain_table("held-out evaluation", text=["run", "set"], numbers=numbers, rows=found)
 
 
 def evaluation_table(model: str, evaluation: Evaluation) -> Table:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from precompute.problems.problem_files import configured_problems, split_by_gold
-from precompute.problems.prompts import demanded_form, prompt_warning, render_prompt
+from precompute.config import ProblemFiles
+from precompute.config_file import short
+from precompute.problems.problem_files import configured_problems, in_pass_range, usable_problems
+from precompute.problems.prompts import demanded_form, prompt_warning, render_prompt, replaced_warning
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, ProblemsError
 from store.records import Problem
@@ -18,24 +20,58 @@ from trainer.student.load import TEMPLATE_KEY
 from trainer.telemetry.console import TrainReporter
 
 
-def usable_problems(
-    config: Config, which: Literal["train", "eval"], verifier: Verifier, reporter: TrainReporter
-) -> list[Problem]:
-    """Returns the problems of `problems.train` or `problems.eval` whose gold answers can be parsed."""
-    path = getattr(config.problems, which)
-    if not path:
-        if which == "eval":
-            return []
-        raise ConfigError("problems.train is not set: give a Parquet or JSONL file of problems")
-    loaded = configured_problems(config.problems, which)
-    usable, unparseable = split_by_gold(loaded.problems, verifier)
-    for problem in unparseable:
-        reporter.warned(
-            f"{path}: gold answer {problem.answer!r} of {problem.problem_id} cannot be parsed; left out"
-        )
+def training_problems(config: Config, verifier: Verifier, reporter: TrainReporter) -> tuple[Problem, ...]:
+    """Returns the problems of `problems.train` that can be used; a line says what is left out and why."""
+    if not config.problems.train.files:
+        raise ConfigError("problems.train is not set: give a file of problems")
+    return _usable(config, config.problems.train, "problems.train", verifier, reporter)
+
+
+def held_out_problems(
+    config: Config, verifier: Verifier, reporter: TrainReporter
+) -> dict[str, tuple[Problem, ...]]:
+    """Returns the problems of each held-out set that can be used; none where `eval.every` is 0."""
+    sets = config.eval_sets if config.eval.every else {}
+    return {name: _usable(config, files, eval_key(name), verifier, reporter) for name, files in sets.items()}
+
+
+def eval_key(name: str) -> str:
+    """Returns the config key of a held-out set."""
+    return f"eval.sets.{name}" if name else "problems.eval"
+
+
+def _usable(
+    config: Config, files: ProblemFiles, key: str, verifier: Verifier, reporter: TrainReporter
+) -> tuple[Problem, ...]:
+    found = configured_problems(config.problems, files, key=key)
+    problems, left_out = found.problems, found.left_out
+    if files is config.problems.train:
+        problems = in_pass_range(problems, config.problems, left_out)[: config.problems.limit]
+    usable = usable_problems(problems, verifier, left_out)
     if not usable:
-        raise ProblemsError(f"problems.{which}: {path}: no gold answer of its problems can be parsed")
-    return list(usable)
+        raise ProblemsError(f"{key}: {files.name}: no problem can be used: {left_out.lines[0]}")
+    for line in left_out.lines:
+        reporter.warned(f"{key}: {line}")
+    return usable
+
+
+def warn_of_overlap(
+    problems: Sequence[Problem], held_out: Mapping[str, Sequence[Problem]], reporter: TrainReporter
+) -> None:
+    """Warns of held-out problems whose question is trained on, too."""
+    trained = {_texts(problem) for problem in problems}
+    for name, others in held_out.items():
+        shared = [problem for problem in others if _texts(problem) in trained]
+        if shared:
+            reporter.warned(
+                f"{len(shared):,} of {len(others):,} problems of {eval_key(name)} "
+                f"are in problems.train, too, e.g. {short(shared[0].question)}"
+            )
+
+
+def _texts(problem: Problem) -> tuple[str, ...]:
+    """Returns the prompt's texts without differences in space."""
+    return tuple(" ".join(text.split()) for _, text in problem.user_turns)
 
 
 def fitting_prompts(
@@ -52,6 +88,7 @@ def fitting_prompts(
             problem,
             system_prompt=student.system_prompt,
             chat_template_kwargs=student.chat_template_kwargs,
+            user_template=student.user_template,
         )
         if len(rendered.ids) <= limit:
             fitting.append(
@@ -66,32 +103,39 @@ def fitting_prompts(
     if not fitting:
         raise ProblemsError(f"no problem has a prompt of at most rollout.max_prompt_length = {limit}")
     if too_long := len(problems) - len(fitting):
+        short_ones = {prompt.problem.problem_id for prompt in fitting}
+        first = next(problem for problem in problems if problem.problem_id not in short_ones)
         reporter.warned(
-            f"{too_long} problems have prompts over rollout.max_prompt_length = {limit}; left out"
+            f"{too_long:,} problems left out: prompts over rollout.max_prompt_length = {limit}, "
+            f"e.g. {short(first.question)}"
         )
-    warning = prompt_warning(tokenizer, fitting[0].text, key=TEMPLATE_KEY, template=student.chat_template)
-    if warning and warning not in reporter.warnings:
-        reporter.warned(warning)
+    for warning in (
+        prompt_warning(tokenizer, fitting[0].text, key=TEMPLATE_KEY, template=student.chat_template),
+        replaced_warning(problems, student.system_prompt, key="student.system_prompt"),
+    ):
+        if warning and warning not in reporter.warnings:
+            reporter.warned(warning)
     return fitting
 
 
 def checked_prompts(
     config: Config,
     problems: Sequence[Problem],
-    held_out: Sequence[Problem],
+    held_out: Mapping[str, Sequence[Problem]],
     tokenizer: Any,
     model_config: Any,
     reporter: TrainReporter,
-) -> tuple[list[Prompt], list[Prompt]]:
-    """Returns the prompts of the training and of the held-out problems.
+) -> tuple[list[Prompt], dict[str, list[Prompt]]]:
+    """Returns the prompts of the training problems and of each held-out set; warns of shared questions.
 
     Raises ConfigError for prompts and responses that are too long, ProblemsError for too few problems.
     """
+    warn_of_overlap(problems, held_out, reporter)
     train = fitting_prompts(config, problems, tokenizer, reporter)
-    held = fitting_prompts(config, held_out, tokenizer, reporter) if held_out else []
+    held = {name: fitting_prompts(config, each, tokenizer, reporter) for name, each in held_out.items()}
     rollout, per_step = config.rollout, config.train.problems_per_step
     problems_of_step(train, step=1, per_step=per_step, seed=config.train.seed)
-    longest = max(len(prompt.ids) for prompt in (*train, *held))
+    longest = max(len(prompt.ids) for prompts in (train, *held.values()) for prompt in prompts)
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and longest + rollout.max_completion_length > positions:
         raise ConfigError(

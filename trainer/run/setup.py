@@ -30,7 +30,7 @@ from trainer.method.teacher_traces import TraceReader
 from trainer.method.update import Updater
 from trainer.parallel.fsdp import check_shardable, initial_device, shard
 from trainer.parallel.world import ALONE, World
-from trainer.run.prompts import checked_prompts, usable_problems
+from trainer.run.prompts import checked_prompts, held_out_problems, training_problems
 from trainer.run.run_dir import Position, RunFiles
 from trainer.run.saved_model import check_model
 from trainer.sampling.samplers import check_sampler, make_sampler
@@ -70,8 +70,8 @@ class Run:
         self.on_step: OnStep = lambda row: None
         self.on_group: OnGroup = lambda step, group: None
         verifier = stack.enter_context(Verifier(config.verify))
-        problems = usable_problems(config, "train", verifier, reporter)
-        held_out = usable_problems(config, "eval", verifier, reporter) if config.eval.every else []
+        problems = training_problems(config, verifier, reporter)
+        held_out = held_out_problems(config, verifier, reporter)
         if weights is None or config.student.use_peft:
             check_model(config.student)
         store = open_store(config, stack)
@@ -82,7 +82,8 @@ class Run:
         self.train_prompts, self.eval_prompts = checked_prompts(
             config, problems, held_out, policy.tokenizer, policy.model.config, reporter
         )
-        check_embedded((*self.train_prompts, *self.eval_prompts), policy)
+        held = [prompt for prompts in self.eval_prompts.values() for prompt in prompts]
+        check_embedded((*self.train_prompts, *held), policy)
         check_form(config.student, problems[0], key="student.answer_form")
         length = config.rollout.max_completion_length
         self.rewarder = Rewarder(verifier, weights=config.rewards, max_length=length)
@@ -93,7 +94,7 @@ class Run:
         self.usable = usable_traces(config, store, problems, reporter)
         """teacher -> usable traces of the training problems; empty where the store is not read."""
         shard(policy, world)
-        prompts = [prompt.ids for prompt in (*self.train_prompts, *self.eval_prompts)]
+        prompts = [prompt.ids for prompt in (*self.train_prompts, *held)]
         self.sampler = make_sampler(config, policy, prompts, files.root, stack, world)
         self.optimizer = make_optimizer(policy.model, config.train)
         self.updater = make_updater(config, policy, self.optimizer, world)

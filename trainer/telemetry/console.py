@@ -99,8 +99,9 @@ class TrainReporter:
         """Prints pass@k in one line."""
         score = evaluation.overall
         passes = "  ".join(f"pass@{k} {found.text()}" for k, found in score.pass_at.items())
+        of_set = f" {evaluation.name}" if evaluation.name else ""
         self.line(
-            f"eval step {step}: {passes}  length {score.mean_length:.0f} "
+            f"eval{of_set} step {step}: {passes}  length {score.mean_length:.0f} "
             f"({score.problems} problems x {evaluation.n} samples)"
         )
 
