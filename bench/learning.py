@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -23,8 +24,8 @@ from precompute.config_file import load_config
 from precompute.run import pipeline
 from store.terminal.tables import plain_table
 from trainer.config import Config
+from trainer.reports.charts import COLOURS
 from trainer.reports.inspection import curve
-from trainer.reports.plots import figure_of
 from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.metrics import read_metrics
 from trainer.train import train
@@ -35,6 +36,7 @@ METHODS = {
     "grpo": ["guidance.trigger=never"],
 }
 FOLDER = Path("runs/bench")
+PANELS = {"eval/pass@1": "held-out pass@1", "groups/all_fail": "groups whose samples all fail"}
 
 
 def main() -> None:
@@ -67,6 +69,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--png", type=Path, default=None)
     return parser.parse_args()
+
+
+def figure_of(runs: Mapping[str, list[dict[str, Any]]]) -> Figure:
+    """A panel a metric, with one colour per method."""
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    for index, (metric, title) in enumerate(PANELS.items()):
+        axes: Any = figure.add_subplot(1, len(PANELS), index + 1, title=title, xlabel="step")
+        axes.grid(alpha=0.25)
+        for (name, rows), colour in zip(runs.items(), COLOURS, strict=False):
+            axes.plot(*curve(rows, metric), color=colour, label=name)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
 
 
 def last(rows: Sequence[Mapping[str, Any]], key: str) -> float:

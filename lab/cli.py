@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 
 def init(
-    directory: Annotated[Path, typer.Argument(help="Where to write; made if missing.")] = Path(),
+    directory: Annotated[Path, typer.Argument(help="Directory to write to; made if missing.")] = Path(),
 ) -> None:
     """Write my.toml, a commented config for your own problems and teachers, and lab.toml, which runs at once.
 

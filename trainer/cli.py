@@ -232,31 +232,25 @@ def inspect_queries(
 
 def inspect_run(
     runs: Annotated[list[str] | None, typer.Argument(help="Run directories; default: the last one.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Plot the curves of all runs into this PNG.")] = None,
     json_: JsonFlag = False,
     csv_: CsvFlag = False,
 ) -> None:
-    """Show a run's curves as text, or several runs side by side and in one PNG.
+    """Show a run's curves as text, or several runs side by side; `ampo report` draws them.
 
-    Example: `ampo inspect run runs/lab-ampo runs/lab-grpo --png curves.png`
+    Example: `ampo inspect run runs/lab-ampo runs/lab-grpo`
     """
     from trainer.reports.inspection import open_run
-    from trainer.reports.plots import figure_of
     from trainer.reports.tables import curves_table, evaluations_table
     from trainer.telemetry.metrics import read_metrics
 
     roots = [open_run(path) for path in runs] if runs else [open_run()]
     found = {os.path.relpath(root): read_metrics(root) for root in roots}
-    if png is not None:
-        figure_of(found).savefig(png, dpi=110)
     if emit_rows([{"run": name, **row} for name, rows in found.items() for row in rows], json_, csv_):
         return
     console = console_of()
     console.print(curves_table(found))
     if any("eval/pass@1" in row for rows in found.values() for row in rows):
         console.print(evaluations_table(found))
-    if png is not None:
-        console.print(f"wrote {png}", highlight=False)
 
 
 def report(

@@ -7,7 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from trainer.reports.plots import SMOOTHED, running_mean
+import numpy as np
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
+"""Okabe-Ito, which colour-blind readers can distinguish; a ninth run has the first colour again."""
+SMOOTHED = 60
+"""Longer curves are faint, with their running mean over a tenth of the points on top."""
 
 LEFT, RIGHT, TOP, BOTTOM = 48, 450, 10, 192
 """Edges of the plot in an SVG of 460 by 220; labels are outside."""
@@ -46,6 +51,14 @@ def line_chart(title: str, curves: Sequence[Curve], *, top: float = 0.0) -> dict
             }
         )
     return {"title": title, "lines": lines, "x": x_ticks, "y": y_ticks}
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Returns the mean over a tenth of the values around each."""
+    reach = len(values) // 20
+    padded = np.pad(values, reach, mode="edge")
+    smooth: list[float] = np.convolve(padded, np.ones(2 * reach + 1) / (2 * reach + 1), mode="valid").tolist()
+    return smooth
 
 
 def stacked_chart(

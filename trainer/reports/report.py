@@ -15,9 +15,8 @@ from jinja2 import Environment, FileSystemLoader
 from precompute.config_file import read_toml
 from store.errors import UserError
 from store.format.files import whole_file
-from trainer.reports.charts import line_chart, stacked_chart
+from trainer.reports.charts import COLOURS, line_chart, stacked_chart
 from trainer.reports.inspection import Rows, curve, problems_of, query_rows, stored_texts
-from trainer.reports.plots import COLOURS
 from trainer.telemetry.metrics import read_metrics
 
 TEXT = 6000

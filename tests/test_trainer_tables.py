@@ -1,11 +1,10 @@
-"""Curves of runs: what is drawn, and that a person can read it."""
+"""Tables of runs: what they hold, and that a person can read them."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-import pytest
 from rich.console import Console, RenderableType
 from run_examples import prompt_of, sample_of
 
@@ -13,7 +12,6 @@ from store.records import Problem
 from trainer.config import EvalConfig
 from trainer.evaluation import EvalSample, evaluation_of
 from trainer.method.groups import Group
-from trainer.reports.plots import COLOURS, PANELS, figure_of
 from trainer.reports.tables import (
     curves_table,
     evaluation_table,
@@ -36,37 +34,6 @@ def rows(length: int, offset: float = 0.0) -> list[dict[str, Any]]:
         }
         for step in range(1, length + 1)
     ]
-
-
-def lines(axes: Any) -> list[tuple[list[float], list[float]]]:
-    return [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
-
-
-def test_each_panel_has_a_curve_for_each_run_with_that_runs_values() -> None:
-    figure = figure_of({"one": rows(4), "two": rows(6, 0.2)})
-    assert [axes.get_title() for axes in figure.axes] == list(PANELS.values())
-    solved, _, passed, *_ = figure.axes
-    assert lines(solved) == [
-        ([1, 2, 3, 4], [0.125, 0.25, 0.375, 0.5]),
-        ([1, 2, 3, 4, 5, 6], pytest.approx([0.2 + step / 12 for step in range(1, 7)])),
-    ]
-    assert lines(passed) == [([2, 4], [0.5, 0.5]), ([2, 4, 6], [0.5, 0.5, 0.5])]
-    assert [line.get_color() for line in solved.lines] == list(COLOURS[:2])
-
-
-def test_a_long_curve_is_smoothed_over_a_faint_one_of_all_values() -> None:
-    figure = figure_of({"long": rows(100)})
-    raw, smooth = figure.axes[0].lines
-    assert len(raw.get_xdata()) == len(smooth.get_xdata()) == 100
-    assert raw.get_alpha() < 0.5
-    # The mean over 5 neighbours on each side; the curve rises by 1/200 a step.
-    assert smooth.get_ydata()[50] == pytest.approx(raw.get_ydata()[50])
-    assert smooth.get_ydata()[0] == pytest.approx(raw.get_ydata()[0] + 15 / 11 / 200)
-
-
-def test_a_metric_that_no_run_has_is_not_measured() -> None:
-    figure = figure_of({"old": [{"step": 1, "accuracy": 0.5}]})
-    assert [axes.texts[0].get_text() for axes in figure.axes[1:]] == ["not measured"] * 5
 
 
 def rendered(table: RenderableType, width: int = 80) -> str:
