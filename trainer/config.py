@@ -46,7 +46,7 @@ class StudentConfig(Section):
     lora_targets: tuple[str, ...] = ()
     """Layers with adapters, e.g. ["q_proj", "v_proj"]; empty: all linear layers but the head."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout of the adapters, in the update alone: above 0 its log-probabilities are not those of sampling."""
+    """Dropout of the adapters, in the update alone: above 0 its log-probabilities differ from sampling's."""
     load_in_4bit: bool = False
     """QLoRA: the frozen weights as nf4 with double quantization (bitsandbytes). Needs use_peft."""
     gradient_checkpointing: bool = False
