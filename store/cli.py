@@ -250,14 +250,26 @@ def store_forget(
     failed: Annotated[
         bool, typer.Option("--failed", help="Only samples that failed, to try them again.")
     ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Remove them; without it they are only counted.")
+    ] = False,
 ) -> None:
     """Remove every trace of one teacher, and its record.
 
-    Example: `ampo store forget traces --teacher r1-distill`
+    Example: `ampo store forget traces --teacher r1-distill --yes`
     """
+    from store.reader import TraceStore
     from store.terminal.progress import Meter
     from store.upkeep.compaction import forget
 
+    if not (failed or yes):
+        with TraceStore(store) as opened:
+            count, right = opened.count(teacher=teacher), opened.count(teacher=teacher, verdict="match")
+        if count:
+            raise UserError(
+                f"this removes {count:,} traces of {teacher} ({right:,} verified) from {opened.path} "
+                "for good; add --yes to do it"
+            )
     with Meter("writing traces") as progress:
         forget(store, teacher, failed=failed, progress=progress)
     print_line(f"forgot {'the failed samples of ' if failed else ''}{teacher}")

@@ -158,7 +158,8 @@ class StoreWriter:
             changes = "; ".join(recipe_changes(known.recipe, record.recipe))
         raise RecipeChangedError(
             f"teacher {record.name!r} has traces in {self.path} from another recipe: {changes}; "
-            f"give the teacher a new name, or run `ampo store forget {self.path} --teacher {record.name}`"
+            f"give the teacher a new name, or remove them: `ampo store forget {self.path} "
+            f"--teacher {record.name}`"
         )
 
     def append(self, traces: Sequence[Trace]) -> Path | None:

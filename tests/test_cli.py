@@ -300,3 +300,13 @@ def test_without_a_run_the_last_one_is_shown_wherever_it_lies(trained: Path, tmp
     shutil.copytree(trained, tmp_path / "runs" / "demo" / "ampo")
     done = ampo("inspect", "store", "queries", "--limit", "1", cwd=tmp_path)
     assert "hit rate" in done.stdout, done.stderr
+
+
+def test_forget_counts_first_and_removes_with_yes(world: Path, tmp_path: Path) -> None:
+    store = str(shutil.copytree(world / "traces", tmp_path / "traces"))
+    counted = ampo("store", "forget", store, "--teacher", "bob")
+    assert counted.returncode == 2
+    assert f"this removes 8 traces of bob (8 verified) from {store} for good" in counted.stderr
+    assert ampo("store", "forget", store, "--teacher", "nobody").returncode == 2
+    assert ampo("store", "forget", store, "--teacher", "bob", "--yes").stdout == "forgot bob\n"
+    assert "bob" not in ampo("inspect", "store", "summary", store).stdout

@@ -33,6 +33,9 @@ class Saver:
     def __init__(self) -> None:
         self.policy = Policy(tiny_model(), tiny_tokenizer(), dtype=torch.float32)
         self.optimizer = torch.optim.AdamW(self.policy.model.parameters())
+        for weight in self.policy.model.parameters():
+            weight.grad = torch.zeros_like(weight)
+        self.optimizer.step()
 
     def save(self, folder: Path, step: int) -> Path:
         state = TrainState(done=Position(step=step), config={}, problems_fingerprint="f", store={})
@@ -135,12 +138,16 @@ def test_a_kill_at_any_moment_leaves_the_last_checkpoint_whole(saver: Saver, tmp
         assert_law(tmp_path, last)
 
 
-def test_a_disk_that_takes_no_more_says_so_and_keeps_the_old_one(saver: Saver, tmp_path: Path) -> None:
-    saver.save(tmp_path, 1)
+@pytest.mark.parametrize("fits", ["nothing", "the weights"])
+def test_a_disk_that_takes_no_more_says_so_and_keeps_the_old_one(
+    fits: str, saver: Saver, tmp_path: Path
+) -> None:
+    weights = saver.save(tmp_path, 1) / "model.safetensors"
+    limit = 50_000 if fits == "nothing" else weights.stat().st_size + 1000
 
     def work(into: int) -> None:
-        # A real limit of the kernel: the weights alone are larger.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        # A real limit of the kernel; the optimizer's state is twice the weights.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         try:
             saver.save(tmp_path, 2)
         except RunError as error:
@@ -148,6 +155,7 @@ def test_a_disk_that_takes_no_more_says_so_and_keeps_the_old_one(saver: Saver, t
 
     _, told = in_child(work)
     assert b"cannot save" in told
+    assert b"File too large" in told
     assert b"step-000002" in told
     assert b"older checkpoints are complete" in told
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]

@@ -108,7 +108,8 @@ def save(
     except torch.OutOfMemoryError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = str(getattr(cause, "strerror", None) or cause).splitlines()[0]
         raise RunError(f"cannot save {target}: {reason}; older checkpoints are complete") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -126,7 +127,8 @@ def _write(
     generators = {"cpu": torch.get_rng_state()}
     if policy.device.type == "cuda":
         generators["cuda"] = torch.cuda.get_rng_state(policy.device)
-    torch.save({"optimizer": moments, "generators": generators}, aside / "optimizer.pt")
+    with (aside / "optimizer.pt").open("wb") as file:  # given a path, torch does not report a full disk
+        torch.save({"optimizer": moments, "generators": generators}, file)
     files = {file.name: _checksum(file) for file in sorted(aside.iterdir())}
     body = json.dumps({**asdict(state), "files": files}, indent=2) + "\n"
     (aside / "state.json").write_text(body, encoding="utf-8")
