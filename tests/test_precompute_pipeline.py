@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from precompute.run import pipeline
 from precompute.run.plan import PrecomputeReport
 from precompute.run.progress import ConsoleReporter, Reporter, TeacherProgress
 from precompute.run.solve import sample_seed
+from precompute.run.tables import report_tables
 from precompute.verify.verifier import verify_answer
 from store.errors import ConfigError, EngineError, ProblemsError, RecipeChangedError
 from store.reader import TraceStore
@@ -74,6 +76,19 @@ def test_the_report_counts_what_the_store_holds(filled: tuple[Path, PrecomputeRe
     sizes = [len(teachers) for teachers in covering.values()]
     assert report.coverage == {count: sizes.count(count) for count in range(3)}
     assert report.problems.used == sum(report.coverage.values()) == 16
+
+
+def test_a_teacher_without_a_verified_sample_is_shown_with_one_response(tmp_path: Path) -> None:
+    cut = GOOD | {"name": "cut", "max_tokens": 4}
+    report = pipeline.run(lab_config(tmp_path / "traces", GOOD, cut), limit=4)
+    console = Console(width=500, record=True, file=io.StringIO())
+    console.print(report_tables(report))
+    (line,) = (line for line in console.export_text().splitlines() if "none of its" in line)
+    first = report.teachers[1].unverified
+    assert first is not None
+    assert line.startswith("cut: none of its 4 samples is verified. One, of ")
+    assert f"cut at max_tokens, ends: {first[0].text!r}; answer None, gold {first[1].answer!r}" in line
+    assert "verdict no_answer" in line
 
 
 def test_a_second_run_samples_nothing_and_adds_no_part(filled: tuple[Path, PrecomputeReport]) -> None:

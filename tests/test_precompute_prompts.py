@@ -104,6 +104,16 @@ def test_a_template_that_refuses_a_system_turn_is_one_clear_line() -> None:
     assert render_prompt(strict, WITH_SYSTEM, system_prompt="", chat_template_kwargs={}).text == ""
 
 
+@pytest.mark.parametrize(
+    "expression", ["1 / 0", "[][1] + 1", "'a' + 1", "messages.nothing.of.it", "int('x')"]
+)
+def test_whatever_a_template_raises_is_one_line(expression: str) -> None:
+    broken = tokenizer(template="{{ " + expression + " }}")
+    with pytest.raises(ConfigError, match=r"^the chat template of .* (fails with|refuses)") as error:
+        render_prompt(broken, PROBLEM, system_prompt="", chat_template_kwargs={})
+    assert "\n" not in str(error.value)
+
+
 def with_own_bos(template: str | None) -> PreTrainedTokenizerFast:
     """As many real ones do, it puts a BOS before plain text by itself."""
     made = tokenizer(template=template, bos_token="<s>")
@@ -140,7 +150,7 @@ def test_a_template_file_that_cannot_be_read_is_one_line_with_key_and_path(tmp_p
         ("<s>{{ bos_token }}", r"begins with '<s>' twice"),
         (
             {"rag": TEMPLATE, "tool": TEMPLATE},
-            r"has no chat template to take: .*give the right one as a file",
+            r"fails with ValueError: .*give the right one as a file",
         ),
     ],
 )

@@ -148,6 +148,13 @@ def prompt_warning(
     return None
 
 
+TEMPLATE_FAULTS = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
+"""What the code of a template can raise beside Jinja's own errors."""
+
+
 def turn_end(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> int:
     """Returns the one of `eos_ids` with which the model ends its own turn.
 
@@ -165,7 +172,10 @@ def behind_answer(tokenizer: PreTrainedTokenizerBase, *more: dict[str, str]) -> 
     chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "ANSWER"}, *more]
     try:
         text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except (TemplateError, ValueError):  # no template, or one that fails: reported where prompts are rendered
+    except (
+        TemplateError,
+        *TEMPLATE_FAULTS,
+    ):  # no template, or one that fails: reported where prompts are rendered
         return []
     return list(tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"])
 
@@ -268,10 +278,10 @@ def _through_template(
             f"the chat template of {_name(tokenizer)} refuses the turns {turns}: "
             f'{error}; for a template without a system turn set system_prompt = ""'
         ) from None
-    except ValueError as error:  # several templates by name, and none of them the default
+    except TEMPLATE_FAULTS as error:  # also for several templates by name, of which none is the default
         raise ConfigError(
-            f"{_name(tokenizer)} has no chat template to take: {' '.join(str(error).split())}; "
-            f"give the right one as a file: chat_template"
+            f"the chat template of {_name(tokenizer)} fails with {type(error).__name__}: "
+            f"{' '.join(str(error).split())}; give the right one as a file: chat_template"
         ) from None
     assert isinstance(text, str)
     return text

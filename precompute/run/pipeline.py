@@ -27,6 +27,7 @@ from precompute.run.plan import (
     TeacherOutcome,
     TeacherPlan,
     stored_counts,
+    typical_failure,
 )
 from precompute.run.probe import run_probe
 from precompute.run.progress import Reporter
@@ -106,13 +107,17 @@ def _report(
 ) -> PrecomputeReport:
     with TraceStore(store) as opened:
         report = store_report(opened, [problem.problem_id for problem in problems])
-    after = {teacher.teacher: teacher for teacher in report.teachers}
+        after = {teacher.teacher: teacher for teacher in report.teachers}
+        failures = {
+            name: typical_failure(opened, name, problems) for name in seconds if not after[name].verified
+        }
     outcomes = [
         TeacherOutcome(
             stored=after[name],
             new_samples=after[name].traces - before[name].traces,
             new_tokens=after[name].tokens - before[name].tokens,
             seconds=took,
+            unverified=failures.get(name),
         )
         for name, took in seconds.items()
     ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from precompute.run.probe import Probe
 from store.reader import TraceStore
-from store.records import AnswerForm, Problem
+from store.records import AnswerForm, Problem, Trace
 from store.reports.report import TeacherReport, teacher_reports
 
 
@@ -78,6 +79,8 @@ class TeacherOutcome:
     new_tokens: int
     seconds: float
     """Duration of this run for this teacher, loading included."""
+    unverified: tuple[Trace, Problem] | None = None
+    """Where no sample is verified: one that shows why, and its problem."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +92,17 @@ class PrecomputeReport:
     teachers: tuple[TeacherOutcome, ...]
     coverage: Mapping[int, int]
     """Number of teachers with a usable trace, 0 to T -> chosen problems; sums to `problems.used`."""
+
+
+def typical_failure(
+    store: TraceStore, teacher: str, problems: Sequence[Problem]
+) -> tuple[Trace, Problem] | None:
+    """Returns a sample with the most frequent verdict among those of the first problems, and its problem."""
+    first = {problem.problem_id: problem for problem in problems[:50]}
+    found = store.candidates(list(first), teachers=[teacher], usable=False)
+    traces = [trace for each in found.values() for trace in each]
+    verdicts = Counter(trace.verdict for trace in traces).most_common(1)
+    return next(((t, first[t.problem_id]) for t in traces if t.verdict == verdicts[0][0]), None)
 
 
 def stored_counts(path: str | Path, problems: Sequence[Problem]) -> dict[str, TeacherReport]:

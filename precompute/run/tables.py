@@ -14,7 +14,7 @@ from precompute.run.plan import PrecomputePlan, PrecomputeReport, ProblemsSummar
 from precompute.run.refilter import RefilterReport
 from precompute.run.reverify import ReverifyReport
 from precompute.verify.final_answer import CLOSING, OPENING, find_answer, to_form
-from store.records import AnswerForm
+from store.records import AnswerForm, Problem, Trace
 from store.reports.tables import coverage_table
 from store.terminal.tables import plain_table
 
@@ -27,7 +27,23 @@ def report_tables(report: PrecomputeReport) -> Group:
         numbers=["problems", "samples", "verified", "filtered", "tokens", "tokens/s", "time"],
         rows=map(_outcome, report.teachers),
     )
-    return Group(Text(problems_line(report.problems)), table, coverage_table(report.coverage))
+    hints = [
+        Text(unverified_line(outcome.stored.traces, *outcome.unverified), style="yellow")
+        for outcome in report.teachers
+        if outcome.unverified
+    ]
+    return Group(Text(problems_line(report.problems)), table, coverage_table(report.coverage), *hints)
+
+
+def unverified_line(samples: int, trace: Trace, problem: Problem) -> str:
+    """Returns a line that shows why none of a teacher's samples is verified, by the end of one of them."""
+    reason = f" ({trace.verdict_detail})" if trace.verdict_detail else ""
+    cut = ", cut at max_tokens," if trace.finish_reason == "length" else ""
+    return (
+        f"{trace.teacher}: none of its {samples:,} samples is verified. One, of {trace.problem_id}{cut}"
+        f" ends: {trace.text[-160:]!r}; answer {trace.answer!r}, gold {problem.answer!r}, verdict "
+        f"{trace.verdict}{reason}. More: ampo inspect store traces --teacher {trace.teacher} --why"
+    )
 
 
 def _outcome(teacher: TeacherOutcome) -> tuple[str | int, ...]:
