@@ -151,19 +151,19 @@ class TeacherRecord:
 
     name: str
     model: str
-    revision: str | None
+    revision: str | None = None
     engine: str
-    """`vllm` or `transformers`."""
-    engine_version: str
-    chat_template: str
+    """`vllm`, `transformers`, `openai`, `import` or a name of your own."""
+    engine_version: str = ""
+    chat_template: str = ""
     """The Jinja source that turned messages into the prompt."""
-    system_prompt: str | None
+    system_prompt: str | None = None
     """None: each problem's own."""
-    chat_template_kwargs: Mapping[str, Any]
-    sampling: Mapping[str, Any]
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     """temperature, top_p, max_tokens."""
-    tokenizer_fingerprint: str
-    """Hash of the vocabulary: `ratio = "teacher"` needs the student's to be the same."""
+    tokenizer_fingerprint: str = ""
+    """Hash of the vocabulary: `guidance.loss = "shaped_ratio"` needs the student's to be the same."""
     user_template: str | None = None
     """Jinja that made the user turn of each question; None: the question itself."""
     answer_form: AnswerForm | None = None

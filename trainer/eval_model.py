@@ -33,7 +33,7 @@ from trainer.student.adapters import as_trained
 
 
 def evaluate_model(
-    config: Config, reporter: Reporter, *, out: Path | None = None
+    config: Config, reporter: Reporter | None = None, *, out: Path | None = None
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Samples `eval.samples` responses per problem of `problems.eval` into the trace store `out`.
 
@@ -41,7 +41,7 @@ def evaluate_model(
     run.dir/evals/MODEL-PROBLEMS-HASH. Problems that cannot be used are reported and left out.
     Raises UserErrors; all samples that were verified by then are kept.
     """
-    files = chosen_files(config)
+    files, reporter = chosen_files(config), reporter or Reporter()
     check_model(config.student, named="MODEL")
     _check_adapters(config)
     teacher = as_teacher(config)

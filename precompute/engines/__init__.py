@@ -50,13 +50,13 @@ class Request:
 class Completion:
     """The sample of one request."""
 
-    request_id: str
-    token_ids: tuple[int, ...]
+    request_id: str = ""
+    token_ids: tuple[int, ...] = ()
     """[T], without the prompt; ends with the EOS id when finish_reason is `stop`."""
-    logprobs: tuple[float, ...]
+    logprobs: tuple[float, ...] = ()
     """[T], log-probability of each token, of the kind that `Sampling.logprobs` names; empty where the engine
     cannot know it."""
-    finish_reason: str
+    finish_reason: str = "stop"
     """`stop`, `length` or `error` (store.records.FINISH_REASONS)."""
     text: str
     """The token ids decoded, without control tokens and with think and answer tags."""

@@ -30,15 +30,13 @@ from precompute.imports.foreign_rows import ForeignTrace, ImportForm
 from precompute.problems.prompts import tokenizer_fingerprint
 from precompute.run.refilter import check_filters, filter_settings
 from precompute.run.reverify import check_verdicts
-from precompute.run.traces import PartBuffer, trace_of
+from precompute.run.traces import NO_FILTERS, PartBuffer, trace_of
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, EngineError, RecipeChangedError, prefixed
 from store.format.parts import file_digest
 from store.records import VERDICTS, Problem, TeacherRecord, Trace, content_hash
 from store.terminal.tables import plain_table
 from store.writer import StoreWriter
-
-UNKNOWN_SEED = -1
 
 Progress = Callable[[int, int, str], None]
 """(traces done, traces in the files, a note)."""
@@ -83,7 +81,7 @@ def import_traces(
     *,
     store: StoreConfig,
     verifier: Verifier,
-    filters: FiltersConfig = FiltersConfig(),  # noqa: B008  It is frozen.
+    filters: FiltersConfig = NO_FILTERS,
     tokenizer: str | None = None,
     progress: Progress = lambda done, total, note: None,
 ) -> ImportReport:
@@ -122,7 +120,6 @@ def import_traces(
                     foreign.problem,
                     records[foreign.teacher],
                     sample_index=index,
-                    seed=UNKNOWN_SEED,
                     filters=filters,
                 )
                 _count(counts[foreign.teacher], trace)
@@ -234,7 +231,7 @@ def _completion(text: str, tokenizer: Any) -> Completion:
     if tokenizer is not None:
         eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         token_ids = (*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *eos)
-    return Completion(request_id="", token_ids=token_ids, logprobs=(), finish_reason="stop", text=text)
+    return Completion(token_ids=token_ids, text=text)
 
 
 def _count(counts: TeacherImport, trace: Trace) -> None:

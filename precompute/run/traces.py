@@ -13,6 +13,9 @@ from precompute.run.filters import why_filtered
 from precompute.verify.verifier import Verdict
 from store.records import Problem, TeacherRecord, Trace
 
+UNKNOWN_SEED = -1
+NO_FILTERS = FiltersConfig()
+
 Append = Callable[[Sequence[Trace]], object]
 """Writes one part, e.g. `StoreWriter.append`."""
 
@@ -52,8 +55,8 @@ def trace_of(
     record: TeacherRecord,
     *,
     sample_index: int,
-    seed: int,
-    filters: FiltersConfig,
+    seed: int = UNKNOWN_SEED,
+    filters: FiltersConfig = NO_FILTERS,
     opens_think: bool = False,
 ) -> Trace:
     """Returns the trace of a teacher's verified completion; `opens_think`: its prompt ended in `<think>`."""
