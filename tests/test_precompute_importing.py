@@ -136,6 +136,43 @@ def test_a_users_verifier_decides_and_its_name_and_hash_are_recorded(tmp_path: P
         bring(file, tmp_path / "traces")
 
 
+def test_reasoning_beside_a_text_stands_before_it_in_think_tags(tmp_path: Path) -> None:
+    apart = PLAIN | {"text": "\\boxed{4}", "reasoning_content": "two and two\n"}
+    message = {"role": "assistant", "content": "\\boxed{4}", "reasoning_content": "2 twice"}
+    chat = PLAIN | {"teacher": "r2", "text": [{"role": "user", "content": "2+2"}, message]}
+    bring(jsonl(tmp_path / "x.jsonl", [apart, chat]), tmp_path / "s")
+    assert [(t.teacher, t.text, t.verdict) for t in traces_of(tmp_path / "s")] == [
+        ("r1", "<think>\ntwo and two\n</think>\n\n\\boxed{4}", "match"),
+        ("r2", "<think>\n2 twice\n</think>\n\n\\boxed{4}", "match"),
+    ]
+
+
+def test_conversations_of_sharegpt_are_a_question_and_its_answer(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "2+2"}, {"from": "gpt", "value": "\\boxed{4}"}]
+    rows = [{"conversations": turns, "answer": "4"}]
+    bring(jsonl(tmp_path / "x.jsonl", rows), tmp_path / "s", teacher="r1")
+    with TraceStore(tmp_path / "s") as store:
+        assert [(problem.question, problem.answer) for problem in store.problems()] == [("2+2", "4")]
+    assert [(t.teacher, t.text, t.verdict) for t in traces_of(tmp_path / "s")] == [
+        ("r1", "\\boxed{4}", "match")
+    ]
+
+
+def test_a_teacher_may_be_a_number_and_half_a_character_is_replaced_and_counted(tmp_path: Path) -> None:
+    rows = [PLAIN | {"teacher": 7, "text": "\ud83d \\boxed{4}"}]
+    report = bring(jsonl(tmp_path / "x.jsonl", rows), tmp_path / "s")
+    (trace,) = traces_of(tmp_path / "s")
+    assert (trace.teacher, trace.text) == ("7", "\ufffd \\boxed{4}")
+    assert report.teachers[0].mended == 1
+
+
+def test_a_file_of_which_nothing_can_be_imported_is_an_error_and_makes_no_store(tmp_path: Path) -> None:
+    rows = [PLAIN | {"text": " "}, PLAIN | {"text": [{"role": "user", "content": "2+2"}]}]
+    with pytest.raises(UserError, match="'text' has no response in any row; --text-column"):
+        bring(jsonl(tmp_path / "x.jsonl", rows), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
 def test_samples_are_numbered_by_their_place_and_equal_texts_are_one(tmp_path: Path) -> None:
     texts = ["first \\boxed{4}", "second \\boxed{4}", "first \\boxed{4}", "", "third \\boxed{4}"]
     file = jsonl(tmp_path / "plain.jsonl", *(PLAIN | {"text": text} for text in texts))
@@ -197,7 +234,7 @@ def test_a_directory_is_read_as_one_file(tmp_path: Path) -> None:
         ([PLAIN | {"words": "x"}], {}, "no column 'target_lst' or .*--text-column"),
         ([PLAIN | {"text": "x"}], {"columns": ImportColumns(teacher="who")}, r"'who' \(--teacher-column\)"),
         ([], {}, "bad.jsonl holds no row"),
-        ([SUM | {"target_lst": []}], {}, "holds no trace: its column 'target_lst' is empty"),
+        ([SUM | {"target_lst": []}], {}, "its column 'target_lst' has no response"),
         ([SUM | {"target_lst": [{"source": "a/b", "content": "x"}, {"source": "a b", "content": "x"}]}], {},
          "'a/b' and 'a b' would both be 'a-b' .* --rename a b=NAME"),
         ([PLAIN | {"teacher": "//", "text": "x"}], {}, "'//' cannot name a teacher; give --rename //=NAME"),

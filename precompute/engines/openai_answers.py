@@ -24,7 +24,12 @@ def chat_text(choice: Any) -> str:
         return whole_text(content or getattr(message, "refusal", None))
     if not content and choice.finish_reason != "stop":
         return whole_text(f"<think>\n{thought}")
-    return whole_text(f"<think>\n{thought.strip()}\n</think>\n\n{content or ''}")
+    return whole_text(behind_thought(content or "", thought))
+
+
+def behind_thought(text: str, thought: str) -> str:
+    """Returns a text behind its reasoning in think tags."""
+    return f"<think>\n{thought.strip()}\n</think>\n\n{text}"
 
 
 def whole_text(text: Any) -> str:

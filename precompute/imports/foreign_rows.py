@@ -17,13 +17,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from precompute.engines.openai_answers import behind_thought
 from precompute.problems.data_files import Row, data_rows
-from precompute.problems.data_rows import cell_of, find_column, has_cell, turns_of
+from precompute.problems.data_rows import Turn, cell_of, find_column, has_cell, thought_of, turns_of
+from precompute.problems.forms import RESPONSE_COLUMNS
 from precompute.problems.problem_files import ProblemReader
 from store.errors import ProblemsError
 from store.records import Problem
 
-TEXT_COLUMNS = ("target_lst", "target", "text", "response", "completion", "output")
+TEXT_COLUMNS = (
+    *("target_lst", "target", "text", "response", "completion", "output"),
+    *RESPONSE_COLUMNS,
+)
 TEACHER_COLUMNS = ("teacher", "extra_info.teacher")
 
 
@@ -104,12 +109,22 @@ class ImportForm:
 
     def _traces(self, row: Row, problem: Problem) -> Iterator[ForeignTrace]:
         named = cell_of(row, self._teacher) if self._teacher and has_cell(row, self._teacher) else None
-        named = named if isinstance(named, str) else None
-        for turn in turns_of(cell_of(row, self.text), self.text):
+        named = str(named) if isinstance(named, str | int | float) else None
+        given = turns_of(cell_of(row, self.text), self.text)
+        # In a conversation, the answers to the last question.
+        start = 1 + max((index for index, turn in enumerate(given) if turn.role == "user"), default=-1)
+        for turn in given[start:]:
             if turn.role in ("assistant", None):
                 source = turn.source or named
                 teacher = self._names.stored(source)
-                yield ForeignTrace(problem=problem, source=source or teacher, teacher=teacher, text=turn.text)
+                text = self._with_reasoning(turn, row)
+                yield ForeignTrace(problem=problem, source=source or teacher, teacher=teacher, text=text)
+
+    @staticmethod
+    def _with_reasoning(turn: Turn, row: Row) -> str:
+        """Returns the text behind the reasoning that the turn has, or beside a plain text the row."""
+        thought = turn.reasoning or (thought_of(row) if turn.role is None else "")
+        return behind_thought(turn.text, thought) if thought and turn.text.strip() else turn.text
 
 
 def file_name(source: str) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import tee
 from typing import Any
@@ -25,6 +25,7 @@ from rich.text import Text
 
 from precompute.config import FiltersConfig, StoreConfig, TeacherConfig
 from precompute.engines import Completion
+from precompute.engines.openai_answers import whole_text
 from precompute.engines.registry import load_tokenizer
 from precompute.imports.foreign_rows import ForeignTrace, ImportForm
 from precompute.problems.prompts import tokenizer_fingerprint
@@ -55,6 +56,8 @@ class TeacherImport:
     """Without a text; left out."""
     repeated: int = 0
     """The pair's text once more; left out."""
+    mended: int = 0
+    """With halves of surrogate pairs, which no file holds: U+FFFD replaces each."""
     existing: int = 0
     """In the store before."""
     new: int = 0
@@ -142,7 +145,7 @@ def _survey(form: ImportForm) -> tuple[dict[str, Problem], dict[str, str], int]:
     traces."""
     problems: dict[str, Problem] = {}
     sources: dict[str, str] = {}
-    traces = 0
+    traces = filled = 0
     for problem, row in form.rows():
         problems.setdefault(problem.problem_id, problem)
         for trace in row:
@@ -153,8 +156,12 @@ def _survey(form: ImportForm) -> tuple[dict[str, Problem], dict[str, str], int]:
                     f"distinguish them with --rename {trace.source}=NAME"
                 )
             traces += 1
-    if not traces:
-        raise ConfigError(f"{form.files[0]} holds no trace: its column {form.text!r} is empty in every row")
+            filled += bool(trace.text.strip())
+    if not filled:
+        raise ConfigError(
+            f"{form.files[0]} holds no trace: its column {form.text!r} has no response in any row; "
+            "--text-column names the right one"
+        )
     return problems, sources, traces
 
 
@@ -211,7 +218,10 @@ def _lacking(
             count, problem_id = counts[trace.teacher], trace.problem.problem_id
             count.found += 1
             texts = seen.setdefault((problem_id, trace.teacher), [])
-            text = blake2b(trace.text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            whole = whole_text(trace.text)
+            count.mended += whole != trace.text
+            trace = replace(trace, text=whole)
+            text = blake2b(whole.encode(), digest_size=8).digest()
             if not trace.text.strip():
                 count.empty += 1
             elif text in texts:
@@ -250,7 +260,7 @@ def import_table(report: ImportReport) -> Group:
     """Returns a row per teacher with the verdicts on the new traces, and a line of totals."""
     counted = {
         name: [getattr(teacher, name) for teacher in report.teachers]
-        for name in ("found", "empty", "repeated", "existing", "new", "filtered")
+        for name in ("found", "empty", "repeated", "mended", "existing", "new", "filtered")
     } | {verdict: [teacher.verdicts.get(verdict, 0) for teacher in report.teachers] for verdict in VERDICTS}
     shown = {
         name: each for name, each in counted.items() if any(each) or name in ("found", "new", "existing")

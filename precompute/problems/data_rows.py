@@ -16,6 +16,7 @@ from precompute.config_file import short
 from precompute.problems.data_files import Row
 from store.errors import ProblemsError
 
+REASONING_KEYS = ("reasoning_content", "reasoning")
 ROLES = {"human": "user", "gpt": "assistant"}
 """Roles of sharegpt's turns -> those of a chat."""
 
@@ -27,6 +28,8 @@ class Turn(NamedTuple):
     """Empty where there is none."""
     role: str | None = None
     source: str | None = None
+    reasoning: str = ""
+    """Thought that precedes the text, where it stands apart."""
 
 
 def find_column(file: Path | str, row: Row, wanted: str | None, known: tuple[str, ...], option: str) -> str:
@@ -92,7 +95,7 @@ def turns_of(cell: Any, column: str) -> list[Turn]:
         if not isinstance(text, str | None):
             raise ValueError(f"{column} has a message that is not text: {short(text)}")
         role = turn.get("role", turn.get("from"))
-        turns.append(Turn(text or "", ROLES.get(str(role), role), turn.get("source")))
+        turns.append(Turn(text or "", ROLES.get(str(role), role), turn.get("source"), thought_of(turn)))
     return turns
 
 
@@ -106,6 +109,11 @@ def listed_turns(text: str) -> list[Any] | None:
         return None
     is_chat = isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found)
     return found if is_chat and all(turn.keys() & {"role", "from"} for turn in found) else None
+
+
+def thought_of(entry: Mapping[str, Any]) -> str:
+    """Returns the reasoning that an entry, or a row, holds beside its text; empty without any."""
+    return next((entry[key] for key in REASONING_KEYS if isinstance(entry.get(key), str)), "").strip()
 
 
 def gold_of(cell: Any, column: str) -> str:
