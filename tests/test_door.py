@@ -25,7 +25,7 @@ def test_init_writes_two_configs_that_load_and_keeps_what_exists(tmp_path: Path)
         load_config(Config, str(tmp_path / "new" / name), ["run.name=x"]) for name in ("my.toml", "lab.toml")
     )
     assert len(own.teachers) == 2
-    for path in (lab.problems.train, lab.student.model, *(teacher.model for teacher in lab.teachers)):
+    for path in (*lab.problems.train.files, lab.student.model, *(teacher.model for teacher in lab.teachers)):
         assert Path(path).is_absolute()
         assert Path(path).exists()
     (tmp_path / "new" / "lab.toml").write_text("mine")
