@@ -127,8 +127,8 @@ def _write(
     generators = {"cpu": torch.get_rng_state()}
     if policy.device.type == "cuda":
         generators["cuda"] = torch.cuda.get_rng_state(policy.device)
-    with (aside / "optimizer.pt").open("wb") as file:  # given a path, torch does not report a full disk
-        torch.save({"optimizer": moments, "generators": generators}, file)
+    with (aside / "optimizer.pt").open("wb") as opened:  # given a path, torch does not report a full disk
+        torch.save({"optimizer": moments, "generators": generators}, opened)
     files = {file.name: _checksum(file) for file in sorted(aside.iterdir())}
     body = json.dumps({**asdict(state), "files": files}, indent=2) + "\n"
     (aside / "state.json").write_text(body, encoding="utf-8")
