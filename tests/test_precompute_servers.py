@@ -14,10 +14,13 @@ import pytest
 from precompute_examples import jsonl, traces_of
 
 from precompute.config import PrecomputeConfig
+from precompute.config_file import load_config
 from precompute.run import pipeline
 from precompute.run.progress import Reporter
 from store.errors import EngineError
 from store.upkeep.compaction import forget
+from trainer.config import Config
+from trainer.eval_model import evaluate_model
 
 pytest.importorskip("openai")
 
@@ -171,6 +174,23 @@ def test_a_server_that_wants_max_completion_tokens_gets_them(
     server = serve(reply)
     assert run(tmp_path, server.url) == []
     assert server.bodies[-1]["max_completion_tokens"] == 50
+
+
+def test_a_model_behind_a_chat_server_is_evaluated(serve: Callable[[Reply], Server], tmp_path: Path) -> None:
+    rows = [{"question": f"{n}+{n}", "answer": str(2 * n)} for n in range(4)]
+    settings = {
+        "student.model": "adder",
+        "problems.eval": str(jsonl(tmp_path / "problems.jsonl", *rows)),
+        "eval.samples": 1,
+        "eval.k": [1],
+        "eval.engine": "openai",
+        "eval.engine_args.api": "chat",
+        "eval.engine_args.base_urls": [serve(right).url],
+        "verify.workers": 1,
+    }
+    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    evaluation, _ = evaluate_model(load_config(Config, None, overrides), Reporter(), out=tmp_path / "out")
+    assert evaluation.overall.pass_at[1].value == 1.0
 
 
 REFUSED = {"error": {"message": "too hot to handle"}}

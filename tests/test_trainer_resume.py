@@ -277,16 +277,16 @@ def test_a_fork_may_change_rate_lengths_and_steps_and_is_recorded(begun: Path, m
     assert lines[0].startswith(f"a fork of {first}, trained with ")
     assert "rollout.max_completion_length = 16, now 12" in lines[0]
     assert [row["learning_rate"] for row in metrics_of(report.run)] == [5e-4 * 0.5, 5e-4 * 0.25]
-    changed = {each.split(" = ")[0] for each in read_env(report.run)["fork"]["changed"]}
+    changed = {each.split(" = ")[0] for each in read_fork(report.run)["changed"]}
     assert changed == {key.replace("__", ".") for key in changes}
     # It is resumed like any run, and stays recorded.
     config = config_of(begun, model_dir, run__name="fork", **{**SMALL, **changes})
     train(config, reporter=TrainReporter())
-    assert read_env(report.run)["fork"]["of"] == str(first)
+    assert read_fork(report.run)["of"] == str(first)
 
 
-def read_env(run_dir: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run_dir / "env.json").read_text())
+def read_fork(run_dir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run_dir / "fork.json").read_text())
     return found
 
 

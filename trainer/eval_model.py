@@ -42,7 +42,8 @@ def evaluate_model(
     Raises UserErrors; all samples that were verified by then are kept.
     """
     files, reporter = chosen_files(config), reporter or Reporter()
-    check_model(config.student, named="MODEL")
+    if config.eval.engine_args.get("api") != "chat":  # its server knows the model, and nobody else may
+        check_model(config.student, named="MODEL")
     _check_adapters(config)
     teacher = as_teacher(config)
     stem = re.sub(r"[^\w.-]+", "-", Path(config.problems.eval.name).stem).strip("-")

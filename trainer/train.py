@@ -28,13 +28,21 @@ from trainer.method.rollouts import problems_of_step, refills_of_step, sample_gr
 from trainer.method.update import member_advantages
 from trainer.parallel.signals import StopSignal, stop_on_signals
 from trainer.parallel.world import ALONE, World
-from trainer.run.resume import TrainReport, explain_step, find_start, restore, save
+from trainer.run.resume import (
+    TrainReport,
+    explain_step,
+    find_start,
+    is_evaluated,
+    lacks_evaluation,
+    restore,
+    save,
+)
 from trainer.run.run_dir import Position, RunFiles
 from trainer.run.setup import OnGroup, OnStep, Run, explain_memory
 from trainer.sampling.samplers import check_sampler_weights
 from trainer.student.optimizer import learning_rate_at, set_learning_rate
 from trainer.telemetry.console import TrainReporter
-from trainer.telemetry.metrics import StepTimer, peak_memory, read_metrics, step_metrics
+from trainer.telemetry.metrics import StepTimer, peak_memory, step_metrics
 from trainer.telemetry.trackers import start_trackers
 from trainer.variants import guided_weight
 
@@ -208,19 +216,6 @@ def groups_of(
     order = {group.problem_id: index for index, group in enumerate(groups)}
     rows = [row for _, rows in shares for row in rows]
     return groups, sorted(rows, key=lambda row: order[row.problem_id])
-
-
-def is_evaluated(run: Run, step: int) -> bool:
-    """Returns whether the step ends with an evaluation."""
-    due = step == run.config.train.max_steps or step % (run.config.eval.every or 1) == 0
-    return due and bool(run.eval_prompts)
-
-
-def lacks_evaluation(run: Run) -> bool:
-    """Returns whether the evaluation after the last step is still to come, as after a stop in it."""
-    rows = [row for row in read_metrics(run.files.root) if row["step"] == run.done.step]
-    missing = run.done.step == 0 or (rows and not any(key.startswith("eval/") for row in rows for key in row))
-    return bool(missing) and is_evaluated(run, run.done.step)
 
 
 def evaluate_student(run: Run, step: int, stop: StopSignal) -> dict[str, float]:

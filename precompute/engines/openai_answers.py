@@ -21,7 +21,7 @@ def chat_text(choice: Any) -> str:
     content = getattr(message, "content", None)
     thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
     if not isinstance(thought, str):
-        return whole_text(content or getattr(message, "refusal", None))
+        return whole_text(getattr(message, "refusal", None) if content is None else content)
     if not content and choice.finish_reason != "stop":
         return whole_text(f"<think>\n{thought}")
     return whole_text(behind_thought(content or "", thought))

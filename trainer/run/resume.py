@@ -72,7 +72,7 @@ def restore(run: Run, start: Path, *, changed_store: bool) -> None:
     )
     if start.parent != run.files.checkpoints:
         changed = checkpoint.differences(state.config, run.config)
-        run.files.fork = {"of": str(start), "changed": changed}
+        run.files.write_fork(start, changed)
         run.reporter.line(f"a fork of {start}" + (f", trained with {'; '.join(changed)}" if changed else ""))
     run.done, run.saved = state.done, start
     with explain_memory(f"loading the optimizer of {start}"):
@@ -109,6 +109,19 @@ def check_data(
             )
         reporter.warned(others)
     return state
+
+
+def is_evaluated(run: Run, step: int) -> bool:
+    """Returns whether the step ends with an evaluation."""
+    due = step == run.config.train.max_steps or step % (run.config.eval.every or 1) == 0
+    return due and bool(run.eval_prompts)
+
+
+def lacks_evaluation(run: Run) -> bool:
+    """Returns whether the evaluation after the last step is still to come, as after a stop in it."""
+    rows = [row for row in read_metrics(run.files.root) if row["step"] == run.done.step]
+    missing = run.done.step == 0 or (rows and not any(key.startswith("eval/") for row in rows for key in row))
+    return bool(missing) and is_evaluated(run, run.done.step)
 
 
 def save(run: Run) -> None:

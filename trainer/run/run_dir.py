@@ -1,6 +1,6 @@
 """A run's directory: everything that a run leaves on disk.
 
-    config.toml  env.json  log.txt  metrics.jsonl
+    config.toml  env.json  log.txt  metrics.jsonl  fork.json (of a fork)
     rollouts/step-000001.parquet     every sample, and every trace that replaced one
     queries/step-000001.parquet      every candidate of every queried problem
     evals/step-000010.parquet        every sample of an evaluation
@@ -105,8 +105,6 @@ class RunFiles:
         self.root = root
         self.writes = writes
         self.checkpoints = root / "checkpoints"
-        self.fork: dict[str, Any] | None = None
-        """The checkpoint of another run that this one began with, and the changed keys."""
 
     def start(self, config: Config, *, after: Position, processes: int = 1) -> None:
         """Writes config and environment, and drops what an interrupted run logged past `after`.
@@ -131,7 +129,6 @@ class RunFiles:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "processes": processes,
-            "fork": self.fork or self._earlier_fork(),
             "packages": dict(sorted((package.name, package.version) for package in distributions())),
         }
         texts = {
@@ -143,13 +140,11 @@ class RunFiles:
             with whole_file(self.root / name) as written:
                 written.write(text.encode("utf-8"))
 
-    def _earlier_fork(self) -> dict[str, Any] | None:
-        """Returns what env.json has of it, for a fork that is resumed."""
-        try:
-            found = json.loads((self.root / "env.json").read_text(encoding="utf-8")).get("fork")
-        except (OSError, ValueError):
-            return None
-        return found if isinstance(found, dict) else None
+    def write_fork(self, start: Path, changed: Sequence[str]) -> None:
+        """Writes the checkpoint of another run that this one begins with, and the changed keys."""
+        if self.writes:
+            body = json.dumps({"of": str(start), "changed": list(changed)}, indent=2) + "\n"
+            (self.root / "fork.json").write_text(body, encoding="utf-8")
 
     @contextmanager
     def held(self) -> Iterator[None]:
