@@ -22,6 +22,7 @@ from store.errors import ConfigError, EngineError
 from trainer.config import Config, StudentConfig, TrainConfig
 from trainer.merge import merge
 from trainer.run.saved_model import as_saved
+from trainer.student.adapters import dropping_out
 from trainer.student.batches import TrainSequence, pad
 from trainer.student.load import load_policy
 from trainer.student.policy import Policy
@@ -157,8 +158,9 @@ def test_targets_and_dropout_are_the_configs(model_dir: Path) -> None:
     one_step(policy)
     first = logprobs(policy)
     assert first.equal(logprobs(policy))  # sampling and scores are without dropout
-    policy.drop_out(True)
-    assert not logprobs(policy).equal(first)
+    with dropping_out(policy.model):
+        assert not logprobs(policy).equal(first)
+    assert logprobs(policy).equal(first)
 
 
 def test_runs_follow_one_another_over_adapters_and_merged_models(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 KEPT = ("<think>", "</think>", "<answer>", "</answer>")
@@ -29,3 +29,10 @@ def response_decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
         return str(tokenizer.decode([each for each in ids if each not in dropped]))
 
     return decode
+
+
+def without_ends(text: str, control: Iterable[str]) -> str:
+    """Returns the text without the control tokens that end it, and the space before them."""
+    while ends := [token for token in control if text.rstrip().endswith(token)]:
+        text = text.rstrip().removesuffix(max(ends, key=len)).rstrip()
+    return text

@@ -181,8 +181,7 @@ def behind_answer(tokenizer: PreTrainedTokenizerBase, *more: dict[str, str]) -> 
 
 
 def turn_end_warning(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> str | None:
-    """Returns a warning about a template that ends an answer with a token that is no EOS; None if there is no
-    such token."""
+    """Returns a warning about a template that ends an answer with another token than an EOS, or None."""
     behind = [index for index in behind_answer(tokenizer) if index in tokenizer.added_tokens_decoder]
     if not behind or not set(behind).isdisjoint(eos_ids):
         return None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from precompute.engines.decoding import without_ends
 from precompute.verify.final_answer import CLOSING, OPENING, FinalAnswer, find_answer, to_form
 from store.errors import StoreError
 from store.records import AnswerForm, Trace
@@ -142,13 +143,6 @@ def in_students_form(trace: Trace, form: AnswerForm, *, opened: str | None) -> t
     elif has_thought and "<think>" not in trace.text.split("</think>")[0]:
         reasoning = f"<think>\n{reasoning}"
     return reasoning, f"{reasoning}{ending}"
-
-
-def without_ends(text: str, control: Iterable[str]) -> str:
-    """Returns the text without the control tokens that end it, and the space before them."""
-    while ends := [token for token in control if text.rstrip().endswith(token)]:
-        text = text.rstrip().removesuffix(max(ends, key=len)).rstrip()
-    return text
 
 
 def _verified_answer(trace: Trace) -> FinalAnswer:

@@ -16,6 +16,7 @@ from trainer.config import TrainConfig
 from trainer.method.groups import Group
 from trainer.method.loss import LossInputs, MicroLoss, StepCounts, Sums, group_advantages
 from trainer.parallel.world import ALONE, World, full_tensor
+from trainer.student.adapters import dropping_out
 from trainer.student.batches import TrainSequence, fill, scatter_values, split_over_ranks, train_batch
 from trainer.student.policy import Policy
 
@@ -104,8 +105,8 @@ class Updater:
         counts = count(sequences, self.max_completion_length)
         counts = replace(counts, guided_weight=weights[0], student_weight=weights[1])
         self.optimizer.zero_grad(set_to_none=True)
-        self.policy.drop_out(True)
-        loss, means = self._gradient(micro_batches or self.micro_batches(sequences), counts)
+        with dropping_out(self.policy.model):
+            loss, means = self._gradient(micro_batches or self.micro_batches(sequences), counts)
         trained = [weight for weight in self.policy.model.parameters() if weight.requires_grad]
         norm = full_tensor(torch.nn.utils.get_total_norm([w.grad for w in trained if w.grad is not None]))
         torch.nn.utils.clip_grads_with_norm_(trained, self.train.max_grad_norm, norm)
@@ -114,7 +115,6 @@ class Updater:
         self.optimizer.step()
         # Freed now, since sampling needs no gradients.
         self.optimizer.zero_grad(set_to_none=True)
-        self.policy.drop_out(False)
         return {"loss": loss, "grad_norm": float(norm)} | means
 
     def _gradient(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,17 @@ def with_adapters(model: Any, student: StudentConfig, adapters: Path | None) -> 
     if adapters is None or next(model.parameters()).is_meta:
         return peft.get_peft_model(model, lora)
     return peft.PeftModel.from_pretrained(model, adapters, config=lora, is_trainable=True)
+
+
+@contextmanager
+def dropping_out(model: Any) -> Iterator[None]:
+    """Switches the adapters' dropout (`student.lora_dropout`) on for the block, and nothing else."""
+    dropouts = [module for name, module in model.named_modules() if "lora_dropout" in name]
+    for module in dropouts:
+        module.training = True
+    yield
+    for module in dropouts:
+        module.training = False
 
 
 def import_peft() -> Any:

@@ -82,12 +82,6 @@ class Policy:
         finally:
             self.temperature = before
 
-    def drop_out(self, on: bool) -> None:
-        """Switches the adapters' dropout (`student.lora_dropout`); all else stays as in sampling."""
-        for name, module in self.model.named_modules():
-            if "lora_dropout" in name:
-                module.training = on
-
     def logprobs(self, batch: TokenBatch) -> Tensor:
         """Returns [B, L] float32: log-probability of each target token, 0 elsewhere; skips the entropy."""
         return self.target_values(batch)[0]
