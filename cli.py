@@ -68,8 +68,10 @@ def main() -> None:
 
 def _home_expanded(argument: str) -> str:
     """Returns `--out=/home/me/x` for `--out=~/x`, which a shell leaves as it is, unlike `--out ~/x`."""
+    if not argument.startswith("--"):
+        return os.path.expanduser(argument)
     option, equals, value = argument.partition("=")
-    return option + equals + os.path.expanduser(value) if option.startswith("--") else argument
+    return option + equals + os.path.expanduser(value)
 
 
 def _version(show: bool) -> None:

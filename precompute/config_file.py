@@ -77,13 +77,17 @@ def load_config(schema: type[C], path: str | Sequence[str] | None, overrides: li
     """
     tree: Any = {}
     for each in [path] if isinstance(path, str) else path or ():
-        tree = _overlaid(tree, read_tree(Path(each)))
+        tree = _overlaid(tree, read_tree(_file_of(each)))
     for override in overrides:
         set_key(tree, override)
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(explain(schema, error)) from None
+
+
+def _file_of(path: str) -> Path:
+    return Path(os.path.expandvars(path)).expanduser()
 
 
 def read_tree(path: Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -104,7 +108,7 @@ def read_tree(path: Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str):
         raise ConfigError(f"{path.absolute()}: extends = {short(base)}: give the path of one TOML file")
     merged: dict[str, Any] = _overlaid(
-        read_tree(path.parent / Path(os.path.expandvars(base)).expanduser(), above=(*above, path.resolve())),
+        read_tree(path.parent / _file_of(base), above=(*above, path.resolve())),
         tree,
     )
     return merged

@@ -16,6 +16,7 @@ from store.format.files import (
     MANIFEST_LOCK,
     WRITE_LOCK,
     FileLock,
+    check_writable,
     disk_errors_named,
     make_directory,
     remove_orphans,
@@ -109,11 +110,11 @@ class StoreWriter:
         """
         root = Path(path).absolute()
         if is_fresh(root):
-            _check_writable(root)
+            check_writable(root, named="the store")
             return None
         manifest = read_manifest(root)
         check_versions(root, manifest, verifiers)
-        _check_writable(root)
+        check_writable(root, named="the store")
         return cls(root, manifest)
 
     def write_problems(self, problems: Sequence[Problem], *, drop: Collection[str] = ()) -> None:
@@ -253,12 +254,6 @@ def _take_locks(stack: ExitStack, root: Path, shard: str | None) -> None:
                 "wait for it to end, or set store.path to another directory"
             )
         stack.callback(lock.release)
-
-
-def _check_writable(root: Path) -> None:
-    existing = next(parent for parent in (root, *root.parents) if parent.exists())
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise StoreError(f"cannot write to the store at {root}: no permission to write in {existing}")
 
 
 def check_versions(root: Path, manifest: Manifest, verifiers: Mapping[str, str]) -> None:

@@ -302,6 +302,14 @@ def test_without_a_run_the_last_one_is_shown_wherever_it_lies(trained: Path, tmp
     assert "hit rate" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize(
+    "option", [("--config=~/a.toml",), ("--config", "~/a.toml"), ("--config", "$HOME/a.toml")]
+)
+def test_options_know_the_home_directory(option: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert "no config file at /home/me/a.toml" in ampo("train", *option).stderr
+
+
 def test_forget_counts_first_and_removes_with_yes(world: Path, tmp_path: Path) -> None:
     store = str(shutil.copytree(world / "traces", tmp_path / "traces"))
     counted = ampo("store", "forget", store, "--teacher", "bob")

@@ -156,6 +156,8 @@ def test_conversations_of_sharegpt_are_a_question_and_its_answer(tmp_path: Path)
     assert [(t.teacher, t.text, t.verdict) for t in traces_of(tmp_path / "s")] == [
         ("r1", "\\boxed{4}", "match")
     ]
+    with pytest.raises(UserError, match="no gold answer beside 'conversations'; add a column `answer`"):
+        bring(jsonl(tmp_path / "y.jsonl", [{"conversations": turns}]), tmp_path / "s", teacher="r1")
 
 
 def test_a_teacher_may_be_a_number_and_half_a_character_is_replaced_and_counted(tmp_path: Path) -> None:

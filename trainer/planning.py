@@ -22,6 +22,7 @@ from precompute.problems.prompts import check_form, tokenizer_fingerprint
 from precompute.run.reverify import check_verdicts
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, UserError
+from store.format.files import check_writable
 from trainer.config import Config, StudentConfig
 from trainer.parallel.world import World
 from trainer.run.prompts import checked_prompts, held_out_problems, training_problems
@@ -90,6 +91,7 @@ def dry_run(
     card_bytes = card_memory(gpu, config.student)
     check_choices(config, World(size=processes))
     run = RunFiles(Path(config.run.dir).absolute() / config.run.name)
+    check_writable(run.root, named="the run")
     start_from = find_start(run, config, resume, checksums=True)
     after = "would start" if start_from is None else f"would resume after {Position.of(start_from)}"
     lines = [f"run {run.root}: {after}, up to step {config.train.max_steps}"]

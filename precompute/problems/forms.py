@@ -118,6 +118,8 @@ def plain(row: Row, columns: Columns) -> Problem | None:
 
 def chat(row: Row, columns: Columns) -> Problem | None:
     """Reads a row whose question is a list of messages, or one as JSON text."""
+    if columns.answer == columns.question:
+        raise ValueError(f"the row has no gold answer beside {columns.question!r}; add a column `answer`")
     return Problem(**_problem(row, columns, gold_of(cell_of(row, columns.answer), columns.answer)))
 
 
@@ -133,7 +135,9 @@ PROBLEM_FORMS: Mapping[str, ProblemForm] = {
 
 
 def _answer_text(row: Row, columns: Columns) -> str:
-    return gold_of(cell_of(row, columns.answer), columns.answer) if has_cell(row, columns.answer) else ""
+    if columns.answer == columns.question or not has_cell(row, columns.answer):
+        return ""
+    return gold_of(cell_of(row, columns.answer), columns.answer)
 
 
 def _problem(row: Row, columns: Columns, gold: str) -> dict[str, Any]:

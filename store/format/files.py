@@ -56,6 +56,13 @@ def disk_errors_named(path: Path) -> Iterator[None]:
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def check_writable(directory: Path, *, named: str) -> None:
+    """Raises StoreError where a directory may not be written or made; `named`: what it is, for the error."""
+    existing = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise StoreError(f"cannot write to {named} at {directory}: no permission to write in {existing}")
+
+
 def make_directory(directory: Path) -> None:
     """Makes a directory and those above it, durable. Raises OSError."""
     if not directory.is_dir():
