@@ -28,13 +28,14 @@ from rich.console import Console
 from rich.table import Table
 
 from precompute.config_file import load_config
+from precompute.verify.plain_numbers import plain_gold
 from precompute.verify.verifier import Verifier
 from store.reader import TraceStore
 from store.reports.report import store_report
 from store.terminal.tables import plain_table
 from trainer.config import Config
 from trainer.method.groups import Group
-from trainer.method.guidance import answer_scores, bare_answer
+from trainer.method.guidance import answer_scores
 from trainer.method.teacher_traces import Candidate
 from trainer.reports.inspection import open_run, query_rows
 from trainer.reports.tables import by_query
@@ -114,7 +115,7 @@ def read_traces(config: Config, model: str) -> list[Reading]:
             for prompt, candidates in traces.all_candidates(prompts)
             for candidate in candidates
         ]
-        gold = [traces.encode(bare_answer(group.prompt.problem.answer)) for group, _ in pairs]
+        gold = [traces.encode(plain_gold(group.prompt.problem.answer)) for group, _ in pairs]
         answers = answer_scores(
             policy,
             [

@@ -21,7 +21,9 @@ DEPARTURES = {
     "last": "of several boxes the last decides; they are not put together into a set",
     "comma": "a comma parts elements; no decimal comma",
     "digits": "they ask for two decimals; ours always agree in six",
-    "option": "they ask for an option that is off by default (`strict`, `allow_set_relation_comp`)",
+    "option": "they ask for an option that is off by default (`strict`)",
+    "range": "an inequality and the set of its solutions are one in both directions",
+    "equation": "an equation gives a value only as `name = value`, or where it is a true chain of numbers",
     "string": "a gold that cannot be parsed earns nothing, be the strings equal",
     "e": "1 + 1/e is not 1 - 1/e: an upright e is no unit",
 }

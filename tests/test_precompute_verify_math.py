@@ -12,8 +12,10 @@ from math_verify.grader import verify
 from math_verify.parser import parse_latex_cached
 
 from precompute.verify import math as verify_math
+from precompute.verify import math_reading
 from precompute.verify.base import Outcome
-from precompute.verify.math import agree, apart, compare, parse, read_math
+from precompute.verify.math import agree, apart, compare
+from precompute.verify.math_reading import parse, read_math
 from precompute.verify.plain_numbers import compare_numbers
 
 numbers = st.one_of(
@@ -180,6 +182,6 @@ def test_no_room_says_nothing_about_the_text(monkeypatch: pytest.MonkeyPatch) ->
     def no_room(latex: str) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(verify_math, "parse", no_room)
+    monkeypatch.setattr(math_reading, "parse", no_room)
     with pytest.raises(MemoryError):
         read_math("x + 17 y")

@@ -1,13 +1,13 @@
 """Compares a gold answer and an answer as mathematics, with math-verify's grammar and comparison.
 
-The one file that imports math_verify (and with it sympy). It runs in the workers only (worker.py), because
-reading or comparing what a model wrote may take forever. It departs from math-verify's own `parse` and
-`verify` in four ways, so that a match means equality:
+It runs in the workers only (worker.py), because reading or comparing what a model wrote may take forever. It
+departs from math-verify's own `parse` and `verify`, so that a match means equality:
 
 - The whole text is parsed and nothing is searched in it: no number is picked out of a sentence, and no part
   of `10^10^10^10` can match.
 - Digits separated by a space are thousands, a mixed number or an error, and `2(3)` is a product;
-  math-verify reads `4 2` as 6 and `2(3)` as 5.
+  math-verify reads `4 2` as 6 and `2(3)` as 5. More rules of the text are in math_text.py.
+- Bases, times, ratios, equations and joined ranges have rules of their own (math_reading.py).
 - A letter is a unit only after a space and a number: `2t` is not 2.
 - Numbers agree in six decimals *and* six significant digits; math-verify's absolute rounding takes
   10^{-20} for 10^{-22}.
@@ -19,25 +19,20 @@ shows in numbers needs no `simplify`.
 from __future__ import annotations
 
 import cmath
-import re
+import itertools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import mpmath  # type: ignore[import-untyped]
 import sympy  # type: ignore[import-untyped]
-from antlr4.atn.PredictionMode import PredictionMode  # type: ignore[import-untyped]
-from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
-from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
-from math_verify.grader import should_treat_as_complex, verify
-from math_verify.parser import get_last_eq
 from sympy.core.function import AppliedUndef  # type: ignore[import-untyped]
 
 from precompute.verify.base import Outcome
+from precompute.verify.math_reading import CLOCK, read_math, value_of, verify
+from precompute.verify.math_text import option_of
 
 SHOWN_CHARS = 1_000
-KEPT_READINGS = 512
 CLEARLY = 1e-5
 """Relative difference above which two values are not roundings of one another; math-verify's own limit is
 1e-6, absolute."""
@@ -51,33 +46,6 @@ POINTS = (
 DECIMALS = 6
 """math-verify's own default for comparing decimals; here it holds for significant digits, too."""
 
-_NORMALIZATION = NormalizationConfig(
-    basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="none", equations=False
-)
-_NO_UNITS = replace(_NORMALIZATION, units=False)
-_LAST_LETTER = re.compile(r"(?<=[\d}\s])[a-z]$")
-_OPERATOR = re.compile(r"(?:\\cdot|\\times|[-+*/=])\s*$")
-_COMMAND = re.compile(r"\\(?:text|mbox|mathrm)\s*\{[^{}]*\}|\\[a-zA-Z]+")
-_SYMBOLS = str.maketrans(
-    {"−": "-", "×": "\\times ", "÷": "\\div ", "·": "\\cdot ", "∞": "\\infty ", "√": "\\sqrt ", "∈": "\\in "}
-    | {"°": "^\\circ ", "≤": "\\leq ", "≥": "\\geq ", "≠": "\\neq ", "∪": "\\cup ", "∩": "\\cap "}
-    | {"²": "^2", "³": "^3", "\u00a0": " ", "\u2009": " ", "\u202f": " "}
-    | dict.fromkeys("€£¥₹", "")
-)
-_UPRIGHT = re.compile(r"\\(?:mathrm|operatorname)\s*\{\s*([ei])\s*\}")
-_WRAPPINGS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"))
-_LEAD_IN = re.compile(r"^(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*[:=])\s*:?", re.IGNORECASE)
-_SPACE = r"(?:\\[,;:! ]|~|\s|\{,\})"
-_NUMBER_BEGINS = r"(?<![\w.,^\\])(?<!frac )(?<!binom )"
-_THOUSANDS = re.compile(rf"{_NUMBER_BEGINS}\d{{1,3}}(?:{_SPACE}\d{{3}})+(?!\d)")
-_MIXED_NUMBER = re.compile(rf"{_NUMBER_BEGINS}(\d+){_SPACE}+(\d+)\s*/\s*(\d+)(?![\d.])")
-_FACTOR = r"\(\s*-?[\d.]+\s*\)|\\[dt]?binom"
-_PRODUCT = re.compile(rf"((?<![\w.\\])\d[\d.]*(?=\s*(?:{_FACTOR}))|\)(?=\s*(?:{_FACTOR}|\\[dtc]?frac)))")
-_NO_NUMBER = re.compile(rf"{_NUMBER_BEGINS}\d[\d.]*{_SPACE}+\d|\.\d+\.\d")
-_EXPONENT = re.compile(r"(?<=\d)[eE]([-+]?\d+)(?![\d.])")
-_BARE_POINT = re.compile(r"(?<=\d)\.(?![\d.])")
-_DOUBLE_POWER = re.compile(r"\^\s*(?:-?\w+|\{[^{}]*\})\s*\^")
-
 _UNCLEAR = (
     # Of 28 % math-verify makes 28; the others have no value, or one that takes long.
     *(sympy.UnevaluatedExpr, sympy.Derivative, sympy.Integral, sympy.Sum, sympy.Product),
@@ -86,7 +54,17 @@ _UNCLEAR = (
 
 
 def compare(gold: str, answer: str) -> Outcome:
-    """Returns `match`, `mismatch` or `gold_unparseable`."""
+    """Returns `match`, `mismatch` or `gold_unparseable`.
+
+    Of a choice such as `(A)\\ 12` either half is enough, and none may be wrong.
+    """
+    (gold_letter, gold_text), (answer_letter, answer_text) = option_of(gold), option_of(answer)
+    if gold_letter and answer_letter:
+        if gold_letter != answer_letter or gold_text == answer_text or not (gold_text and answer_text):
+            reason = "match" if gold_letter == answer_letter else "mismatch"
+            return Outcome(reason, "", gold_letter, answer_letter)
+    elif gold_text and answer_text:
+        gold, answer = gold_text, answer_text
     gold_math, answer_math = read_math(gold), read_math(answer)
     if gold_math is None:
         return Outcome("gold_unparseable", "the gold answer cannot be parsed")
@@ -105,133 +83,61 @@ def _shown(math_object: Any) -> str:
         return f"<{type(math_object).__name__}>"
 
 
-@lru_cache(maxsize=KEPT_READINGS)
-def read_math(text: str) -> Any | None:
-    """Returns the whole of `text` as a sympy object; None when it is not one, or not a definite one."""
-    latex = plain_latex(text)
-    if not latex or _NO_NUMBER.search(latex) or _DOUBLE_POWER.search(latex):
-        return None
-    try:
-        math_object = parse(normalized(latex))
-        if not isinstance(math_object, sympy.Basic | sympy.MatrixBase):
-            return None
-        undefined = math_object.has(sympy.nan, sympy.zoo)
-    except MemoryError:
-        # It does not depend on the text alone: another worker may have room for it.
-        raise
-    except Exception:  # noqa: BLE001  The grammar raises bare Exception, sympy anything at all.
-        return None
-    return None if undefined else math_object
-
-
-def normalized(latex: str) -> str:
-    """Removes units, as math-verify does, except a letter that reads as a variable."""
-    return str(normalize_latex(latex, _NO_UNITS if _ends_in_a_variable(latex) else _NORMALIZATION))
-
-
-def _ends_in_a_variable(latex: str) -> bool:
-    """Returns True for `2t` and `\\frac{1}{m} t`; in `5 m` and `x = 5 m` the letter may mean metres.
-    math-verify drops all of them and takes 2t for 2."""
-    match = _LAST_LETTER.search(latex)
-    if match is None:
-        return False
-    before = latex[: match.start()]
-    rest = _COMMAND.sub("", before.rpartition("=")[2])
-    return bool(_OPERATOR.search(before)) or not rest.endswith(" ") or any(map(str.isalpha, rest))
-
-
-class _Reader(_Latex2Sympy):  # type: ignore[misc]
-    """latex2sympy's reader in one of ANTLR's prediction modes."""
-
-    def __init__(self, latex: str, mode: PredictionMode) -> None:
-        super().__init__(is_real=not should_treat_as_complex(latex))
-        self._mode = mode
-
-    def create_parser(self, latex_str: str) -> Any:
-        parser = super().create_parser(latex_str)
-        parser._interp.predictionMode = self._mode
-        return parser
-
-
-def parse(latex: str) -> Any:
-    """Returns math-verify's reading of the whole text, or else of what follows the last equals sign.
-
-    SLL, tried first, "will either return the same parse tree that would be returned with LL, or report a
-    syntax error" (ANTLR's documentation), in half the time. Raises ValueError where nothing can be read.
-    """
-    for text in dict.fromkeys((latex, get_last_eq(latex))):
-        for mode in (PredictionMode.SLL, PredictionMode.LL):
-            try:
-                return _Reader(text, mode).parse(text)
-            except MemoryError:
-                raise
-            except Exception:  # noqa: BLE001  The grammar raises bare Exception, sympy anything at all.
-                continue
-    raise ValueError("no mathematics that the grammar knows")
-
-
-def plain_latex(text: str) -> str:
-    """Returns `text` without its wrapping ($, \\(, \\boxed, "The answer is"), numbers written in one way."""
-    text = _unwrap(text.translate(_SYMBOLS)).replace("\\left(", "(").replace("\\right)", ")")
-    # math-verify takes these for units and drops them: 2i is 2 to it, and 1 - 1/e is 1 + 1/e.
-    text = _UPRIGHT.sub(r"\1 ", text)
-    text = _THOUSANDS.sub(lambda match: re.sub(_SPACE, "", match[0]), text)
-    text = _MIXED_NUMBER.sub(r"\1\\frac{\2}{\3}", text)
-    text = _PRODUCT.sub(r"\1 \\times ", text)
-    text = _EXPONENT.sub(r" \\times 10^{\1}", text)
-    return _BARE_POINT.sub("", text).strip()
-
-
-def _unwrap(text: str) -> str:
-    before = None
-    while text != before:
-        before = text
-        text = _LEAD_IN.sub("", text.strip(), count=1).strip()
-        if text[-1:] in (".", ",", ";", ":") and text[-2:-1] not in (".", "\\"):
-            text = text[:-1]
-        for left, right in _WRAPPINGS:
-            inner = text[len(left) : -len(right)]
-            if text.startswith(left) and text.endswith(right) and inner and left not in inner:
-                text = inner
-        text = _unbox(text)
-    return text
-
-
-def _unbox(text: str) -> str:
-    match = re.match(r"\\(?:boxed|fbox)\s*\{", text)
-    if match is None or not text.endswith("}"):
-        return text
-    inner, depth = text[match.end() : -1], 0
-    for brace in re.findall(r"(?<!\\)[{}]", inner):
-        depth += 1 if brace == "{" else -1
-        if depth < 0:
-            return text
-    return inner
-
-
 def agree(gold: Any, answer: Any) -> bool:
     """Returns math-verify's verdict, limited to six significant digits and to equations with a solution."""
     if gold is answer:
         return True
+    if isinstance(gold, CLOCK) and isinstance(answer, CLOCK):
+        half_days = 2 if gold.args[1] and answer.args[1] else 1
+        return bool((gold.args[0] - answer.args[0]) % (half_days * 12 * 3600) == 0)
     gold, answer = _with_common_symbols(gold, answer)
-    if apart(gold, answer) or not verify(gold, answer, timeout_seconds=None):
+    if not all(each.has(sympy.Eq) and each.free_symbols for each in (gold, answer)):
+        # x = 5 and 5 are one; x + 3 = 5 and 5 are not.
+        gold, answer = value_of(gold), value_of(answer)
+    if gold is None or answer is None or apart(gold, answer):
         return False
+    if not verify(gold, answer):
+        return _equal_where_real(gold, answer)
     smallest = min((*_magnitudes(gold), *_magnitudes(answer)), default=mpmath.mpf(1))
     extra = max(0, -1 - int(mpmath.floor(mpmath.log10(smallest))))
-    if extra and not verify(
-        gold, answer, float_rounding=DECIMALS + extra, numeric_precision=15 + extra, timeout_seconds=None
-    ):
+    if extra and not verify(gold, answer, float_rounding=DECIMALS + extra, numeric_precision=15 + extra):
         return False
     return not _is_vacuous(gold, answer)
 
 
+def _equal_where_real(gold: Any, answer: Any) -> bool:
+    """Returns True for formulas with roots that are equal for positive letters, and for other signs both
+    real and equal, or neither real: \\sqrt{1/n} and 1/\\sqrt{n}, not \\sqrt{n^2} and n."""
+    symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
+    formulas = [gold, answer]
+    if not 0 < len(symbols) <= len(POINTS[0]) or not all(isinstance(each, sympy.Expr) for each in formulas):
+        return False
+    if all(power.exp.is_integer for each in formulas for power in each.atoms(sympy.Pow)):
+        return False
+    positive = {symbol: sympy.Symbol(symbol.name, positive=True) for symbol in symbols}
+    if sympy.simplify((gold - answer).xreplace(positive)) != 0:
+        return False
+    for signs in itertools.islice(itertools.product((1, -1), repeat=len(symbols)), 1, None):
+        at = map(sympy.Float, map(operator.mul, signs, POINTS[0]))
+        point = dict(zip((symbol.name for symbol in symbols), at, strict=False))
+        try:
+            left, right = (_value(each, point) for each in formulas)
+        except (TypeError, ValueError, ArithmeticError):
+            return False
+        are_real = [abs(value.imag) <= HOLDS * abs(value) for value in (left, right)]
+        if are_real[0] is not are_real[1] or (all(are_real) and _differ(left, right)):
+            return False
+    return True
+
+
 def _with_common_symbols(gold: Any, answer: Any) -> tuple[Any, Any]:
-    """Returns both with one symbol a name: the grammar takes the letters of `2 i t` for complex, those of
-    `2it` for real, and math-verify finds them different."""
+    """Returns both with one symbol a name, and i for the letter i: the grammar takes the letters of `2 i t`
+    for complex, those of `2it` for real, and math-verify finds them different."""
     symbols = gold.free_symbols | answer.free_symbols
-    if len(symbols) == len({symbol.name for symbol in symbols}):
+    names = {symbol.name for symbol in symbols}
+    if len(symbols) == len(names) and "i" not in names:
         return gold, answer
-    common = {symbol: sympy.Symbol(symbol.name) for symbol in symbols}
+    common = {symbol: sympy.I if symbol.name == "i" else sympy.Symbol(symbol.name) for symbol in symbols}
     return gold.xreplace(common), answer.xreplace(common)
 
 
@@ -246,8 +152,8 @@ def apart(gold: Any, answer: Any) -> bool:
     if isinstance(gold, sympy.Rational) and isinstance(answer, sympy.Rational):
         return bool(gold != answer)
     if isinstance(gold, sympy.Eq) is not isinstance(answer, sympy.Eq):
-        # x = 5 and 5 are one to math-verify.
-        return apart(*(side.rhs if isinstance(side, sympy.Eq) else side for side in (gold, answer)))
+        gold, answer = value_of(gold), value_of(answer)
+        return gold is None or answer is None or apart(gold, answer)
     # A letter may stand for a product of letters, and of 28 % math-verify makes 28.
     if not (_is_clear(gold) and _is_clear(answer)) or gold.is_Symbol or answer.is_Symbol:
         return False
@@ -326,6 +232,6 @@ def _is_vacuous(gold: Any, answer: Any) -> bool:
         return False
     if not all(isinstance(side, sympy.Expr) for side in (*gold.args, *answer.args)):
         return False
-    if verify(gold.lhs - gold.rhs, answer.lhs - answer.rhs, timeout_seconds=None):
+    if verify(gold.lhs - gold.rhs, answer.lhs - answer.rhs):
         return False
     return not sympy.solve(gold, gold.free_symbols)

@@ -1,4 +1,4 @@
-"""Compares integers, decimals and fractions that are written plainly: no worker is needed for them."""
+"""Integers, decimals and fractions that are written plainly: no worker is needed for them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from fractions import Fraction
 
 from precompute.verify.base import Outcome
+from precompute.verify.math_text import unwrap
 
 _OPERATION = re.compile(r"\d[-+*/^]|\\(?:d?frac|sqrt|binom)|!")
 _SIGNS = {"\\left": "", "\\right": "", "\\times": "*", "\\cdot": "*", "\\div": "/", "×": "*"}
@@ -16,6 +17,19 @@ CLEARLY = Fraction(1, 100_000)
 
 _NUMBER = re.compile(r"-?[0-9]{1,300}(?:\.[0-9]{1,300}|/[0-9]{1,300})?")
 _FRACTION = re.compile(r"(-?)\\[dtc]?frac\{([0-9]{1,300})\}\{([0-9]{1,300})\}")
+_DECIMAL = re.compile(r"([-+]?)0*([0-9]{1,3}(?:(?:,|\{,\}|\\,)[0-9]{3})+|[0-9]*)(?:\.([0-9]*?)0*)?")
+
+
+def plain_gold(gold: str) -> str:
+    """Returns a gold answer as it appears inside a box: `$44$`, `\\boxed{44}`, `044` and `44.0` are `44`,
+    `1,234` is `1234`. Comprehension scores must not depend on how a data set writes a number."""
+    bare = unwrap(gold) or gold.strip()
+    match = _DECIMAL.fullmatch(bare)
+    if match is None or not re.search("[0-9]", bare):
+        return bare
+    sign, whole, decimals = match.groups()
+    number = (re.sub("[^0-9]", "", whole) or "0") + (f".{decimals}" if decimals else "")
+    return f"-{number}" if sign == "-" and number != "0" else number
 
 
 def compare_numbers(gold: str, answer: str) -> Outcome | None:

@@ -55,9 +55,9 @@ PAIRWISE = frozenset({"math", "numeric", "exact"})
 
 _OURS = "ampo.1"
 """Revision of the rules in verify/plain_answers.py."""
-_MATH = f"{version('math-verify')}+antlr{version('antlr4-python3-runtime')}.ampo.2"
+_MATH = f"{version('math-verify')}+antlr{version('antlr4-python3-runtime')}.ampo.3"
 """Versions of math-verify and of its parser, and the revision of our rules around them
-(precompute/verify/math.py). Verdicts depend on all three."""
+(precompute/verify/math*.py). Verdicts depend on all three."""
 
 
 def chosen_verifier(name: str, *, key: str = VERIFY_KEY) -> Callable[..., Any]:

@@ -23,6 +23,7 @@ from random import Random
 import torch
 from torch import Tensor
 
+from precompute.verify.plain_numbers import plain_gold
 from store.registry import lookup
 from trainer.config import Config, GuidanceConfig
 from trainer.method.groups import Group, Rewarder
@@ -122,7 +123,7 @@ class Scorer:
         assert guide.traces is not None, "there are candidates only where there is a store"
         for candidate in candidates.values():
             prompt = self._prompts[candidate.trace.problem_id]
-            answer_ids = guide.traces.encode(bare_answer(prompt.problem.answer))
+            answer_ids = guide.traces.encode(plain_gold(prompt.problem.answer))
             sequences.append(((*prompt.ids, *candidate.reasoning_ids, *answer_ids), len(answer_ids)))
         max_tokens, rule = guide.config.train.max_tokens_per_microbatch, guide.config.guidance.score
         scores = answer_scores(guide.policy, sequences, score=rule, max_tokens=max_tokens)
@@ -133,13 +134,6 @@ class Scorer:
                     f"{candidate.trace.problem_id} is {score}"
                 )
             self.known[trace_id] = score
-
-
-def bare_answer(gold: str) -> str:
-    """Returns the gold answer as it appears inside a box: `$\\frac{7}{4}$` loses its dollar signs."""
-    bare = gold.strip()
-    is_one_formula = len(bare) > 2 and bare[0] == bare[-1] == "$" and "$" not in bare[1:-1]
-    return bare[1:-1].strip() if is_one_formula else bare
 
 
 def guidance_size(group: Group, n_candidates: int, guidance: GuidanceConfig) -> int:
