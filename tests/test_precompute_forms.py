@@ -15,6 +15,7 @@ from precompute_examples import GOOD, LAB, jsonl, lab_config, traces_of
 
 from precompute.config import ProblemFiles, ProblemsConfig, TeacherConfig, VerifyConfig
 from precompute.config_file import load_config
+from precompute.problems.data_files import data_rows
 from precompute.problems.problem_files import configured_problems, load_problems, usable_problems
 from precompute.problems.prompts import render_prompt
 from precompute.run import pipeline
@@ -78,19 +79,19 @@ def test_options_are_shown_as_lettered_lines_and_verified_by_letter(verifier: Ve
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"options": ["1", "2"], "answer": "C"}, "the answer is none of the 2 options: 'C'"),
+        ({"options": ["1", "2"], "answer": "C"}, "the answer fits none of the options, e.g. {rows}: 'C'"),
         (
             {"options": ["1", "2"], "answer": "A", "answer_index": 1},
-            "answer and answer_index disagree: 'A' and 1",
+            "answer and answer_index disagree, e.g. {rows}: 'A' and 1",
         ),
-        ({"choices": ["1", "2"], "answer": 2}, "the answer is none of the 2 options: 2"),
-        ({"answer": "\ud800"}, "a text with lone surrogates: 'q'"),
+        ({"choices": ["1", "2"], "answer": 2}, "the answer fits none of the options, e.g. {rows}: 2"),
+        ({"answer": "\ud800"}, "a text with lone surrogates, e.g. {rows}: 'q'"),
     ],
 )
 def test_a_row_that_contradicts_itself_is_left_out(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
     with pytest.raises(ProblemsError) as error:
         load_problems(jsonl(tmp_path / "rows.jsonl", {"question": "q", **row}))
-    assert reason in str(error.value)
+    assert reason.format(rows=f"{tmp_path / 'rows.jsonl'}, row 1") in str(error.value)
 
 
 def test_prompts_of_several_turns_go_through_the_template_whole(tmp_path: Path) -> None:
@@ -137,7 +138,8 @@ def test_a_template_makes_the_user_turn_from_the_columns(tmp_path: Path) -> None
     loaded = load_problems(files)
     (problem,) = loaded.problems
     assert (problem.question, problem.source, problem.metadata) == ("1 plus 6?", "school", {"unit": "m"})
-    assert "the template '{{ a }} plus {{ b.c + 1 }}?' does not fit: " in loaded.left_out.lines[0]
+    reason = "the template '{{ a }} plus {{ b.c + 1 }}?' does not fit"
+    assert loaded.left_out.lines[0].startswith(f"1 left out: {reason}, e.g. {path}, row 2: ")
     prompt = {"system_prompt": "", "chat_template_kwargs": {}}
     text = render_prompt(
         tiny_tokenizer(), problem, **prompt, user_template="{{ question }} In {{ unit }}."
@@ -164,6 +166,16 @@ def compressed(path: Path, kind: str) -> Path:
     return path
 
 
+@pytest.mark.slow
+def test_a_row_group_may_hold_more_than_two_gigabytes(tmp_path: Path) -> None:
+    chat = [[{"role": "user", "content": "x" * (1 << 20)}]] * 100
+    batch = pa.record_batch({"prompt": pa.array(chat), "answer": pa.array(["4"] * 100)})
+    path = tmp_path / "big.parquet"
+    pq.write_table(pa.Table.from_batches([batch] * 22), path, compression="zstd", row_group_size=1 << 20)
+    assert pq.read_metadata(path).row_group(0).total_byte_size > 2**31
+    assert sum(1 for _ in data_rows(path)) == 2200
+
+
 def test_files_are_named_by_path_directory_glob_or_list(tmp_path: Path) -> None:
     (tmp_path / "shards" / "deep").mkdir(parents=True)
     one = compressed(tmp_path / "shards" / "b.jsonl.gz", "gzip")
@@ -176,7 +188,10 @@ def test_files_are_named_by_path_directory_glob_or_list(tmp_path: Path) -> None:
     assert [p.question for p in load_problems(f"{folder}/*.gz").problems] == [one.name]
     loaded = load_problems(ProblemFiles.model_validate(listed))
     assert [p.question for p in loaded.problems] == [two.name, "1,\n+1"]
-    assert "c.csv, row 2: this line has another number of cells than the header" in loaded.left_out.lines[0]
+    (line,) = loaded.left_out.lines
+    assert line.startswith(
+        f"1 left out: this line has another number of cells than the header, e.g. {table}, row 2:"
+    )
     with pytest.raises(ProblemsError, match=r"no problem file matches .*/\*\.json$"):
         load_problems(f"{folder}/*.json")
 

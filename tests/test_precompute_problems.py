@@ -96,8 +96,9 @@ def test_a_form_of_the_users_reads_rows_of_any_shape(tmp_path: Path) -> None:
     (problem,) = load_problems(table(write_lines(tmp_path, rows[0]), form=form)).problems
     assert (problem.question, problem.answer, problem.source) == ("2 + 2?", "4", "gsm8k")
     left_out = load_problems(table(write_lines(tmp_path, *rows), form=form)).left_out.lines
-    assert "row 2: problems.form does not fit this row: {'solution': 'four'}" in left_out[0]
-    with pytest.raises(ProblemsError, match="row 1: the column 'task' is missing"):
+    assert left_out[0].startswith("1 left out: problems.form does not fit this row, e.g. ")
+    assert left_out[0].endswith("row 2: {'solution': 'four'}")
+    with pytest.raises(ProblemsError, match=r"the column 'task' is missing, e.g. .*, row 1$"):
         load_problems(table(write_lines(tmp_path, {"solution": "#### 4"}), form=form))
     with pytest.raises(
         ConfigError, match=r"problems\.form = 'gsm': give one of chat, choices, gsm8k, .*, or module"
@@ -115,27 +116,38 @@ def test_equal_rows_are_one_problem_and_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "complaint"),
+    ("row", "reason", "cell"),
     [
-        ({"question": "", "answer": "4"}, "row 2: question holds no text: ''"),
-        ({"question": "?", "answer": None}, "row 2: answer holds no text: ''"),
-        ({"question": "?", "answer": True}, "row 2: answer is neither a text nor a number: True"),
-        ({"question": "?", "answer": float("nan")}, "row 2: answer is neither a text nor a number: nan"),
-        ({"question": "?"}, "row 2: the column 'answer' is missing"),
-        ({"question": 5, "answer": "4"}, "row 2: question is neither a text nor a list of messages: 5"),
-        ({"question": [{"role": "system", "content": "x"}], "answer": "4"}, "no message of the role 'user'"),
-        (5, "row 2: a row is a JSON object, not 5"),
+        ({"question": "", "answer": "4"}, "question holds no text", ": ''"),
+        ({"question": "?", "answer": None}, "answer holds no text", ": ''"),
+        ({"question": "?", "answer": True}, "answer is neither a text nor a number", ": True"),
+        ({"question": "?", "answer": float("nan")}, "answer is neither a text nor a number", ": nan"),
+        ({"question": "?"}, "the column 'answer' is missing", ""),
+        ({"question": 5, "answer": "4"}, "question is neither a text nor a list of messages", ": 5"),
+        (
+            {"question": [{"role": "system"}], "answer": "4"},
+            "question has no message of the role 'user'",
+            ": [",
+        ),
+        (5, "a row is no JSON object", ": 5"),
     ],
 )
-def test_a_bad_row_is_left_out_counted_and_named(tmp_path: Path, row: Any, complaint: str) -> None:
+def test_a_bad_row_is_left_out_counted_and_named(tmp_path: Path, row: Any, reason: str, cell: str) -> None:
     loaded = load_problems(write_lines(tmp_path, SUM, row, row))
     assert (loaded.rows, len(loaded.problems)) == (3, 1)
     (line,) = loaded.left_out.lines
-    assert line.startswith("2 left out: ")
-    assert f"e.g. {tmp_path / 'problems.jsonl'}, row 2: " in line
-    assert complaint in line
-    with pytest.raises(ProblemsError, match=r"holds no problem: 1 left out: .*, row 1: "):
+    assert line.startswith(f"2 left out: {reason}, e.g. {tmp_path / 'problems.jsonl'}, row 2{cell}")
+    with pytest.raises(ProblemsError, match=r"holds no problem: 1 left out: .*, row 1"):
         load_problems(write_lines(tmp_path, row))
+
+
+def test_rows_that_are_wrong_each_in_its_own_way_have_few_lines() -> None:
+    """A user's form may say anything about a row."""
+    left_out = LeftOut()
+    for number in range(20):
+        left_out.add(f"reason {number}", "x")
+    assert len(left_out.lines) == 9
+    assert left_out.lines[-1] == "12 left out for other reasons"
 
 
 def test_a_bad_file_is_named_with_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +162,7 @@ def test_a_bad_file_is_named_with_its_whole_path(tmp_path: Path, monkeypatch: py
         "none.jsonl": "no problem file at",
         "none.parquet": "no problem file at",
         "empty.jsonl": "holds no problem",
-        "cut.jsonl": "row 1: this line is not JSON",
+        "cut.jsonl": "1 left out: this line is not JSON, e.g. .*, row 1: ",
         "cut.parquet": "is not a readable Parquet file",
         "folder.jsonl": "holds no file that ends in",
         "table.xlsx": "ends in '.xlsx'",

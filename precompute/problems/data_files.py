@@ -146,7 +146,7 @@ def _array_rows(entries: list[Any], bad: OnBad, start: int = 1) -> Rows:
         elif isinstance(entry, list) and entry and all(isinstance(turn, dict) for turn in entry):
             yield number, {"conversations": entry}
         else:
-            bad(number, f"a row is a JSON object, not {short(entry)}")
+            bad(number, f"a row is no JSON object: {short(entry)}")
 
 
 def _csv_rows(file: Path, stream: io.BufferedReader, bad: OnBad) -> Rows:

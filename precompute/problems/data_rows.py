@@ -41,8 +41,9 @@ def find_column(file: Path | str, row: Row, wanted: str | None, known: tuple[str
     for name in names:
         if has_cell(row, name):
             return name
+    others = " or the like" if len(names) > 6 else ""
     raise ProblemsError(
-        f"{file} has no column {' or '.join(map(repr, names))} ({option}); its columns: "
+        f"{file} has no column {' or '.join(map(repr, names[:6]))}{others} ({option}); its columns: "
         f"{', '.join(column_names(row)) or 'none'}"
     )
 

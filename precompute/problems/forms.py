@@ -73,7 +73,7 @@ def _chosen(row: Row, answer: Any, letters: list[str], texts: list[str], labels:
         known = labels if text in labels else texts
         found = known.index(text) if text in known else None
     if found is None:
-        raise ValueError(f"the answer is none of the {len(letters)} options: {short(answer)}")
+        raise ValueError(f"the answer fits none of the options: {short(answer)}")
     if isinstance(index, int) and index != found:
         raise ValueError(f"answer and answer_index disagree: {short(answer)} and {index}")
     return letters[found]

@@ -38,6 +38,8 @@ SOURCE_COLUMNS = ("data_source", "source")
 METADATA_COLUMNS = ("metadata", "extra_info")
 NO_ANSWERS = ("proof", "notfound", "not found", "unknown", "none", "nan", "n/a")
 """Gold answers of published data sets that are none, to verifiers of mathematics."""
+MOST_REASONS = 8
+"""Reasons with a line of their own, where every row is wrong in its own way."""
 CHECKED_AT_ONCE = 500
 """Gold answers between two reports of progress."""
 
@@ -56,11 +58,14 @@ class LeftOut:
 
     @property
     def lines(self) -> list[str]:
-        """A line for each reason, the most frequent first."""
-        return [
+        """A line for each reason, the most frequent first, and one for all beyond MOST_REASONS."""
+        reasons = self.counts.most_common()
+        lines = [
             f"{count:,} left out: {reason}, e.g. {self._examples[reason]}"
-            for reason, count in self.counts.most_common()
+            for reason, count in reasons[:MOST_REASONS]
         ]
+        rest = sum(count for _, count in reasons[MOST_REASONS:])
+        return [*lines, f"{rest:,} left out for other reasons"] if rest else lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +107,8 @@ def _problems_of(files: ProblemFiles, left_out: LeftOut) -> Iterator[Problem]:
             reader = ProblemReader.of(files)
 
             def bad(number: int, reason: str, source: str | Path = source) -> None:
-                left_out.add(re.split("[:;]", reason)[0], f"{source}, row {number}: {reason}")
+                kind = re.split("[:;]", reason)[0]
+                left_out.add(kind, f"{source}, row {number}{reason.removeprefix(kind)}")
 
             rows = (
                 hub_rows(source)
