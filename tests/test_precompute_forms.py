@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -17,14 +18,15 @@ from precompute.config import ProblemFiles, ProblemsConfig, TeacherConfig, Verif
 from precompute.config_file import load_config
 from precompute.problems.data_files import data_rows
 from precompute.problems.problem_files import configured_problems, load_problems, usable_problems
-from precompute.problems.prompts import render_prompt
+from precompute.problems.prompts import demanded_form, render_prompt
 from precompute.run import pipeline
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, ProblemsError
+from store.export.export_forms import EXPORT_FORMS, Solved
 from store.reader import TraceStore
 from store.records import Problem
 from store.writer import StoreWriter
-from trainer.config import Config
+from trainer.config import Config, StudentConfig
 from trainer.planning import dry_run
 from trainer.telemetry.console import TrainReporter
 from trainer.train import train
@@ -119,6 +121,24 @@ def test_prompts_of_several_turns_go_through_the_template_whole(tmp_path: Path) 
         writer.write_problems([first])
     with TraceStore(tmp_path / "traces") as store:
         assert store.problems() == [first, problem]
+
+
+@pytest.mark.parametrize(("to", "columns"), [("verl", {}), ("trl", {"answer_column": "solution"})])
+def test_an_export_keeps_all_turns_and_is_the_same_problem_again(
+    tmp_path: Path, to: str, columns: dict[str, str]
+) -> None:
+    problem = load_problems(FORMS / "messages_text.jsonl").problems[0]
+    trace = SimpleNamespace(text="\\boxed{14}", teacher="t", is_correct=True, finish_reason="stop")
+    solved = Solved(index=0, problem=problem, traces=[trace], teachers={}, system_prompt=None)  # type: ignore[list-item]
+    rows = list(EXPORT_FORMS[to](solved))
+    assert [turn["role"] for turn in rows[0]["prompt"]] == ["system", "user", "assistant", "user"]
+    (again,) = load_problems(table(jsonl(tmp_path / "rows.jsonl", *rows), **columns)).problems
+    assert (again.problem_id, again.turns) == (problem.problem_id, problem.turns)
+
+
+def test_the_answers_form_is_read_off_the_user_template_too() -> None:
+    student = StudentConfig(system_prompt="", user_template="{{ question }} End with #### and the number.")
+    assert demanded_form(student, Problem(question="1+1", answer="2")) == "hashes"
 
 
 def test_a_response_behind_the_prompt_is_no_part_of_it(tmp_path: Path) -> None:

@@ -111,13 +111,11 @@ def evaluations_table(runs: Mapping[str, Rows]) -> Table:
     sources."""
     keys = {key for rows in runs.values() for row in rows for key in row}
     passes = sorted((key[5:] for key in keys if key.startswith("eval/pass@")), key=lambda key: int(key[5:]))
-    sets = sorted(key[5:-12] for key in keys if key.startswith("eval/") and key.endswith("/mean_length"))
+    ends = sorted(key for key in keys if key.startswith("eval/") and key.endswith("mean_length"))
+    sets = [key.removesuffix("mean_length") for key in ends]
     found = (
-        [escape(name), escape(each or "-"), row["step"]]
-        + [
-            _number(row.get(f"eval/{each}/{key}".replace("//", "/")))
-            for key in (*passes, "mean_length", "cut_share")
-        ]
+        [escape(name), escape(each[5:-1] or "-"), row["step"]]
+        + [_number(row.get(each + key)) for key in (*passes, "mean_length", "cut_share")]
         for name, rows in runs.items()
         for row in rows
         if "eval/pass@1" in row
