@@ -17,7 +17,7 @@ from precompute_examples import GOOD, LAB, jsonl, lab_config, traces_of
 from precompute.config import ProblemFiles, ProblemsConfig, TeacherConfig, VerifyConfig
 from precompute.config_file import load_config
 from precompute.problems.data_files import data_rows
-from precompute.problems.problem_files import configured_problems, load_problems, usable_problems
+from precompute.problems.problem_files import configured_problems, load_problems, with_usable_golds
 from precompute.problems.prompts import demanded_form, render_prompt
 from precompute.run import pipeline
 from precompute.verify.verifier import Verifier
@@ -60,7 +60,7 @@ def verifier() -> Any:
 @pytest.mark.parametrize("file", sorted(FORMS.iterdir()), ids=lambda file: file.name)
 def test_a_public_form_has_its_gold_answers(file: Path, verifier: Verifier) -> None:
     loaded = load_problems(file)
-    usable = usable_problems(loaded.problems, verifier, loaded.left_out)
+    usable = with_usable_golds(loaded.problems, verifier, loaded.left_out)
     assert [question_of(problem) for problem in usable] == list(SUMS)
     golds = [LETTERED[file.name]] * 3 if file.name in LETTERED else list(SUMS.values())
     # TRL's own golds are math in dollars.

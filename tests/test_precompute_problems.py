@@ -11,7 +11,7 @@ import pytest
 from precompute_examples import jsonl
 
 from precompute.config import ProblemFiles, VerifyConfig
-from precompute.problems.problem_files import LeftOut, load_problems, usable_problems
+from precompute.problems.problem_files import LeftOut, load_problems, with_usable_golds
 from precompute.verify.final_answer import answer_form_of
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, ProblemsError
@@ -189,7 +189,7 @@ def test_problems_whose_gold_is_of_no_use_are_left_out_by_reason() -> None:
     golds = ("4", "np.arcsin(10/13)", "\\frac12", "proof", "notfound")
     problems, left_out = [Problem(question="?", answer=gold) for gold in golds], LeftOut()
     with Verifier(VerifyConfig(workers=1)) as verifier:
-        usable = usable_problems(problems, verifier, left_out)
+        usable = with_usable_golds(problems, verifier, left_out)
     assert [problem.answer for problem in usable] == ["4", "\\frac12"]
     lines = left_out.lines
     assert "2 left out: the gold answer is none, e.g. 'proof' of" in lines[0]

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from precompute.config import ProblemColumns
 from precompute.engines.openai_answers import behind_thought
 from precompute.problems.data_files import Row, data_rows
 from precompute.problems.data_rows import Turn, cell_of, find_column, has_cell, thought_of, turns_of
@@ -80,9 +81,8 @@ class ImportForm:
         self.files = tuple(files)
         self._names = names
         file, number, row = self._first_row()
-        self._problems = ProblemReader(
-            columns.question, columns.answer, options=("--question-column", "--answer-column")
-        )
+        named = ProblemColumns(question_column=columns.question, answer_column=columns.answer)
+        self._problems = ProblemReader(named, options=("--question-column", "--answer-column"))
         self._problems.problem(file, number, row)
         self.text = find_column(file, row, columns.text, TEXT_COLUMNS, "--text-column")
         known = (columns.teacher,) if columns.teacher else TEACHER_COLUMNS

@@ -1,15 +1,5 @@
 """The forms of problem rows: one function a form, from a row to the problem that it states (docs/data.md).
 
-    {"question": "What is 2 + 2?", "answer": "4"}                                plain
-    {"prompt": [{"role": "system", "content": "..."},                            chat (verl, DAPO)
-                {"role": "user", "content": "What is 2 + 2?"}],
-     "reward_model": {"ground_truth": "4"}, "data_source": "aime"}
-    {"question": "What is 2 + 2?", "answer": "Two and two.\\n#### 4"}             gsm8k
-    {"problem": "What is 2 + 2?", "solution": "It is \\\\boxed{4}."}               solution (MATH, TRL)
-    {"question": "What is 2 + 2?", "options": ["3", "4"], "answer": "B"}         choices (MMLU-Pro, MMLU, ARC)
-    [{"from": "human", "value": "..."}, {"from": "assistant",                    turns (ORZ)
-                                         "ground_truth": {"value": "4"}}]
-
 To add a form, write a ProblemForm and enter it in PROBLEM_FORMS; or name your own function in the config,
 `[problems] form = "forms.py:my_form"`.
 """

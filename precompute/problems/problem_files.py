@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from precompute.config import ProblemFiles, ProblemsConfig
+from precompute.config import ProblemColumns, ProblemFiles, ProblemsConfig
 from precompute.config_file import short
 from precompute.problems.data_files import Row, data_rows, files_at, hub_rows
 from precompute.problems.data_rows import cell_of, find_column
@@ -104,7 +104,7 @@ def _problems_of(files: ProblemFiles, left_out: LeftOut) -> Iterator[Problem]:
     for name in files.files:
         sources = [name] if name.startswith("hf:") else files_at(name, kind="problem file")
         for source in sources:
-            reader = ProblemReader.of(files)
+            reader = ProblemReader(files)
 
             def bad(number: int, reason: str, source: str | Path = source) -> None:
                 kind = re.split("[:;]", reason)[0]
@@ -136,37 +136,20 @@ class ProblemReader:
 
     def __init__(
         self,
-        question_column: str | None,
-        answer_column: str | None,
+        given: ProblemColumns,
         *,
-        source_column: str | None = None,
-        metadata_column: str | None = None,
-        form: str | None = None,
-        template: str | None = None,
         options: tuple[str, str] = ("problems.question_column", "problems.answer_column"),
     ) -> None:
         """`options` choose the columns, for errors. Raises ConfigError for an unknown form."""
-        built_in = form is None or form in PROBLEM_FORMS
+        self._given, form = given, given.form
         self._forms = (
             PROBLEM_FORMS.values() if form is None else [lookup(PROBLEM_FORMS, form, key="problems.form")]
         )
+        built_in = form is None or form in PROBLEM_FORMS
         names = (QUESTION_COLUMNS, ANSWER_COLUMNS) if built_in else ((), ())
-        question = TEMPLATE if template else question_column
-        self._wanted = tuple(zip((question, answer_column), names, options, strict=True))
+        wanted = (TEMPLATE if given.template else given.question_column, given.answer_column)
+        self._wanted = tuple(zip(wanted, names, options, strict=True))
         self._columns: Columns | None = None
-        self._source, self._metadata, self._template = source_column, metadata_column, template
-
-    @classmethod
-    def of(cls, files: ProblemFiles) -> ProblemReader:
-        """Returns a reader with the columns of the config."""
-        return cls(
-            files.question_column,
-            files.answer_column,
-            source_column=files.source_column,
-            metadata_column=files.metadata_column,
-            form=files.form,
-            template=files.template,
-        )
 
     def problem(self, file: Path, number: int, row: Row) -> Problem:
         """Returns the problem that a row states. Raises ProblemsError that names file and row."""
@@ -177,8 +160,9 @@ class ProblemReader:
 
     def read(self, file: Path | str, row: Row) -> Problem:
         """Returns the problem that a row states. ValueError that names what is wrong with the row."""
-        if self._template:
-            row = {**row, TEMPLATE: filled_template(self._template, {"row": row, **row})}
+        given = self._given
+        if given.template:
+            row = {**row, TEMPLATE: filled_template(given.template, {"row": row, **row})}
         try:
             if self._columns is None:
                 self._columns = Columns(
@@ -189,12 +173,12 @@ class ProblemReader:
             raise ValueError(f"the column {error} is missing") from None
         except ProblemsError as error:
             raise ValueError(str(error).removeprefix(f"{file} has ")) from None
-        metadata = metadata_of(row, self._metadata)
+        verifier = row.get("verifier")
         problem = replace(
             problem,
-            source=source_of(row, self._source) or problem.source,
-            verifier=problem.verifier or row.get("verifier") or "",
-            metadata={**metadata, **problem.metadata},
+            source=source_of(row, given.source_column) or problem.source,
+            verifier=verifier if isinstance(verifier, str) and verifier else problem.verifier,
+            metadata={**metadata_of(row, given.metadata_column), **problem.metadata},
         )
         _check_text(problem)
         return problem
@@ -239,6 +223,40 @@ def _check_text(problem: Problem) -> None:
 
 
 def usable_problems(
+    config: ProblemsConfig,
+    files: ProblemFiles,
+    verifier: Verifier,
+    *,
+    key: str,
+    warn: Callable[[str], None],
+    limit: int | None = None,
+    shard: Callable[[Sequence[Problem]], Sequence[Problem]] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[tuple[Problem, ...], ProblemSet]:
+    """Returns the problems of `configured_problems` that can be used, and all that were read.
+
+    Of `problems.train` only those in the range of pass rates, and of them the first `limit`. `warn` gets a
+    line for each reason to leave some out. Raises ProblemsError where none can be used and no shard chooses.
+
+    Args:
+        limit: None: that of the config.
+        shard: chooses some of the problems.
+    """
+    found = configured_problems(config, files, key=key)
+    problems: Sequence[Problem] = found.problems
+    if files is config.train:
+        problems = in_pass_range(problems, config, found.left_out)[: limit or config.limit]
+    chosen = problems if shard is None else shard(problems)
+    usable = with_usable_golds(chosen, verifier, found.left_out, progress)
+    lines = found.left_out.lines
+    if not usable and shard is None:
+        raise ProblemsError(f"{key}: {files.name}: no problem can be used: {lines[0]}")
+    for line in lines:
+        warn(f"{files.name}: {line}")
+    return usable, found
+
+
+def with_usable_golds(
     problems: Sequence[Problem],
     verifier: Verifier,
     left_out: LeftOut,

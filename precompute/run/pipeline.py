@@ -17,7 +17,7 @@ from typing import Any
 
 from precompute.config import PrecomputeConfig, TeacherConfig
 from precompute.engines.registry import load_tokenizer
-from precompute.problems.problem_files import configured_problems, in_pass_range, usable_problems
+from precompute.problems.problem_files import usable_problems
 from precompute.problems.prompts import check_form, demanded_form, tokenizer_fingerprint
 from precompute.run.backends import RAY, Backend
 from precompute.run.plan import (
@@ -224,21 +224,21 @@ def read_problems(
     settings = config.problems
     if not settings.train.files:
         raise ConfigError("problems.train is empty; name a file with the problems to solve")
-    found = configured_problems(settings, settings.train, key="problems.train")
-    left_out = found.left_out
-    first = in_pass_range(found.problems, settings, left_out)[: limit or settings.limit]
-    chosen = first if shard is None else shard.of(first)
-    usable = usable_problems(chosen, verifier, left_out, partial(reporter.show, "checking gold answers"))
-    if not usable and not shard:
-        reason = left_out.lines[0]
-        raise ProblemsError(f"problems.train: {settings.train.name}: no problem can be used: {reason}")
-    for line in left_out.lines:
-        reporter.message(f"warning: {settings.train.name}: {line}")
+    usable, found = usable_problems(
+        settings,
+        settings.train,
+        verifier,
+        key="problems.train",
+        warn=lambda line: reporter.message(f"warning: {line}"),
+        limit=limit,
+        shard=shard.of if shard else None,
+        progress=partial(reporter.show, "checking gold answers"),
+    )
     return usable, ProblemsSummary(
         path=settings.train.name,
         rows=found.rows,
         duplicates=found.duplicates,
-        left_out=left_out.counts.total(),
+        left_out=found.left_out.counts.total(),
         used=len(usable),
         shard=str(shard) if shard else None,
     )

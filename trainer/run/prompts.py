@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from precompute.config import ProblemFiles
 from precompute.config_file import short
-from precompute.problems.problem_files import configured_problems, in_pass_range, usable_problems
+from precompute.problems.problem_files import usable_problems
 from precompute.problems.prompts import demanded_form, prompt_warning, render_prompt, replaced_warning
 from precompute.verify.verifier import Verifier
 from store.errors import ConfigError, ProblemsError
@@ -22,9 +21,10 @@ from trainer.telemetry.console import TrainReporter
 
 def training_problems(config: Config, verifier: Verifier, reporter: TrainReporter) -> tuple[Problem, ...]:
     """Returns the problems of `problems.train` that can be used; a line says what is left out and why."""
-    if not config.problems.train.files:
+    settings = config.problems
+    if not settings.train.files:
         raise ConfigError("problems.train is not set: give a file of problems")
-    return _usable(config, config.problems.train, "problems.train", verifier, reporter)
+    return usable_problems(settings, settings.train, verifier, key="problems.train", warn=reporter.warned)[0]
 
 
 def held_out_problems(
@@ -32,27 +32,15 @@ def held_out_problems(
 ) -> dict[str, tuple[Problem, ...]]:
     """Returns the problems of each held-out set that can be used; none where `eval.every` is 0."""
     sets = config.eval_sets if config.eval.every else {}
-    return {name: _usable(config, files, eval_key(name), verifier, reporter) for name, files in sets.items()}
+    return {
+        name: usable_problems(config.problems, files, verifier, key=eval_key(name), warn=reporter.warned)[0]
+        for name, files in sets.items()
+    }
 
 
 def eval_key(name: str) -> str:
     """Returns the config key of a held-out set."""
     return f"eval.sets.{name}" if name else "problems.eval"
-
-
-def _usable(
-    config: Config, files: ProblemFiles, key: str, verifier: Verifier, reporter: TrainReporter
-) -> tuple[Problem, ...]:
-    found = configured_problems(config.problems, files, key=key)
-    problems, left_out = found.problems, found.left_out
-    if files is config.problems.train:
-        problems = in_pass_range(problems, config.problems, left_out)[: config.problems.limit]
-    usable = usable_problems(problems, verifier, left_out)
-    if not usable:
-        raise ProblemsError(f"{key}: {files.name}: no problem can be used: {left_out.lines[0]}")
-    for line in left_out.lines:
-        reporter.warned(f"{key}: {line}")
-    return usable
 
 
 def warn_of_overlap(
