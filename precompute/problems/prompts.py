@@ -60,7 +60,7 @@ def filled_template(template: str, values: Mapping[str, Any]) -> str:
     """Returns the text of a Jinja template. ValueError where it names a value that there is not."""
     try:
         return _compiled(template).render(values)
-    except (TemplateError, TypeError) as error:
+    except (TemplateError, *TEMPLATE_FAULTS) as error:
         raise ValueError(f"the template {short(template)} does not fit: {error}") from None
 
 
