@@ -152,7 +152,7 @@ TEMPLATE_FAULTS = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError),
     *(RuntimeError, TypeError, ValueError),
 )
-"""What the code of a template can raise beside Jinja's own errors."""
+"""Errors of a template's code beside Jinja's own."""
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> int:

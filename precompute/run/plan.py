@@ -80,7 +80,7 @@ class TeacherOutcome:
     seconds: float
     """Duration of this run for this teacher, loading included."""
     unverified: tuple[Trace, Problem] | None = None
-    """Where no sample is verified: one that shows why, and its problem."""
+    """A sample that shows why none is verified, and its problem; None where one is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -28,21 +29,22 @@ def report_tables(report: PrecomputeReport) -> Group:
         rows=map(_outcome, report.teachers),
     )
     hints = [
-        Text(unverified_line(outcome.stored.traces, *outcome.unverified), style="yellow")
+        Text(unverified_line(report.store, outcome.stored.traces, *outcome.unverified), style="yellow")
         for outcome in report.teachers
         if outcome.unverified
     ]
     return Group(Text(problems_line(report.problems)), table, coverage_table(report.coverage), *hints)
 
 
-def unverified_line(samples: int, trace: Trace, problem: Problem) -> str:
+def unverified_line(store: str, samples: int, trace: Trace, problem: Problem) -> str:
     """Returns a line that shows why none of a teacher's samples is verified, by the end of one of them."""
     reason = f" ({trace.verdict_detail})" if trace.verdict_detail else ""
     cut = ", cut at max_tokens," if trace.finish_reason == "length" else ""
     return (
         f"{trace.teacher}: none of its {samples:,} samples is verified. One, of {trace.problem_id}{cut}"
         f" ends: {trace.text[-160:]!r}; answer {trace.answer!r}, gold {problem.answer!r}, verdict "
-        f"{trace.verdict}{reason}. More: ampo inspect store traces --teacher {trace.teacher} --why"
+        f"{trace.verdict}{reason}. More: ampo inspect store traces {os.path.relpath(store)} "
+        f"--teacher {trace.teacher} --why"
     )
 
 
