@@ -161,11 +161,15 @@ def test_conversations_of_sharegpt_are_a_question_and_its_answer(tmp_path: Path)
 
 
 def test_a_teacher_may_be_a_number_and_half_a_character_is_replaced_and_counted(tmp_path: Path) -> None:
-    rows = [PLAIN | {"teacher": 7, "text": "\ud83d \\boxed{4}"}]
+    rows: list[dict[str, Any]] = [PLAIN | {"teacher": 7, "text": "\ud83d \\boxed{4}"}]
+    rows += [PLAIN | {"text": [{"content": "x", "source": 8}]}, PLAIN | {"teacher": "r\ud83d", "text": "x"}]
     report = bring(jsonl(tmp_path / "x.jsonl", rows), tmp_path / "s")
-    (trace,) = traces_of(tmp_path / "s")
-    assert (trace.teacher, trace.text) == ("7", "\ufffd \\boxed{4}")
-    assert report.teachers[0].mended == 1
+    assert {(trace.teacher, trace.text) for trace in traces_of(tmp_path / "s")} == {
+        ("7", "\ufffd \\boxed{4}"),
+        ("8", "x"),
+        ("r-", "x"),
+    }
+    assert [each.mended for each in report.teachers] == [1, 0, 0]
 
 
 def test_a_file_of_which_nothing_can_be_imported_is_an_error_and_makes_no_store(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from precompute.config import ProblemColumns
-from precompute.engines.openai_answers import behind_thought
+from precompute.engines.openai_answers import behind_thought, whole_text
 from precompute.problems.data_files import Row, data_rows
 from precompute.problems.data_rows import Turn, cell_of, find_column, has_cell, thought_of, turns_of
 from precompute.problems.forms import RESPONSE_COLUMNS
@@ -109,13 +109,12 @@ class ImportForm:
 
     def _traces(self, row: Row, problem: Problem) -> Iterator[ForeignTrace]:
         named = cell_of(row, self._teacher) if self._teacher and has_cell(row, self._teacher) else None
-        named = str(named) if isinstance(named, str | int | float) else None
         given = turns_of(cell_of(row, self.text), self.text)
         # In a conversation, the answers to the last question.
         start = 1 + max((index for index, turn in enumerate(given) if turn.role == "user"), default=-1)
         for turn in given[start:]:
             if turn.role in ("assistant", None):
-                source = turn.source or named
+                source = _source_of(turn.source) or _source_of(named)
                 teacher = self._names.stored(source)
                 text = self._with_reasoning(turn, row)
                 yield ForeignTrace(problem=problem, source=source or teacher, teacher=teacher, text=text)
@@ -125,6 +124,11 @@ class ImportForm:
         """Returns the text behind the reasoning that the turn has, or beside a plain text the row."""
         thought = turn.reasoning or (thought_of(row) if turn.role is None else "")
         return behind_thought(turn.text, thought) if thought and turn.text.strip() else turn.text
+
+
+def _source_of(cell: object) -> str | None:
+    """Returns a teacher's name, which may be a number; None for anything else."""
+    return whole_text(str(cell)) if isinstance(cell, str | int | float) else None
 
 
 def file_name(source: str) -> str:

@@ -260,7 +260,7 @@ def import_table(report: ImportReport) -> Group:
     """Returns a row per teacher with the verdicts on the new traces, and a line of totals."""
     counted = {
         name: [getattr(teacher, name) for teacher in report.teachers]
-        for name in ("found", "empty", "repeated", "mended", "existing", "new", "filtered")
+        for name in ("found", "empty", "repeated", "existing", "new", "filtered")
     } | {verdict: [teacher.verdicts.get(verdict, 0) for teacher in report.teachers] for verdict in VERDICTS}
     shown = {
         name: each for name, each in counted.items() if any(each) or name in ("found", "new", "existing")
@@ -271,4 +271,7 @@ def import_table(report: ImportReport) -> Group:
     files = report.files[0] if len(report.files) == 1 else f"{len(report.files)} files"
     share = _verified_share(report.teachers)
     totals = f"{sum(counted['new']):,} new traces{f', {share}' if share else ''}; {report.seconds:.1f} s"
-    return Group(table, Text(f"{files}: {report.problems:,} problems; {totals}"))
+    lines = [Text(f"{files}: {report.problems:,} problems; {totals}")]
+    if mended := sum(teacher.mended for teacher in report.teachers):
+        lines.append(Text(f"{mended:,} texts had lone surrogates: U+FFFD replaces each"))
+    return Group(table, *lines)
