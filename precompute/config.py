@@ -101,10 +101,10 @@ class ProblemFiles(ProblemColumns):
 
     @property
     def name(self) -> str:
-        """The files, for messages."""
-        return ", ".join(
-            each if each.startswith("hf:") else str(Path(each).absolute()) for each in self.files
-        )
+        """The first file, and the number of further ones, for messages."""
+        first, more = "".join(self.files[:1]), len(self.files) - 1
+        shown = first if first.startswith("hf:") else str(Path(first).absolute())
+        return f"{shown} and {more} more" if more > 0 else shown
 
 
 class ProblemsConfig(ProblemColumns):

@@ -110,12 +110,12 @@ def reverify(
 def corrected(known: Sequence[Problem], problems: Sequence[Problem]) -> dict[str, Problem]:
     """Returns problem_id of each `known` problem -> the present problem: itself, or the only one of
     `problems` with its question."""
-    ids, by_question = {problem.problem_id for problem in problems}, defaultdict[str, list[Problem]](list)
+    ids, by_question = {problem.problem_id for problem in problems}, defaultdict[object, list[Problem]](list)
     for problem in problems:
-        by_question[problem.question].append(problem)
+        by_question[problem.user_turns].append(problem)
     found = {}
     for problem in known:
-        same = by_question[problem.question]
+        same = by_question[problem.user_turns]
         is_replaced = problem.problem_id not in ids and len(same) == 1
         found[problem.problem_id] = same[0] if is_replaced else problem
     return found

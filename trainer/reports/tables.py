@@ -111,18 +111,21 @@ def evaluations_table(runs: Mapping[str, Rows]) -> Table:
     sources."""
     keys = {key for rows in runs.values() for row in rows for key in row}
     passes = sorted((key[5:] for key in keys if key.startswith("eval/pass@")), key=lambda key: int(key[5:]))
-    ends = sorted(key for key in keys if key.startswith("eval/") and key.endswith("mean_length"))
-    sets = [key.removesuffix("mean_length") for key in ends]
+    ends = (key for key in keys if key.startswith("eval/") and key.endswith("mean_length"))
+    sets = sorted(key.removesuffix("mean_length") for key in ends)
+    named = sets != ["eval/"]
     found = (
-        [escape(name), escape(each[5:-1] or "-"), row["step"]]
+        [escape(name), *([escape(each[5:-1] or "-")] if named else []), row["step"]]
         + [_number(row.get(each + key)) for key in (*passes, "mean_length", "cut_share")]
         for name, rows in runs.items()
         for row in rows
-        if "eval/pass@1" in row
         for each in sets
+        if f"{each}mean_length" in row
     )
     numbers = ["step", *passes, "tokens", "cut"]
-    return plain_table("held-out evaluation", text=["run", "set"], numbers=numbers, rows=found)
+    return plain_table(
+        "held-out evaluation", text=["run", "set"] if named else ["run"], numbers=numbers, rows=found
+    )
 
 
 def evaluation_table(model: str, evaluation: Evaluation) -> Table:
