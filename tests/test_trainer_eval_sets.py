@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from run_examples import PROBLEMS, config_of, make_world, metrics_of, write_problems
+from run_examples import PROBLEMS, config_of, make_world, write_problems
 
 from precompute.config_file import load_config, toml_of
 from precompute.run.progress import Reporter
 from store.errors import ConfigError
 from store.records import Problem
-from trainer.config import Config
+from trainer.config import Config, EvalConfig
 from trainer.eval_model import evaluate_model
+from trainer.evaluation import EvalSample, Evaluation, evaluation_of, metrics_of
 from trainer.reports.tables import evaluations_table
 from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.metrics import read_metrics
@@ -49,19 +51,39 @@ def with_sets(world: Path, model_dir: Path, **changes: Any) -> Config:
 def test_each_named_set_has_a_curve_of_its_own(world: Path, model_dir: Path) -> None:
     reporter = TrainReporter()
     outcome = train(with_sets(world, model_dir, eval__every=1, run__name="sets"), reporter=reporter)
-    rows = [row for row in metrics_of(outcome.run) if "eval/pass@1" in row]
+    rows = [row for row in read_metrics(outcome.run) if "eval/pass@1" in row]
     assert [row["step"] for row in rows] == [0, 1]
     for row in rows:
-        means = [row[f"eval/{name}/pass@{k}"] for k in (1, 2) for name in ("others", "shared")]
-        # Without problems.eval the short name is the mean of the sets.
-        assert row["eval/pass@1"] == pytest.approx(sum(means[:2]) / 2)
-        assert row["eval/pass@2"] == pytest.approx(sum(means[2:]) / 2)
+        assert {f"eval/{name}/pass@{k}" for k in (1, 2) for name in ("others", "shared")} <= row.keys()
     samples = pq.read_table(outcome.run / "evals" / "step-000001.parquet").to_pylist()
     assert [row["set"] for row in samples] == ["others"] * 6 + ["shared"] * 4
     table = evaluations_table({"sets": read_metrics(outcome.run)})
     assert list(table.columns[1].cells) == ["others", "shared"] * 2
     (warning,) = (each for each in reporter.warnings if "too, e.g." in each)
     assert warning == "2 of 2 problems of eval.sets.shared are in problems.train, too, e.g. '0+0'"
+
+
+def of_one(name: str, *, right: bool) -> Evaluation:
+    """The evaluation of a set of one problem with one sample."""
+    sample = EvalSample(
+        problem_id="p",
+        source="",
+        sample_index=0,
+        is_correct=right,
+        has_format=True,
+        n_tokens=4,
+        finish_reason="stop",
+        text="",
+    )
+    return replace(evaluation_of(EvalConfig(samples=1, k=(1,)), [sample], {"p": ""}), name=name)
+
+
+def test_the_short_name_is_that_of_problems_eval_or_the_mean_of_the_sets() -> None:
+    sets = [of_one("a", right=True), of_one("b", right=False), of_one("c", right=False)]
+    found = metrics_of(sets)
+    assert (found["eval/a/pass@1"], found["eval/b/pass@1"]) == (1.0, 0.0)
+    assert found["eval/pass@1"] == pytest.approx(1 / 3)
+    assert metrics_of([of_one("", right=False), *sets])["eval/pass@1"] == 0.0
 
 
 def test_the_sets_survive_the_runs_config_file(world: Path, model_dir: Path, tmp_path: Path) -> None:
