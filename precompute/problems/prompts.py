@@ -172,11 +172,8 @@ def behind_answer(tokenizer: PreTrainedTokenizerBase, *more: dict[str, str]) -> 
     chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "ANSWER"}, *more]
     try:
         text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except (
-        TemplateError,
-        *TEMPLATE_FAULTS,
-    ):  # no template, or one that fails: reported where prompts are rendered
-        return []
+    except (TemplateError, *TEMPLATE_FAULTS):
+        return []  # no template, or one that fails: reported where prompts are rendered
     return list(tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"])
 
 
