@@ -272,7 +272,8 @@ def _through_template(
         turns = " and ".join(message["role"] for message in messages)
         raise ConfigError(
             f"the chat template of {_name(tokenizer)} refuses the turns {turns}: "
-            f'{error}; for a template without a system turn set system_prompt = ""'
+            f'{error}; for a template without a system turn set system_prompt = "" '
+            "and put the instruction in user_template"
         ) from None
     except TEMPLATE_FAULTS as error:  # also for several templates by name, of which none is the default
         raise ConfigError(
