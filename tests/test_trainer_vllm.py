@@ -138,8 +138,13 @@ def test_a_run_with_an_adapter_goes_on_from_its_checkpoint(world: Path, model: P
         "run__save_every": 1,
     }
     run(world, model, train__max_steps=1, **changes)
-    rows = read_metrics(run(world, model, train__max_steps=3, **changes).run)
+    report = run(world, model, train__max_steps=3, **changes)
+    rows = read_metrics(report.run)
     assert [row["step"] for row in rows] == [1, 2, 3]
+    # Another run trains its adapters on; vLLM begins with their base.
+    assert report.checkpoint is not None
+    further = run(world, report.checkpoint, **(changes | {"run__name": "on"}), train__max_steps=1)
+    rows += read_metrics(further.run)
     assert all(row["sampling/logp_difference"] < 1e-4 for row in rows)
 
 

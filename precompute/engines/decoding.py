@@ -33,6 +33,7 @@ def response_decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
 
 def without_ends(text: str, control: Iterable[str]) -> str:
     """Returns the text without the control tokens that end it, and the space before them."""
-    while ends := [token for token in control if text.rstrip().endswith(token)]:
-        text = text.rstrip().removesuffix(max(ends, key=len)).rstrip()
+    tokens = tuple(control)
+    while (stripped := text.rstrip()).endswith(tokens):
+        text = stripped.removesuffix(max(filter(stripped.endswith, tokens), key=len)).rstrip()
     return text
