@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 TEST_PROCESSES ?= 2
 
-.PHONY: help install demo real test test-slow check lab clean
+.PHONY: help install demo real test test-slow check lab clean evidence evidence-quick bench-learning bench-trainer
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
@@ -74,6 +74,12 @@ lab: $(VENV)/.base ## make the lab's models and problems again (about 20 minutes
 
 bench-learning: $(VENV)/.dev ## AMPO, random selection and GRPO on the lab (about 8 minutes)
 	$(BIN)/python -m bench.learning
+
+evidence: $(VENV)/.dev ## every method on the lab with five seeds: docs/evidence.md (about an hour; goes on where it stopped)
+	$(BIN)/python -m bench.methods --out docs/evidence
+
+evidence-quick: $(VENV)/.dev ## four methods, one seed, ten steps (two minutes)
+	$(BIN)/python -m bench.methods --methods ampo dr_grpo hpt sft --seeds 0 --steps 10
 
 bench-trainer: $(VENV)/.base ## scores, rollouts and a step against other implementations (about 15 minutes)
 	@$(PIP) --editable ".[bench]"

@@ -119,3 +119,18 @@ def test_reasoning_gym_scores_by_its_own_rules() -> None:
     with Verifier(VerifyConfig(workers=1, timeout=60.0, default="reasoning_gym")) as verifier:
         verdicts = [verifier.submit(f"\\boxed{{{text}}}", problem).result() for text in ("6*4", "4+6")]
     assert [verdict.is_correct for verdict in verdicts] == [True, False]
+
+
+def test_an_installed_package_offers_a_verifier_as_an_entry_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "towns.py").write_text("def same(answer, gold):\n    return answer.lower() == gold.lower()\n")
+    info = tmp_path / "towns-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: towns\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[ampo.verifiers]\ntown = towns:same\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with Verifier(VerifyConfig(workers=1, timeout=20.0, default="town")) as verifier:
+        verdicts = [verifier.submit(f"\\boxed{{{text}}}", "Rome").result() for text in ("ROME", "Pisa")]
+    assert [verdict.is_correct for verdict in verdicts] == [True, False]
+    assert verdicts[0].verifier.startswith("town ")
