@@ -103,7 +103,6 @@ def run(options: Any, method: str, seed: int) -> dict[str, float]:
     return found | {
         "early": fmean(first_third[: max(len(first_third) // 3, 1)]),
         "sampled tokens": sum(row["completions/mean_length"] * 16 * 8 for row in steps),
-        "seconds": sum(row.get("seconds/step", 0) + row.get("seconds/sft", 0) for row in rows),
     }
 
 
@@ -142,11 +141,10 @@ def cells(method: str, found: Mapping[str, Any]) -> tuple[str, ...]:
         *(f"{found[name]:.2f}" for name in (*SETS, "early")),
         f"{mean:+.2f} [{low:+.2f} {high:+.2f}]",
         f"{found['sampled tokens'] / 1000:.0f}",
-        f"{found['seconds']:.0f}",
     )
 
 
-HEAD = ("method", *SETS, "first third", "over GRPO (95 %)", "sampled k tokens", "seconds")
+HEAD = ("method", *SETS, "first third", "over GRPO (95 %)", "sampled k tokens")
 
 
 def table(body: Mapping[str, Any]) -> Any:
@@ -171,7 +169,7 @@ One store, one student, the same problems and seeds; only the method's file diff
 Held-out pass@1 on the bundled lab after {steps} steps, mean of {seeds} paired seeds. `longer`: sums of
 eight numbers, which no method trains on. `first third`: mean over the evaluations of the first third of
 the run. `over GRPO`: the difference to `dr_grpo` on the same seeds, with a 95 % interval by bootstrap over
-seeds. Every method takes the same number of steps; sampled tokens and seconds differ as shown.
+seeds. Every method takes the same number of steps; sampled tokens differ as shown.
 
 {table}
 
