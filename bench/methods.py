@@ -81,8 +81,8 @@ def settings(options: Any, method: str, seed: int) -> Config:
         *([] if method == "grpo" else ['train.loss_type="dr_grpo"', 'train.scale_rewards="none"']),
         f"train.max_steps={0 if method == 'sft' else options.steps}",
         'eval.sets.longer="lab/problems/harder.jsonl"',
-        "eval.every=5",
-        "eval.samples=4",
+        "eval.every=10",
+        "eval.samples=2",
         "eval.k=[1]",
     ]
     return read_config([options.config, f"configs/methods/{method}.toml"], own)
