@@ -72,7 +72,7 @@ def test_the_config_resolves_and_every_trace_can_be_used() -> None:
     assert (config.student.use_peft, config.rollout.num_generations) == (True, 4)
     # Four steps of four problems: most of the forty stay unseen and can be read for comparison.
     assert config.train.max_steps * config.train.problems_per_step == 16
-    assert config.problems.train == str(TRACES.relative_to(ROOT))
+    assert config.problems.train.files == (str(TRACES.relative_to(ROOT)),)
     assert config.student.model == config.teachers[0].model
 
 

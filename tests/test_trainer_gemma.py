@@ -71,7 +71,7 @@ def test_a_run_trains_and_its_checkpoint_is_what_went_on(
     files = load_file(next(report.checkpoint.glob("*model.safetensors")))
     assert not any("lm_head" in name for name in files)
     with torch.no_grad():
-        saved = load(report.checkpoint).logprobs(BATCH)
+        saved = load(report.checkpoint, use_peft=adapters, lora_r=4).logprobs(BATCH)
         going_on = load_policy(config.student, temperature=0.7, weights=report.checkpoint)
         torch.testing.assert_close(saved, going_on.logprobs(BATCH), rtol=1e-5, atol=1e-5)
         assert (saved - load(gemma_dir).logprobs(BATCH)).abs().max().item() > 1e-3
