@@ -176,6 +176,7 @@ def _rows(
         "seed": generator.integers(0, 2**31, many).tolist(),
         "generation_fingerprint": ["00112233aabbccdd"] * many,
         "created_at": [1_790_000_000_000_000 + number for number in numbers],
+        "verified_by": ["bench 1"] * many,
         "verdict_detail": [""] * many,
         "parsed_answer": ["7"] * many,
         "parsed_gold": ["7"] * many,
