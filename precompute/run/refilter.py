@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,10 @@ from precompute.problems.prompts import demanded_form
 from precompute.run.filters import why_filtered
 from precompute.verify.final_answer import find_answer
 from store.errors import RecipeChangedError
-from store.format.manifest import PARTS, read_manifest
-from store.format.parts import damage_named, open_part, write_part
+from store.format.manifest import read_manifest
 from store.format.reading import chosen_teachers, read_problems, read_teachers
 from store.records import AnswerForm, Problem, TeacherRecord
-from store.upkeep.compaction import new_parts, swap_parts
+from store.upkeep.compaction import rewrite_parts
 from store.writer import StoreWriter, recipe_changes
 
 READ_COLUMNS = ["teacher", "problem_id", "text", "n_tokens", "answer_start", "is_correct", "filtered"]
@@ -83,16 +83,8 @@ def refilter(
         problems = {problem.problem_id: problem for problem in read_problems(root)}
         counts = {name: RefilterReport(name) for name in records}
         parts = {p: entry for p, entry in read_manifest(root).parts.items() if entry.traces.keys() & records}
-        with new_parts(root) as new:
-            old = []
-            seen, total = 0, sum(sum(entry.traces.values()) for entry in parts.values())
-            for part, entry in parts.items():
-                if changed := _refiltered(root / PARTS / part, filters, records, problems, counts):
-                    name, new[name] = write_part(root, changed)
-                    old.append(part)
-                seen += sum(entry.traces.values())
-                progress(seen, total)
-        swap_parts(root, old=old, new=new)
+        change = partial(_refiltered, filters=filters, records=records, problems=problems, counts=counts)
+        rewrite_parts(root, parts, change, progress)
         # Last: as long as the records name the old filters, a run is refused and names `refilter`.
         for record in records.values():
             writer.register_teacher(replace(record, filters=filter_settings(filters)))
@@ -100,15 +92,14 @@ def refilter(
 
 
 def _refiltered(
-    path: Path,
+    table: pa.Table,
+    *,
     filters: FiltersConfig,
     records: Mapping[str, TeacherRecord],
     problems: Mapping[str, Problem],
     counts: Mapping[str, RefilterReport],
 ) -> pa.Table | None:
     """Returns the part's rows with new filter results, and counts them; None if nothing has changed."""
-    with damage_named(path), open_part(path) as file:
-        table = file.read(use_threads=False)
     after = []
     for row in table.select(READ_COLUMNS).to_pylist():
         now = before = row["filtered"]

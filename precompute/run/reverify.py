@@ -7,9 +7,10 @@ refuses to go on; `reverify` verifies the stored texts again and rewrites the pa
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,10 @@ from precompute.run.refilter import opened_thought
 from precompute.verify.verifier import Verdict, Verifier
 from store.errors import StoreError
 from store.format.index import open_index
-from store.format.manifest import PARTS, change_verifiers, read_manifest
-from store.format.parts import damage_named, open_part, write_part
+from store.format.manifest import change_verifiers, read_manifest
 from store.format.reading import read_problems, read_teachers
 from store.records import Problem, TeacherRecord, content_hash
-from store.upkeep.compaction import new_parts, swap_parts
+from store.upkeep.compaction import rewrite_parts
 from store.writer import REVERIFY, StoreWriter
 
 READ_COLUMNS = [
@@ -44,7 +44,7 @@ _VERIFIERS = """
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class ReverifyReport:
     """Counts for one teacher."""
 
@@ -88,23 +88,13 @@ def reverify(
         known, records = read_problems(root), read_teachers(root)
         now = corrected(known, problems)
         writer.write_problems([now[problem.problem_id] for problem in known])
-        parts, counts = read_manifest(root).parts, Counter[tuple[str, str]]()
-        with new_parts(root) as new:
-            seen, total = 0, sum(sum(entry.traces.values()) for entry in parts.values())
-            for part, entry in parts.items():
-                name, new[name] = write_part(
-                    root, _reverified(root / PARTS / part, verifier, now, records, counts)
-                )
-                seen += sum(entry.traces.values())
-                progress(seen, total)
-        swap_parts(root, old=list(parts), new=new)
+        counts = {name: ReverifyReport(name) for name in records}
+        change = partial(_reverified, verifier=verifier, now=now, records=records, counts=counts)
+        rewrite_parts(root, read_manifest(root).parts, change, progress)
         current = {problem.problem_id: problem for problem in now.values()}
         writer.write_problems(list(current.values()), drop=now.keys() - current.keys())
         change_verifiers(root, verifier.versions(current.values()))
-    fields = ("traces", "verified_before", "verified_now", "changed")
-    return tuple(
-        ReverifyReport(teacher=name, **{field: counts[name, field] for field in fields}) for name in records
-    )
+    return tuple(counts.values())
 
 
 def corrected(known: Sequence[Problem], problems: Sequence[Problem]) -> dict[str, Problem]:
@@ -122,15 +112,14 @@ def corrected(known: Sequence[Problem], problems: Sequence[Problem]) -> dict[str
 
 
 def _reverified(
-    path: Path,
+    table: pa.Table,
+    *,
     verifier: Verifier,
     now: Mapping[str, Problem],
     records: Mapping[str, TeacherRecord],
-    counts: Counter[tuple[str, str]],
+    counts: Mapping[str, ReverifyReport],
 ) -> pa.Table:
     """Returns the part's rows with new verdicts, and counts them."""
-    with damage_named(path), open_part(path) as file:
-        table = file.read(use_threads=False)
     rows, pending = table.select(READ_COLUMNS).to_pylist(), []
     for row in rows:
         problem, record = now[row["problem_id"]], records[row["teacher"]]
@@ -143,11 +132,11 @@ def _reverified(
         verdict = future.result()
         for column, value in _columns(row, verdict, now[row["problem_id"]].problem_id).items():
             changes[column].append(value)
-        verified, name = changes["is_correct"][-1], row["teacher"]
-        counts[name, "traces"] += 1
-        counts[name, "verified_before"] += row["is_correct"]
-        counts[name, "verified_now"] += verified
-        counts[name, "changed"] += verified is not row["is_correct"]
+        verified, count = changes["is_correct"][-1], counts[row["teacher"]]
+        count.traces += 1
+        count.verified_before += row["is_correct"]
+        count.verified_now += verified
+        count.changed += verified is not row["is_correct"]
     for column, values in changes.items():
         at = table.schema.get_field_index(column)
         table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))

@@ -8,17 +8,19 @@ of the old ones opens the new ones by itself.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import pyarrow as pa
+
 from store.errors import StoreError
 from store.format.files import disk_errors_named
 from store.format.index import Index, Progress, open_index, quoted, refresh_index
-from store.format.manifest import TEACHERS, PartEntry, change_parts, read_manifest
-from store.format.parts import list_parts, remove_parts, write_part
+from store.format.manifest import PARTS, TEACHERS, PartEntry, change_parts, read_manifest
+from store.format.parts import damage_named, list_parts, open_part, remove_parts, write_part
 from store.format.reading import PartReader
 from store.format.schema import TRACE_SCHEMA
 from store.writer import StoreWriter
@@ -126,6 +128,30 @@ def swap_parts(root: Path, *, old: Sequence[str], new: Mapping[str, PartEntry]) 
     change_parts(root, add=new, drop=gone)
     remove_parts(root, gone)
     refresh_index(root)
+
+
+def rewrite_parts(
+    root: Path,
+    parts: Mapping[str, PartEntry],
+    change: Callable[[pa.Table], pa.Table | None],
+    progress: Progress,
+) -> None:
+    """Replaces each of the parts by what `change` makes of its rows, all at one moment; None leaves a part.
+
+    Raises StoreDamagedError for a part that cannot be read, StoreError for a full disk.
+    """
+    old, seen, total = [], 0, sum(sum(entry.traces.values()) for entry in parts.values())
+    with new_parts(root) as new:
+        for part, entry in parts.items():
+            path = root / PARTS / part
+            with damage_named(path), open_part(path) as file:
+                table = file.read(use_threads=False)
+            if (changed := change(table)) is not None:
+                name, new[name] = write_part(root, changed)
+                old.append(part)
+            seen += sum(entry.traces.values())
+            progress(seen, total)
+    swap_parts(root, old=old, new=new)
 
 
 def _ranges(index: Index, chosen: str, part_traces: int) -> Iterator[str]:
