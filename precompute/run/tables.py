@@ -14,7 +14,7 @@ from rich.text import Text
 from precompute.run.plan import PrecomputePlan, PrecomputeReport, ProblemsSummary, TeacherOutcome, TeacherPlan
 from precompute.run.refilter import RefilterReport
 from precompute.run.reverify import ReverifyReport
-from precompute.verify.final_answer import CLOSING, LINES, OPENING, FinalAnswer, find_answer, to_form
+from precompute.verify.final_answer import CLOSING, LINES, OPENING, find_answer, to_form
 from store.records import AnswerForm, Problem, Trace
 from store.reports.tables import coverage_table
 from store.terminal.tables import plain_table
@@ -131,13 +131,10 @@ def form_line(teacher: TeacherPlan, student_form: AnswerForm, answer: str) -> st
     """Returns how the teacher's answers are read, and how an ending is rewritten for the student."""
     form = teacher.answer_form
     before = "...\n" if form in LINES else "... "
-    # Not every gold answer fits every form: `A` is one that does.
-    ending, found = "", FinalAnswer(count=0, broken=0)
-    for shown_answer in (answer, "A"):
-        answer, ending = shown_answer, f"{before}{OPENING[form]}{shown_answer}{CLOSING[form]}"
-        found = find_answer(ending, form=form)
-        if found.answer is not None and ("letter" not in (form, student_form) or len(answer) == 1):
-            break
+    ending = f"{before}{OPENING[form]}{answer}{CLOSING[form]}"
+    found = find_answer(ending, form=form)
+    if found.answer is None or ("letter" in (form, student_form) and len(answer) != 1):
+        return form_line(teacher, student_form, "A")  # an answer that fits every form
     reasoning, rest = to_form(ending, found, student_form)
     thought = "; its prompt opens <think>, and nothing before </think> is an answer"
     shown, rewritten = (
