@@ -117,9 +117,11 @@ def dropping_out(model: Any) -> Iterator[None]:
     dropouts = [module for name, module in model.named_modules() if "lora_dropout" in name]
     for module in dropouts:
         module.training = True
-    yield
-    for module in dropouts:
-        module.training = False
+    try:
+        yield
+    finally:
+        for module in dropouts:
+            module.training = False
 
 
 def import_peft() -> Any:
