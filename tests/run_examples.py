@@ -147,7 +147,7 @@ def weights_of(run_dir: Path, name: str) -> dict[str, bytes]:
 
 
 def optimizer_of(run_dir: Path, name: str) -> str:
-    """The optimizer's state in a checkpoint, every tensor as its bytes."""
+    """The state of the optimizer, and of the buffer, in a checkpoint, every tensor as its bytes."""
     saved = torch.load(run_dir / "checkpoints" / name / "optimizer.pt", weights_only=True)
 
     def plain(value: Any) -> Any:
@@ -157,7 +157,7 @@ def optimizer_of(run_dir: Path, name: str) -> str:
             return [plain(each) for each in value]
         return value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
 
-    return repr(plain(saved["optimizer"]))
+    return repr(plain({name: value for name, value in saved.items() if name != "generators"}))
 
 
 def assert_same_run(one: Path, other: Path, name: str) -> None:

@@ -36,7 +36,7 @@ LAYERS = {
         "parallel",
         "student",
         "method sampling",
-        "variants",
+        "variants buffer",
         "evaluation",
         "telemetry",
         "run",

@@ -32,6 +32,9 @@ LORA = {
 }
 
 
+BUFFER = {"guidance__place": "buffer", "guidance__buffer": 3}
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_world(tmp_path_factory.mktemp("world"))
@@ -67,11 +70,14 @@ def runs(world: Path, model_dir: Path, tmp_path_factory: pytest.TempPathFactory)
     folder = world / "runs"
     alone(world, model_dir, "one")
     alone(world, model_dir, "one-lora", **LORA)
+    alone(world, model_dir, "one-buffer", **BUFFER)
     described = [
         {"settings": settings(world, model_dir, **changes(world, name, **more)), "copy": copy}
         for name, more, copy in [
             ("two", {"run__report_to": ["tensorboard"]}, None),
             ("two-lora", LORA, None),
+            ("two-buffer", BUFFER, None),
+            ("two-buffer-two", BUFFER, [str(folder / "two-buffer"), str(folder / "two-buffer-two")]),
             ("two-two", {}, [str(folder / "two"), str(folder / "two-two")]),
             ("two-lora-two", LORA, [str(folder / "two-lora"), str(folder / "two-lora-two")]),
             ("one-two", {}, [str(folder / "one"), str(folder / "one-two")]),
@@ -107,6 +113,7 @@ def assert_close(one: Any, two: Any) -> None:
     [
         ("one", "two"),
         ("one-lora", "two-lora"),
+        ("one-buffer", "two-buffer"),
         ("one", "one-two"),
         ("one", "two-one"),
     ],
@@ -120,7 +127,12 @@ def test_a_run_of_two_ranks_is_the_run_of_one(ours: str, theirs: str, runs: Path
 
 
 @pytest.mark.parametrize(
-    ("name", "file"), [("two", "model.safetensors"), ("two-lora", "adapter_model.safetensors")]
+    ("name", "file"),
+    [
+        ("two", "model.safetensors"),
+        ("two-lora", "adapter_model.safetensors"),
+        ("two-buffer", "model.safetensors"),
+    ],
 )
 def test_resuming_with_as_many_ranks_changes_no_bit(name: str, file: str, runs: Path) -> None:
     whole, resumed = runs / name, runs / f"{name}-two"

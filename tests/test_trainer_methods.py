@@ -11,7 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from run_examples import metrics_of, prompt_of, rows_of, sample_of, settings, teacher
+from conftest import tiny_tokenizer
+from process_runs import cut_back
+from run_examples import (
+    PROBLEMS,
+    assert_same_run,
+    metrics_of,
+    prompt_of,
+    rows_of,
+    sample_of,
+    settings,
+    teacher,
+)
+from test_trainer_distributed import assert_close
 from test_trainer_loss import COUNTS, INPUTS, logs
 
 from precompute.verify.verifier import MATH_VERSIONS
@@ -142,7 +154,12 @@ def shrunk(name: str, world: Path, model: Path, **more: Any) -> Any:
     chosen = tomllib.loads((METHODS / f"{name}.toml").read_text())
     small: dict[str, Any] = {"train__max_steps": 2 * ("max_steps" not in chosen.get("train", {}))}
     small |= {"sft__steps": 2 * ("sft" in chosen), "sft__traces_per_step": 4, "train__seed": 1}
-    small |= {"rollout__max_completion_length": 40, "guidance__weight_warmup": 0, **more}
+    small |= {
+        "rollout__max_completion_length": 40,
+        "guidance__weight_warmup": 0,
+        "guidance__buffer": 3,
+        **more,
+    }
     return read_config(str(METHODS / f"{name}.toml"), settings(world, model, run__name=name, **small))
 
 
@@ -160,7 +177,7 @@ def test_a_method_trains_as_its_file_says(name: str, world: Path, model_dir: Pat
         for problem in {row["problem_id"] for row in samples}:
             own = [row for row in samples if row["problem_id"] == problem and row["origin"] == "student"]
             traces = [row for row in samples if row["problem_id"] == problem and row["origin"] == "teacher"]
-            assert bool(traces) == (problem in used)
+            assert bool(traces) == (problem in used and guidance.place != "buffer")
             assert len(traces) <= guidance.k
             replaced = {"extra": 0, "instead": len(own) if traces else 0}.get(guidance.place, len(traces))
             assert sum(row["replaced"] for row in own) == replaced
@@ -185,6 +202,42 @@ def test_an_empty_store_gives_grpo_to_the_bit(
         run = train(config, reporter=TrainReporter()).run
         rows.append([(row.get("loss"), row.get("grad_norm"), row["reward"]) for row in metrics_of(run)])
     assert rows[0] == rows[1]
+
+
+KINDS = ["relift"]
+"""One file of each kind of machinery that the others do not enter."""
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_neither_micro_batches_nor_a_resume_change_a_method(
+    name: str, world: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    def trained(folder: str, **more: Any) -> Path:
+        here = {"run__dir": str(tmp_path / folder), "train__max_steps": 4, **more}
+        return train(shrunk(name, world, model_dir, **here), reporter=TrainReporter()).run
+
+    whole, cut = trained("whole"), trained("cut", train__max_tokens_per_microbatch=64)
+    assert_close(metrics_of(whole), metrics_of(cut))
+    cut_back(whole, tmp_path / "resumed" / name)
+    assert_same_run(whole, trained("resumed"), "step-000004")
+
+
+def test_the_buffer_trains_the_newest_traces_once_enough_wait(
+    world: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    config = shrunk("relift", world, model_dir, run__dir=str(tmp_path), guidance__buffer=2)
+    run = train(config, reporter=TrainReporter()).run
+    first, second = rows_of(run, "queries").values()
+    selected = [[row["problem_id"] for row in rows if row["selected"]] for rows in (first, second)]
+    assert [len(each) for each in selected] == [3, 2]
+    # Step 1: three come, the first two train, the third waits. Step 2: two come and train, it waits on.
+    assert [(row["buffer/waiting"], "buffer/loss" in row) for row in metrics_of(run)] == [(1, True)] * 2
+    saved = torch.load(run / "checkpoints" / "step-000002" / "optimizer.pt", weights_only=True)
+    ((prompt_ids, trace_ids),) = saved["buffer"]["waiting"]
+    oldest = next(problem for problem in PROBLEMS if problem.problem_id == selected[0][2])
+    read = tiny_tokenizer().decode
+    assert read(prompt_ids, skip_special_tokens=True) == oldest.question
+    assert f"\\boxed{{{oldest.answer}}}" in read(trace_ids)
 
 
 def test_the_files_are_short_and_named_after_their_runs() -> None:

@@ -126,9 +126,13 @@ class GuidanceConfig(Section):
     rate: Annotated[float, Field(ge=0, le=1)] = 0.3
     select: str = "comprehension"
     """comprehension, random, shortest, longest, likelihood, round_robin (over teachers), worst."""
-    place: Literal["failed", "any", "instead", "extra"] = "failed"
+    place: Literal["failed", "any", "instead", "extra", "buffer"] = "failed"
     """failed: traces replace failed samples. any: they replace any. instead: the group's own samples leave
-    the update. extra: they train beside them."""
+    the update. extra: they train beside them. buffer: they wait for an update of their own."""
+    buffer: Positive = 32
+    """Traces of one update from the buffer, which follows a step that leaves as many waiting."""
+    buffer_learning_rate: NotNegative | None = None
+    """None: train.learning_rate."""
     baseline: Literal["members", "student"] = "members"
     """Rewards whose mean the advantages refer to: those of the group as it trains, or of its own samples."""
     k: Positive = 2

@@ -202,9 +202,10 @@ def plan_memory(
         frozen = round((NF4_BYTES if student.load_in_4bit else width) * linear) + width * outside
     else:  # on one GPU autocast makes copies
         trained, frozen = everything, width * everything if width < 4 and processes == 1 else 0
+    optimizers = 2 if config.guidance.place == "buffer" else 1  # the buffer has one of its own
     always = {
         "weights": (4 * trained + frozen) // processes,
-        "optimizer": OPTIMIZER_BYTES[train.optim] * trained // processes,
+        "optimizer": optimizers * OPTIMIZER_BYTES[train.optim] * trained // processes,
         "reference": 4 * everything // processes if train.beta > 0 and not student.use_peft else 0,
     }
     kept = width if student.use_peft else 4  # autocast over float32 weights keeps hidden states in float32

@@ -110,8 +110,8 @@ def run_sft(run: Run, stop: StopSignal) -> None:
         run.reporter.sft_stepped(row, last)
         if done.sft_step == last or done.sft_step % run.config.run.save_every == 0:
             save(run)
-    if run.done.sft_step == last:
-        run.sft.optimizer.state.clear()  # frees it
+    if run.done == Position(sft_step=last):
+        run.sft.optimizer.state.clear()  # frees it; the buffer's updates begin with a fresh one
 
 
 def run_steps(run: Run, stop: StopSignal) -> TrainReport:
@@ -158,6 +158,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, Any], list[Group]]:
         has_traces = any(group.traces for group in groups)
         weights = (mu, 1.0 - mu if guidance.complement and has_traces else 1.0)
         update = run.updater.update([groups[g] for g in trained], [advantages[g] for g in trained], weights)
+        if run.buffer is not None:
+            update |= run.buffer.train()
     check_sampler_weights(config.rollout, run.policy.dtype, update.get("sampling/logp_difference"))
     with timer("sync"):
         run.sampler.sync()
@@ -213,6 +215,8 @@ def groups_of(
     shares = run.world.gather(guided)
     found = {group.problem_id: group for groups, _ in shares for group in groups}
     groups = [found[prompt.problem.problem_id] for prompt in prompts]
+    if run.buffer is not None:
+        groups = run.buffer.collect(groups)
     order = {group.problem_id: index for index, group in enumerate(groups)}
     rows = [row for _, rows in shares for row in rows]
     return groups, sorted(rows, key=lambda row: order[row.problem_id])

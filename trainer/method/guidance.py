@@ -276,8 +276,8 @@ class Guide:
         guided = {}
         for group, pending in zip(groups, verifying, strict=True):
             traces = [self.rewarder.reward(group.prompt, *each) for each in pending]
-            if place in ("instead", "extra"):
-                own_train = place == "extra" or not traces
+            if place not in ("failed", "any"):
+                own_train = place != "instead" or not traces
                 guided[group.problem_id] = replace(group, extra=tuple(traces), own_train=own_train)
                 continue
             free = [i for i, sample in enumerate(group.samples) if place == "any" or not sample.is_correct]

@@ -63,10 +63,7 @@ class Sft:
         """Takes the 1-based step `number`; returns its line of metrics.jsonl."""
         started = time.perf_counter()
         sequences = self.sequences_of(number)
-        set_learning_rate(self.optimizer, self.config.learning_rate)
-        # Of the text as written, whatever temperature the student samples at.
-        with self.policy.at_temperature(1.0):
-            metrics = self.updater.optimizer_step(sequences)
+        metrics = self.update(sequences, self.config.learning_rate)
         return {
             "step": 0,
             "sft/step": number,
@@ -76,6 +73,13 @@ class Sft:
             "sft/learning_rate": self.config.learning_rate,
             "seconds/sft": round(time.perf_counter() - started, 4),
         }
+
+    def update(self, sequences: Sequence[TrainSequence], learning_rate: float) -> dict[str, float]:
+        """Takes one optimizer step on the sequences; returns its metrics."""
+        set_learning_rate(self.optimizer, learning_rate)
+        # Of the text as written, whatever temperature the student samples at.
+        with self.policy.at_temperature(1.0):
+            return self.updater.optimizer_step(sequences)
 
     def sequences_of(self, number: int) -> list[TrainSequence]:
         """Returns the sequences of a step, a function of (chosen traces, seed, number)."""
@@ -89,10 +93,13 @@ class Sft:
             if trace_id not in traces:
                 raise StoreError(f"trace {trace_id} was removed from the store while SFT trained on it")
             ids = self.traces.candidate(traces[trace_id], prompt).token_ids
-            # All tokens count as the student's own.
-            sequence = TrainSequence(prompt_ids=prompt.ids, response_ids=ids, advantage=1.0, is_teacher=False)
-            sequences.append(sequence)
+            sequences.append(supervised(prompt.ids, ids))
         return sequences
+
+
+def supervised(prompt_ids: tuple[int, ...], trace_ids: tuple[int, ...]) -> TrainSequence:
+    """Returns the sequence of a trace in which all tokens count as the student's own."""
+    return TrainSequence(prompt_ids=prompt_ids, response_ids=trace_ids, advantage=1.0, is_teacher=False)
 
 
 def choose_traces(

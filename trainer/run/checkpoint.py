@@ -2,7 +2,7 @@
 
     checkpoints/step-000050/
       config.json, *.safetensors, tokenizer files     an ordinary transformers model
-      optimizer.pt                                    the optimizer's state and torch's generators
+      optimizer.pt                                    the optimizer's state, torch's generators, the buffer
       state.json                                      TrainState, and the checksum of every other file
     checkpoints/sft-000050/                           the same in SFT, with its optimizer
 
@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from store.errors import RunError
 from store.format.files import sync
 from store.reader import Usable
+from trainer.buffer import TraceBuffer
 from trainer.config import Config
 from trainer.parallel.fsdp import load_optimizer_state, optimizer_state, trained_weights
 from trainer.parallel.world import ALONE, World
@@ -84,6 +85,7 @@ def save(
     *,
     keep_last: int,
     world: World = ALONE,
+    buffer: TraceBuffer | None = None,
 ) -> Path:
     """Writes `folder/step-N` under another name, renames it, then removes all but the last `keep_last`.
 
@@ -93,7 +95,9 @@ def save(
     """
     target = folder / state.done.name
     aside = folder / f".tmp-{target.name}"
-    weights, moments = trained_weights(policy), optimizer_state(policy, optimizer)
+    weights, moments = trained_weights(policy), {"optimizer": optimizer_state(policy, optimizer)}
+    if buffer is not None:
+        moments["buffer"] = buffer.state()
     if not world.is_main:
         return target
     try:
@@ -121,14 +125,14 @@ def save(
 def _write(
     aside: Path, policy: Policy, weights: dict[str, Any] | None, moments: dict[str, Any], state: TrainState
 ) -> None:
-    """Writes all files; `weights`: None for the policy's own; `moments`: the optimizer's state."""
+    """Writes all files; `weights`: None for the policy's own; `moments`: of the optimizer, and the buffer."""
     policy.model.save_pretrained(aside, **({} if weights is None else {"state_dict": weights}))
     policy.tokenizer.save_pretrained(aside)
     generators = {"cpu": torch.get_rng_state()}
     if policy.device.type == "cuda":
         generators["cuda"] = torch.cuda.get_rng_state(policy.device)
     with (aside / "optimizer.pt").open("wb") as opened:  # given a path, torch does not report a full disk
-        torch.save({"optimizer": moments, "generators": generators}, opened)
+        torch.save({**moments, "generators": generators}, opened)
     files = {file.name: _checksum(file) for file in sorted(aside.iterdir())}
     body = json.dumps({**asdict(state), "files": files}, indent=2) + "\n"
     (aside / "state.json").write_text(body, encoding="utf-8")
@@ -190,12 +194,16 @@ def read_state(checkpoint: Path) -> TrainState:
         raise RunError(f"no checkpoint at {checkpoint.absolute()}: {reason}") from error
 
 
-def restore_optimizer(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Loads the optimizer's state and torch's generators."""
+def restore_optimizer(
+    checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer, buffer: TraceBuffer | None = None
+) -> None:
+    """Loads the optimizer's state, torch's generators, and the buffer, if there is one."""
     saved = torch.load(
         checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=bool(policy.shards)
     )
     load_optimizer_state(policy, optimizer, saved["optimizer"])
+    if buffer is not None and "buffer" in saved:
+        buffer.load(saved["buffer"])
     generators = saved["generators"]
     torch.set_rng_state(generators["cpu"])
     if policy.device.type == "cuda" and "cuda" in generators:

@@ -76,7 +76,7 @@ def restore(run: Run, start: Path, *, changed_store: bool) -> None:
         run.reporter.line(f"a fork of {start}" + (f", trained with {'; '.join(changed)}" if changed else ""))
     run.done, run.saved = state.done, start
     with explain_memory(f"loading the optimizer of {start}"):
-        checkpoint.restore_optimizer(start, run.policy, run.last_optimizer)
+        checkpoint.restore_optimizer(start, run.policy, run.last_optimizer, run.buffer)
 
 
 def check_data(
@@ -143,6 +143,7 @@ def save(run: Run) -> None:
             state,
             keep_last=run.config.run.keep_last,
             world=run.world,
+            buffer=run.buffer,
         )
     run.reporter.line(f"saved {run.saved}")
 

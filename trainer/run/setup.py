@@ -21,6 +21,7 @@ from store.reader import TraceStore, Usable
 from store.records import Problem, TeacherRecord, Trace, content_hash
 from store.registry import lookup
 from store.reports.report import problem_rows
+from trainer.buffer import TraceBuffer
 from trainer.config import Config
 from trainer.method.groups import REWARDS, Group, Prompt, Rewarder
 from trainer.method.guidance import SELECTORS, TRIGGERS, Guide
@@ -101,9 +102,11 @@ class Run:
         if policy.device.type == "cuda":
             longest = max(map(len, prompts)) + config.rollout.max_completion_length
             max_tokens = config.train.max_tokens_per_microbatch
-            probe_memory(policy, self.optimizer, longest=longest, max_tokens=max_tokens)
+            copies = 4 if config.guidance.place == "buffer" else 2
+            probe_memory(policy, self.optimizer, longest=longest, max_tokens=max_tokens, copies=copies)
         on_problem = partial(reporter.progress, "traces for SFT")
         self.sft = Sft(config, policy, traces, self.train_prompts, on_problem, world)
+        self.buffer = TraceBuffer(config, self.sft) if config.guidance.place == "buffer" else None
         self.guide = Guide(config, traces, policy, self.rewarder)
 
     @property
@@ -295,7 +298,9 @@ def check_embedded(prompts: Sequence[Prompt], policy: Policy) -> None:
             )
 
 
-def probe_memory(policy: Policy, optimizer: torch.optim.Optimizer, *, longest: int, max_tokens: int) -> None:
+def probe_memory(
+    policy: Policy, optimizer: torch.optim.Optimizer, *, longest: int, max_tokens: int, copies: int = 2
+) -> None:
     """Trains on the largest micro-batch once, without an effect on weights, gradients or generators.
 
     All ranks have to call it. Raises TrainingError when the device has too little memory.
@@ -303,13 +308,13 @@ def probe_memory(policy: Policy, optimizer: torch.optim.Optimizer, *, longest: i
     Args:
         longest: prompt and response tokens of the longest sequence.
         max_tokens: `train.max_tokens_per_microbatch`.
+        copies: values that AdamW will have for each weight; it has no state yet.
     """
     ids = torch.full((max(1, max_tokens // longest), longest), policy.pad_id, device=policy.device)
     target_mask = torch.ones_like(ids, dtype=torch.bool)
     target_mask[:, 0] = False
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    # AdamW has no state yet, and will have two values a weight.
-    copies = 2 if isinstance(optimizer, torch.optim.AdamW) else 0
+    copies = copies if isinstance(optimizer, torch.optim.AdamW) else 0
     try:
         with explain_memory(f"trying a micro-batch of {len(ids)} x {longest} tokens"):
             held = [torch.empty_like(weight) for weight in weights for _ in range(copies)]
