@@ -15,7 +15,6 @@ from trainer.method.loss import (
     REDUCTIONS,
     LossInputs,
     StepCounts,
-    Sums,
     clip,
     clipped_surrogate,
     group_advantages,
@@ -103,9 +102,12 @@ TRACE_FIRST = replace(INPUTS, is_teacher=torch.tensor([True, False]))
 COUNTS = StepCounts(sequences=2, student_sequences=2, student_tokens=4, guided_tokens=0, max_length=10)
 
 
-def micro(inputs: LossInputs = INPUTS, guided: str = "shaped", **options: Any) -> tuple[torch.Tensor, Sums]:
+def micro(
+    inputs: LossInputs = INPUTS, guided: str = "shaped", **options: Any
+) -> tuple[torch.Tensor, dict[str, tuple[float, int]]]:
     train = TrainConfig(**({"loss_type": "grpo", "entropy_coef": 0.0} | options))
-    return make_policy_loss(train, GuidanceConfig(gamma=0.1, loss=guided))(inputs, COUNTS)
+    loss, sums = make_policy_loss(train, GuidanceConfig(gamma=0.1, loss=guided))(inputs, COUNTS)
+    return loss, {name: (float(total), int(tokens)) for name, (total, tokens) in sums.items()}
 
 
 def loss(inputs: LossInputs = INPUTS, **options: Any) -> float:

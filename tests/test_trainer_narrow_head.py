@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.config import StudentConfig
 from trainer.student import head as narrow_head
-from trainer.student.batches import TokenBatch
+from trainer.student.batches import TokenBatch, token_batch
 from trainer.student.head import head_logits
 from trainer.student.load import load_policy
 from trainer.student.policy import Policy
@@ -26,7 +26,7 @@ def whole_rows(rows: int, length: int) -> TokenBatch:
     ids = torch.arange(rows * length).reshape(rows, length) * 131 % VOCABULARY
     target_mask = torch.ones_like(ids, dtype=torch.bool)
     target_mask[:, 0] = False
-    return TokenBatch(input_ids=ids, target_mask=target_mask)
+    return token_batch(ids, target_mask, device=torch.device("cpu"))
 
 
 def test_logits_of_all_tokens_never_exist_forward_or_backward() -> None:
@@ -89,7 +89,7 @@ def test_scores_of_a_bfloat16_student_come_from_float32_logits(tmp_path: Path) -
     ids = torch.tensor([[2, 10, 11, 12, 13, 1]])
     target_mask = torch.ones_like(ids, dtype=torch.bool)
     target_mask[:, 0] = False
-    batch = TokenBatch(input_ids=ids, target_mask=target_mask)
+    batch = token_batch(ids, target_mask, device=torch.device("cpu"))
     with policy.computing():
         hidden = policy.causal.base_model(input_ids=ids).last_hidden_state
     head = policy.causal.get_output_embeddings().weight

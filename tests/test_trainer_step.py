@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -13,12 +14,21 @@ from conftest import tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_examples import prompt_of, sample_of, updater_of
+from transformers import masking_utils
 
 from store.records import Problem
 from trainer.config import GuidanceConfig, StudentConfig, TrainConfig
 from trainer.method.groups import Group
-from trainer.method.loss import REDUCTIONS
-from trainer.method.update import IDLE, NonFiniteError, Updater, mean_metrics, member_advantages, sequences_of
+from trainer.method.loss import GUIDED_LOSSES, REDUCTIONS
+from trainer.method.update import (
+    IDLE,
+    NonFiniteError,
+    Updater,
+    count,
+    mean_metrics,
+    member_advantages,
+    sequences_of,
+)
 from trainer.student.batches import TrainSequence, train_batch
 from trainer.student.load import load_policy
 from trainer.student.optimizer import make_optimizer
@@ -249,6 +259,38 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_its_sequenc
         made.optimizer_step([*sequences(1), bad])
     assert caught.value.sequences == (bad,)
     assert all(torch.equal(a, b) for a, b in zip(before, made.policy.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("guided", sorted(GUIDED_LOSSES))
+def test_no_micro_batch_waits_for_the_device(guided: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tensors of the meta device have no values: to copy one to the host, or to find where a mask is true,
+    # raises there and waits for all queued work on CUDA. Ratios of both kinds, entropy and KL are computed.
+    train = TrainConfig(entropy_coef=0.1, beta=0.1, is_cap=2.0, dual_clip=3.0)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which meta does not have
+    # transformers reads one value in each forward pass, before its first layer: are rows packed sequences?
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)
+    policy = Policy(tiny_model().to("meta"), tiny_tokenizer(), dtype=torch.float32)
+    made = updater_of(policy, train, GuidanceConfig(loss=guided), reference=policy.logprobs)
+    rows = [
+        replace(s, old_logprobs=(-1.0,) * len(s.response_ids), sampler_logprobs=(-1.0,) * len(s.response_ids))
+        for s in sequences(0, teacher_logprobs=True)
+    ]
+    loss, sums = made._backward(rows, count(rows, 32))
+    assert loss.is_meta
+    assert {"entropy", "kl", "sampling/is_capped", "clip_ratio/low_mean"} <= sums.keys()
+
+
+def test_an_optimizer_step_copies_to_the_host_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = updater(TrainConfig(max_tokens_per_microbatch=1))
+    rows = [s for s in sequences(0) if not s.is_teacher]
+    assert len(made.micro_batches(rows)) == 4
+    copied: list[int] = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: copied.append(self.numel()) or tolist(self))
+    made.optimizer_step(rows)
+    # The gradient norm; of each micro-batch its loss, and sum and number of tokens of four metrics: entropy,
+    # KL, and the tokens that are clipped on either side.
+    assert copied == [1 + 4 * (1 + 2 * 4)]
 
 
 @pytest.mark.parametrize("loss_type", sorted(REDUCTIONS))

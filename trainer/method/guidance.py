@@ -52,8 +52,6 @@ def comprehension_scores(logprobs: Tensor, answer_mask: Tensor) -> Tensor:
         answer_mask: [C, T] bool (or 0 and 1), true on the gold answer's tokens; at least one a row.
     """
     mask = answer_mask.bool()
-    if not bool(mask.any(dim=1).all()):
-        raise ValueError("a candidate has no answer token to score")
     return logprobs.float().masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1)
 
 
@@ -78,14 +76,17 @@ def answer_scores(
 ) -> list[float]:
     """Returns the score of each (ids, number of answer ids at their end), in few forward passes of at most
     `max_tokens`."""
-    scores = [0.0] * len(sequences)
+    if not all(answer_tokens for _, answer_tokens in sequences):
+        raise ValueError("a candidate has no answer token to score")
+    order, found = list[int](), [torch.empty(0, device=policy.device)]
     for indices in fill([len(ids) for ids, _ in sequences], max_tokens):
         rows, answers = zip(*(sequences[index] for index in indices), strict=True)
         batch = pad(rows, answers, pad_id=policy.pad_id, device=policy.device)
-        found = SCORES[score](policy.logprobs(batch), batch.target_mask).tolist()
-        for index, value in zip(indices, found, strict=True):
-            scores[index] = value
-    return scores
+        found.append(SCORES[score](policy.logprobs(batch), batch.target_mask))
+        order += indices
+    # One copy off the device for all passes.
+    scores = dict(zip(order, torch.cat(found).tolist(), strict=True))
+    return [scores[index] for index in range(len(sequences))]
 
 
 class Scorer:

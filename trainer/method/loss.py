@@ -91,8 +91,8 @@ class LossInputs:
 Terms = tuple[Tensor, dict[str, Tensor]]
 """([B, T] to maximise, metric name -> [B, T] a value of each token). The metric is the mean over the tokens
 that the function is responsible for: the student's, or the guided ones."""
-Sums = dict[str, tuple[float, int]]
-"""Metric name -> (sum over tokens, number of tokens)."""
+Sums = dict[str, tuple[Tensor, Tensor]]
+"""Metric name -> (sum over tokens, number of tokens), scalars on the device: copying one waits for it."""
 MicroLoss = Callable[[LossInputs, StepCounts], tuple[Tensor, Sums]]
 """Returns a micro-batch's share of the optimizer step's loss (scalar, with gradient) and its metrics."""
 
@@ -234,7 +234,7 @@ def make_policy_loss(train: TrainConfig, guidance: GuidanceConfig) -> MicroLoss:
             kl = torch.exp(log_ratio) - log_ratio - 1.0
         # A term without weight needs no backward pass.
         entropy = inputs.entropy if train.entropy_coef else inputs.entropy.detach()
-        regulariser = (train.beta * kl - train.entropy_coef * entropy)[student].sum()
+        regulariser = (train.beta * kl - train.entropy_coef * entropy).masked_fill(~student, 0.0).sum()
         loss = loss + regulariser / max(counts.student_tokens, 1)
         student_values |= {"entropy": inputs.entropy, "kl": kl}
         return loss, token_sums(student_values, student) | token_sums(guided_values, guided)
@@ -244,5 +244,5 @@ def make_policy_loss(train: TrainConfig, guidance: GuidanceConfig) -> MicroLoss:
 
 def token_sums(values: dict[str, Tensor], mask: Tensor) -> Sums:
     """Returns each metric's sum over the true tokens of `mask` [B, T] and their number."""
-    tokens = int(mask.sum())
-    return {name: (float(value.detach()[mask].sum()), tokens) for name, value in values.items()}
+    tokens = mask.sum()
+    return {name: (value.detach().masked_fill(~mask, 0).sum(), tokens) for name, value in values.items()}

@@ -129,5 +129,5 @@ def choose_traces(
 
 def token_mean(inputs: LossInputs, counts: StepCounts) -> tuple[Tensor, Sums]:
     """Returns a micro-batch's share of -(1/T) * sum of log-probabilities, and its metrics."""
-    loss = -inputs.logprobs[inputs.response_mask].sum() / counts.student_tokens
+    loss = -inputs.logprobs.masked_fill(~inputs.response_mask, 0.0).sum() / counts.student_tokens
     return loss, token_sums({"entropy": inputs.entropy}, inputs.response_mask)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -17,7 +19,14 @@ from trainer.method.groups import Group
 from trainer.method.loss import LossInputs, MicroLoss, StepCounts, Sums, group_advantages
 from trainer.parallel.world import ALONE, World, full_tensor
 from trainer.student.adapters import dropping_out
-from trainer.student.batches import TrainSequence, fill, scatter_values, split_over_ranks, train_batch
+from trainer.student.batches import (
+    TrainSequence,
+    fill,
+    response_values,
+    split_over_ranks,
+    to_device,
+    train_batch,
+)
 from trainer.student.policy import Policy
 
 IDLE = TrainSequence(prompt_ids=(0, 0), response_ids=(), advantage=0.0, is_teacher=True)
@@ -106,43 +115,61 @@ class Updater:
         counts = replace(counts, guided_weight=weights[0], student_weight=weights[1])
         self.optimizer.zero_grad(set_to_none=True)
         with dropping_out(self.policy.model):
-            loss, means = self._gradient(micro_batches or self.micro_batches(sequences), counts)
+            own = micro_batches or self.micro_batches(sequences)
+            found = [self._backward(each, counts) for each in own]
         trained = [weight for weight in self.policy.model.parameters() if weight.requires_grad]
         norm = full_tensor(torch.nn.utils.get_total_norm([w.grad for w in trained if w.grad is not None]))
+        metrics = self._metrics(own, found, norm)
+        if not math.isfinite(metrics["grad_norm"]):
+            message = "gradient norm {grad_norm} at a loss of {loss:.4g}".format(**metrics)
+            raise NonFiniteError(message, sequences)
         torch.nn.utils.clip_grads_with_norm_(trained, self.train.max_grad_norm, norm)
-        if not torch.isfinite(norm):
-            raise NonFiniteError(f"gradient norm {float(norm)} at a loss of {loss:.4g}", sequences)
         self.optimizer.step()
         # Freed now, since sampling needs no gradients.
         self.optimizer.zero_grad(set_to_none=True)
-        return {"loss": loss, "grad_norm": float(norm)} | means
+        return metrics
 
-    def _gradient(
-        self, micro_batches: Sequence[Sequence[TrainSequence]], counts: StepCounts
-    ) -> tuple[float, dict[str, float]]:
-        """Leaves the gradient in the weights; returns the loss and its metrics' means, over all ranks."""
-        found: list[tuple[float, Sums, int, Sequence[TrainSequence] | None]] = []
-        for sequences in micro_batches:
-            loss, sums = self.loss(self._inputs(sequences), counts)
-            loss.backward()  # type: ignore[no-untyped-call]
-            value, tokens = float(loss.detach()), sum(len(s.response_ids) for s in sequences)
-            found.append((value, sums, tokens, None if math.isfinite(value) else sequences))
-        parts = [part for share in self.world.gather(found) for part in share]
-        totals: dict[str, tuple[float, int]] = {}
-        for value, sums, _, failed in parts:
+    def _backward(self, sequences: Sequence[TrainSequence], counts: StepCounts) -> tuple[Tensor, Sums]:
+        """Adds a micro-batch's gradient to the weights'; returns its loss and metrics, on the device."""
+        loss, sums = self.loss(self._inputs(sequences), counts)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach(), sums
+
+    def _metrics(
+        self,
+        micro_batches: Sequence[Sequence[TrainSequence]],
+        found: Sequence[tuple[Tensor, Sums]],
+        norm: Tensor,
+    ) -> dict[str, float]:
+        """Returns the optimizer step's metrics over all ranks, from one copy off the device: a copy for each
+        micro-batch would keep the device waiting. Raises NonFiniteError for a loss."""
+        scalars = [norm]
+        for loss, sums in found:
+            scalars += [loss, *(each for pair in sums.values() for each in pair)]
+        values = iter(torch.stack([scalar.float() for scalar in scalars]).tolist())
+        grad_norm, mine = next(values), []
+        for sequences, (_, sums) in zip(micro_batches, found, strict=True):
+            value, copied = next(values), {name: (next(values), next(values)) for name in sums}
+            failed = None if math.isfinite(value) else sequences
+            mine.append((value, copied, sum(len(s.response_ids) for s in sequences), failed))
+        parts = [part for share in self.world.gather(mine) for part in share]
+        totals: dict[str, tuple[float, float]] = {}
+        for value, copied, _, failed in parts:
             if failed is not None:
                 raise NonFiniteError(f"loss {value} of a micro-batch", failed)
-            for name, (total, n) in sums.items():
-                before = totals.get(name, (0.0, 0))
+            for name, (total, n) in copied.items():
+                before = totals.get(name, (0.0, 0.0))
                 totals[name] = before[0] + total, before[1] + n
         means = {name: total / n for name, (total, n) in totals.items() if n}
-        tokens = sum(tokens for _, _, tokens, _ in parts)
-        return sum(value for value, *_ in parts), means | {"train_tokens": tokens}
+        loss, tokens = sum(part[0] for part in parts), sum(part[2] for part in parts)
+        return {"loss": loss, "grad_norm": grad_norm} | means | {"train_tokens": tokens}
 
     def _inputs(self, sequences: Sequence[TrainSequence]) -> LossInputs:
-        batch = train_batch(sequences, pad_id=self.policy.pad_id, device=self.policy.device)
+        device = self.policy.device
+        batch = train_batch(sequences, pad_id=self.policy.pad_id, device=device)
+        known = partial(response_values, batch, sequences)
         logprobs, entropy = self.policy.logprobs_and_entropy(batch)
-        mask, reference = batch.target_mask, None
+        reference = None
         if self.reference is not None:
             with torch.no_grad():
                 reference = self.reference(batch)
@@ -151,29 +178,28 @@ class Updater:
         return LossInputs(
             logprobs=logprobs,
             entropy=entropy,
-            old_logprobs=scatter_values([s.old_logprobs for s in sequences], mask)
-            if old_known
-            else logprobs.detach(),
-            response_mask=mask,
-            is_teacher=torch.tensor([s.is_teacher for s in sequences], device=mask.device),
-            advantages=torch.tensor([[s.advantage] for s in sequences], device=mask.device),
-            teacher_logprobs=scatter_values([s.teacher_logprobs for s in sequences], mask),
-            sampler_logprobs=scatter_values([s.sampler_logprobs for s in sequences], mask)
-            if sampler_known
-            else None,
+            old_logprobs=known([s.old_logprobs for s in sequences]) if old_known else logprobs.detach(),
+            response_mask=batch.target_mask,
+            is_teacher=to_device(torch.tensor([s.is_teacher for s in sequences]), device),
+            advantages=to_device(torch.tensor([[s.advantage] for s in sequences]), device),
+            teacher_logprobs=known([s.teacher_logprobs for s in sequences]),
+            sampler_logprobs=known([s.sampler_logprobs for s in sequences]) if sampler_known else None,
             reference_logprobs=reference,
         )
 
     @torch.no_grad()
     def _with_old_logprobs(self, micro_batches: list[list[TrainSequence]]) -> list[list[TrainSequence]]:
         """Returns the micro-batches with log-probabilities under the policy as it is now."""
-        carried: list[list[TrainSequence]] = []
+        found = []
         with self.policy.gathered():
             for sequences in micro_batches:
                 batch = train_batch(sequences, pad_id=self.policy.pad_id, device=self.policy.device)
-                rows = zip(sequences, self.policy.logprobs(batch), batch.target_mask, strict=True)
-                carried.append([replace(s, old_logprobs=tuple(row[m].tolist())) for s, row, m in rows])
-        return carried
+                found.append(self.policy.logprobs(batch).flatten().index_select(0, batch.targets))
+        values = iter(torch.cat(found).tolist())
+        return [
+            [replace(s, old_logprobs=tuple(islice(values, len(s.response_ids)))) for s in sequences]
+            for sequences in micro_batches
+        ]
 
 
 def member_advantages(groups: Sequence[Group], *, scale: str, baseline: str = "members") -> list[list[float]]:

@@ -36,7 +36,7 @@ from trainer.run.run_dir import Position, RunFiles
 from trainer.run.saved_model import check_model
 from trainer.sampling.samplers import check_sampler, make_sampler
 from trainer.student.adapters import adapter_settings
-from trainer.student.batches import TokenBatch
+from trainer.student.batches import token_batch
 from trainer.student.load import load_policy
 from trainer.student.optimizer import make_optimizer
 from trainer.student.policy import Policy
@@ -310,7 +310,7 @@ def probe_memory(
         max_tokens: `train.max_tokens_per_microbatch`.
         copies: values that AdamW will have for each weight; it has no state yet.
     """
-    ids = torch.full((max(1, max_tokens // longest), longest), policy.pad_id, device=policy.device)
+    ids = torch.full((max(1, max_tokens // longest), longest), policy.pad_id)
     target_mask = torch.ones_like(ids, dtype=torch.bool)
     target_mask[:, 0] = False
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -318,7 +318,7 @@ def probe_memory(
     try:
         with explain_memory(f"trying a micro-batch of {len(ids)} x {longest} tokens"):
             held = [torch.empty_like(weight) for weight in weights for _ in range(copies)]
-            batch = TokenBatch(input_ids=ids, target_mask=target_mask)
+            batch = token_batch(ids, target_mask, device=policy.device)
             logprobs, entropy = policy.logprobs_and_entropy(batch)
             ((logprobs + entropy).sum() * 0.0).backward()  # type: ignore[no-untyped-call]
             del held

@@ -46,6 +46,13 @@ class TokenBatch:
     """[B, L]"""
     target_mask: Tensor
     """[B, L] bool, true on the response or on the gold answer; false in column 0."""
+    targets: Tensor
+    """[N] indices of the target tokens in the flattened [B * L], ascending."""
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Returns [B, L] with `values` [N] at the target tokens and 0 elsewhere."""
+        zeros = values.new_zeros(self.target_mask.numel())
+        return zeros.scatter(0, self.targets, values).view(self.target_mask.shape)
 
 
 def fill(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -87,7 +94,20 @@ def pad(
     for b, (row, last) in enumerate(zip(rows, targets, strict=True)):
         input_ids[b, : len(row)] = torch.tensor(row, dtype=torch.long)
         target_mask[b, len(row) - last : len(row)] = True
-    return TokenBatch(input_ids=input_ids.to(device), target_mask=target_mask.to(device))
+    return token_batch(input_ids, target_mask, device=device)
+
+
+def token_batch(input_ids: Tensor, target_mask: Tensor, *, device: torch.device) -> TokenBatch:
+    """Returns the batch on the device; ids and mask are on the host, where their indices cost no waiting."""
+    targets = target_mask.flatten().nonzero().flatten()
+    ids, mask, targets = (to_device(each, device) for each in (input_ids, target_mask, targets))
+    return TokenBatch(input_ids=ids, target_mask=mask, targets=targets)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copies a tensor from the host; to CUDA without waiting for the work that is queued there."""
+    on_cuda = device.type == "cuda"
+    return (values.pin_memory() if on_cuda else values).to(device, non_blocking=on_cuda)
 
 
 def train_batch(sequences: Sequence[TrainSequence], *, pad_id: int, device: torch.device) -> TokenBatch:
@@ -97,13 +117,10 @@ def train_batch(sequences: Sequence[TrainSequence], *, pad_id: int, device: torc
     return pad(rows, targets, pad_id=pad_id, device=device)
 
 
-def scatter_values(values: Sequence[Sequence[float] | None], mask: Tensor) -> Tensor:
-    """Returns [B, L] float32 with each row's values where `mask` [B, L] is true and 0 elsewhere; a row of
-    None stays 0.
-    """
-    scattered = torch.zeros(mask.shape, dtype=torch.float32)
-    on_host = mask.cpu()
-    for b, row in enumerate(values):
-        if row is not None:
-            scattered[b, on_host[b]] = torch.tensor(row, dtype=torch.float32)
-    return scattered.to(mask.device)
+def response_values(
+    batch: TokenBatch, sequences: Sequence[TrainSequence], values: Sequence[Sequence[float] | None]
+) -> Tensor:
+    """Returns [B, L] float32 with each sequence's values on its response and 0 elsewhere; None is all 0."""
+    rows = [row or (0.0,) * len(s.response_ids) for s, row in zip(sequences, values, strict=True)]
+    flat = torch.tensor([value for row in rows for value in row], dtype=torch.float32)
+    return batch.scatter(to_device(flat, batch.targets.device))

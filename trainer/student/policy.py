@@ -102,13 +102,12 @@ class Policy:
 
     def _target_values(self, batch: TokenBatch, *, entropy: bool = False) -> list[Tensor]:
         """Returns what `log_softmax_at` makes of the target tokens' logits [N, V], each as [B, L]."""
-        mask = batch.target_mask
         with self.computing():
             # No attention mask: padding on the right changes nothing before it, and attention has kernels
             # for plain causal masks which keep no [L, L] matrix.
             output = self.causal.base_model(input_ids=batch.input_ids, use_cache=False)
-            hidden = output.last_hidden_state[:, :-1][mask[:, 1:]]  # [N, H]
-        targets = batch.input_ids[:, 1:][mask[:, 1:]]  # [N]
+            hidden = output.last_hidden_state.flatten(0, 1).index_select(0, batch.targets - 1)  # [N, H]
+        targets = batch.input_ids.flatten().index_select(0, batch.targets)  # [N]
         head, rows = self.causal.get_output_embeddings(), self.logits_chunk_tokens
         parts = []
         for h, t in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
@@ -118,12 +117,7 @@ class Policy:
             parts.append(
                 checkpoint(self._chunk, *chunk, use_reentrant=False) if recompute else self._chunk(*chunk)
             )
-        return [
-            torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(
-                mask, torch.cat(values)
-            )
-            for values in zip(*parts, strict=True)
-        ]
+        return [batch.scatter(torch.cat(values)) for values in zip(*parts, strict=True)]
 
     def _chunk(
         self, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, entropy: bool
