@@ -36,7 +36,7 @@ from trainer.method.loss import GUIDED_LOSSES, make_policy_loss
 from trainer.method.update import member_advantages, sequences_of
 from trainer.telemetry.console import TrainReporter
 from trainer.train import train
-from trainer.variants import guided_weight
+from trainer.variants import SUPERVISED, guided_weight, srft_own
 
 METHODS = Path(__file__).parents[1] / "configs" / "methods"
 NAMES = sorted(path.stem for path in METHODS.glob("*.toml"))
@@ -54,6 +54,14 @@ GUIDED = replace(COUNTS, student_sequences=1, student_tokens=2, guided_tokens=2)
         ("nll_p", [0.6 * math.log(0.6), 0.2 * math.log(0.2)]),
         ("nll_phi", [0.24 * math.log(0.6), 0.16 * math.log(0.2)]),  # 0.6 * 0.4 and 0.2 * 0.8
         ("nll_entropy", [0.5 * math.exp(-1.5) * math.log(0.6), 0.5 * math.exp(-1.5) * math.log(0.2)]),
+        # The line above, and 0.6 / (0.6 + 0.1) and 0.2 / (0.2 + 0.1).
+        (
+            "srft",
+            [
+                0.5 * math.exp(-1.5) * math.log(0.6) + 6 / 7,
+                0.5 * math.exp(-1.5) * math.log(0.2) + 2 / 3,
+            ],
+        ),
         # 2 * 0.6 / (0.4 + 0.7) * sqrt(0.4) and 2 * 0.2 / (0.25 + 0.625) * sqrt(0.8)
         ("mixture", [1.2 / 1.1 * math.sqrt(0.4), 0.4 / 0.875 * math.sqrt(0.8)]),
         ("policy", [1.2, 0.8]),  # min(1.5, 1.2) and min(0.8, 0.8)
@@ -62,7 +70,7 @@ GUIDED = replace(COUNTS, student_sequences=1, student_tokens=2, guided_tokens=2)
 def test_guided_terms_by_hand(name: str, terms: list[float]) -> None:
     found, weight, _ = GUIDED_LOSSES[name](TRACE, GUIDED, GuidanceConfig())
     assert found[0].tolist() == pytest.approx(terms, rel=1e-5)
-    assert weight == (0.5 if name.startswith("nll") else None)  # 1 / 2 guided tokens
+    assert weight == (0.5 if name in SUPERVISED else None)  # 1 / 2 guided tokens
 
 
 def test_a_supervised_loss_leaves_the_students_denominators_alone() -> None:
@@ -91,6 +99,15 @@ def test_cispo_keeps_the_gradient_of_a_clipped_token() -> None:
     assert new.grad is not None
     assert new.grad.tolist()[0] == pytest.approx([-2.5, -0.4])
     assert sums["clip_ratio/high_mean"] == (1.0, 2)
+
+
+def test_srft_raises_good_responses_by_their_entropy_and_lowers_bad_ones() -> None:
+    # Row 0, A = 1: 0.1 e^1.5 log p with H = (1 + 2) / 2; row 1, A = -1: -log p, whatever A's size.
+    terms, _ = srft_own(INPUTS, TrainConfig())
+    up = 0.1 * math.exp(1.5)
+    assert terms[0].tolist() == pytest.approx([up * math.log(0.6), up * math.log(0.2)])
+    assert terms[1].tolist() == pytest.approx([-math.log(0.5), -math.log(0.4)])
+    assert srft_own(replace(INPUTS, advantages=torch.zeros(2, 1)), TrainConfig())[0].abs().max() == 0
 
 
 @pytest.mark.parametrize(
@@ -204,7 +221,7 @@ def test_an_empty_store_gives_grpo_to_the_bit(
     assert rows[0] == rows[1]
 
 
-KINDS = ["relift"]
+KINDS = ["relift", "srft"]
 """One file of each kind of machinery that the others do not enter."""
 
 

@@ -143,7 +143,7 @@ class GuidanceConfig(Section):
     """gamma in f(x) = x / (x + gamma), the weight of a teacher's token."""
     loss: str = "shaped"
     """shaped: x = pi_theta (the published runs). shaped_ratio: x = pi_theta / pi_teacher (equation 7). nll,
-    nll_p, nll_phi, nll_entropy, mixture, policy: docs/methods.md."""
+    nll_p, nll_phi, nll_entropy, srft, mixture, policy: docs/methods.md."""
     weight: NotNegative = 1.0
     """Weight of the guided tokens' loss."""
     weight_schedule: Literal["constant", "linear", "cosine", "after"] = "constant"
@@ -176,7 +176,7 @@ class TrainConfig(Section):
     """Response tokens whose logits exist at once: 3.5 GiB for 1024 tokens and a vocabulary of 152,000.
     Changes memory and speed, never the result."""
     objective: str = "clip"
-    """Loss of the student's tokens: clip, cispo, or module:function of your own (docs/extending.md)."""
+    """Loss of the student's tokens: clip, cispo, srft, or module:function of your own."""
     loss_type: str = "ampo"
     """Reduction over tokens and sequences: ampo, dr_grpo, dapo, grpo, or module:function of your own."""
     scale_rewards: Literal["none", "group"] = "none"

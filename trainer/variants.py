@@ -36,6 +36,7 @@ from trainer.method.loss import (
     StepCounts,
     Terms,
     clipped_surrogate,
+    shaped,
 )
 from trainer.method.teacher_traces import Candidate
 
@@ -69,11 +70,27 @@ def _nll(factor: Callable[[Tensor, LossInputs], Tensor]) -> GuidedLoss:
     return loss
 
 
-def _low_entropy(p: Tensor, inputs: LossInputs) -> Tensor:
-    """0.5 exp(-H), with H [B, 1] the student's mean entropy over the trace (SRFT)."""
+def mean_entropy(inputs: LossInputs) -> Tensor:
+    """Returns H [B, 1], the student's mean entropy over each response, without gradient."""
     mask = inputs.response_mask
     total = inputs.entropy.detach().masked_fill(~mask, 0.0).sum(dim=1, keepdim=True)
-    return 0.5 * torch.exp(-total / mask.sum(dim=1, keepdim=True).clamp(min=1))
+    return total / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+nll_entropy = _nll(lambda p, inputs: 0.5 * torch.exp(-mean_entropy(inputs)))
+
+
+def srft(inputs: LossInputs, counts: StepCounts, guidance: GuidanceConfig) -> GuidedTerms:
+    """nll_entropy and shaped together, as a mean over the guided tokens (SRFT, arXiv 2506.19767)."""
+    supervised, weight, metrics = nll_entropy(inputs, counts, guidance)
+    return supervised + shaped(inputs, counts, guidance)[0], weight, metrics
+
+
+def srft_own(inputs: LossInputs, train: TrainConfig) -> Terms:
+    """SRFT's terms of the student's tokens: 0.1 exp(H) log p where the advantage is positive, -log p where it
+    is negative; without ratio and clipping."""
+    up = 0.1 * torch.exp(mean_entropy(inputs))
+    return torch.where(inputs.advantages > 0, up, inputs.advantages.sign()) * inputs.logprobs, {}
 
 
 def mixture(inputs: LossInputs, counts: StepCounts, guidance: GuidanceConfig) -> GuidedTerms:
@@ -90,7 +107,7 @@ def policy(inputs: LossInputs, counts: StepCounts, guidance: GuidanceConfig) -> 
     return clipped_surrogate(inputs.logprobs, inputs.old_logprobs, inputs.advantages, **ratio), None, {}
 
 
-SUPERVISED = ("nll", "nll_p", "nll_phi", "nll_entropy")
+SUPERVISED = ("nll", "nll_p", "nll_phi", "nll_entropy", "srft")
 """Guided losses without advantages: their traces train in every group."""
 
 
@@ -147,12 +164,13 @@ SELECTORS.update(
     round_robin=round_robin,
     worst=worst,
 )
-OBJECTIVES["cispo"] = cispo
+OBJECTIVES.update(cispo=cispo, srft=srft_own)
 GUIDED_LOSSES.update(
     nll=_nll(lambda p, inputs: torch.ones_like(p)),
     nll_p=_nll(lambda p, inputs: p),
     nll_phi=_nll(lambda p, inputs: p * (1 - p)),
-    nll_entropy=_nll(_low_entropy),
+    nll_entropy=nll_entropy,
+    srft=srft,
     mixture=mixture,
     policy=policy,
 )
