@@ -36,7 +36,7 @@ LAYERS = {
         "parallel",
         "student",
         "method sampling",
-        "variants buffer",
+        "variants buffer inserts",
         "evaluation",
         "telemetry",
         "run",

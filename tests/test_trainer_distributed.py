@@ -33,6 +33,13 @@ LORA = {
 
 
 BUFFER = {"guidance__place": "buffer", "guidance__buffer": 3}
+PREFIX = {
+    "guidance__insert": "prefix",
+    "guidance__place": "instead",
+    "guidance__share": [0.5],
+    "rewards__length": 1.0,
+    "rollout__max_prompt_length": 128,
+}
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +78,14 @@ def runs(world: Path, model_dir: Path, tmp_path_factory: pytest.TempPathFactory)
     alone(world, model_dir, "one")
     alone(world, model_dir, "one-lora", **LORA)
     alone(world, model_dir, "one-buffer", **BUFFER)
+    alone(world, model_dir, "one-prefix", **PREFIX)
     described = [
         {"settings": settings(world, model_dir, **changes(world, name, **more)), "copy": copy}
         for name, more, copy in [
             ("two", {"run__report_to": ["tensorboard"]}, None),
             ("two-lora", LORA, None),
             ("two-buffer", BUFFER, None),
+            ("two-prefix", PREFIX, None),
             ("two-buffer-two", BUFFER, [str(folder / "two-buffer"), str(folder / "two-buffer-two")]),
             ("two-two", {}, [str(folder / "two"), str(folder / "two-two")]),
             ("two-lora-two", LORA, [str(folder / "two-lora"), str(folder / "two-lora-two")]),
@@ -114,6 +123,7 @@ def assert_close(one: Any, two: Any) -> None:
         ("one", "two"),
         ("one-lora", "two-lora"),
         ("one-buffer", "two-buffer"),
+        ("one-prefix", "two-prefix"),
         ("one", "one-two"),
         ("one", "two-one"),
     ],

@@ -187,8 +187,8 @@ def test_shortest_takes_the_shortest_and_scores_nothing(guide_of: MakeGuide) -> 
 
 def test_random_selection_differs_by_step_and_repeats_itself(guide_of: MakeGuide) -> None:
     guide = guide_of(select="random", k=1)
-    first = [guide.guide([group(PROBLEMS[0])], step=step)[1][0].teacher for step in range(12)]
-    again = [guide.guide([group(PROBLEMS[0])], step=step)[1][0].teacher for step in range(12)]
+    first = [guide.guide([group(PROBLEMS[0])], step=step)[1][0].teacher for step in range(1, 13)]
+    again = [guide.guide([group(PROBLEMS[0])], step=step)[1][0].teacher for step in range(1, 13)]
     assert first == again
     assert len(set(first)) == 3
 

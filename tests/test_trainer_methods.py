@@ -175,6 +175,8 @@ def shrunk(name: str, world: Path, model: Path, **more: Any) -> Any:
         "rollout__max_completion_length": 40,
         "guidance__weight_warmup": 0,
         "guidance__buffer": 3,
+        "guidance__start": 0,
+        "rollout__max_prompt_length": 128,
         **more,
     }
     return read_config(str(METHODS / f"{name}.toml"), settings(world, model, run__name=name, **small))
@@ -192,10 +194,14 @@ def test_a_method_trains_as_its_file_says(name: str, world: Path, model_dir: Pat
     for file, samples in rows_of(run, "rollouts").items():
         used = {row["problem_id"] for row in queries.get(file, []) if row["selected"]}
         for problem in {row["problem_id"] for row in samples}:
-            own = [row for row in samples if row["problem_id"] == problem and row["origin"] == "student"]
-            traces = [row for row in samples if row["problem_id"] == problem and row["origin"] == "teacher"]
+            rows_here = [row for row in samples if row["problem_id"] == problem]
+            own = [row for row in rows_here if row["trace_id"] is None]
+            traces = [row for row in rows_here if row["trace_id"] is not None]
             assert bool(traces) == (problem in used and guidance.place != "buffer")
-            assert len(traces) <= guidance.k
+            most = 4 if guidance.insert != "trace" and guidance.place == "instead" else guidance.k
+            assert len(traces) <= most
+            wrote = {"trace": "teacher", "context": "teacher"}.get(guidance.insert, "student")
+            assert {row["origin"] for row in traces} <= {wrote}
             replaced = {"extra": 0, "instead": len(own) if traces else 0}.get(guidance.place, len(traces))
             assert sum(row["replaced"] for row in own) == replaced
     assert all(math.isfinite(row["loss"]) for row in rows if row.get("loss") is not None)
@@ -221,7 +227,7 @@ def test_an_empty_store_gives_grpo_to_the_bit(
     assert rows[0] == rows[1]
 
 
-KINDS = ["relift", "srft"]
+KINDS = ["relift", "srft", "prefix_rft", "bread", "ghpo", "sdft"]
 """One file of each kind of machinery that the others do not enter."""
 
 
@@ -230,10 +236,12 @@ def test_neither_micro_batches_nor_a_resume_change_a_method(
     name: str, world: Path, model_dir: Path, tmp_path: Path
 ) -> None:
     def trained(folder: str, **more: Any) -> Path:
-        here = {"run__dir": str(tmp_path / folder), "train__max_steps": 4, **more}
+        # Rewards of lengths differ where no random sample is right.
+        here = {"run__dir": str(tmp_path / folder), "train__max_steps": 4, "rewards__length": 1.0, **more}
         return train(shrunk(name, world, model_dir, **here), reporter=TrainReporter()).run
 
     whole, cut = trained("whole"), trained("cut", train__max_tokens_per_microbatch=64)
+    assert any(row["loss"] for row in metrics_of(whole))
     assert_close(metrics_of(whole), metrics_of(cut))
     cut_back(whole, tmp_path / "resumed" / name)
     assert_same_run(whole, trained("resumed"), "step-000004")

@@ -204,7 +204,7 @@ def test_vllm_sleeps_from_the_beginning_and_while_weights_are_written(
         samplers, "write_weights", lambda *args: (calls.append("write"), write_weights(*args))
     )
     with ExitStack() as stack:
-        made = make_sampler(config_of(tmp_path, tmp_path, **VLLM), policy, [(2, 5, 7)], tmp_path, stack)
+        made = make_sampler(config_of(tmp_path, tmp_path, **VLLM), policy, 3, tmp_path, stack)
         made.sync()
         made.sync()  # awake already
         made.sleep()

@@ -270,10 +270,13 @@ def test_no_micro_batch_waits_for_the_device(guided: str, monkeypatch: pytest.Mo
     # transformers reads one value in each forward pass, before its first layer: are rows packed sequences?
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)
     policy = Policy(tiny_model().to("meta"), tiny_tokenizer(), dtype=torch.float32)
-    made = updater_of(policy, train, GuidanceConfig(loss=guided), reference=policy.logprobs)
+    insert = "context" if guided == "self_kl" else "trace"
+    guidance = GuidanceConfig(loss=guided, insert=insert)
+    made = updater_of(policy, train, guidance, reference=policy.logprobs)
     rows = [
-        replace(s, old_logprobs=(-1.0,) * len(s.response_ids), sampler_logprobs=(-1.0,) * len(s.response_ids))
+        replace(s, old_logprobs=known, sampler_logprobs=known, n_guided=0 if s.is_teacher else 1)
         for s in sequences(0, teacher_logprobs=True)
+        for known in [(-1.0,) * len(s.response_ids)]
     ]
     loss, sums = made._backward(rows, count(rows, 32))
     assert loss.is_meta

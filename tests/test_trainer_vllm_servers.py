@@ -57,8 +57,8 @@ def config_at(url: str, world: Path, model: Path, **changes: Any) -> Config:
 
 def sampler_at(config: Config, world: Path, stack: ExitStack) -> tuple[Sampler, Policy]:
     policy = load_policy(config.student, temperature=config.rollout.temperature)
-    prompts = [policy.tokenizer("<user>7+7<assistant>")["input_ids"]]
-    return make_sampler(config, policy, prompts, world / "run", stack), policy
+    longest = len(policy.tokenizer("<user>7+7<assistant>")["input_ids"])
+    return make_sampler(config, policy, longest, world / "run", stack), policy
 
 
 @pytest.mark.parametrize("changes", [{}, {"student__use_peft": True, "student__lora_r": 3}])

@@ -123,12 +123,23 @@ class GuidanceConfig(Section):
     """all_fail: AMPO. never: GRPO. always. solved_at_most: at most as many samples are correct as that key
     says. hybrid: all_fail, and a seeded `rate` of the other groups."""
     solved_at_most: Count = 0
+    start: Count = 0
+    """Steps before the first query."""
     rate: Annotated[float, Field(ge=0, le=1)] = 0.3
     select: str = "comprehension"
     """comprehension, random, shortest, longest, likelihood, round_robin (over teachers), worst."""
     place: Literal["failed", "any", "instead", "extra", "buffer"] = "failed"
     """failed: traces replace failed samples. any: they replace any. instead: the group's own samples leave
     the update. extra: they train beside them. buffer: they wait for an update of their own."""
+    insert: Literal["trace", "prefix", "hint", "context"] = "trace"
+    """trace: the whole trace trains. prefix: the student completes its first tokens. hint: it samples again
+    with the first part in its prompt. context: its own samples are distilled from itself with all of it."""
+    share: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.25, 0.5, 0.75)
+    """Shares of the trace that prefix and hint try in turn, until a sample is correct."""
+    share_end: Share | None = None
+    """With it, `share` is one number that falls to this one at the last step, as a cosine does."""
+    hint_text: str = "\n\nA correct solution, or the first part of one:\n"
+    """Text between the question and the trace, of hint and context."""
     buffer: Positive = 32
     """Traces of one update from the buffer, which follows a step that leaves as many waiting."""
     buffer_learning_rate: NotNegative | None = None
@@ -143,7 +154,7 @@ class GuidanceConfig(Section):
     """gamma in f(x) = x / (x + gamma), the weight of a teacher's token."""
     loss: str = "shaped"
     """shaped: x = pi_theta (the published runs). shaped_ratio: x = pi_theta / pi_teacher (equation 7). nll,
-    nll_p, nll_phi, nll_entropy, srft, mixture, policy: docs/methods.md."""
+    nll_p, nll_phi, nll_entropy, srft, mixture, policy, policy_uncertain, self_kl: docs/methods.md."""
     weight: NotNegative = 1.0
     """Weight of the guided tokens' loss."""
     weight_schedule: Literal["constant", "linear", "cosine", "after"] = "constant"
@@ -155,6 +166,16 @@ class GuidanceConfig(Section):
     """Weighs the student's tokens by 1 - weight (CHORD)."""
     teachers: tuple[str, ...] = ()
     """Only these teachers' traces are used; empty: those of all teachers in the store."""
+
+    @model_validator(mode="after")
+    def _inserts_fit(self) -> Self:
+        if self.insert != "trace" and (self.place == "buffer" or self.reads_teacher_logprobs):
+            raise ValueError('insert = "trace" alone goes with place = "buffer" and loss = "shaped_ratio"')
+        if (self.insert == "context") != (self.loss == "self_kl"):
+            raise ValueError('insert = "context" and loss = "self_kl" go together: set both or none')
+        if self.share_end is not None and len(self.share) > 1:
+            raise ValueError(f"share_end is the end of one share, and share has {len(self.share)}")
+        return self
 
     @property
     def reads_teacher_logprobs(self) -> bool:

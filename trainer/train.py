@@ -208,10 +208,14 @@ def groups_of(
                 on_sample=lambda done, total: run.reporter.progress(f"step {step}", done, total),
                 timer=timer,
             )
-        with timer("sync"):
-            run.sampler.sleep()
+        if run.guide.inserter is None:  # which samples once more
+            with timer("sync"):
+                run.sampler.sleep()
         with run.policy.gathered():
             guided = run.guide.guide(sampled, step=step, timer=timer)
+        if run.guide.inserter is not None:
+            with timer("sync"):
+                run.sampler.sleep()
     shares = run.world.gather(guided)
     found = {group.problem_id: group for groups, _ in shares for group in groups}
     groups = [found[prompt.problem.problem_id] for prompt in prompts]

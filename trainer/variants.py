@@ -107,7 +107,22 @@ def policy(inputs: LossInputs, counts: StepCounts, guidance: GuidanceConfig) -> 
     return clipped_surrogate(inputs.logprobs, inputs.old_logprobs, inputs.advantages, **ratio), None, {}
 
 
-SUPERVISED = ("nll", "nll_p", "nll_phi", "nll_entropy", "srft")
+def policy_uncertain(inputs: LossInputs, counts: StepCounts, guidance: GuidanceConfig) -> GuidedTerms:
+    """`policy` on the fifth of a response's guided tokens with the highest entropy (Prefix-RFT)."""
+    mask = inputs.response_mask
+    entropy = inputs.entropy.detach().masked_fill(~mask, -torch.inf)
+    rank = entropy.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    kept = rank < torch.ceil(0.2 * mask.sum(dim=1, keepdim=True))
+    return policy(inputs, counts, guidance)[0].masked_fill(~kept, 0.0), None, {}
+
+
+def self_kl(inputs: LossInputs, counts: StepCounts, guidance: GuidanceConfig) -> GuidedTerms:
+    """KL(p || p_context) by the sampled tokens: sg(log p_context - log p) * log p (SDFT)."""
+    gap = inputs.teacher_logprobs - inputs.logprobs.detach()
+    return gap * inputs.logprobs, 1.0 / max(counts.guided_tokens, 1), {"guided/kl": -gap}
+
+
+SUPERVISED = ("nll", "nll_p", "nll_phi", "nll_entropy", "srft", "self_kl")
 """Guided losses without advantages: their traces train in every group."""
 
 
@@ -173,4 +188,6 @@ GUIDED_LOSSES.update(
     srft=srft,
     mixture=mixture,
     policy=policy,
+    policy_uncertain=policy_uncertain,
+    self_kl=self_kl,
 )

@@ -41,12 +41,16 @@ class Sample:
     """[T]: the sampler's for a student sample; the teacher's, at temperature 1, for a trace whose loss reads
     them; None for any other trace."""
     trace_id: str | None = None
-    """None for the student's own."""
+    """Trace that it is, or that part of was inserted for it; None for any other of the student's."""
     teacher: str | None = None
+    n_guided: int | None = None
+    """Leading tokens that are the trace's, where the student sampled the others; None: all or none are."""
+    prompt_ids: tuple[int, ...] | None = None
+    """Prompt that it trains under; None: the group's."""
 
     @property
     def is_teacher(self) -> bool:
-        return self.trace_id is not None
+        return self.trace_id is not None and self.n_guided is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from torch import Tensor
 from precompute.verify.plain_numbers import plain_gold
 from store.registry import lookup
 from trainer.config import Config, GuidanceConfig
-from trainer.method.groups import Group, Rewarder
+from trainer.method.groups import Group, Rewarder, Sample
 from trainer.method.rollouts import Timer, seed_of
 from trainer.method.teacher_traces import Candidate, TraceReader
 from trainer.student.batches import fill, pad
@@ -200,6 +200,10 @@ class QueryRow:
     """Time of the one store query of this step."""
 
 
+Inserter = Callable[[Sequence[Group], Mapping[str, Sequence[Candidate]], int], dict[str, Group]]
+"""(groups, problem_id -> candidates, best first, step) -> problem_id -> group."""
+
+
 @dataclass(slots=True, eq=False)
 class Guide:
     """Queries, selects and replaces."""
@@ -209,6 +213,8 @@ class Guide:
     """None where the trigger never queries."""
     policy: Policy
     rewarder: Rewarder
+    inserter: Inserter | None = None
+    """Uses the traces where `guidance.insert` is not `trace`."""
 
     def guide(
         self, groups: Sequence[Group], *, step: int, timer: Timer = nullcontext
@@ -223,7 +229,8 @@ class Guide:
         queried = [
             group
             for group in groups
-            if is_triggered(group, guidance, Random(seed_of(seed, "trigger", step, group.problem_id)))
+            if step > guidance.start
+            and is_triggered(group, guidance, Random(seed_of(seed, "trigger", step, group.problem_id)))
         ]
         if not queried or self.traces is None:
             return list(groups), []
@@ -241,7 +248,7 @@ class Guide:
                 rng = Random(seed_of(seed, "select", step, group.problem_id))
                 ranked[group.problem_id] = select(group, candidates[group.problem_id], scorer, rng)
         with timer("place"):
-            guided = self._place(queried, ranked, step)
+            guided = (self.inserter or self._place)(queried, ranked, step)
         rows = []
         for group in queried:
             best_first = ranked[group.problem_id]
@@ -265,9 +272,8 @@ class Guide:
     def _place(
         self, groups: Sequence[Group], ranked: Mapping[str, Sequence[Candidate]], step: int
     ) -> dict[str, Group]:
-        """Returns problem_id -> group with its best traces, which replace samples at random indices or train
-        beside them. A trace gets the reward that the same verifier and the same rule give it."""
-        place = self.config.guidance.place
+        """Returns problem_id -> group with its best traces. A trace gets the reward that the same verifier
+        and the same rule give it."""
         verifying = []
         for group in groups:
             best_first = ranked[group.problem_id]
@@ -277,12 +283,18 @@ class Guide:
         guided = {}
         for group, pending in zip(groups, verifying, strict=True):
             traces = [self.rewarder.reward(group.prompt, *each) for each in pending]
-            if place not in ("failed", "any"):
-                own_train = place != "instead" or not traces
-                guided[group.problem_id] = replace(group, extra=tuple(traces), own_train=own_train)
-                continue
-            free = [i for i, sample in enumerate(group.samples) if place == "any" or not sample.is_correct]
-            rng = Random(seed_of(self.config.train.seed, "place", step, group.problem_id))
-            indices = sorted(rng.sample(free, len(traces)))
-            guided[group.problem_id] = replace(group, guidance=dict(zip(indices, traces, strict=True)))
+            guided[group.problem_id] = placed(group, traces, self.config, step)
         return guided
+
+
+def placed(group: Group, members: Sequence[Sample], config: Config, step: int) -> Group:
+    """Returns the group with further members, which replace samples at random indices or train beside or
+    instead of them."""
+    place = config.guidance.place
+    if place not in ("failed", "any"):
+        own_train = place != "instead" or not members
+        return replace(group, extra=tuple(members), own_train=own_train)
+    free = [i for i, sample in enumerate(group.samples) if place == "any" or not sample.is_correct]
+    rng = Random(seed_of(config.train.seed, "place", step, group.problem_id))
+    indices = sorted(rng.sample(free, len(members)))
+    return replace(group, guidance=dict(zip(indices, members, strict=True)))

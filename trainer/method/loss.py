@@ -77,6 +77,8 @@ class LossInputs:
     """[B, T] bool."""
     is_teacher: Tensor
     """[B] bool."""
+    guided_mask: Tensor | None = None
+    """[B, T] bool, tokens that a teacher wrote; None: those of `is_teacher`."""
     advantages: Tensor
     """[B, 1]"""
     teacher_logprobs: Tensor
@@ -214,19 +216,22 @@ def make_policy_loss(train: TrainConfig, guidance: GuidanceConfig) -> MicroLoss:
     reduction = lookup(REDUCTIONS, train.loss_type, key="train.loss_type")
 
     def policy_loss(inputs: LossInputs, counts: StepCounts) -> tuple[Tensor, Sums]:
-        is_teacher = inputs.is_teacher.unsqueeze(1)
-        student, guided = inputs.response_mask & ~is_teacher, inputs.response_mask & is_teacher
-        student_terms, student_values = objective(inputs, train)
-        guided_terms, guided_weights, guided_values = guided_loss(inputs, counts, guidance)
+        is_guided = inputs.is_teacher.unsqueeze(1) if inputs.guided_mask is None else inputs.guided_mask
+        student, guided = inputs.response_mask & ~is_guided, inputs.response_mask & is_guided
+        # Each sees its own tokens of a response that a teacher began.
+        student_terms, student_values = objective(replace(inputs, response_mask=student), train)
+        guided_terms, guided_weights, guided_values = guided_loss(
+            replace(inputs, response_mask=guided), counts, guidance
+        )
         lengths = inputs.response_mask.sum(dim=1).clamp(min=1)
         if guided_weights is not None:  # with a denominator of their own they are none of the reduction's
             counts = replace(counts, sequences=max(counts.student_sequences, 1), guided_tokens=0)
         weights = reduction(lengths, inputs.is_teacher, counts).unsqueeze(1)
         guided_weights = weights if guided_weights is None else guided_weights
         weights = torch.where(
-            is_teacher, guided_weights * counts.guided_weight, weights * counts.student_weight
+            is_guided, guided_weights * counts.guided_weight, weights * counts.student_weight
         )
-        terms = torch.where(is_teacher, guided_terms, student_terms)
+        terms = torch.where(is_guided, guided_terms, student_terms)
         loss = -(terms.masked_fill(~inputs.response_mask, 0.0) * weights).sum()
         kl = torch.zeros_like(inputs.logprobs)
         if inputs.reference_logprobs is not None:  # KL(pi_theta || pi_ref) by the k3 estimator

@@ -71,13 +71,7 @@ def sample_groups(
     timer: Timer,
 ) -> list[Group]:
     """Returns a group of G rewarded samples for each prompt; arguments as `rewarded_samples`."""
-    sampling = Sampling(
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        max_tokens=rollout.max_completion_length,
-        logprobs="sampler",  # the trainer's refer to that distribution, too
-    )
+    sampling = sampling_of(rollout)
     size = range(rollout.num_generations)
     indices = [(p, s) for p in range(len(prompts)) for s in size]
     found = dict(
@@ -88,6 +82,17 @@ def sample_groups(
     return [
         Group(prompt=prompt, samples=tuple(found[p, s] for s in size)) for p, prompt in enumerate(prompts)
     ]
+
+
+def sampling_of(rollout: RolloutConfig) -> Sampling:
+    """Returns the parameters of the student's samples."""
+    return Sampling(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_tokens=rollout.max_completion_length,
+        logprobs="sampler",  # the trainer's refer to that distribution, too
+    )
 
 
 def rewarded_samples(

@@ -92,7 +92,11 @@ class Updater:
         as the rank with the most has. Empty where no sequence carries one."""
         regularised = bool(self.train.entropy_coef or self.reference)
         trained = [
-            s for s in sequences if s.advantage != 0 or (self.supervised if s.is_teacher else regularised)
+            s
+            for s in sequences
+            if s.advantage != 0
+            or (self.supervised and s.guided_tokens)
+            or (regularised and s.guided_tokens < len(s.response_ids))
         ]
         cuts = []
         for indices in split_over_ranks([s.length for s in trained], self.world.size):
@@ -181,11 +185,19 @@ class Updater:
             old_logprobs=known([s.old_logprobs for s in sequences]) if old_known else logprobs.detach(),
             response_mask=batch.target_mask,
             is_teacher=to_device(torch.tensor([s.is_teacher for s in sequences]), device),
+            guided_mask=self._guided_mask(sequences, batch.target_mask),
             advantages=to_device(torch.tensor([[s.advantage] for s in sequences]), device),
             teacher_logprobs=known([s.teacher_logprobs for s in sequences]),
             sampler_logprobs=known([s.sampler_logprobs for s in sequences]) if sampler_known else None,
             reference_logprobs=reference,
         )
+
+    def _guided_mask(self, sequences: Sequence[TrainSequence], mask: Tensor) -> Tensor | None:
+        """Returns the tokens that a teacher wrote; None where it wrote whole responses or none."""
+        if not any(s.n_guided for s in sequences):
+            return None
+        guided = to_device(torch.tensor([[s.guided_tokens] for s in sequences]), self.policy.device)
+        return mask & (mask.cumsum(dim=1) <= guided)
 
     @torch.no_grad()
     def _with_old_logprobs(self, micro_batches: list[list[TrainSequence]]) -> list[list[TrainSequence]]:
@@ -228,10 +240,11 @@ def sequences_of(
     """
     return [
         TrainSequence(
-            prompt_ids=group.prompt.ids,
+            prompt_ids=member.prompt_ids or group.prompt.ids,
             response_ids=member.token_ids,
             advantage=advantage,
             is_teacher=member.is_teacher,
+            n_guided=member.n_guided or 0,
             teacher_logprobs=member.logprobs if member.is_teacher else None,
             sampler_logprobs=None if member.is_teacher else member.logprobs or None,
         )
@@ -244,12 +257,12 @@ def sequences_of(
 
 def count(sequences: Sequence[TrainSequence], max_completion_length: int) -> StepCounts:
     """Returns the counts that every micro-batch of an optimizer step divides by."""
-    student = [len(s.response_ids) for s in sequences if not s.is_teacher]
+    student = [s for s in sequences if not s.is_teacher]
     return StepCounts(
         sequences=len(sequences),
         student_sequences=len(student),
-        student_tokens=sum(student),
-        guided_tokens=sum(len(s.response_ids) for s in sequences if s.is_teacher),
+        student_tokens=sum(len(s.response_ids) - s.guided_tokens for s in student),
+        guided_tokens=sum(s.guided_tokens for s in sequences),
         max_length=max_completion_length,
     )
 

@@ -236,7 +236,10 @@ def differences(saved: Mapping[str, Any], config: Config, *, is_fork: bool = Fal
     """Returns `section.key = saved, now other` for every key whose change would make another run of it, or
     that even a fork may not change."""
     free = MAY_CHANGE_KEYS
-    if config.train.lr_schedule != "constant":  # it runs down to max_steps
+    runs_down = (
+        config.guidance.weight_schedule in ("linear", "cosine") or config.guidance.share_end is not None
+    )
+    if config.train.lr_schedule != "constant" or runs_down:  # to max_steps
         free = free - {"train.max_steps"}
     if is_fork:
         free = free | FORK_KEYS

@@ -123,13 +123,24 @@ def checked_prompts(
     held = {name: fitting_prompts(config, each, tokenizer, reporter) for name, each in held_out.items()}
     rollout, per_step = config.rollout, config.train.problems_per_step
     problems_of_step(train, step=1, per_step=per_step, seed=config.train.seed)
-    longest = max(len(prompt.ids) for prompts in (train, *held.values()) for prompt in prompts)
+    inserts = config.guidance.insert != "trace"
+    longest = longest_prompt(config, [prompt for prompts in (train, *held.values()) for prompt in prompts])
+    limit = f"rollout.max_prompt_length = {longest}" if inserts else f"a {longest}-token prompt"
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and longest + rollout.max_completion_length > positions:
         raise ConfigError(
-            f"rollout.max_completion_length = {rollout.max_completion_length} and a {longest}-token prompt "
+            f"rollout.max_completion_length = {rollout.max_completion_length} and {limit} "
             f"exceed the student's {positions} positions; set it to {max(positions - longest, 0)} at most"
         )
     if warning := sampler_warning(rollout):
         reporter.warned(warning)
+    if inserts and max(len(prompt.ids) for prompt in train) + rollout.max_completion_length > longest:
+        reporter.warned(f"a prompt of over {limit} tokens, with its insert, is not tried")
     return train, held
+
+
+def longest_prompt(config: Config, prompts: Sequence[Prompt]) -> int:
+    """Returns the most tokens of a prompt, those with an inserted part of a trace included."""
+    if config.guidance.insert != "trace":
+        return config.rollout.max_prompt_length
+    return max(len(prompt.ids) for prompt in prompts)

@@ -23,6 +23,7 @@ from store.registry import lookup
 from store.reports.report import problem_rows
 from trainer.buffer import TraceBuffer
 from trainer.config import Config
+from trainer.inserts import Inserter
 from trainer.method.groups import REWARDS, Group, Prompt, Rewarder
 from trainer.method.guidance import SELECTORS, TRIGGERS, Guide
 from trainer.method.loss import make_policy_loss
@@ -31,7 +32,7 @@ from trainer.method.teacher_traces import TraceReader
 from trainer.method.update import Updater
 from trainer.parallel.fsdp import check_shardable, initial_device, shard
 from trainer.parallel.world import ALONE, World
-from trainer.run.prompts import checked_prompts, held_out_problems, training_problems
+from trainer.run.prompts import checked_prompts, held_out_problems, longest_prompt, training_problems
 from trainer.run.run_dir import Position, RunFiles
 from trainer.run.saved_model import check_model
 from trainer.sampling.samplers import check_sampler, make_sampler
@@ -95,19 +96,22 @@ class Run:
         self.usable = usable_traces(config, store, problems, reporter)
         """teacher -> usable traces of the training problems; empty where the store is not read."""
         shard(policy, world)
-        prompts = [prompt.ids for prompt in (*self.train_prompts, *held)]
-        self.sampler = make_sampler(config, policy, prompts, files.root, stack, world)
+        longest = longest_prompt(config, (*self.train_prompts, *held))
+        self.sampler = make_sampler(config, policy, longest, files.root, stack, world)
         self.optimizer = make_optimizer(policy.model, config.train)
         self.updater = make_updater(config, policy, self.optimizer, world)
         if policy.device.type == "cuda":
-            longest = max(map(len, prompts)) + config.rollout.max_completion_length
+            longest += config.rollout.max_completion_length
             max_tokens = config.train.max_tokens_per_microbatch
             copies = 4 if config.guidance.place == "buffer" else 2
             probe_memory(policy, self.optimizer, longest=longest, max_tokens=max_tokens, copies=copies)
         on_problem = partial(reporter.progress, "traces for SFT")
         self.sft = Sft(config, policy, traces, self.train_prompts, on_problem, world)
         self.buffer = TraceBuffer(config, self.sft) if config.guidance.place == "buffer" else None
-        self.guide = Guide(config, traces, policy, self.rewarder)
+        inserter = None
+        if config.guidance.insert != "trace":
+            inserter = Inserter(config, policy, self.sampler, self.rewarder)
+        self.guide = Guide(config, traces, policy, self.rewarder, inserter)
 
     @property
     def last_optimizer(self) -> torch.optim.Optimizer:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -133,7 +133,7 @@ class VllmSampler:
 def make_sampler(
     config: Config,
     policy: Policy,
-    prompts: Sequence[Sequence[int]],
+    longest_prompt: int,
     run: Path,
     stack: ExitStack,
     world: World = ALONE,
@@ -143,13 +143,13 @@ def make_sampler(
     Every rank has one: a vLLM of its own on its GPU, or the servers, which rank 0 gives new weights.
 
     Args:
-        prompts: token ids of every prompt, training and evaluation.
+        longest_prompt: tokens of the longest prompt, training and evaluation.
         run: the run's directory.
     """
     rollout = config.rollout
     if rollout.engine == "transformers":
         return SharedSampler(policy, batch_size=rollout.batch_size)
-    max_length = max(len(ids) for ids in prompts) + rollout.max_completion_length
+    max_length = longest_prompt + rollout.max_completion_length
     engine = load_vllm(config, policy, world, max_length=max_length)
     folder = (Path(rollout.sync_dir).absolute() if rollout.sync_dir else run) / f"{run.name}-weights"
     sampler = VllmSampler(engine, policy, config, folder, world)

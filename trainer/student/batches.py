@@ -26,8 +26,10 @@ class TrainSequence:
     """[R]"""
     advantage: float
     is_teacher: bool
+    n_guided: int = 0
+    """Leading response tokens that a teacher wrote, if it did not write all."""
     teacher_logprobs: tuple[float, ...] | None = None
-    """[R], for `guidance.loss = "shaped_ratio"` alone."""
+    """[R], for the guided losses `shaped_ratio` and `self_kl` alone."""
     sampler_logprobs: tuple[float, ...] | None = None
     """[R], a student sample's log-probabilities under the distribution that its engine sampled from."""
     old_logprobs: tuple[float, ...] | None = None
@@ -36,6 +38,10 @@ class TrainSequence:
     @property
     def length(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def guided_tokens(self) -> int:
+        return len(self.response_ids) if self.is_teacher else self.n_guided
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
