@@ -43,7 +43,7 @@ def test_a_begun_response_trains_its_tokens_apart() -> None:
     assert float(nll) == pytest.approx(-math.log(0.6) - (0.8 - 5.8) / 4)
 
 
-def test_gspo_and_srft_read_the_students_own_tokens_alone() -> None:
+def test_what_is_read_of_a_whole_response_is_read_of_the_own_tokens_alone() -> None:
     # s = 0.2 / 0.25 = 0.8 of one token, not sqrt(1.5 * 0.8); H = 2 of the second token, not 1.5.
     alone = replace(BEGUN, response_mask=torch.ones(2, 2, dtype=torch.bool))
     gspo = TrainConfig(loss_type="grpo", entropy_coef=0.0, importance_sampling_level="sequence")
@@ -52,6 +52,12 @@ def test_gspo_and_srft_read_the_students_own_tokens_alone() -> None:
     srft = TrainConfig(loss_type="grpo", entropy_coef=0.0, objective="srft")
     found = float(make_policy_loss(srft, GuidanceConfig())(alone, replace(COUNTS, guided_weight=0.0))[0])
     assert found == pytest.approx(-(0.1 * math.exp(2) * math.log(0.2) - math.log(0.5) - math.log(0.4)) / 4)
+    # A guided loss sees the first token alone: H = 1, over one guided token; the others as above.
+    guided = make_policy_loss(
+        TrainConfig(loss_type="grpo", entropy_coef=0.0), GuidanceConfig(loss="nll_entropy")
+    )
+    found = float(guided(alone, replace(COUNTS, guided_tokens=1))[0])
+    assert found == pytest.approx(-0.5 * math.exp(-1) * math.log(0.6) - (0.8 - 5.8) / 4)
 
 
 def test_prefix_rft_trains_the_fifth_of_a_prefix_that_is_least_certain() -> None:
