@@ -31,6 +31,7 @@ FOLDER = Path("runs/evidence")
 METHODS = (
     *("ampo", "ampo_random", "ampo_shortest", "ampo_worst", "ampo_hybrid", "luffy", "hpt", "superrl"),
     *("chord_mu", "chord_phi", "rl_plus", "grpo", "dr_grpo", "sft", "sft_grpo", "sft_ampo"),
+    *("relift", "srft", "bread", "prefix_rft", "ghpo", "scaf_grpo", "sdft"),
 )
 SETS = {"in distribution": "eval/pass@1", "longer": "eval/longer/pass@1"}
 RESAMPLES = 10_000
@@ -80,6 +81,8 @@ def settings(options: Any, method: str, seed: int) -> Config:
         # using traces is what differs; grpo keeps its own.
         *([] if method == "grpo" else ['train.loss_type="dr_grpo"', 'train.scale_rewards="none"']),
         f"train.max_steps={0 if method == 'sft' else options.steps}",
+        "guidance.start=0",
+        "rollout.max_prompt_length=320",  # with room for parts of a trace
         'eval.sets.longer="lab/problems/harder.jsonl"',
         "eval.every=10",
         "eval.samples=2",
