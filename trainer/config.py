@@ -193,9 +193,6 @@ class TrainConfig(Section):
     """Problems of one optimizer step."""
     max_tokens_per_microbatch: Positive = 32768
     """Prompt and response tokens of one forward pass, padding included. Changes memory, never the result."""
-    logits_chunk_tokens: Positive = 1024
-    """Response tokens whose logits exist at once: 3.5 GiB for 1024 tokens and a vocabulary of 152,000.
-    Changes memory and speed, never the result."""
     objective: str = "clip"
     """Loss of the student's tokens: clip, cispo, srft, or module:function of your own."""
     loss_type: str = "ampo"

@@ -39,6 +39,7 @@ from trainer.run.setup import (
     usable_traces,
 )
 from trainer.student.adapters import over_base
+from trainer.student.head import SLICE_VALUES
 from trainer.student.load import compute_dtype, load_tokenizer, naming_the_model, pick_device
 from trainer.telemetry.console import TrainReporter
 
@@ -50,14 +51,13 @@ OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 0}
 """Bytes of optimizer state on the device per trained weight; pages move to the host when it is full."""
 HIDDEN_BYTES = 34
 """Bytes that a layer keeps for the backward pass per token and hidden unit, counted on real layers."""
-LOGITS_COPIES = 6
-"""Tensors of the size of one chunk of logits that exist at once in its backward pass."""
+SLICES = 3
+"""Tensors of the size of one slice of logits that exist at once in its backward pass."""
 NF4_BYTES = 4.127 / 8
 """Bytes of a 4-bit weight, its share of the scales included (QLoRA, section 3)."""
 REMEDIES = {
     "vLLM": "rollout.vllm_gpu_memory_utilization, or servers in rollout.base_urls",
     "activations": "student.gradient_checkpointing=true, train.max_tokens_per_microbatch",
-    "logits": "train.logits_chunk_tokens",
     "KV cache": "rollout.batch_size, or rollout.engine=vllm",
     "optimizer": "train.optim=adamw_8bit, paged_adamw_8bit (one GPU), torchrun (more), student.use_peft=true",
     "gradients": "torchrun (more GPUs), student.use_peft=true",
@@ -212,12 +212,15 @@ def plan_memory(
     longest = rollout.max_prompt_length + rollout.max_completion_length
     tokens = max(train.max_tokens_per_microbatch, longest)
     of_layer = HIDDEN_BYTES * text.hidden_size + width * (4 * mlp_width + kv_values)
-    if student.gradient_checkpointing:  # its input; computing it again takes less than the logits
+    if student.gradient_checkpointing:  # its input; computing it again takes less than the head
         of_layer = kept * text.hidden_size
     update = {
         "gradients": 4 * trained // processes,
         "activations": text.num_hidden_layers * tokens * of_layer,
-        "logits": LOGITS_COPIES * 4 * min(train.logits_chunk_tokens, tokens) * text.vocab_size,
+        # Slices, float32 hidden states and their gradient, and the gradient of a head that trains.
+        "head": SLICES * 4 * min(SLICE_VALUES["cuda"], tokens * text.vocab_size)
+        + 2 * 4 * tokens * text.hidden_size
+        + (0 if student.use_peft else 4 * text.vocab_size * text.hidden_size),
     }
     sampling = {}
     if processes > 1:  # two layers at a time in the update, all of them while a rank samples or scores

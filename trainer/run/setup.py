@@ -141,7 +141,6 @@ def load_student(config: Config, world: World, weights: Path | None = None) -> P
         temperature=config.rollout.temperature,
         weights=weights,
         initial_device=initial_device(world),
-        logits_chunk_tokens=config.train.logits_chunk_tokens,
     )
 
 

@@ -1,50 +1,139 @@
-"""Float32 logits of a head in any type, and their log-probabilities and entropy.
+"""Log-probability and entropy of target tokens under a head's logits, which are never kept.
 
-A head of 152,064 x 3,584 takes 1.1 GB in bfloat16 and 2.2 GB more in float32, which autograd would keep until
-the backward pass. Here a narrow head is widened a slice of the vocabulary at a time, forward and backward.
+Logits exist for one slice of the vocabulary at a time, in float32 whatever the model computes in: bfloat16
+logits are 0.125 apart, so near scores would tie. The forward pass joins the sums of the slices (online
+softmax, arXiv 1805.02867). The backward pass computes a slice again and turns it into its gradient in place:
+
+    d log p_t / d z_j = 1[j = t] - p_j        d H / d z_j = -p_j (log p_j + H)        z = logits / temperature
+
+Shapes: N target tokens, H hidden units, V entries of the vocabulary, S of a slice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-VALUES_PER_SLICE = 2**24
-"""Values of a narrow head that are float32 at once: 64 MiB."""
+SLICE_VALUES = {"cpu": 2**22, "cuda": 2**25}
+"""Device -> logits, or weights of the head, that are float32 at once: few enough for a CPU's cache, and so
+many on CUDA (128 MiB) that launching its kernels takes less time than they do."""
 
 
-class HeadProduct(torch.autograd.Function):
-    """Returns hidden weight^T [N, V] float32 of hidden [N, H] float32 and weight [V, H] in any floating
-    type."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitScale:
+    """The way from the head's product to the logits that tokens are sampled from."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    """c of c * tanh(logits / c), before the temperature."""
+    tensor_cores: bool = False
+    """True if products may read 10 bits (`products_on`)."""
+
+
+class TargetValues(torch.autograd.Function):
+    """Returns log-probability [N], or that and entropy [N] in nats, of targets [N] under hidden [N, H],
+    weight [V, H] and bias [V] in any floating type."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, tensor_cores: bool) -> Tensor:
-        """Computes in float32, a slice of the vocabulary at a time."""
-        ctx.save_for_backward(hidden if weight.requires_grad else None, weight)
-        ctx.tensor_cores = tensor_cores
-        logits = hidden.new_empty(len(hidden), len(weight))
-        with products_on(tensor_cores):
-            for start, wide in _slices(weight):
-                torch.mm(hidden, wide.T, out=logits[:, start : start + len(wide)])
-        return logits
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: LogitScale,
+        entropy: bool,
+    ) -> tuple[Tensor, ...]:
+        """Joins maximum, sum of e^(z - maximum), sum of z e^(z - maximum) and the target's z over slices."""
+        total, weighted, chosen = hidden.new_zeros((3, len(hidden), 1), dtype=torch.float32)
+        top = torch.full_like(total, torch.finfo(torch.float32).min)
+        with products_on(scale.tensor_cores):
+            for start, z in _slices(hidden, weight, bias, scale):
+                index, inside = _within(targets, start, z)
+                chosen = torch.where(inside, z.gather(1, index), chosen)
+                before, top = top, torch.maximum(top, z.amax(dim=1, keepdim=True))
+                rescale = torch.exp(before - top)
+                p = torch.exp(z - top) if entropy else z.sub_(top).exp_()
+                total = total * rescale + p.sum(dim=1, keepdim=True)
+                if entropy:
+                    weighted = weighted * rescale + p.mul_(z).sum(dim=1, keepdim=True)
+        log_total = top + total.log()
+        entropies = log_total - weighted / total
+        ctx.save_for_backward(hidden, weight, bias, targets, log_total, entropies)
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)  # an entropy that nobody differentiates costs no backward pass
+        found = ((chosen - log_total).squeeze(1), entropies.squeeze(1))
+        return found if entropy else found[:1]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """Returns the gradients [N, H] of hidden and [V, H] of weight, each where it is wanted."""
-        hidden, weight = ctx.saved_tensors
-        of_hidden = of_weight = None
-        with products_on(ctx.tensor_cores):
-            if ctx.needs_input_grad[0]:
-                of_hidden = gradients[0].new_zeros(len(gradients[0]), weight.shape[1])
-                for start, wide in _slices(weight):
-                    of_hidden.addmm_(gradients[0][:, start : start + len(wide)], wide)
-            if ctx.needs_input_grad[1]:
-                of_weight = (gradients[0].T @ hidden).to(weight.dtype)
-        return of_hidden, of_weight, None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of hidden, weight and bias, each where it is wanted."""
+        hidden, weight, bias, targets, log_total, entropies = ctx.saved_tensors
+        scale, wide_hidden = ctx.scale, hidden.float()
+        of_logprobs, of_entropy = torch.zeros_like(log_total), None
+        if gradients[0] is not None:
+            of_logprobs = gradients[0].unsqueeze(1) / scale.temperature
+        if len(gradients) > 1 and gradients[1] is not None:
+            of_entropy = gradients[1].unsqueeze(1) / scale.temperature
+        inputs = (wide_hidden, weight, bias)
+        of_hidden, of_weight, of_bias = (
+            torch.zeros_like(value) if wanted else None
+            for value, wanted in zip(inputs, ctx.needs_input_grad, strict=False)
+        )
+        with products_on(scale.tensor_cores):
+            for start, z in _slices(hidden, weight, bias, scale):
+                end = start + z.shape[1]
+                if scale.softcap is not None:
+                    slope = 1 - (z * (scale.temperature / scale.softcap)).square_()
+                z.sub_(log_total)
+                if of_entropy is None:
+                    of_z = z.exp_().mul_(-of_logprobs)
+                else:
+                    p = z.exp()
+                    of_z = z.add_(entropies).mul_(of_entropy).add_(of_logprobs).mul_(p).neg_()
+                index, inside = _within(targets, start, z)
+                of_z.scatter_add_(1, index, torch.where(inside, of_logprobs, 0.0))
+                if scale.softcap is not None:
+                    of_z.mul_(slope)
+                if of_hidden is not None:
+                    of_hidden.addmm_(of_z, weight[start:end].float())
+                if of_weight is not None:
+                    of_weight[start:end] = of_z.T @ wide_hidden
+                if of_bias is not None:
+                    of_bias[start:end] = of_z.sum(dim=0)
+        return None if of_hidden is None else of_hidden.to(hidden.dtype), of_weight, of_bias, None, None, None
+
+
+def _slices(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: LogitScale
+) -> Iterator[tuple[int, Tensor]]:
+    """Yields (first entry, z [N, S] float32) of each slice of the vocabulary."""
+    size = max(1, SLICE_VALUES["cuda" if hidden.is_cuda else "cpu"] // max(hidden.shape))
+    for start in range(0, len(weight), size):
+        z = _product(hidden, weight[start : start + size])
+        if bias is not None:
+            z += bias[start : start + size]
+        if scale.softcap is not None:
+            z.div_(scale.softcap).tanh_().mul_(scale.softcap)
+        yield start, z if scale.temperature == 1 else z.div_(scale.temperature)
+
+
+def _product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Returns hidden weight^T [N, S] float32. Operands that have 16 bits already lose none."""
+    if hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return hidden.float() @ weight.float().T
+
+
+def _within(targets: Tensor, start: int, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the targets' columns [N, 1] in a slice, and whether they are in it [N, 1]."""
+    index = targets.unsqueeze(1) - start
+    return index.clamp(0, z.shape[1] - 1), (index >= 0) & (index < z.shape[1])
 
 
 @contextmanager
@@ -62,36 +151,17 @@ def products_on(tensor_cores: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _slices(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yields (first row, rows in float32) of a [V, H] weight; a float32 weight is one slice."""
-    rows = len(weight) if weight.dtype == torch.float32 else max(1, VALUES_PER_SLICE // weight.shape[1])
-    for start in range(0, len(weight), rows):
-        yield start, weight[start : start + rows].float()
-
-
-def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, tensor_cores: bool = False) -> Tensor:
-    """Returns [N, V] float32 logits of hidden [N, H], weight [V, H] and bias [V], in float32 arithmetic.
-
-    `tensor_cores`: products read 10 bits (`products_on`), for hidden states that have fewer. With 150,000
-    tokens full float32 would cost more than the whole body; bfloat16 logits would be 0.125 apart.
-    """
-    bias = None if bias is None else bias.float()
-    if weight.dtype == torch.float32 and not tensor_cores:
-        return torch.nn.functional.linear(hidden.float(), weight, bias)
-    logits: Tensor = HeadProduct.apply(hidden.float(), weight, tensor_cores)  # type: ignore[no-untyped-call]
-    return logits if bias is None else logits + bias
-
-
-def log_softmax_at(logits: Tensor, chosen: Tensor, *, entropy: bool = False) -> tuple[Tensor, ...]:
-    """Returns ([...],): log softmax of logits [..., V] at `chosen` [...], indices into V.
-
-    With `entropy` ([...], [...]): also the entropy of each distribution, in nats.
-    """
-    log_total = torch.logsumexp(logits, dim=-1)
-    found = logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) - log_total
-    if not entropy:
-        return (found,)
-    probabilities = torch.exp(logits - log_total.unsqueeze(-1))
-    # -inf logits (masked tokens) have probability 0 and add nothing: 0 * -inf would be nan.
-    expected = (probabilities * logits.masked_fill(probabilities == 0, 0.0)).sum(dim=-1)
-    return found, log_total - expected
+def target_values(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    scale: LogitScale | None = None,
+    entropy: bool = False,
+) -> tuple[Tensor, ...]:
+    """Returns `TargetValues` of these, differentiable once."""
+    found: tuple[Tensor, ...] = TargetValues.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, scale or LogitScale(), entropy
+    )
+    return found

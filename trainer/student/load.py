@@ -26,8 +26,7 @@ from store.errors import EngineError, RunError
 from trainer.config import StudentConfig
 from trainer.student.adapters import adapter_settings, import_peft, over_base, with_adapters
 from trainer.student.batches import pad
-from trainer.student.head import log_softmax_at
-from trainer.student.policy import LOGITS_CHUNK_TOKENS, Policy
+from trainer.student.policy import Policy
 
 TEMPLATE_KEY = "student.chat_template"
 
@@ -38,7 +37,6 @@ def load_policy(
     temperature: float,
     weights: Path | None = None,
     initial_device: torch.device | None = None,
-    logits_chunk_tokens: int = LOGITS_CHUNK_TOKENS,
 ) -> Policy:
     """Loads the student, with weights that train in float32.
 
@@ -69,14 +67,7 @@ def load_policy(
         _recompute_layers(model)
     if not on_meta:
         _check_head(Policy(model, tokenizer, dtype=torch.float32))
-    return Policy(
-        model,
-        tokenizer,
-        dtype=dtype,
-        temperature=temperature,
-        device=device,
-        logits_chunk_tokens=logits_chunk_tokens,
-    )
+    return Policy(model, tokenizer, dtype=dtype, temperature=temperature, device=device)
 
 
 @contextmanager
@@ -185,7 +176,7 @@ def _check_head(policy: Policy) -> None:
     ids = [index % vocabulary for index in range(1, 9)]
     batch = pad([ids], [7], pad_id=policy.pad_id, device=policy.device)
     logits = policy.model(input_ids=batch.input_ids).logits[:, :-1].float()
-    (theirs,) = log_softmax_at(logits, batch.input_ids[:, 1:])
+    theirs = logits.log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
     difference = float((policy.logprobs(batch)[:, 1:] - theirs).abs().max())
     # A frozen model's own head may compute in 16 bits; the policy's never does.
     is_16_bit = policy.causal.get_output_embeddings().weight.dtype != torch.float32

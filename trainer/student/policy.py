@@ -1,7 +1,7 @@
 """The student's forward pass: log-probability and entropy of the target tokens.
 
-`[B, L, V]` logits never exist: hidden states are computed for all positions, logits for the target tokens
-alone, `train.logits_chunk_tokens` at a time, forward and backward.
+Hidden states are computed for all positions, logits for the target tokens alone, and for a slice of the
+vocabulary at a time (`head.py`).
 """
 
 from __future__ import annotations
@@ -12,15 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from precompute.engines.checks import eos_ids
 from precompute.problems.prompts import turn_end
-from trainer.config import TrainConfig
 from trainer.student.batches import TokenBatch
-from trainer.student.head import head_logits, log_softmax_at
-
-LOGITS_CHUNK_TOKENS: int = TrainConfig().logits_chunk_tokens
+from trainer.student.head import LogitScale, target_values
 
 
 class Policy:
@@ -34,14 +30,12 @@ class Policy:
         dtype: torch.dtype,
         temperature: float = 1.0,
         device: torch.device | None = None,
-        logits_chunk_tokens: int = LOGITS_CHUNK_TOKENS,
     ) -> None:
         """
         Args:
             dtype: type that the model computes in; the head computes in float32.
             temperature: the sampling temperature, which all log-probabilities refer to.
             device: device that will compute; None: the one that holds the weights.
-            logits_chunk_tokens: target tokens whose logits exist at once.
         """
         self.model = model
         self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -50,7 +44,6 @@ class Policy:
         self.dtype = dtype
         self.temperature = temperature
         self.device: torch.device = device or next(model.parameters()).device
-        self.logits_chunk_tokens = logits_chunk_tokens
         self.has_tensor_cores = self.device.type == "cuda" and dtype == torch.bfloat16
         """True where the head may use TF32: bfloat16 hidden states have fewer bits anyway."""
         self.eos_ids = eos_ids(self.causal.generation_config, tokenizer)
@@ -101,34 +94,19 @@ class Policy:
         return logprobs, entropy
 
     def _target_values(self, batch: TokenBatch, *, entropy: bool = False) -> list[Tensor]:
-        """Returns what `log_softmax_at` makes of the target tokens' logits [N, V], each as [B, L]."""
+        """Returns what `head.target_values` finds of the target tokens, each as [B, L]."""
         with self.computing():
             # No attention mask: padding on the right changes nothing before it, and attention has kernels
             # for plain causal masks which keep no [L, L] matrix.
             output = self.causal.base_model(input_ids=batch.input_ids, use_cache=False)
             hidden = output.last_hidden_state.flatten(0, 1).index_select(0, batch.targets - 1)  # [N, H]
         targets = batch.input_ids.flatten().index_select(0, batch.targets)  # [N]
-        head, rows = self.causal.get_output_embeddings(), self.logits_chunk_tokens
-        parts = []
-        for h, t in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
-            chunk = (h, t, head.weight, head.bias, entropy)
-            # Recomputing a chunk's logits in the backward pass keeps them from piling up.
-            recompute = torch.is_grad_enabled() and len(hidden) > rows
-            parts.append(
-                checkpoint(self._chunk, *chunk, use_reentrant=False) if recompute else self._chunk(*chunk)
-            )
-        return [batch.scatter(torch.cat(values)) for values in zip(*parts, strict=True)]
-
-    def _chunk(
-        self, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, entropy: bool
-    ) -> tuple[Tensor, ...]:
-        # float32 whatever the model computes in: bfloat16 logits are 0.125 apart, so near scores would tie.
-        with torch.autocast(self.device.type, enabled=False):
-            logits = head_logits(hidden, weight, bias, tensor_cores=self.has_tensor_cores)
-        softcap = getattr(self.causal.config, "final_logit_softcapping", None)
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        # At temperature 1 the division would only copy.
-        return log_softmax_at(
-            logits if self.temperature == 1 else logits / self.temperature, targets, entropy=entropy
+        scale = LogitScale(
+            temperature=self.temperature,
+            softcap=getattr(self.causal.config, "final_logit_softcapping", None),
+            tensor_cores=self.has_tensor_cores,
         )
+        head = self.causal.get_output_embeddings()
+        with torch.autocast(self.device.type, enabled=False):
+            found = target_values(hidden, head.weight, head.bias, targets, scale=scale, entropy=entropy)
+        return [batch.scatter(values) for values in found]
