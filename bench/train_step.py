@@ -1,6 +1,6 @@
 """A full training step (sample, reward, update) against TRL's GRPOTrainer: tokens per second and peak memory.
 
-    python -m bench.train_step [--size lab|tiny|0.5b] [--steps 8] [--rewards coin match] [--threads 1]
+    python -m bench.train_step [--size lab|tiny|0.5b|1.5b] [--steps 8] [--rewards coin match] [--threads 1]
 
 The same model, prompts, group size, maximal lengths, reward function, optimizer (AdamW) and dtype, no vLLM,
 no teachers, each way in a process of its own; two steps warm up. TRL runs as it is, with
@@ -17,8 +17,9 @@ the peak of resident memory (on CUDA: allocated) beyond what is there between st
     tiny    a random Qwen2 of four layers that never ends by itself: 4 problems x 8 samples of 64 tokens
     0.5b    a random Qwen2 with the shape of Qwen2.5-0.5B, likewise: 8 problems x 8 samples of 512 tokens, in
             bfloat16 over float32 weights; wants a GPU
+    1.5b    that of Qwen2.5-1.5B, 256 tokens
 
-Needs `pip install -e ".[bench]"`. The last line is JSON.
+TRL comes with `pip install -e ".[bench]"`; without it, ampo is alone. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -50,6 +52,7 @@ from trainer.train import train_step
 
 STUDENT = "lab/models/student"
 PROBLEMS = "lab/problems/train.jsonl"
+TRL = find_spec("trl") is not None
 WARM_UP = 2
 LEARNING_RATE = 1e-6
 """Small, so that what is measured stays the model that was given."""
@@ -65,13 +68,19 @@ class Size:
     layers: int = 0
     """Of a random model; 0: the lab's student."""
     hidden: int = 0
+    mlp: int = 0
+    heads: int = 1
     bf16: bool = False
 
 
 SIZES = {
     "lab": Size(problems=16, samples=8, max_tokens=160),
-    "tiny": Size(problems=4, samples=8, max_tokens=64, layers=4, hidden=128),
-    "0.5b": Size(problems=8, samples=8, max_tokens=512, layers=24, hidden=896, bf16=True),
+    "small": Size(problems=2, samples=2, max_tokens=8, layers=2, hidden=64, mlp=128),
+    "tiny": Size(problems=4, samples=8, max_tokens=64, layers=4, hidden=128, mlp=694, heads=2),
+    "0.5b": Size(problems=8, samples=8, max_tokens=512, layers=24, hidden=896, mlp=4864, heads=14, bf16=True),
+    "1.5b": Size(
+        problems=8, samples=8, max_tokens=256, layers=28, hidden=1536, mlp=8960, heads=12, bf16=True
+    ),
 }
 
 
@@ -108,9 +117,9 @@ def main() -> None:
         model = model_of(options.size, Path(folder))
         found = {reward: measure(options, reward, model) for reward in options.rewards}
     Console().print(ways_table("a full training step", "reward", found, FIGURES))
-    versions = {name: version(name) for name in ("trl", "transformers", "torch")}
+    versions = {name: version(name) for name in ("trl", "transformers", "torch") if find_spec(name)}
     rows = {reward: {way: summary(row) for way, row in ways.items()} for reward, ways in found.items()}
-    shares = {reward: ratios(ways) for reward, ways in found.items()}
+    shares = {reward: ratios(ways) for reward, ways in found.items() if len(ways) > 1}
     print(json.dumps({"bench": "train_step", "size": options.size, **versions, **rows, "ratios": shares}))
 
 
@@ -125,7 +134,7 @@ def parse() -> argparse.Namespace:
         "--ways",
         nargs="+",
         choices=list(WAYS),
-        default=[way for way in WAYS if cuda or "continuous" not in way],
+        default=[way for way in WAYS if (cuda or "continuous" not in way) and (way == "ampo" or TRL)],
     )
     return parser.parse_args()
 
@@ -141,7 +150,8 @@ def measure(options: argparse.Namespace, reward: str, model: str) -> dict[str, M
             threads=options.threads,
             model=model,
         )
-        timed, weighed = alone(run, task), alone(run, task, **RETURNED_AT_ONCE)
+        timed = alone(run, task)
+        weighed = timed if torch.cuda.is_available() else alone(run, task, **RETURNED_AT_ONCE)
         found[way] = replace(timed, peak_mib=weighed.peak_mib)
     return found
 
@@ -160,16 +170,17 @@ def model_of(size: str, folder: Path) -> str:
     config = Qwen2Config(
         vocab_size=151_936,
         hidden_size=shape.hidden,
-        intermediate_size=shape.hidden * 38 // 7,
+        intermediate_size=shape.mlp,
         num_hidden_layers=shape.layers,
-        num_attention_heads=shape.hidden // 64,
-        num_key_value_heads=2,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=min(2, shape.heads),
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         eos_token_id=1,
         pad_token_id=0,
     )
-    model: Any = Qwen2ForCausalLM(config)  # type: ignore[no-untyped-call]
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model: Any = Qwen2ForCausalLM(config)  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(STUDENT).save_pretrained(folder)
     return str(folder)
