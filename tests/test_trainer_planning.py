@@ -268,7 +268,6 @@ def test_the_node_config_is_the_papers_run_but_for_what_changes_no_result() -> N
         "student.model",
         "student.gradient_checkpointing",
         "rollout.engine",
-        "rollout.batch_size",
         "train.max_tokens_per_microbatch",
         "eval.every",
     }
