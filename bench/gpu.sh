@@ -2,7 +2,7 @@
 # What one GPU does: every part of the trainer that has to be measured on one, in at most eight minutes.
 #
 #   bench/gpu.sh            on a machine with a GPU; needs no network and no model
-#   bench/gpu.sh --small    the same parts in small, on a CPU, in about a minute
+#   bench/gpu.sh --small    the same parts in small, on a CPU, in a minute or two
 #
 # Tables go to the terminal; $OUT (by default runs/gpu) gets NAME.txt, NAME.json and NAME.err of each part.
 # PYTHON names the interpreter (by default .venv/bin/python, else python3), LIMIT the seconds in all. A part that
@@ -27,14 +27,14 @@ part() { # name, largest number of seconds, module and arguments
 }
 
 if [ $small -eq 1 ]; then
-    part card 60 bench.gpu card --small
-    part head 120 bench.head --tokens 64 --hidden 64 --vocabulary 5000 --entropy no
-    part numbers 60 bench.gpu numbers --small
-    part steps 300 bench.gpu steps --small
-    part trl 120 bench.train_step --size small --rewards coin --steps 1
-    part comprehension 120 bench.comprehension --cases large --large-problems 1
+    part card 600 bench.gpu card --small
+    part head 600 bench.head --tokens 64 --hidden 64 --vocabulary 5000 --heads trained --entropy no
+    part numbers 600 bench.gpu numbers --small
+    part steps 600 bench.gpu steps --small
+    part trl 600 bench.train_step --size small --rewards coin --steps 1
+    part comprehension 600 bench.comprehension --cases large --large-problems 1
 else # the parts that matter most come first
-    part card 40 bench.gpu card
+    part card 60 bench.gpu card
     part head 90 bench.head
     part steps 200 bench.gpu steps
     part trl 150 bench.train_step --size 0.5b --rewards coin --steps 1
