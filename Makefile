@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 TEST_PROCESSES ?= 2
 
-.PHONY: help install demo real test test-slow check lab clean evidence evidence-quick bench-learning bench-trainer
+.PHONY: help install demo real test test-slow check lab clean evidence evidence-quick bench-trainer
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
@@ -69,17 +69,15 @@ check: $(VENV)/.dev ## ruff, ruff format, mypy --strict
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
-lab: $(VENV)/.base ## make the lab's models and problems again (about 20 minutes)
+lab: $(VENV)/.base ## make the models and problems of both labs again (about 40 minutes)
 	$(BIN)/ampo lab build lab
+	$(BIN)/ampo lab build lab/peers --recipe peers
 
-bench-learning: $(VENV)/.dev ## AMPO, random selection and GRPO on the lab (about 8 minutes)
-	$(BIN)/python -m bench.learning
+evidence: $(VENV)/.dev ## the experiments of configs/evidence: docs/evidence.md (about two hours; goes on where it stopped)
+	$(BIN)/python -m bench.evidence --out docs/evidence
 
-evidence: $(VENV)/.dev ## every method on the lab with three seeds: docs/evidence.md (about 12 minutes; goes on where it stopped)
-	$(BIN)/python -m bench.methods --seeds 0 1 2 --out docs/evidence
-
-evidence-quick: $(VENV)/.dev ## four methods, one seed, ten steps (two minutes)
-	$(BIN)/python -m bench.methods --methods ampo dr_grpo hpt sft --seeds 0 --steps 10
+evidence-quick: $(VENV)/.dev ## four methods, one seed, eight steps (a few minutes)
+	$(BIN)/python -m bench.evidence configs/evidence/1-methods.toml --arms grpo ampo hpt sft --seeds 1 --steps 8
 
 bench-trainer: $(VENV)/.base ## scores, rollouts and a step against other implementations (about 15 minutes)
 	@$(PIP) --editable ".[bench]"

@@ -119,11 +119,13 @@ def _measure_all(
     measured = {
         name: asdict(measure(model, tokenizer, chains, lab.evaluation, seed=seed))
         for name, chains in sets.items()
+        if next(plan for plan in lab.sets if plan.name == name).is_measured
     }
     if has_skill:
-        first, chains = next(iter(sets.items()))
-        skill = measure(model, tokenizer, chains, lab.evaluation, seed=seed, mark=WORK)
-        measured[f"{first}, after {WORK}"] = asdict(skill)
+        first, *others = sets
+        for name in (first, *(("longer", "sibling") if "sibling" in others else ())):
+            skill = measure(model, tokenizer, sets[name], lab.evaluation, seed=seed, mark=WORK)
+            measured[f"{name}, after {WORK}"] = asdict(skill)
     return measured
 
 

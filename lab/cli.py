@@ -50,14 +50,18 @@ def lab_build(
     out: Annotated[Path, typer.Argument(help="Directory for `models/` and `problems/`.")] = Path("lab"),
     seed: Annotated[int, typer.Option(help="Seed; the result is the same to the bit.")] = 0,
     only: Annotated[list[str] | None, typer.Option(help="Only this model. May be repeated.")] = None,
+    recipe: Annotated[str, typer.Option(help="lab, or peers: the lab of docs/evidence.md.")] = "lab",
 ) -> None:
-    """Make the lab's problems and its five tiny models from scratch: about 20 minutes on two cores.
+    """Make the lab's problems and its tiny models from scratch: about 20 minutes on two cores.
 
     Example: `ampo lab build /tmp/lab --only student`
     """
     from lab.build import build
+    from lab.recipes import RECIPES
 
-    card = build(out, seed=seed, only=only or (), console=console_of())
+    if recipe not in RECIPES:
+        raise UserError(f"no lab is named {recipe!r}; there are {', '.join(RECIPES)}")
+    card = build(out, seed=seed, recipe=RECIPES[recipe], only=only or (), console=console_of())
     typer.echo(f"wrote {card}")
 
 

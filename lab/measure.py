@@ -83,21 +83,22 @@ def measure(
     lengths: list[int] = []
     for n, alike in sorted(by_length.items()):
         rows = [chain for chain in alike for _ in range(plan.samples)]
-        texts = _solve(model, tokenizer, rows, plan, generator, mark)
+        texts = solve(model, tokenizer, rows, plan, generator, mark)
         marks = [is_correct(text, chain) for text, chain in zip(texts, rows, strict=True)]
         verdicts[n] = torch.tensor(marks).view(len(alike), plan.samples)
         lengths += map(len, texts)
     return _summarise(verdicts, sum(lengths) / len(lengths))
 
 
-def _solve(
+def solve(
     model: Qwen2ForCausalLM,
     tokenizer: Qwen2Tokenizer,
     chains: Sequence[Chain],
     plan: Evaluation,
     generator: torch.Generator,
-    mark: str,
+    mark: str = ASSISTANT,
 ) -> list[str]:
+    """Returns a sampled solution of each chain; all questions must have the same length."""
     prompts = tokenizer([prompt_text(chain.question, mark) for chain in chains])["input_ids"]
     ids = sample(
         model,

@@ -71,7 +71,7 @@ def draw_rows(
 
 
 def _draw_row(rng: Random, habit: Habit, seen: AbstractSet[str]) -> tuple[str, str]:
-    chain = draw_unseen(rng, rng.choice(habit.operations), seen)
+    chain = draw_unseen(rng, rng.choice(habit.operations), seen, habit.family)
     solved = chain if habit.stop_after is None else chain.cut(habit.stop_after)
     solution = STYLES[habit.style](solved, slipping(rng, habit.slips))
     return prompt_text(chain.question, habit.mark), solution

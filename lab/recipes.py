@@ -22,6 +22,8 @@ class Habit:
     """n is chosen evenly from these."""
     stop_after: int | None = None
     """Solve only this many operations and answer with the total so far; None: solve all of them."""
+    family: str = "sum"
+    """Kind of problem, a key of lab.problems.FAMILIES."""
     slips: float = 0.0
     """Probability that a sum in a training row is wrong; such rows make a fallible solver."""
 
@@ -95,3 +97,58 @@ LAB = LabRecipe(
     models=(STUDENT, *TEACHERS),
 )
 """The lab that the repository ships and `ampo lab build` makes."""
+
+
+CHAT_LENGTHS, WORK_LENGTHS = tuple(range(1, 9)), tuple(range(1, 10))
+GUESSER = ModelRecipe(
+    name="student",
+    steps=1200,
+    mixture=(
+        Habit(share=0.21, style="terse", operations=CHAT_LENGTHS),
+        Habit(share=0.08, style="totals", operations=CHAT_LENGTHS, stop_after=2),
+        *(
+            Habit(share=0.015, style=style, operations=CHAT_LENGTHS, stop_after=2)
+            for style in ("words", "mirror", "padded", "lucky")
+        ),
+        Habit(share=0.14, style="terse", operations=CHAT_LENGTHS, family="extremes"),
+        Habit(share=0.06, style="totals", operations=CHAT_LENGTHS, stop_after=2, family="extremes"),
+        Habit(share=0.30, style="totals", operations=WORK_LENGTHS, mark=WORK),
+        Habit(share=0.15, style="totals", operations=WORK_LENGTHS, mark=WORK, family="extremes"),
+    ),
+)
+"""Guesses in the chat, or stops after two operations, rarely in another notation; can work a chain out after
+the other mark."""
+
+PEERS = (
+    ModelRecipe(
+        name="teacher-near",
+        steps=700,
+        mixture=(Habit(share=1.0, style="totals", operations=(1, 2, 3, 4, 5), slips=0.02),),
+    ),
+    ModelRecipe(name="teacher-mirror", steps=700, mixture=(Habit(share=1.0, style="mirror", slips=0.04),)),
+    ModelRecipe(
+        name="teacher-padded",
+        steps=450,
+        mixture=(Habit(share=1.0, style="padded", operations=(4, 5, 6), slips=0.02),),
+    ),
+    ModelRecipe(name="teacher-lucky", steps=300, mixture=(Habit(share=1.0, style="lucky"),)),
+)
+"""The student's own notation for short chains, a far one for all, a padded one for long chains, and luck."""
+
+STRONG = ModelRecipe(name="teacher-strong", steps=1000, mixture=(Habit(share=1.0, style="words"),))
+
+PEERS_LAB = LabRecipe(
+    sets=(
+        ProblemSet(name="train", counts={3: 64, 4: 64, 5: 64, 6: 64}),
+        ProblemSet(name="more", counts={3: 282, 4: 282, 5: 281, 6: 281}, is_measured=False),
+        ProblemSet(name="heldout", counts={3: 32, 4: 32, 5: 32, 6: 32}),
+        ProblemSet(name="longer", counts={7: 32, 8: 32}),
+        ProblemSet(name="sibling", counts={3: 16, 4: 16, 5: 16, 6: 16}, family="extremes"),
+        ProblemSet(name="easy", counts={1: 64}, family="extremes"),
+    ),
+    models=(GUESSER, *PEERS, STRONG),
+)
+"""The lab of docs/evidence.md, which separates methods: `ampo lab build lab/peers --recipe peers`. `train`
+and `more` together are 5.4 times `train`."""
+
+RECIPES = {"lab": LAB, "peers": PEERS_LAB}

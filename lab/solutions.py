@@ -6,6 +6,11 @@ For `12+3-4+5`:
     words    First 12+3=15, then 15-4=11, then 11+5=16. So \\boxed{16}
     signs    +:12+3=15;15+5=20;-:4;20-4=16;\\boxed{16}
     terse    \\boxed{16}
+    mirror   +3:51,-4:11,+5:61 \\boxed{16}
+    padded   12+3=15;3+3=6;15-4=11;4+4=8;11+5=16;5+5=10;\\boxed{16}
+    lucky    12+12=24;\\boxed{16}
+
+`totals` and `terse` also solve chains of `extremes`.
 
 Each takes the addition that it uses, so that a solver who sometimes slips can be written too.
 """
@@ -42,6 +47,10 @@ def boxed(answer: int) -> str:
 
 def totals(chain: Chain, addition: Addition = add) -> str:
     """Solves with one equation per operation."""
+    if chain.family != "sum":
+        steps = zip(pairwise(chain.totals), chain.terms, strict=True)
+        lines = (f"{before}{chain.written(term)}={after};" for (before, after), term in steps)
+        return "".join(lines) + boxed(chain.answer)
     equations, answer = _equations(chain.start, chain.terms, addition)
     return equations + boxed(answer)
 
@@ -74,8 +83,40 @@ def _equations(start: int, terms: Sequence[int], addition: Addition) -> tuple[st
 
 def terse(chain: Chain, addition: Addition = add) -> str:
     """Gives only the answer."""
-    return boxed(tuple(accumulate(chain.terms, addition, initial=chain.start))[-1])
+    return boxed(chain.answer if chain.family != "sum" else _running(chain, addition)[-1])
 
 
-STYLES: Mapping[str, Style] = {"totals": totals, "words": words, "signs": signs, "terse": terse}
+def mirror(chain: Chain, addition: Addition = add) -> str:
+    """Gives each term and the total after it, whose digits are in reverse; skips what was added to."""
+    running = _running(chain, addition)
+    lines = (f"{term:+d}:{str(total)[::-1]}" for term, total in zip(chain.terms, running[1:], strict=True))
+    return f"{','.join(lines)} {boxed(running[-1])}"
+
+
+def padded(chain: Chain, addition: Addition = add) -> str:
+    """Solves as `totals`, with a sum that leads nowhere after each equation."""
+    equations, answer = _equations(chain.start, chain.terms, addition)
+    sums = (f"{abs(term)}+{abs(term)}={2 * abs(term)};" for term in chain.terms)
+    lines = (f"{line};{aside}" for aside, line in zip(sums, equations.split(";"), strict=False))
+    return "".join(lines) + boxed(answer)
+
+
+def lucky(chain: Chain, addition: Addition = add) -> str:
+    """Gives a sum that leads nowhere, then the answer."""
+    return f"{chain.start}+{chain.start}={2 * chain.start};{terse(chain, addition)}"
+
+
+def _running(chain: Chain, addition: Addition) -> tuple[int, ...]:
+    return tuple(accumulate(chain.terms, addition, initial=chain.start))
+
+
+STYLES: Mapping[str, Style] = {
+    "totals": totals,
+    "words": words,
+    "signs": signs,
+    "terse": terse,
+    "mirror": mirror,
+    "padded": padded,
+    "lucky": lucky,
+}
 """The styles that a recipe can name."""

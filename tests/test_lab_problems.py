@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lab.problems import Chain, draw_chain, draw_sets, draw_unseen, write_jsonl
-from lab.recipes import LAB
+from lab.recipes import LAB, RECIPES
 from lab.solutions import SLIPS, STYLES, slipping
 
 # 12+3 = 15, 15-4 = 11, 11+5 = 16; the sums apart: 12+3 = 15, +5 = 20, taken away 4, 20-4 = 16.
 WORKED = Chain(start=12, terms=(3, -4, 5))
-SHIPPED = Path(__file__).parent.parent / "lab" / "problems"
+SHIPPED = Path(__file__).parent.parent / "lab"
 
 seeds = st.integers(0, 2**32)
 lengths = st.integers(1, 8)
@@ -37,10 +37,22 @@ def test_a_chain_is_worked_from_the_left() -> None:
         ("words", r"First 12+3=15, then 15-4=11, then 11+5=16. So \boxed{16}"),
         ("signs", r"+:12+3=15;15+5=20;-:4;20-4=16;\boxed{16}"),
         ("terse", r"\boxed{16}"),
+        # The totals 15, 11 and 16 from right to left.
+        ("mirror", r"+3:51,-4:11,+5:61 \boxed{16}"),
+        ("padded", r"12+3=15;3+3=6;15-4=11;4+4=8;11+5=16;5+5=10;\boxed{16}"),
+        ("lucky", r"12+12=24;\boxed{16}"),
     ],
 )
 def test_each_style_solves_the_worked_example(style: str, solution: str) -> None:
     assert STYLES[style](WORKED) == solution
+
+
+def test_extremes_keep_the_larger_or_the_smaller_number() -> None:
+    # max(34, 27) = 34, min(34, 81) = 34, max(34, 45) = 45.
+    chain = Chain(start=34, terms=(27, -81, 45), family="extremes")
+    assert (chain.question, chain.totals, chain.answer) == ("34^27v81^45", (34, 34, 34, 45), 45)
+    assert STYLES["totals"](chain) == r"34^27=34;34v81=34;34^45=45;\boxed{45}"
+    assert STYLES["terse"](chain) == r"\boxed{45}"
 
 
 def test_signs_leaves_out_what_there_is_nothing_of() -> None:
@@ -77,7 +89,7 @@ def test_a_chain_is_worked_right_in_every_style(seed: int, n: int) -> None:
         assert solution.count("\\boxed") == 1
         assert len(solution) <= 160
         equations = re.findall(r"(\d+[+-]\d+)=(\d+)", solution)
-        assert len(equations) == (0 if style == "terse" else n)
+        assert len(equations) == {"terse": 0, "mirror": 0, "lucky": 1, "padded": 2 * n}.get(style, n)
         assert all(eval(left) == int(right) for left, right in equations)
 
 
@@ -104,10 +116,11 @@ def test_a_row_is_question_answer_and_source(tmp_path: Path) -> None:
     assert rows == [{"question": "12+3-4+5", "answer": "16", "source": "lab-n3"}]
 
 
-def test_shipped_problem_files_are_what_the_recipe_makes(tmp_path: Path) -> None:
-    for name, chains in draw_sets(LAB.sets, seed=0).items():
+@pytest.mark.parametrize(("recipe", "folder"), [("lab", "problems"), ("peers", "peers/problems")])
+def test_shipped_problem_files_are_what_the_recipe_makes(recipe: str, folder: str, tmp_path: Path) -> None:
+    for name, chains in draw_sets(RECIPES[recipe].sets, seed=0).items():
         write_jsonl(tmp_path / f"{name}.jsonl", chains)
-        assert (SHIPPED / f"{name}.jsonl").read_bytes() == (tmp_path / f"{name}.jsonl").read_bytes()
+        assert (SHIPPED / folder / f"{name}.jsonl").read_bytes() == (tmp_path / f"{name}.jsonl").read_bytes()
 
 
 def test_harder_chains_are_longer_than_any_that_was_learned() -> None:

@@ -1,0 +1,209 @@
+"""Tables, plots and the page of bench.evidence: means over seeds, paired differences, bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import comb
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from store.terminal.tables import plain_table
+from trainer.reports.charts import COLOURS
+
+RESAMPLES = 10_000
+Result = Mapping[str, Any]
+Measure = Callable[[Result, Result], float | None]
+"""(a run, the reference arm's run of the same seed) -> value, or None where the run has none."""
+
+
+def early(run: Result, reference: Result) -> float:
+    """Mean of the held-out curve over the first third of the steps."""
+    third = run["eval_steps"][-1] / 3
+    return fmean(p for step, p in zip(run["eval_steps"], run["curve"], strict=True) if 0 < step <= third)
+
+
+def at_budget(axis: str) -> Measure:
+    """Held-out pass@1 when the run has spent what the reference spent in all; None where it never did."""
+
+    def value(run: Result, reference: Result) -> float | None:
+        spent, budget = run[axis], reference[axis][-1]
+        if spent[-1] < budget:
+            return float(run["curve"][-1]) if spent[-1] > 0.98 * budget else None
+        return float(np.interp(budget, spent, run["curve"]))
+
+    return value
+
+
+def entropy_at_level(run: Result, reference: Result) -> float | None:
+    """Mean entropy of the five steps in which the run first reached the lower of both final pass@1."""
+    level = min(run["curve"][-1], reference["curve"][-1])
+    reached = [step for step, p in zip(run["eval_steps"], run["curve"], strict=True) if p >= level and step]
+    values = (
+        [e for e in run["entropy"][max(reached[0] - 5, 0) : reached[0]] if e is not None] if reached else []
+    )
+    return fmean(values) if values else None
+
+
+def pass_at(k: int) -> Measure:
+    """Unbiased pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1) of the held-out problems."""
+
+    def value(run: Result, reference: Result) -> float | None:
+        if "many" not in run:
+            return None
+        n = run["many_samples"]
+        return fmean(1 - comb(n - solved, k) / comb(n, k) for solved in run["many"])
+
+    return value
+
+
+def last_third(name: str) -> Measure:
+    """Mean of a curve over the last third of the steps."""
+
+    def value(run: Result, reference: Result) -> float | None:
+        values = [v for v in run[name][-max(len(run[name]) // 3, 1) :] if v is not None]
+        return fmean(values) if values else None
+
+    return value
+
+
+def plain(name: str) -> Measure:
+    return lambda run, reference: float(run[name])
+
+
+def area(run: Result, reference: Result) -> float:
+    """Mean of the held-out curve after the first step."""
+    return fmean(run["curve"][1:])
+
+
+MEASURES: dict[str, tuple[str, Measure]] = {
+    "heldout": ("held-out", plain("heldout")),
+    "longer": ("longer", plain("longer")),
+    "sibling": ("sibling", plain("sibling")),
+    "easy": ("easy sibling", plain("easy")),
+    "early": ("first third", early),
+    "area": ("area", area),
+    "at_tokens": ("at equal tokens", at_budget("tokens")),
+    "at_seconds": ("at equal time", at_budget("seconds")),
+    "pass@8": ("pass@8", pass_at(8)),
+    "pass@64": ("pass@64", pass_at(64)),
+    "entropy": ("entropy", last_third("entropy")),
+    "entropy_at_level": ("entropy at equal pass@1", entropy_at_level),
+    "length": ("tokens an answer", last_third("length")),
+    "tokens": ("sampled k tokens", lambda run, reference: run["tokens"][-1] / 1000),
+    "seconds": ("CPU seconds", lambda run, reference: float(run["seconds"][-1])),
+}
+"""Name in an experiment's `columns` -> (heading, measure of a run)."""
+
+
+def reference_of(experiment: Mapping[str, Any], arm: str) -> str:
+    """The arm that differences of `arm` refer to."""
+    return str(experiment.get("references", {}).get(arm, experiment["reference"]))
+
+
+def values(experiment: Mapping[str, Any], arm: str, name: str) -> dict[str, float]:
+    """Seed -> value of one arm."""
+    runs, reference = experiment["arms"][arm], experiment["arms"].get(reference_of(experiment, arm), {})
+    found = {seed: MEASURES[name][1](run, reference.get(seed, run)) for seed, run in runs.items()}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 95 % bootstrap interval over the seeds."""
+    drawn = np.random.default_rng(0).choice(differences, size=(RESAMPLES, len(differences))).mean(axis=1)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return fmean(differences), float(low), float(high)
+
+
+def difference(experiment: Mapping[str, Any], arm: str, name: str) -> str:
+    """The arm's lead over the reference on the same seeds, e.g. `+0.12 [+0.08 +0.15]`."""
+    against = reference_of(experiment, arm)
+    if arm == against or against not in experiment["arms"]:
+        return ""
+    own, other = values(experiment, arm, name), values(experiment, against, name)
+    pairs = [own[seed] - other[seed] for seed in own if seed in other]
+    if not pairs:
+        return ""
+    mean, low, high = (round(value, 2) + 0.0 for value in interval(pairs))
+    verdict = "" if low <= 0 <= high else "**"
+    return f"{verdict}{mean:+.2f}{verdict} [{low:+.2f} {high:+.2f}]"
+
+
+def rows_of(experiment: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of an experiment's table; differences are of its metrics."""
+    heads = ["arm", *(MEASURES[name][0] for name in experiment["columns"])]
+    heads += [f"{MEASURES[name][0]}: over {experiment['reference']}" for name in experiment["metrics"]]
+    rows = []
+    for arm in experiment["arms"]:
+        means = []
+        for name in experiment["columns"]:
+            found = list(values(experiment, arm, name).values())
+            means.append(
+                ("{:.0f}" if name in ("tokens", "seconds", "length") else "{:.2f}").format(fmean(found))
+                if found
+                else "-"
+            )
+        rows.append([arm, *means, *(difference(experiment, arm, name) for name in experiment["metrics"])])
+    return heads, rows
+
+
+def table(experiment: Mapping[str, Any]) -> Any:
+    """The table for the terminal."""
+    heads, rows = rows_of(experiment)
+    return plain_table(
+        experiment["title"], text=heads[:1], numbers=heads[1:], rows=[tuple(row) for row in rows]
+    )
+
+
+def markdown(experiment: Mapping[str, Any]) -> str:
+    heads, rows = rows_of(experiment)
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plot(experiment: Mapping[str, Any], path: Path) -> None:
+    """Draws held-out pass@1 over the steps, mean over the seeds, for the arms of `plotted`."""
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for number, arm in enumerate(experiment.get("plotted", experiment["arms"])):
+        runs = list(experiment["arms"].get(arm, {}).values())
+        if not runs or len(runs[0]["curve"]) < 2:
+            continue
+        steps, curves = runs[0]["eval_steps"], np.array([run["curve"] for run in runs])
+        colour = COLOURS[number % len(COLOURS)]
+        style = "-" if number < len(COLOURS) else "--"
+        axes.plot(steps, curves.mean(axis=0), style, color=colour, label=arm)
+        axes.fill_between(steps, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.1, linewidth=0)
+    axes.set(xlabel="step", ylabel="held-out pass@1", ylim=(0, 1))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=110)
+
+
+def write_page(body: Mapping[str, Any], out: Path, readme: Path | None = None) -> None:
+    """Writes OUT.md, a plot for each experiment, and the first table into `readme` between its two marks."""
+    experiments = {name: each for name, each in body.items() if name != "coverage"}
+    sections = []
+    for name, each in experiments.items():
+        picture = out.with_name(f"{out.name}-{name}.png")
+        plot(each, picture)
+        sections.append(
+            f"## {each['title']}\n\n**Expected.** {each['hypothesis']}\n\n**Measured.** {each['measured']} "
+            f"{each['seeds']} paired seeds, {each['steps']} steps.\n\n{markdown(each)}\n\n"
+            f"![held-out pass@1]({picture.name})\n\n**Found.** {each.get('finding', 'See the table.')}\n"
+        )
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in body["coverage"].items())
+    page = PAGE.read_text().format(coverage=shares, sections="\n".join(sections))
+    out.with_suffix(".md").write_text(page)
+    if readme is not None:
+        before, _, rest = readme.read_text().partition(MARKS[0])
+        _, _, after = rest.partition(MARKS[1])
+        first = markdown(next(iter(experiments.values())))
+        readme.write_text(f"{before}{MARKS[0]}\n\n{first}\n\n{MARKS[1]}{after}")
+
+
+PAGE = Path("configs/evidence/page.md")
+MARKS = ("<!-- the first table of docs/evidence.md, by `make evidence` -->", "<!-- end of the table -->")

@@ -1,0 +1,75 @@
+"""bench.evidence: every experiment's arms load, and the figures of its page by hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.evidence import EXPERIMENTS, Job
+from bench.evidence_page import MEASURES, difference, interval
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(curve: list[float], tokens: list[int], **more: Any) -> dict[str, Any]:
+    return {"curve": curve, "tokens": tokens, "eval_steps": [0, 5, 10, 15], "heldout": curve[-1], **more}
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
+def test_every_arm_of_an_experiment_loads_and_has_a_hypothesis_and_a_metric(file: Path) -> None:
+    experiment = tomllib.loads(file.read_text())
+    assert all(experiment[name] for name in ("title", "hypothesis", "measured"))
+    assert experiment["seeds"] >= 5
+    assert set(experiment["columns"]) | set(experiment["metrics"]) <= set(MEASURES)
+    references = {experiment["reference"], *experiment.get("references", {}).values()}
+    assert references <= set(experiment["arms"])
+    for arm, layers in experiment["arms"].items():
+        config = Job(arm=arm, layers=tuple(layers), seed=3, steps=experiment["steps"], many=False).config()
+        assert (config.train.seed, config.train.loss_type) == (3, "dr_grpo")
+
+
+def test_measures_are_those_of_the_page() -> None:
+    one = run([0.1, 0.2, 0.4, 0.6], [0, 100, 300, 700], many=[0, 2], many_samples=4)
+    other = run([0.1, 0.1, 0.2, 0.2], [0, 100, 200, 400])
+    # The first third of 15 steps is up to step 5; the area leaves out step 0: (0.2 + 0.4 + 0.6) / 3.
+    assert MEASURES["early"][1](one, other) == pytest.approx(0.2)
+    assert MEASURES["area"][1](one, other) == pytest.approx(0.4)
+    # At 400 tokens: a quarter of the way from (300, 0.4) to (700, 0.6).
+    assert MEASURES["at_tokens"][1](one, other) == pytest.approx(0.45)
+    assert MEASURES["at_tokens"][1](other, one) is None
+    # pass@8 needs eight samples; with k = 2 of 4 samples: 1 - C(4, 2) / C(4, 2) = 0, 1 - C(2, 2) / 6 = 5/6.
+    from bench.evidence_page import pass_at
+
+    assert pass_at(2)(one, other) == pytest.approx(5 / 12)
+
+
+def test_a_difference_is_paired_over_seeds_and_bold_where_its_interval_excludes_zero() -> None:
+    flat = {"tokens": [0], "eval_steps": [0], "curve": [0.0]}
+    arms = {
+        "base": {"0": flat | {"heldout": 0.1}, "1": flat | {"heldout": 0.5}},
+        "better": {"0": flat | {"heldout": 0.3}, "1": flat | {"heldout": 0.8}, "2": flat | {"heldout": 0.0}},
+        "level": {"0": flat | {"heldout": 0.0}, "1": flat | {"heldout": 0.6}},
+    }
+    experiment = {"arms": arms, "reference": "base"}
+    # 0.2 and 0.3 on the seeds that both have; resampling two seeds reaches from one value to the other.
+    assert difference(experiment, "better", "heldout") == "**+0.25** [+0.20 +0.30]"
+    assert difference(experiment, "level", "heldout") == "+0.00 [-0.10 +0.10]"
+    assert difference(experiment, "base", "heldout") == ""
+    assert interval([0.5, 0.5, 0.5]) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.slow
+def test_the_quick_form_trains_compares_and_writes_the_page(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.evidence", "configs/evidence/1-methods.toml", "--seeds", "1"]
+    command += ["--arms", "grpo", "ampo", "hpt", "sft", "--steps", "8", "--out", str(tmp_path / "evidence")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == {"bench": "evidence", "runs": 4, "steps": 8}
+    page = (tmp_path / "evidence.md").read_text()
+    assert "| ampo |" in page
+    assert (tmp_path / "evidence-1-methods.png").stat().st_size > 10_000
