@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
@@ -90,12 +90,15 @@ def main() -> None:
             job, result = pending[future], future.result()
             results[job.key] = result
             left = timedelta(seconds=round((time.monotonic() - started) / number * (len(jobs) - number)))
-            console.print(f"{number}/{len(jobs)} {job.key}: pass@1 {result['heldout']:.3f}; {left} to go")
+            console.print(
+                f"{datetime.now():%H:%M} {number}/{len(jobs)} {job.key}: pass@1 {result['heldout']:.3f}; {left} to go"
+            )
     body = {name: experiment | {"arms": {}} for name, experiment in experiments.items()}
-    for job_name, job in (
-        (name, job) for name, e in experiments.items() for job in jobs_of({name: e}, options)
-    ):
-        body[job_name]["arms"].setdefault(job.arm, {})[str(job.seed)] = results[job.key]
+    for name, experiment in experiments.items():
+        for job in jobs:
+            for arm, layers in experiment["arms"].items():
+                if tuple(layers) == job.layers and job.seed < (options.seeds or experiment["seeds"]):
+                    body[name]["arms"].setdefault(arm, {})[str(job.seed)] = results[job.key]
     body["coverage"] = coverage(read_config([BASE], []))
     for experiment in experiments:
         console.print(table(body[experiment]))
@@ -117,14 +120,19 @@ def parse() -> argparse.Namespace:
 
 
 def jobs_of(experiments: Mapping[str, Mapping[str, Any]], options: Any) -> list[Job]:
-    """The runs that the experiments need, each once: all arms of a seed before the next seed."""
+    """The runs that the experiments need: all arms of a seed before the next seed. Arms of the same layers are
+    one run, as long as the longest experiment needs."""
     found: dict[str, Job] = {}
+    longest: dict[tuple[str, ...], int] = {}
+    for experiment in experiments.values():
+        for layers in experiment["arms"].values():
+            longest[tuple(layers)] = max(longest.get(tuple(layers), 0), options.steps or experiment["steps"])
     for experiment in experiments.values():
         for seed in range(options.seeds or experiment["seeds"]):
             for arm, layers in experiment["arms"].items():
                 if options.arms and arm not in options.arms:
                     continue
-                steps = options.steps or experiment["steps"]
+                steps = longest[tuple(layers)]
                 many = bool(experiment.get("many")) and arm in experiment["many"]
                 job = Job(arm=arm, layers=tuple(layers), seed=seed, steps=steps, many=many)
                 known = found.get(job.key, job)

@@ -20,12 +20,6 @@ Measure = Callable[[Result, Result], float | None]
 """(a run, the reference arm's run of the same seed) -> value, or None where the run has none."""
 
 
-def early(run: Result, reference: Result) -> float:
-    """Mean of the held-out curve over the first third of the steps."""
-    third = run["eval_steps"][-1] / 3
-    return fmean(p for step, p in zip(run["eval_steps"], run["curve"], strict=True) if 0 < step <= third)
-
-
 def at_budget(axis: str) -> Measure:
     """Held-out pass@1 when the run has spent what the reference spent in all; None where it never did."""
 
@@ -74,9 +68,16 @@ def plain(name: str) -> Measure:
     return lambda run, reference: float(run[name])
 
 
+AREA_STEPS = 40
+
+
 def area(run: Result, reference: Result) -> float:
-    """Mean of the held-out curve after the first step."""
-    return fmean(run["curve"][1:])
+    """Mean of the held-out curve over the evaluations of steps 1 to AREA_STEPS."""
+    return fmean(p for step, p in zip(run["eval_steps"], run["curve"], strict=True) if 0 < step <= AREA_STEPS)
+
+
+def at_end_of_area(run: Result, reference: Result) -> float:
+    return float(run["curve"][run["eval_steps"].index(AREA_STEPS)])
 
 
 MEASURES: dict[str, tuple[str, Measure]] = {
@@ -84,8 +85,8 @@ MEASURES: dict[str, tuple[str, Measure]] = {
     "longer": ("longer", plain("longer")),
     "sibling": ("sibling", plain("sibling")),
     "easy": ("easy sibling", plain("easy")),
-    "early": ("first third", early),
     "area": ("area", area),
+    "at_40": ("step 40", at_end_of_area),
     "at_tokens": ("at equal tokens", at_budget("tokens")),
     "at_seconds": ("at equal time", at_budget("seconds")),
     "pass@8": ("pass@8", pass_at(8)),
