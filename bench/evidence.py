@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
@@ -44,7 +44,7 @@ LARGE, WRONG = "configs/evidence/large.toml", "store.path=runs/evidence/traces-w
 EMPTY = "store.path=runs/evidence/traces-empty"
 WRONG_SHARE = 0.05
 DOCS = Path("docs/evidence")
-FINAL_SETS = {"heldout": 8, "longer": 8, "sibling": 8, "easy": 4}
+FINAL_SETS = {"heldout": 4, "longer": 4, "sibling": 4, "easy": 2}
 """Set -> samples of each problem after the last step."""
 MANY = 64
 """Samples of each held-out problem for pass@k, in experiments that ask for them."""
@@ -59,7 +59,9 @@ class Job:
     """Config files and overrides."""
     seed: int
     steps: int
-    many: bool
+    final: bool = True
+    """True if FINAL_SETS are sampled after the last step."""
+    many: bool = False
     """True if MANY samples of each held-out problem are taken."""
 
     @property
@@ -90,9 +92,7 @@ def main() -> None:
             job, result = pending[future], future.result()
             results[job.key] = result
             left = timedelta(seconds=round((time.monotonic() - started) / number * (len(jobs) - number)))
-            console.print(
-                f"{datetime.now():%H:%M} {number}/{len(jobs)} {job.key}: pass@1 {result['heldout']:.3f}; {left} to go"
-            )
+            console.print(f"{number}/{len(jobs)} {job.key}: pass@1 {result['curve'][-1]:.3f}; {left} to go")
     body = {name: experiment | {"arms": {}} for name, experiment in experiments.items()}
     for name, experiment in experiments.items():
         for job in jobs:
@@ -120,8 +120,8 @@ def parse() -> argparse.Namespace:
 
 
 def jobs_of(experiments: Mapping[str, Mapping[str, Any]], options: Any) -> list[Job]:
-    """The runs that the experiments need: all arms of a seed before the next seed. Arms of the same layers are
-    one run, as long as the longest experiment needs."""
+    """The runs that the experiments need: all arms of a seed before the next seed. Arms of the same layers
+    are one run, as long as the longest experiment needs."""
     found: dict[str, Job] = {}
     longest: dict[tuple[str, ...], int] = {}
     for experiment in experiments.values():
@@ -133,10 +133,11 @@ def jobs_of(experiments: Mapping[str, Mapping[str, Any]], options: Any) -> list[
                 if options.arms and arm not in options.arms:
                     continue
                 steps = longest[tuple(layers)]
-                many = bool(experiment.get("many")) and arm in experiment["many"]
-                job = Job(arm=arm, layers=tuple(layers), seed=seed, steps=steps, many=many)
+                job = Job(arm=arm, layers=tuple(layers), seed=seed, steps=steps, final=False)
                 known = found.get(job.key, job)
-                found[job.key] = replace(known, many=known.many or many)
+                final = known.final or bool(FINAL_SETS.keys() & experiment["columns"])
+                many = known.many or arm in experiment.get("many", ())
+                found[job.key] = replace(known, final=final, many=many)
     return sorted(found.values(), key=lambda job: job.seed)
 
 
@@ -197,20 +198,21 @@ def result_of(job: Job) -> dict[str, Any]:
     file = Path(config.run.dir) / config.run.name / "result.json"
     if not file.exists():
         with clock(file.with_name("cpu.jsonl")) as on_step:
-            report = train_with(config, on_step)
-        found = figures(config, file.parent) | measured(report.checkpoint)
-        write(file, found)
-    found = json.loads(file.read_text())
+            train_with(config, on_step)
+        write(file, {})
+    found, checkpoint = json.loads(file.read_text()), checkpoint_of(file.parent)
+    if job.final and "heldout" not in found:
+        found |= measured(checkpoint)
     if job.many and "many" not in found:
-        found |= {"many": sampled(checkpoint_of(file.parent), "heldout", MANY), "many_samples": MANY}
-        write(file, found)
-    return dict(found)
+        found |= {"many": sampled(checkpoint, "heldout", MANY), "many_samples": MANY}
+    write(file, found)
+    return found | figures(config, file.parent)
 
 
-def train_with(config: Config, on_step: Any) -> Any:
+def train_with(config: Config, on_step: Any) -> None:
     from trainer.train import train
 
-    return train(config, reporter=TrainReporter(), on_step=on_step)
+    train(config, reporter=TrainReporter(), on_step=on_step)
 
 
 def write(file: Path, found: Mapping[str, Any]) -> None:
@@ -227,9 +229,7 @@ def clock(file: Path) -> Iterator[Any]:
 
     def on_step(row: Mapping[str, Any]) -> None:
         now = time.process_time()
-        file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a") as lines:
-            # An evaluation is no part of a method's cost.
             lines.write(
                 json.dumps({"step": row["step"], "cpu": now - last[0], "eval": row.get("seconds/eval", 0)})
                 + "\n"
@@ -244,10 +244,13 @@ def figures(config: Config, run: Path) -> dict[str, Any]:
     rows = read_metrics(run)
     steps = [row for row in rows if "reward" in row]
     evaluations = [row for row in rows if row.get("eval/pass@1") is not None]
-    costs = [json.loads(line) for line in (run / "cpu.jsonl").read_text().splitlines()]
+    lines = (run / "cpu.jsonl").read_text().splitlines()
+    costs = [json.loads(line) for line in lines[-len(rows) :]]  # a run that began again has older ones
     groups, size = config.train.problems_per_step, config.rollout.num_generations
     samples = [(groups + row["groups/refilled"]) * size * row["completions/mean_length"] for row in steps]
-    seconds = [max(cost["cpu"] - cost["eval"], 0.0) for cost in costs]
+    seconds: list[float] = []
+    for cost in costs:  # an evaluation is no part of a method's cost: such a step counts as the one before
+        seconds.append(seconds[-1] if cost["eval"] and seconds else 0.0 if cost["eval"] else cost["cpu"])
     eval_steps = [row["step"] for row in evaluations]
     used = (
         Counter(row["teacher"] for row in query_rows(run) if row["selected"])
@@ -288,9 +291,8 @@ def checkpoint_of(run: Path) -> Path:
     return checkpoints(run / "checkpoints")[-1]
 
 
-def measured(checkpoint: Path | None) -> dict[str, float]:
+def measured(checkpoint: Path) -> dict[str, float]:
     """Set -> pass@1 after the last step, at temperature 1."""
-    assert checkpoint is not None
     return {
         name: round(fmean(solved / samples for solved in sampled(checkpoint, name, samples)), 4)
         for name, samples in FINAL_SETS.items()

@@ -30,7 +30,7 @@ def test_every_arm_of_an_experiment_loads_and_has_a_hypothesis_and_a_metric(file
     references = {experiment["reference"], *experiment.get("references", {}).values()}
     assert references <= set(experiment["arms"])
     for arm, layers in experiment["arms"].items():
-        config = Job(arm=arm, layers=tuple(layers), seed=3, steps=experiment["steps"], many=False).config()
+        config = Job(arm=arm, layers=tuple(layers), seed=3, steps=experiment["steps"]).config()
         assert (config.train.seed, config.train.loss_type) == (3, "dr_grpo")
 
 

@@ -7,13 +7,24 @@ from pathlib import Path
 import pytest
 
 from lab.build import build
+from lab.recipes import RECIPES
 
 LAB = Path(__file__).parent.parent / "lab"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["teacher-terse", "teacher-totals"])
-def test_a_model_built_again_from_its_seed_has_the_bits_that_ship(name: str, tmp_path: Path) -> None:
-    build(tmp_path, only=[name])
+@pytest.mark.parametrize(
+    ("recipe", "shipped", "name"),
+    [
+        ("lab", LAB, "teacher-terse"),
+        ("lab", LAB, "teacher-totals"),
+        ("peers", LAB / "peers", "teacher-lucky"),
+        ("peers", LAB / "peers", "teacher-near"),
+    ],
+)
+def test_a_model_built_again_from_its_seed_has_the_bits_that_ship(
+    recipe: str, shipped: Path, name: str, tmp_path: Path
+) -> None:
+    build(tmp_path, recipe=RECIPES[recipe], only=[name])
     for part in (f"models/{name}/model.safetensors", "problems/train.jsonl", "problems/heldout.jsonl"):
-        assert (tmp_path / part).read_bytes() == (LAB / part).read_bytes()
+        assert (tmp_path / part).read_bytes() == (shipped / part).read_bytes()
