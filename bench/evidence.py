@@ -47,7 +47,7 @@ DOCS = Path("docs/evidence")
 FINAL_SETS = {"heldout": 4, "longer": 4, "sibling": 4, "easy": 2}
 """Set -> samples of each problem after the last step."""
 MANY = 64
-"""Samples of each held-out problem for pass@k, in experiments that ask for them."""
+"""Samples of each second held-out problem for pass@k, in experiments that ask for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,27 +85,39 @@ def main() -> None:
     experiments = {file.stem: tomllib.loads(file.read_text()) for file in options.experiments}
     jobs = jobs_of(experiments, options)
     make_stores(jobs)
-    results, started = {}, time.monotonic()
-    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-        pending = {pool.submit(result_of, job): job for job in jobs}
-        for number, future in enumerate(as_completed(pending), start=1):
-            job, result = pending[future], future.result()
-            results[job.key] = result
-            left = timedelta(seconds=round((time.monotonic() - started) / number * (len(jobs) - number)))
-            console.print(f"{number}/{len(jobs)} {job.key}: pass@1 {result['curve'][-1]:.3f}; {left} to go")
-    body = {name: experiment | {"arms": {}} for name, experiment in experiments.items()}
+    results = run_all(jobs, options.processes, console)
     for name, experiment in experiments.items():
-        for job in jobs:
-            for arm, layers in experiment["arms"].items():
-                if tuple(layers) == job.layers and job.seed < (options.seeds or experiment["seeds"]):
-                    body[name]["arms"].setdefault(arm, {})[str(job.seed)] = results[job.key]
-    body["coverage"] = coverage(read_config([BASE], []))
-    for experiment in experiments:
-        console.print(table(body[experiment]))
+        runs: dict[str, dict[str, Any]] = {}
+        for job, arm in ((job, arm) for job in jobs for arm in experiment["arms"]):
+            if tuple(experiment["arms"][arm]) == job.layers:
+                runs.setdefault(arm, {})[str(job.seed)] = results[job.key]
+        experiments[name] = experiment | {"runs": runs}
+        console.print(table(experiments[name]))
     if options.out:
-        options.out.with_suffix(".json").write_text(json.dumps(body, indent=None) + "\n")
-        write_page(body, options.out, Path("README.md") if options.out == DOCS else None)
+        shares = coverage(read_config([BASE], []))
+        keys = {job.key: {"layers": job.layers, "seed": job.seed} for job in jobs}
+        body = {"coverage": shares, "runs": {key: keys[key] | results[key] for key in keys}}
+        options.out.with_suffix(".json").write_text(json.dumps(body).replace('}, "', '},\n"') + "\n")
+        write_page(experiments, shares, options.out, Path("README.md") if options.out == DOCS else None)
     print(json.dumps({"bench": "evidence", "runs": len(results), "steps": options.steps}))
+
+
+def run_all(jobs: Sequence[Job], processes: int, console: Console) -> dict[str, dict[str, Any]]:
+    """Job key -> its figures; runs that are finished are read."""
+    results, started = {}, time.monotonic()
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        pending = {pool.submit(result_of, job): job for job in jobs}
+        try:
+            for number, future in enumerate(as_completed(pending), start=1):
+                key = pending[future].key
+                results[key] = future.result()
+                left = timedelta(seconds=round((time.monotonic() - started) / number * (len(jobs) - number)))
+                passed = results[key]["curve"][-1]
+                console.print(f"{number}/{len(jobs)} {key}: pass@1 {passed:.3f}; {left} to go")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what runs stops by itself or is finished; nothing new begins
+            raise
+    return results
 
 
 def parse() -> argparse.Namespace:
@@ -200,11 +212,11 @@ def result_of(job: Job) -> dict[str, Any]:
         with clock(file.with_name("cpu.jsonl")) as on_step:
             train_with(config, on_step)
         write(file, {})
-    found, checkpoint = json.loads(file.read_text()), checkpoint_of(file.parent)
+    found, checkpoint = json.loads(file.read_text()), checkpoint_of(config, file.parent)
     if job.final and "heldout" not in found:
         found |= measured(checkpoint)
     if job.many and "many" not in found:
-        found |= {"many": sampled(checkpoint, "heldout", MANY), "many_samples": MANY}
+        found |= {"many": sampled(checkpoint, "heldout", MANY, every=2), "many_samples": MANY}
     write(file, found)
     return found | figures(config, file.parent)
 
@@ -212,7 +224,9 @@ def result_of(job: Job) -> dict[str, Any]:
 def train_with(config: Config, on_step: Any) -> None:
     from trainer.train import train
 
-    train(config, reporter=TrainReporter(), on_step=on_step)
+    report = train(config, reporter=TrainReporter(), on_step=on_step)
+    if report.interrupted_by is not None:
+        raise KeyboardInterrupt
 
 
 def write(file: Path, found: Mapping[str, Any]) -> None:
@@ -252,11 +266,6 @@ def figures(config: Config, run: Path) -> dict[str, Any]:
     for cost in costs:  # an evaluation is no part of a method's cost: such a step counts as the one before
         seconds.append(seconds[-1] if cost["eval"] and seconds else 0.0 if cost["eval"] else cost["cpu"])
     eval_steps = [row["step"] for row in evaluations]
-    used = (
-        Counter(row["teacher"] for row in query_rows(run) if row["selected"])
-        if (run / "queries").exists()
-        else {}
-    )
     return {
         "eval_steps": eval_steps,
         "curve": [round(row["eval/pass@1"], 4) for row in evaluations],
@@ -265,19 +274,16 @@ def figures(config: Config, run: Path) -> dict[str, Any]:
             round(sum(s for s, cost in zip(seconds, costs, strict=True) if cost["step"] <= step), 1)
             for step in eval_steps
         ],
-        "entropy": [round(row["entropy"], 4) if row["entropy"] is not None else None for row in steps],
-        "length": [round(row["completions/mean_length"], 2) for row in steps],
-        "all_fail": [round(row["groups/all_fail"], 4) for row in steps],
-        "mixed": [round(row["groups/mixed"], 4) for row in steps],
-        "used": dict(used),
-        "shares": shares_over_time(run) if used else {},
+        "entropy": [round(row["entropy"], 3) if row["entropy"] is not None else None for row in steps],
+        "length": [round(row["completions/mean_length"], 1) for row in steps],
+        "shares": shares_over_time(run) if any((run / "queries").glob("*")) else {},
     }
 
 
 def shares_over_time(run: Path, periods: int = 6) -> dict[str, list[float]]:
     """Teacher -> its share of the traces used, in each of equally long periods of the run."""
     rows = [row for row in query_rows(run) if row["selected"]]
-    last = max(row["step"] for row in rows)
+    last = max((row["step"] for row in rows), default=1)
     counts = [
         Counter(r["teacher"] for r in rows if (r["step"] - 1) * periods // last == p) for p in range(periods)
     ]
@@ -285,10 +291,11 @@ def shares_over_time(run: Path, periods: int = 6) -> dict[str, list[float]]:
     return {name: [round(c[name] / max(c.total(), 1), 4) for c in counts] for name in teachers}
 
 
-def checkpoint_of(run: Path) -> Path:
+def checkpoint_of(config: Config, run: Path) -> Path:
+    """The run's last checkpoint; the student itself where nothing was trained."""
     from trainer.run.checkpoint import checkpoints
 
-    return checkpoints(run / "checkpoints")[-1]
+    return [Path(config.student.model), *checkpoints(run / "checkpoints")][-1]
 
 
 def measured(checkpoint: Path) -> dict[str, float]:
@@ -299,8 +306,8 @@ def measured(checkpoint: Path) -> dict[str, float]:
     }
 
 
-def sampled(checkpoint: Path, name: str, samples: int) -> list[int]:
-    """Number of correct samples of each problem of a set."""
+def sampled(checkpoint: Path, name: str, samples: int, every: int = 1) -> list[int]:
+    """Number of correct samples of each problem of a set, or of each second one."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -312,7 +319,7 @@ def sampled(checkpoint: Path, name: str, samples: int) -> list[int]:
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32")
     generator, tokenizer = torch.Generator().manual_seed(0), build_tokenizer()
     by_length: dict[int, list[Chain]] = {}
-    for chain in draw_sets(PEERS_LAB.sets, seed=0)[name]:
+    for chain in draw_sets(PEERS_LAB.sets, seed=0)[name][::every]:
         by_length.setdefault(len(chain.question), []).append(chain)
     counts: Counter[str] = Counter()
     for alike in by_length.values():

@@ -107,7 +107,7 @@ def reference_of(experiment: Mapping[str, Any], arm: str) -> str:
 
 def values(experiment: Mapping[str, Any], arm: str, name: str) -> dict[str, float]:
     """Seed -> value of one arm."""
-    runs, reference = experiment["arms"][arm], experiment["arms"].get(reference_of(experiment, arm), {})
+    runs, reference = experiment["runs"][arm], experiment["runs"].get(reference_of(experiment, arm), {})
     found = {seed: MEASURES[name][1](run, reference.get(seed, run)) for seed, run in runs.items()}
     return {seed: value for seed, value in found.items() if value is not None}
 
@@ -122,7 +122,7 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
 def difference(experiment: Mapping[str, Any], arm: str, name: str) -> str:
     """The arm's lead over the reference on the same seeds, e.g. `+0.12 [+0.08 +0.15]`."""
     against = reference_of(experiment, arm)
-    if arm == against or against not in experiment["arms"]:
+    if arm == against or against not in experiment["runs"]:
         return ""
     own, other = values(experiment, arm, name), values(experiment, against, name)
     pairs = [own[seed] - other[seed] for seed in own if seed in other]
@@ -138,7 +138,7 @@ def rows_of(experiment: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     heads = ["arm", *(MEASURES[name][0] for name in experiment["columns"])]
     heads += [f"{MEASURES[name][0]}: over {experiment['reference']}" for name in experiment["metrics"]]
     rows = []
-    for arm in experiment["arms"]:
+    for arm in experiment["runs"]:
         means = []
         for name in experiment["columns"]:
             found = list(values(experiment, arm, name).values())
@@ -169,8 +169,8 @@ def plot(experiment: Mapping[str, Any], path: Path) -> None:
     """Draws held-out pass@1 over the steps, mean over the seeds, for the arms of `plotted`."""
     figure = Figure(figsize=(7.5, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    for number, arm in enumerate(experiment.get("plotted", experiment["arms"])):
-        runs = list(experiment["arms"].get(arm, {}).values())
+    for number, arm in enumerate(experiment.get("plotted", experiment["runs"])):
+        runs = list(experiment["runs"].get(arm, {}).values())
         if not runs or len(runs[0]["curve"]) < 2:
             continue
         steps, curves = runs[0]["eval_steps"], np.array([run["curve"] for run in runs])
@@ -184,9 +184,13 @@ def plot(experiment: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def write_page(body: Mapping[str, Any], out: Path, readme: Path | None = None) -> None:
+def write_page(
+    experiments: Mapping[str, Mapping[str, Any]],
+    coverage: Mapping[str, float],
+    out: Path,
+    readme: Path | None = None,
+) -> None:
     """Writes OUT.md, a plot for each experiment, and the first table into `readme` between its two marks."""
-    experiments = {name: each for name, each in body.items() if name != "coverage"}
     sections = []
     for name, each in experiments.items():
         picture = out.with_name(f"{out.name}-{name}.png")
@@ -196,7 +200,7 @@ def write_page(body: Mapping[str, Any], out: Path, readme: Path | None = None) -
             f"{each['seeds']} paired seeds, {each['steps']} steps.\n\n{markdown(each)}\n\n"
             f"![held-out pass@1]({picture.name})\n\n**Found.** {each.get('finding', 'See the table.')}\n"
         )
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in body["coverage"].items())
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in coverage.items())
     page = PAGE.read_text().format(coverage=shares, sections="\n".join(sections))
     out.with_suffix(".md").write_text(page)
     if readme is not None:

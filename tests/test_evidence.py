@@ -55,7 +55,7 @@ def test_a_difference_is_paired_over_seeds_and_bold_where_its_interval_excludes_
         "better": {"0": flat | {"heldout": 0.3}, "1": flat | {"heldout": 0.8}, "2": flat | {"heldout": 0.0}},
         "level": {"0": flat | {"heldout": 0.0}, "1": flat | {"heldout": 0.6}},
     }
-    experiment = {"arms": arms, "reference": "base"}
+    experiment = {"runs": arms, "reference": "base"}
     # 0.2 and 0.3 on the seeds that both have; resampling two seeds reaches from one value to the other.
     assert difference(experiment, "better", "heldout") == "**+0.25** [+0.20 +0.30]"
     assert difference(experiment, "level", "heldout") == "+0.00 [-0.10 +0.10]"
