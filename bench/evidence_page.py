@@ -138,17 +138,18 @@ def rows_of(experiment: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     heads = ["arm", *(MEASURES[name][0] for name in experiment["columns"])]
     heads += [f"{MEASURES[name][0]}: over {experiment['reference']}" for name in experiment["metrics"]]
     rows = []
-    for arm in experiment["runs"]:
-        means = []
-        for name in experiment["columns"]:
-            found = list(values(experiment, arm, name).values())
-            means.append(
-                ("{:.0f}" if name in ("tokens", "seconds", "length") else "{:.2f}").format(fmean(found))
-                if found
-                else "-"
-            )
-        rows.append([arm, *means, *(difference(experiment, arm, name) for name in experiment["metrics"])])
+    for arm, runs in experiment["runs"].items():
+        label = arm if len(runs) == experiment["seeds"] else f"{arm} ({len(runs)} seeds)"
+        means = [cell(name, list(values(experiment, arm, name).values())) for name in experiment["columns"]]
+        rows.append([label, *means, *(difference(experiment, arm, name) for name in experiment["metrics"])])
     return heads, rows
+
+
+def cell(name: str, found: Sequence[float]) -> str:
+    """The mean of a measure's values."""
+    if not found:
+        return "-"
+    return f"{fmean(found):.0f}" if name in ("tokens", "seconds", "length") else f"{fmean(found):.2f}"
 
 
 def table(experiment: Mapping[str, Any]) -> Any:
