@@ -140,10 +140,11 @@ def jobs_of(experiments: Mapping[str, Mapping[str, Any]], options: Any) -> list[
         for layers in experiment["arms"].values():
             longest[tuple(layers)] = max(longest.get(tuple(layers), 0), options.steps or experiment["steps"])
     for experiment in experiments.values():
-        for seed in range(options.seeds or experiment["seeds"]):
-            for arm, layers in experiment["arms"].items():
-                if options.arms and arm not in options.arms:
-                    continue
+        for arm, layers in experiment["arms"].items():
+            if options.arms and arm not in options.arms:
+                continue
+            seeds = experiment.get("more_seeds", {}).get(arm, experiment["seeds"])
+            for seed in range(options.seeds or seeds):
                 steps = longest[tuple(layers)]
                 job = Job(arm=arm, layers=tuple(layers), seed=seed, steps=steps, final=False)
                 known = found.get(job.key, job)

@@ -15,6 +15,8 @@ from store.terminal.tables import plain_table
 from trainer.reports.charts import COLOURS
 
 RESAMPLES = 10_000
+FEWEST_SEEDS = 5
+"""Below, an interval decides nothing."""
 Result = Mapping[str, Any]
 Measure = Callable[[Result, Result], float | None]
 """(a run, the reference arm's run of the same seed) -> value, or None where the run has none."""
@@ -129,19 +131,21 @@ def difference(experiment: Mapping[str, Any], arm: str, name: str) -> str:
     if not pairs:
         return ""
     mean, low, high = (round(value, 2) + 0.0 for value in interval(pairs))
-    verdict = "" if low <= 0 <= high else "**"
+    verdict = "" if low <= 0 <= high or len(pairs) < FEWEST_SEEDS else "**"
     return f"{verdict}{mean:+.2f}{verdict} [{low:+.2f} {high:+.2f}]"
 
 
-def rows_of(experiment: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows of an experiment's table; differences are of its metrics."""
-    heads = ["arm", *(MEASURES[name][0] for name in experiment["columns"])]
-    heads += [f"{MEASURES[name][0]}: over {experiment['reference']}" for name in experiment["metrics"]]
+def rows_of(
+    experiment: Mapping[str, Any], columns: Sequence[str], metrics: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of a table: means of the columns, and differences of the metrics."""
+    heads = ["arm", *(MEASURES[name][0] for name in columns)]
+    heads += [f"{MEASURES[name][0]}: over {experiment['reference']}" for name in metrics]
     rows = []
     for arm, runs in experiment["runs"].items():
         label = arm if len(runs) == experiment["seeds"] else f"{arm} ({len(runs)} seeds)"
-        means = [cell(name, list(values(experiment, arm, name).values())) for name in experiment["columns"]]
-        rows.append([label, *means, *(difference(experiment, arm, name) for name in experiment["metrics"])])
+        means = [cell(name, list(values(experiment, arm, name).values())) for name in columns]
+        rows.append([label, *means, *(difference(experiment, arm, name) for name in metrics)])
     return heads, rows
 
 
@@ -154,16 +158,26 @@ def cell(name: str, found: Sequence[float]) -> str:
 
 def table(experiment: Mapping[str, Any]) -> Any:
     """The table for the terminal."""
-    heads, rows = rows_of(experiment)
-    return plain_table(
-        experiment["title"], text=heads[:1], numbers=heads[1:], rows=[tuple(row) for row in rows]
-    )
+    heads, rows = rows_of(experiment, experiment["columns"], experiment["metrics"])
+    title = experiment["title"]
+    return plain_table(title, text=heads[:1], numbers=heads[1:], rows=[tuple(row) for row in rows])
 
 
-def markdown(experiment: Mapping[str, Any]) -> str:
-    heads, rows = rows_of(experiment)
+def markdown(experiment: Mapping[str, Any], columns: Sequence[str], metrics: Sequence[str] = ()) -> str:
+    """The table for a page."""
+    heads, rows = rows_of(experiment, columns, metrics)
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def shares_table(experiment: Mapping[str, Any]) -> str:
+    """Teachers' shares of the traces used in each sixth of the run, mean over the seeds of `shares`' arm."""
+    runs = [run["shares"] for run in experiment["runs"].get(experiment.get("shares"), {}).values()]
+    lines = ["| share of the traces used, by sixths of the run | 1 | 2 | 3 | 4 | 5 | 6 |", "| --- " * 7 + "|"]
+    for teacher in sorted({name for run in runs for name in run}):
+        means = np.mean([run.get(teacher, [0.0] * 6) for run in runs], axis=0)
+        lines.append(f"| {teacher} | {' | '.join(f'{mean:.0%}' for mean in means)} |")
+    return "\n".join(lines)
 
 
 def plot(experiment: Mapping[str, Any], path: Path) -> None:
@@ -196,19 +210,24 @@ def write_page(
     for name, each in experiments.items():
         picture = out.with_name(f"{out.name}-{name}.png")
         plot(each, picture)
+        tables = [markdown(each, each["columns"], each["metrics"])]
+        tables += [markdown(each, each["costs"])] if "costs" in each else []
+        tables += [shares_table(each)] if "shares" in each else []
+        joined = "\n\n".join(tables)
         sections.append(
             f"## {each['title']}\n\n**Expected.** {each['hypothesis']}\n\n**Measured.** {each['measured']} "
-            f"{each['seeds']} paired seeds, {each['steps']} steps.\n\n{markdown(each)}\n\n"
+            f"{each['seeds']} paired seeds, {each['steps']} steps.\n\n{joined}\n\n"
             f"![held-out pass@1]({picture.name})\n\n**Found.** {each.get('finding', 'See the table.')}\n"
         )
     shares = ", ".join(f"{name} {share:.0%}" for name, share in coverage.items())
     page = PAGE.read_text().format(coverage=shares, sections="\n".join(sections))
     out.with_suffix(".md").write_text(page)
     if readme is not None:
+        first = next(iter(experiments.values()))
         before, _, rest = readme.read_text().partition(MARKS[0])
         _, _, after = rest.partition(MARKS[1])
-        first = markdown(next(iter(experiments.values())))
-        readme.write_text(f"{before}{MARKS[0]}\n\n{first}\n\n{MARKS[1]}{after}")
+        lines = markdown(first, first["columns"], first["metrics"])
+        readme.write_text(f"{before}{MARKS[0]}\n\n{lines}\n\n{MARKS[1]}{after}")
 
 
 PAGE = Path("configs/evidence/page.md")

@@ -26,7 +26,8 @@ def test_every_arm_of_an_experiment_loads_and_has_a_hypothesis_and_a_metric(file
     experiment = tomllib.loads(file.read_text())
     assert all(experiment[name] for name in ("title", "hypothesis", "measured"))
     assert experiment["seeds"] >= 5
-    assert set(experiment["columns"]) | set(experiment["metrics"]) <= set(MEASURES)
+    named = {*experiment["columns"], *experiment["metrics"], *experiment.get("costs", ())}
+    assert named <= set(MEASURES)
     references = {experiment["reference"], *experiment.get("references", {}).values()}
     assert references <= set(experiment["arms"])
     for arm, layers in experiment["arms"].items():
@@ -48,17 +49,24 @@ def test_measures_are_those_of_the_page() -> None:
     assert pass_at(2)(one, other) == pytest.approx(5 / 12)
 
 
-def test_a_difference_is_paired_over_seeds_and_bold_where_its_interval_excludes_zero() -> None:
-    flat = {"tokens": [0], "eval_steps": [0], "curve": [0.0]}
+def test_a_difference_is_paired_over_seeds_and_bold_where_five_exclude_zero() -> None:
+    def runs(values: list[float]) -> dict[str, Any]:
+        flat = {"tokens": [0], "eval_steps": [0], "curve": [0.0]}
+        return {str(seed): flat | {"heldout": value} for seed, value in enumerate(values)}
+
     arms = {
-        "base": {"0": flat | {"heldout": 0.1}, "1": flat | {"heldout": 0.5}},
-        "better": {"0": flat | {"heldout": 0.3}, "1": flat | {"heldout": 0.8}, "2": flat | {"heldout": 0.0}},
-        "level": {"0": flat | {"heldout": 0.0}, "1": flat | {"heldout": 0.6}},
+        "base": runs([0.1, 0.1, 0.1, 0.5, 0.5]),
+        "better": runs([0.3, 0.3, 0.3, 0.7, 0.7, 0.0]),
+        "level": runs([0.0, 0.2, 0.0, 0.6, 0.5]),
+        "few": runs([0.3, 0.4]),
     }
     experiment = {"runs": arms, "reference": "base"}
-    # 0.2 and 0.3 on the seeds that both have; resampling two seeds reaches from one value to the other.
-    assert difference(experiment, "better", "heldout") == "**+0.25** [+0.20 +0.30]"
-    assert difference(experiment, "level", "heldout") == "+0.00 [-0.10 +0.10]"
+    # 0.2 on each of the five seeds that both have; the sixth has no partner.
+    assert difference(experiment, "better", "heldout") == "**+0.20** [+0.20 +0.20]"
+    # -0.1, 0.1, -0.1, 0.1 and 0: both signs are in reach of resampling.
+    assert difference(experiment, "level", "heldout").startswith("+0.00 [-")
+    # 0.2 and 0.3: above zero, but of two seeds only.
+    assert difference(experiment, "few", "heldout") == "+0.25 [+0.20 +0.30]"
     assert difference(experiment, "base", "heldout") == ""
     assert interval([0.5, 0.5, 0.5]) == (0.5, 0.5, 0.5)
 
