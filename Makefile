@@ -73,7 +73,7 @@ lab: $(VENV)/.base ## make the models and problems of both labs again (about 40 
 	$(BIN)/ampo lab build lab
 	$(BIN)/ampo lab build lab/peers --recipe peers
 
-evidence: $(VENV)/.dev ## the experiments of configs/evidence: docs/evidence.md (about two hours; goes on where it stopped)
+evidence: $(VENV)/.dev ## the experiments of configs/evidence: docs/evidence.md (about three hours; goes on where it stopped)
 	$(BIN)/python -m bench.evidence --out docs/evidence
 
 evidence-quick: $(VENV)/.dev ## four methods, one seed, eight steps (a few minutes)

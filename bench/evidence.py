@@ -213,7 +213,8 @@ def result_of(job: Job) -> dict[str, Any]:
         with clock(file.with_name("cpu.jsonl")) as on_step:
             train_with(config, on_step)
         write(file, {})
-    found, checkpoint = json.loads(file.read_text()), checkpoint_of(config, file.parent)
+    found: dict[str, Any] = json.loads(file.read_text())
+    checkpoint = checkpoint_of(config, file.parent)
     if job.final and "heldout" not in found:
         found |= measured(checkpoint)
     if job.many and "many" not in found:

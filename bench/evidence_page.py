@@ -143,7 +143,8 @@ def rows_of(
     heads += [f"{MEASURES[name][0]}: over {experiment['reference']}" for name in metrics]
     rows = []
     for arm, runs in experiment["runs"].items():
-        label = arm if len(runs) == experiment["seeds"] else f"{arm} ({len(runs)} seeds)"
+        plural = "s" if len(runs) > 1 else ""
+        label = arm if len(runs) == experiment["seeds"] else f"{arm} ({len(runs)} seed{plural})"
         means = [cell(name, list(values(experiment, arm, name).values())) for name in columns]
         rows.append([label, *means, *(difference(experiment, arm, name) for name in metrics)])
     return heads, rows
