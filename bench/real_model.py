@@ -1,204 +1,215 @@
-"""What a few AMPO steps do to a real pretrained model, measured on all traces of its store.
+"""AMPO, GRPO and SFT from one published student for the same wall time: the longer half of `make real`.
 
-    python -m bench.real_model [--config configs/real.toml] [--set section.key=value]...
+    python -m bench.real_model [--minutes 15] [--seeds 0 1] [--samples 8] [--out docs/real]
 
-Needs a run of that config (`make real` does all of it). Every trace is read by the student as it was and as
-the last checkpoint has it: s, the mean log-probability of the gold answer after reading the trace, and the
-mean log-probability of the trace's own tokens; for problems that a step held, for the others, and by teacher.
-The last line is JSON.
+Every arm begins with the same checkpoint: SmolLM2 after the `[sft]` steps of configs/real.toml. Arms run in
+pairs with a thread each, AMPO beside GRPO, and end after the step in which their time is up. Then each model
+samples the held-out problems and the siblings. Differences are paired by problem, with 95 % intervals by
+bootstrap over the problems. Writes OUT.json; the last line is JSON. Runs are in runs/real: one that was
+stopped goes on where it was, and finished ones are read.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
-import math
-from collections import Counter
+import os
+import signal
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import pyarrow.parquet as pq
-import torch
+import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from precompute.config_file import load_config
-from precompute.verify.plain_numbers import plain_gold
-from precompute.verify.verifier import Verifier
+from precompute.problems.problem_files import load_problems
 from store.reader import TraceStore
-from store.reports.report import store_report
 from store.terminal.tables import plain_table
-from trainer.config import Config
-from trainer.method.groups import Group
-from trainer.method.guidance import answer_scores
-from trainer.method.teacher_traces import Candidate
-from trainer.reports.inspection import open_run, query_rows
-from trainer.reports.tables import by_query
+from trainer.config import Config, read_config
+from trainer.eval_model import evaluate_model
+from trainer.merge import merge
 from trainer.run.checkpoint import checkpoints
-from trainer.run.prompts import fitting_prompts, training_problems
-from trainer.run.run_dir import Position
-from trainer.run.setup import trace_reader
-from trainer.student.batches import fill, pad
-from trainer.student.load import load_policy
-from trainer.student.policy import Policy
-from trainer.telemetry.console import TrainReporter
 from trainer.telemetry.metrics import read_metrics
 
-Pair = tuple[Group, Candidate]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
-    """How a student takes one trace."""
-
-    problem_id: str
-    teacher: str
-    answer: float
-    """s: mean log-probability of the gold answer's tokens, the trace's reasoning read."""
-    trace: float
-    """Mean log-probability of the trace's own tokens."""
+CONFIG = "configs/real.toml"
+FOLDER = Path("runs/real")
+START = FOLDER / "start-model"
+METHODS: dict[str, list[str]] = {
+    "ampo": [],
+    "grpo": ["guidance.trigger=never"],
+    "sft": ["sft.steps=100000", "train.max_steps=0"],
+}
+SETS = {"heldout": 1, "siblings": 4}
+"""Problems -> of how many samples one is drawn."""
+RESAMPLES = 10_000
 
 
 def main() -> None:
     options = parse()
-    # At import it tells of a faster kernel that no package of ours wants.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    config = load_config(Config, options.config, options.set)
-    run = open_run(Path(config.run.dir) / config.run.name)
-    last = checkpoints(run / "checkpoints")[-1]
-    held = held_problems(run)
-    before, after = (read_traces(config, model) for model in (config.student.model, str(last)))
-    figures = {
-        "trained": compared(before, after, [reading.problem_id in held for reading in before]),
-        "other": compared(before, after, [reading.problem_id not in held for reading in before]),
-    }
-    by_teacher = {
-        teacher: compared(before, after, [reading.teacher == teacher for reading in before])
-        for teacher in sorted({reading.teacher for reading in before})
-    }
-    Console().print(table({**figures, **{f"by {name}": row for name, row in by_teacher.items()}}))
-    told = {"steps": Position.of(last).step, **of_run(run), "verified": verified_shares(config.store.path)}
-    print(json.dumps({"bench": "real_model", **figures, "teachers": by_teacher, **told}))
+    console = Console()
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=one_thread) as pool:
+        console.print("supervised steps from which every arm begins")
+        pool.submit(make_start).result()
+        for pair in pairs_of(options.methods, options.seeds):
+            console.print(
+                f"{' beside '.join(f'{name}-{seed}' for name, seed in pair)}: {options.minutes} min"
+            )
+            for arm in [pool.submit(train_arm, *arm, options.minutes * 60) for arm in pair]:
+                console.print(f"  {arm.result()}")
+        models = {"untrained": read_config(CONFIG, []).student.model, "start": str(START)}
+        models |= {
+            f"{name}-{seed}": str(newest(FOLDER / f"{name}-{seed}"))
+            for name in options.methods
+            for seed in options.seeds
+        }
+        jobs = [
+            (name, model, problems, max(1, options.samples // share))
+            for problems, share in SETS.items()
+            for name, model in models.items()
+        ]
+        solved = {}
+        for number, (job, counts) in enumerate(zip(jobs, pool.map(evaluated, jobs), strict=True), start=1):
+            solved[job[0], job[2]] = counts
+            console.print(f"evaluated {number}/{len(jobs)}: {job[0]} on {job[2]}")
+    body = summary(solved, options)
+    console.print(table(body))
+    if options.out:
+        options.out.with_suffix(".json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({"bench": "real_model", **body}))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--config", default="configs/real.toml")
-    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument(
+        "--samples", type=int, default=8, help="of each held-out problem; siblings: a quarter"
+    )
+    parser.add_argument("--out", type=Path, default=None)
     return parser.parse_args()
 
 
-def held_problems(run: Path) -> set[str]:
-    """Problems that a step of the run held."""
-    files = sorted((run / "rollouts").glob("step-*.parquet"))
-    return {name for file in files for name in pq.read_table(file)["problem_id"].to_pylist()}
+def pairs_of(methods: Sequence[str], seeds: Sequence[int]) -> list[list[tuple[str, int]]]:
+    """Arms that run at the same time: AMPO and GRPO of one seed, then the others two by two."""
+    first = [name for name in methods if name != "sft"]
+    others = [("sft", seed) for seed in seeds if "sft" in methods]
+    pairs = [[(name, seed) for name in first] for seed in seeds if first]
+    return pairs + [others[index : index + 2] for index in range(0, len(others), 2)]
 
 
-@torch.no_grad()
-def read_traces(config: Config, model: str) -> list[Reading]:
-    """Every usable trace of the store, read by a model directory; the same order for every model."""
-    student = config.student.model_copy(update={"model": model, "use_peft": False, "load_in_4bit": False})
-    policy = load_policy(student, temperature=config.rollout.temperature)
-    with ExitStack() as stack:
-        verifier = stack.enter_context(Verifier(config.verify))
-        store = stack.enter_context(TraceStore(config.store.path))
-        problems = training_problems(config, verifier, TrainReporter())
-        traces = trace_reader(config, store, policy, TrainReporter())
-        prompts = fitting_prompts(config, problems, policy.tokenizer, TrainReporter())
-        pairs = [
-            (Group(prompt=prompt, samples=()), candidate)
-            for prompt, candidates in traces.all_candidates(prompts)
-            for candidate in candidates
-        ]
-        gold = [traces.encode(plain_gold(group.prompt.problem.answer)) for group, _ in pairs]
-        answers = answer_scores(
-            policy,
-            [
-                ((*group.prompt.ids, *candidate.reasoning_ids, *ids), len(ids))
-                for (group, candidate), ids in zip(pairs, gold, strict=True)
-            ],
-            score=config.guidance.score,
-            max_tokens=config.train.max_tokens_per_microbatch,
-        )
-        own = trace_logprobs(policy, pairs, config.train.max_tokens_per_microbatch)
-    return [
-        Reading(problem_id=group.problem_id, teacher=trace.trace.teacher, answer=answer, trace=logprob)
-        for (group, trace), answer, logprob in zip(pairs, answers, own, strict=True)
+def one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def settings(name: str, *more: str) -> Config:
+    return read_config(CONFIG, [f"run.name={name}", "verify.workers=1", *more])
+
+
+def make_start() -> None:
+    """Takes the supervised steps and merges their adapters."""
+    from trainer.train import train
+
+    train(settings("start", "train.max_steps=0"))
+    if not START.exists():
+        merge(newest(FOLDER / "start"), START)
+
+
+def train_arm(name: str, seed: int, seconds: float) -> str:
+    """Trains one arm until its steps have taken `seconds`; returns a line about it."""
+    from trainer.train import train
+
+    run = FOLDER / f"{name}-{seed}"
+    spent = sum(map(seconds_of, read_metrics(run))) if (run / "metrics.jsonl").exists() else 0.0
+
+    def on_step(row: Mapping[str, Any]) -> None:
+        nonlocal spent
+        spent += seconds_of(row)
+        if spent >= seconds:
+            os.kill(os.getpid(), signal.SIGTERM)  # the run ends as with Ctrl-C: it saves
+
+    if spent < seconds:
+        own = [f'student.model="{START}"', "sft.steps=0", f"train.seed={seed}", *METHODS[name]]
+        train(settings(f"{name}-{seed}", *own), on_step=on_step)
+    return f"{name}-{seed}: {len(read_metrics(run))} steps in {spent / 60:.1f} minutes"
+
+
+def seconds_of(row: Mapping[str, Any]) -> float:
+    """Seconds of a step, supervised or not."""
+    return float(row.get("seconds/step", row.get("seconds/sft", 0.0)))
+
+
+def newest(run: Path) -> Path:
+    """The run's last checkpoint."""
+    return checkpoints(run / "checkpoints")[-1]
+
+
+def evaluated(job: tuple[str, str, str, int]) -> list[int]:
+    """Number of correct samples of each problem, in one order for all models."""
+    name, model, problems, samples = job
+    root = FOLDER / "evals" / f"{name}-{Path(model).name}-{problems}-{samples}"
+    given = [f'student.model="{model}"', f"eval.samples={samples}", "eval.k=[1]"]
+    evaluate_model(settings(name, *given, f'problems.eval="lab/real/{problems}.jsonl"'), out=root)
+    ids = [problem.problem_id for problem in load_problems(f"lab/real/{problems}.jsonl").problems]
+    with TraceStore(root) as store:
+        found = store.candidates(ids, usable=False)
+    return [sum(trace.is_correct for trace in found[problem]) for problem in ids]
+
+
+def summary(solved: Mapping[tuple[str, str], list[int]], options: Any) -> dict[str, Any]:
+    """Pass@1 and pass@k of every method, and the paired differences to AMPO."""
+    rates: dict[str, dict[str, np.ndarray]] = {}
+    for method in ("untrained", "start", *options.methods):
+        rates[method] = {}
+        for problems, share in SETS.items():
+            samples = max(1, options.samples // share)
+            names = [name for name, its in solved if its == problems and name.partition("-")[0] == method]
+            counts = np.array([solved[name, problems] for name in names])
+            rates[method][f"{problems} pass@1"] = (counts / samples).mean(axis=0)
+            rates[method][f"{problems} pass@{samples}"] = (counts > 0).mean(axis=0)
+    methods = {
+        method: {name: interval(values) for name, values in each.items()} for method, each in rates.items()
+    }
+    lead = {
+        f"ampo over {method}": {
+            name: interval(rates["ampo"][name] - rates[method][name]) for name in rates[method]
+        }
+        for method in rates
+        if method not in ("untrained", "ampo") and "ampo" in rates
+    }
+    steps = {
+        f"{name}-{seed}": len(read_metrics(FOLDER / f"{name}-{seed}"))
+        for name in options.methods
+        for seed in options.seeds
+    }
+    return {
+        "minutes": options.minutes,
+        "seeds": options.seeds,
+        "samples": options.samples,
+        "steps": steps,
+        "methods": methods,
+        "lead": lead,
+    }
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """Mean, low and high end, by resampling the problems."""
+    drawn = np.random.default_rng(0).choice(values, size=(RESAMPLES, len(values))).mean(axis=1)
+    return [round(float(each), 4) for each in (values.mean(), *np.quantile(drawn, (0.025, 0.975)))]
+
+
+def table(body: Mapping[str, Any]) -> Any:
+    """Rows of methods and leads."""
+    rows = [
+        (name, *("{:.3f} [{:.3f} {:.3f}]".format(*value) for value in found.values()))
+        for name, found in {**body["methods"], **body["lead"]}.items()
     ]
-
-
-def trace_logprobs(policy: Policy, pairs: Sequence[Pair], max_tokens: int) -> list[float]:
-    """Mean log-probability of each trace's tokens, its EOS included."""
-    rows = [(*group.prompt.ids, *trace.token_ids) for group, trace in pairs]
-    means = [0.0] * len(rows)
-    for indices in fill([len(row) for row in rows], max_tokens):
-        lengths = [len(pairs[index][1].token_ids) for index in indices]
-        batch = pad([rows[i] for i in indices], lengths, pad_id=policy.pad_id, device=policy.device)
-        sums = policy.logprobs(batch).sum(dim=1).tolist()
-        for index, total, length in zip(indices, sums, lengths, strict=True):
-            means[index] = total / length
-    return means
-
-
-def compared(before: Sequence[Reading], after: Sequence[Reading], chosen: Sequence[bool]) -> dict[str, Any]:
-    """Means over the chosen traces, [before, after]."""
-    sides = [[r for r, take in zip(side, chosen, strict=True) if take] for side in (before, after)]
-    if not sides[0]:
-        return {"problems": 0, "traces": 0}
-    return {
-        "problems": len({reading.problem_id for reading in sides[0]}),
-        "traces": len(sides[0]),
-        "answer_logprob": [round(fmean(r.answer for r in side), 3) for side in sides],
-        "answer_probability": [round(fmean(math.exp(r.answer) for r in side), 3) for side in sides],
-        "trace_logprob": [round(fmean(r.trace for r in side), 3) for side in sides],
-    }
-
-
-def of_run(run: Path) -> dict[str, Any]:
-    """Groups, traces used and evaluations, as the run's own files have them."""
-    metrics = read_metrics(run)
-    rows = [row for row in metrics if row["step"] > 0]
-    queries = query_rows(run)
-    used = Counter(query["teacher"] for query in queries if query["selected"])
-    return {
-        "all_fail": [round(row["groups/all_fail"], 2) for row in rows],
-        "asked": len(by_query(queries)),
-        "used": used.total(),
-        "share": {name: round(count / used.total(), 2) for name, count in sorted(used.items())},
-        "pass@1": [round(row["eval/pass@1"], 3) for row in metrics if "eval/pass@1" in row],
-    }
-
-
-def verified_shares(store: str) -> dict[str, float]:
-    """teacher -> share of its traces that are verified."""
-    with TraceStore(store) as opened:
-        teachers = store_report(opened).teachers
-    return {teacher.teacher: round(teacher.verified_share, 3) for teacher in teachers}
-
-
-def table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Before and after, a row for each choice of traces."""
-    drawn = plain_table("read by the student before -> after")
-    for column in (
-        "problems",
-        "traces",
-        "gold answer, mean log-prob",
-        "mean prob",
-        "trace's tokens, mean log-prob",
-    ):
-        drawn.add_column(column, justify="left" if column == "problems" else "right")
-    for name, row in figures.items():
-        measured = [
-            row.get(key, ["", ""]) for key in ("answer_logprob", "answer_probability", "trace_logprob")
-        ]
-        cells = [f"{was} -> {now}" for was, now in measured]
-        drawn.add_row(f"{row['problems']} {name}", str(row["traces"]), *cells)
-    return drawn
+    heads = tuple(next(iter(body["methods"].values())))
+    return plain_table("solved, 95 % intervals over problems", text=("",), numbers=heads, rows=rows)
 
 
 if __name__ == "__main__":

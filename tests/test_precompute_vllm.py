@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,19 @@ def test_a_seed_decides_the_sample_whatever_runs_beside_it(
         Request(request_id=str(seed), prompt_ids=first.prompt_ids, seed=seed) for seed in range(900, 916)
     ]
     assert len({c.token_ids for c in engine.generate(others, SAMPLING)}) > 1
+
+
+def test_prompts_that_exceed_a_step_together_are_sampled_by_their_seeds(
+    engine: Engine, requests: list[Request]
+) -> None:
+    # 64 prompts of 150 tokens; a step of vllm takes 4,096 tokens on the CPU, which splits the 28th.
+    ids = tuple(token for request in requests for token in request.prompt_ids)[:150]
+    long = [Request(request_id=str(seed), prompt_ids=ids, seed=seed) for seed in range(64)]
+    sampling = replace(SAMPLING, max_tokens=6)
+    together = by_id(engine.generate(long, sampling))
+    alone = by_id(engine.generate(long[40:42], sampling))
+    assert len(together) == 64
+    assert {name: c.token_ids for name, c in alone.items()} == {n: together[n].token_ids for n in alone}
 
 
 def test_left_early_it_is_free_for_the_next_requests(engine: Engine, requests: list[Request]) -> None:

@@ -214,7 +214,12 @@ def llm_options(teacher: TeacherConfig, *, max_length: int) -> dict[str, Any]:
         "enforce_eager": on_cpu if teacher.enforce_eager is None else teacher.enforce_eager,
         "skip_tokenizer_init": True,
         "generation_config": "vllm",  # the model's own sampling defaults stay out
-        **({} if on_cpu else {"gpu_memory_utilization": teacher.gpu_memory_utilization}),
+        # On a CPU vllm 0.32 fails at a seeded request whose prompt is split over two steps.
+        **(
+            {"enable_chunked_prefill": False}
+            if on_cpu
+            else {"gpu_memory_utilization": teacher.gpu_memory_utilization}
+        ),
         **teacher.vllm_args,
     }
 
