@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from store.errors import UserError
+from store.errors import UserError, install_hint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,7 @@ def build_real_model(name: str, out: Path, *, from_hub: bool = False) -> Path:
 def _joined(model: Published, file: Path) -> Path:
     """Joins the packages' parts into the GGUF file."""
     if find_spec("gguf") is None:
-        raise UserError("GGUF files need a package: pip install gguf")
+        raise UserError(f"GGUF files need a package: {install_hint('real')}")
     with file.open("wb") as whole:
         for part in model.files:
             module, _, path = part.partition("/")
