@@ -15,9 +15,8 @@ import os
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing import get_context
@@ -32,6 +31,7 @@ from bench.evidence_page import table, write_page
 from precompute.problems.problem_files import configured_problems
 from precompute.run import pipeline
 from store import StoreWriter, TraceStore
+from store.format.files import whole_file
 from store.records import content_hash
 from trainer.config import Config, read_config
 from trainer.reports.inspection import query_rows
@@ -52,9 +52,8 @@ MANY = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One run: an arm with a seed."""
+    """One run: the layers of an arm, with a seed."""
 
-    arm: str
     layers: tuple[str, ...]
     """Config files and overrides."""
     seed: int
@@ -146,7 +145,7 @@ def jobs_of(experiments: Mapping[str, Mapping[str, Any]], options: Any) -> list[
             seeds = experiment.get("more_seeds", {}).get(arm, experiment["seeds"])
             for seed in range(options.seeds or seeds):
                 steps = longest[tuple(layers)]
-                job = Job(arm=arm, layers=tuple(layers), seed=seed, steps=steps, final=False)
+                job = Job(layers=tuple(layers), seed=seed, steps=steps, final=False)
                 known = found.get(job.key, job)
                 final = known.final or bool(FINAL_SETS.keys() & experiment["columns"])
                 many = known.many or arm in experiment.get("many", ())
@@ -210,8 +209,7 @@ def result_of(job: Job) -> dict[str, Any]:
     config = job.config()
     file = Path(config.run.dir) / config.run.name / "result.json"
     if not file.exists():
-        with clock(file.with_name("cpu.jsonl")) as on_step:
-            train_with(config, on_step)
+        train_with(config, clock(file.with_name("cpu.jsonl")))
         write(file, {})
     found: dict[str, Any] = json.loads(file.read_text())
     checkpoint = checkpoint_of(config, file.parent)
@@ -231,15 +229,13 @@ def train_with(config: Config, on_step: Any) -> None:
         raise KeyboardInterrupt
 
 
-def write(file: Path, found: Mapping[str, Any]) -> None:
-    aside = file.with_suffix(".partial")
-    aside.write_text(json.dumps(found))
-    aside.rename(file)
+def write(path: Path, found: Mapping[str, Any]) -> None:
+    with whole_file(path) as file:
+        file.write(json.dumps(found).encode())
 
 
-@contextmanager
-def clock(file: Path) -> Iterator[Any]:
-    """Yields an `on_step` that appends the processor seconds of each row: this machine's wall time without
+def clock(file: Path) -> Callable[[Mapping[str, Any]], None]:
+    """Returns an `on_step` that appends the processor seconds of each row: this machine's wall time without
     what else runs on it."""
     last = [time.process_time()]
 
@@ -252,7 +248,7 @@ def clock(file: Path) -> Iterator[Any]:
             )
         last[0] = now
 
-    yield on_step
+    return on_step
 
 
 def figures(config: Config, run: Path) -> dict[str, Any]:

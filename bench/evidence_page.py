@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import comb
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,10 +10,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from bench.measure import bootstrap
 from store.terminal.tables import plain_table
+from trainer.evaluation import pass_at_k
 from trainer.reports.charts import COLOURS
 
-RESAMPLES = 10_000
 FEWEST_SEEDS = 5
 """Below, an interval decides nothing."""
 Result = Mapping[str, Any]
@@ -45,13 +45,13 @@ def entropy_at_level(run: Result, reference: Result) -> float | None:
 
 
 def pass_at(k: int) -> Measure:
-    """Unbiased pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1) of the held-out problems."""
+    """Unbiased pass@k of the held-out problems."""
 
     def value(run: Result, reference: Result) -> float | None:
         if "many" not in run:
             return None
         n = run["many_samples"]
-        return fmean(1 - comb(n - solved, k) / comb(n, k) for solved in run["many"])
+        return fmean(pass_at_k(samples=n, correct=solved, k=k) for solved in run["many"])
 
     return value
 
@@ -114,13 +114,6 @@ def values(experiment: Mapping[str, Any], arm: str, name: str) -> dict[str, floa
     return {seed: value for seed, value in found.items() if value is not None}
 
 
-def interval(differences: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95 % bootstrap interval over the seeds."""
-    drawn = np.random.default_rng(0).choice(differences, size=(RESAMPLES, len(differences))).mean(axis=1)
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return fmean(differences), float(low), float(high)
-
-
 def difference(experiment: Mapping[str, Any], arm: str, name: str) -> str:
     """The arm's lead over the reference on the same seeds, e.g. `+0.12 [+0.08 +0.15]`."""
     against = reference_of(experiment, arm)
@@ -130,7 +123,7 @@ def difference(experiment: Mapping[str, Any], arm: str, name: str) -> str:
     pairs = [own[seed] - other[seed] for seed in own if seed in other]
     if not pairs:
         return ""
-    mean, low, high = (round(value, 2) + 0.0 for value in interval(pairs))
+    mean, low, high = (round(value, 2) + 0.0 for value in bootstrap(pairs))
     verdict = "" if low <= 0 <= high or len(pairs) < FEWEST_SEEDS else "**"
     return f"{verdict}{mean:+.2f}{verdict} [{low:+.2f} {high:+.2f}]"
 

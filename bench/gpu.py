@@ -31,7 +31,7 @@ from rich.console import Console
 from torch import Tensor
 
 from bench import train_step
-from bench.measure import alone, ways_table
+from bench.measure import alone, synchronize, ways_table
 from bench.train_step import SIZES, Clock, PlainRewarder, Size, model_of, settings
 from precompute.config_file import load_config
 from store.errors import UserError
@@ -113,11 +113,6 @@ def seconds_of(work: Callable[[], object]) -> float:
     work()
     synchronize()
     return time.perf_counter() - started
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def steps(small: bool) -> Row:

@@ -35,7 +35,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bench.measure import RETURNED_AT_ONCE, alone, peak_growth, ways_table
+from bench.measure import RETURNED_AT_ONCE, alone, peak_growth, synchronize, ways_table
 from trainer.student.head import LogitScale, products_on, target_values
 
 CHUNK = 1024
@@ -174,11 +174,6 @@ def timed(what: Callable[[Task, Inputs], object], task: Task, inputs: Inputs) ->
     synchronize()
     cpu_seconds, seconds = time.process_time() - cpu, time.perf_counter() - started
     return cpu_seconds, seconds if torch.cuda.is_available() else cpu_seconds
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 @torch.no_grad()

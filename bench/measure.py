@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -87,3 +87,21 @@ def _status(field: str) -> int:
     found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text("ascii"), re.MULTILINE)
     assert found, f"/proc/self/status has no {field}"
     return int(found.group(1))
+
+
+def synchronize() -> None:
+    """Waits for what a GPU still computes."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def bootstrap(values: Sequence[float]) -> tuple[float, float, float]:
+    """Returns the mean of the values and the ends of its 95 % interval."""
+    from trainer.evaluation import mean_with_interval
+
+    found = mean_with_interval(values)
+    if found.low is None or found.high is None:  # all are equal
+        return found.value, found.value, found.value
+    return found.value, found.low, found.high

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from bench.measure import bootstrap
 from precompute.problems.problem_files import load_problems
 from store.reader import TraceStore
 from store.terminal.tables import plain_table
@@ -43,7 +44,6 @@ METHODS: dict[str, list[str]] = {
 }
 SETS = {"heldout": 1, "siblings": 4}
 """Problems -> of how many samples one is drawn."""
-RESAMPLES = 10_000
 
 
 def main() -> None:
@@ -198,8 +198,7 @@ def summary(solved: Mapping[tuple[str, str], list[int]], options: Any) -> dict[s
 
 def interval(values: np.ndarray) -> list[float]:
     """Mean, low and high end, by resampling the problems."""
-    drawn = np.random.default_rng(0).choice(values, size=(RESAMPLES, len(values))).mean(axis=1)
-    return [round(float(each), 4) for each in (values.mean(), *np.quantile(drawn, (0.025, 0.975)))]
+    return [round(each, 4) for each in bootstrap(values.tolist())]
 
 
 def table(body: Mapping[str, Any]) -> Any:

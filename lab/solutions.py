@@ -17,12 +17,12 @@ Each takes the addition that it uses, so that a solver who sometimes slips can b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import accumulate, pairwise
 from operator import add
 from random import Random
 
-from lab.problems import Chain
+from lab.problems import FAMILIES, Chain
 
 Addition = Callable[[int, int], int]
 Style = Callable[[Chain, Addition], str]
@@ -47,17 +47,13 @@ def boxed(answer: int) -> str:
 
 def totals(chain: Chain, addition: Addition = add) -> str:
     """Solves with one equation per operation."""
-    if chain.family != "sum":
-        steps = zip(pairwise(chain.totals), chain.terms, strict=True)
-        lines = (f"{before}{chain.written(term)}={after};" for (before, after), term in steps)
-        return "".join(lines) + boxed(chain.answer)
-    equations, answer = _equations(chain.start, chain.terms, addition)
+    equations, answer = _equations(chain, addition)
     return equations + boxed(answer)
 
 
 def words(chain: Chain, addition: Addition = add) -> str:
     """Solves with one clause of words per operation."""
-    equations, answer = _equations(chain.start, chain.terms, addition)
+    equations, answer = _equations(chain, addition)
     return f"First {equations.removesuffix(';').replace(';', ', then ')}. So {boxed(answer)}"
 
 
@@ -65,25 +61,26 @@ def signs(chain: Chain, addition: Addition = add) -> str:
     """Sums pluses and minuses apart, then subtracts."""
     more = [term for term in chain.terms if term > 0]
     less = [-term for term in chain.terms if term < 0]
-    lines, answer = _equations(chain.start, more, addition)
+    lines, answer = _equations(Chain(start=chain.start, terms=tuple(more)), addition)
     lines = f"+:{lines or f'{answer};'}"
     if less:
-        minus, taken = _equations(less[0], less[1:], addition)
+        minus, taken = _equations(Chain(start=less[0], terms=tuple(less[1:])), addition)
         difference = addition(answer, -taken)
         lines, answer = f"{lines}-:{minus or f'{taken};'}{answer}-{taken}={difference};", difference
     return lines + boxed(answer)
 
 
-def _equations(start: int, terms: Sequence[int], addition: Addition) -> tuple[str, int]:
+def _equations(chain: Chain, addition: Addition) -> tuple[str, int]:
     """`12+3=15;15-4=11;` and 11: one equation per term, and the last total."""
-    running = tuple(accumulate(terms, addition, initial=start))
-    steps = zip(pairwise(running), terms, strict=True)
-    return "".join(f"{before}{term:+d}={after};" for (before, after), term in steps), running[-1]
+    running = _running(chain, addition)
+    steps = zip(pairwise(running), chain.terms, strict=True)
+    lines = (f"{before}{chain.written(term)}={after};" for (before, after), term in steps)
+    return "".join(lines), running[-1]
 
 
 def terse(chain: Chain, addition: Addition = add) -> str:
     """Gives only the answer."""
-    return boxed(chain.answer if chain.family != "sum" else _running(chain, addition)[-1])
+    return boxed(_running(chain, addition)[-1])
 
 
 def mirror(chain: Chain, addition: Addition = add) -> str:
@@ -95,7 +92,7 @@ def mirror(chain: Chain, addition: Addition = add) -> str:
 
 def padded(chain: Chain, addition: Addition = add) -> str:
     """Solves as `totals`, with a sum that leads nowhere after each equation."""
-    equations, answer = _equations(chain.start, chain.terms, addition)
+    equations, answer = _equations(chain, addition)
     sums = (f"{abs(term)}+{abs(term)}={2 * abs(term)};" for term in chain.terms)
     lines = (f"{line};{aside}" for aside, line in zip(sums, equations.split(";"), strict=False))
     return "".join(lines) + boxed(answer)
@@ -107,7 +104,9 @@ def lucky(chain: Chain, addition: Addition = add) -> str:
 
 
 def _running(chain: Chain, addition: Addition) -> tuple[int, ...]:
-    return tuple(accumulate(chain.terms, addition, initial=chain.start))
+    """Running totals, [n + 1]; an addition that slips is for sums alone."""
+    operation = addition if chain.family == "sum" else FAMILIES[chain.family].operation
+    return tuple(accumulate(chain.terms, operation, initial=chain.start))
 
 
 STYLES: Mapping[str, Style] = {

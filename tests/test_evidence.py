@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from bench.evidence import EXPERIMENTS, Job
-from bench.evidence_page import MEASURES, difference, interval
+from bench.evidence_page import MEASURES, difference
+from bench.measure import bootstrap
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,8 +31,8 @@ def test_every_arm_of_an_experiment_loads_and_has_a_hypothesis_and_a_metric(file
     assert named <= set(MEASURES)
     references = {experiment["reference"], *experiment.get("references", {}).values()}
     assert references <= set(experiment["arms"])
-    for arm, layers in experiment["arms"].items():
-        config = Job(arm=arm, layers=tuple(layers), seed=3, steps=experiment["steps"]).config()
+    for layers in experiment["arms"].values():
+        config = Job(layers=tuple(layers), seed=3, steps=experiment["steps"]).config()
         assert (config.train.seed, config.train.loss_type) == (3, "dr_grpo")
 
 
@@ -68,7 +69,7 @@ def test_a_difference_is_paired_over_seeds_and_bold_where_five_exclude_zero() ->
     # 0.2 and 0.3: above zero, but of two seeds only.
     assert difference(experiment, "few", "heldout") == "+0.25 [+0.20 +0.30]"
     assert difference(experiment, "base", "heldout") == ""
-    assert interval([0.5, 0.5, 0.5]) == (0.5, 0.5, 0.5)
+    assert bootstrap([0.5, 0.5, 0.5]) == (0.5, 0.5, 0.5)
 
 
 @pytest.mark.slow
