@@ -12,8 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import torch
+from itertools import islice
 
 from precompute.engines import Completion, Engine, Requests, Sampling
 from precompute.engines.decoding import response_decoder
@@ -127,7 +126,6 @@ class Inserter:
         )
         return replace(prompt, ids=rendered.ids, text=rendered.text)
 
-    @torch.no_grad()
     def _distilled(
         self, groups: Sequence[Group], ranked: Mapping[str, Sequence[Candidate]]
     ) -> dict[str, list[Sample]]:
@@ -140,14 +138,18 @@ class Inserter:
             prompt = self.inserted(group.prompt, candidate, 1.0)
             if len(prompt.ids) <= self.config.rollout.max_prompt_length:
                 rows += [(group, candidate, sample, prompt.ids) for sample in group.samples]
-        logprobs: dict[int, tuple[float, ...]] = {}
         lengths = [len(ids) + len(sample.token_ids) for *_, sample, ids in rows]
-        for batch in fill(lengths, self.config.train.max_tokens_per_microbatch):
-            ids = [(*rows[i][3], *rows[i][2].token_ids) for i in batch]
-            targets = [len(rows[i][2].token_ids) for i in batch]
-            padded = pad(ids, targets, pad_id=self.policy.pad_id, device=self.policy.device)
-            for i, row, mask in zip(batch, self.policy.logprobs(padded), padded.target_mask, strict=True):
-                logprobs[i] = tuple(row[mask].tolist())
+        cuts = fill(lengths, self.config.train.max_tokens_per_microbatch)
+        values = self.policy.response_logprobs(
+            pad(
+                [(*rows[i][3], *rows[i][2].token_ids) for i in cut],
+                [len(rows[i][2].token_ids) for i in cut],
+                pad_id=self.policy.pad_id,
+                device=self.policy.device,
+            )
+            for cut in cuts
+        )
+        logprobs = {i: tuple(islice(values, len(rows[i][2].token_ids))) for cut in cuts for i in cut}
         for i, (group, candidate, sample, _) in enumerate(rows):
             trace = candidate.trace
             own = replace(sample, trace_id=trace.trace_id, teacher=trace.teacher, logprobs=logprobs[i])

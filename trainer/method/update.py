@@ -199,15 +199,13 @@ class Updater:
         guided = to_device(torch.tensor([[s.guided_tokens] for s in sequences]), self.policy.device)
         return mask & (mask.cumsum(dim=1) <= guided)
 
-    @torch.no_grad()
     def _with_old_logprobs(self, micro_batches: list[list[TrainSequence]]) -> list[list[TrainSequence]]:
         """Returns the micro-batches with log-probabilities under the policy as it is now."""
-        found = []
+        pad_id, device = self.policy.pad_id, self.policy.device
         with self.policy.gathered():
-            for sequences in micro_batches:
-                batch = train_batch(sequences, pad_id=self.policy.pad_id, device=self.policy.device)
-                found.append(self.policy.logprobs(batch).flatten().index_select(0, batch.targets))
-        values = iter(torch.cat(found).tolist())
+            values = self.policy.response_logprobs(
+                train_batch(sequences, pad_id=pad_id, device=device) for sequences in micro_batches
+            )
         return [
             [replace(s, old_logprobs=tuple(islice(values, len(s.response_ids)))) for s in sequences]
             for sequences in micro_batches

@@ -6,7 +6,7 @@ vocabulary at a time (`head.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -78,6 +78,13 @@ class Policy:
     def logprobs(self, batch: TokenBatch) -> Tensor:
         """Returns [B, L] float32: log-probability of each target token, 0 elsewhere; skips the entropy."""
         return self.target_values(batch)[0]
+
+    @torch.no_grad()
+    def response_logprobs(self, batches: Iterable[TokenBatch]) -> Iterator[float]:
+        """Returns the log-probability of each target token, row by row; one copy off the device for all."""
+        empty = torch.empty(0, device=self.device)
+        found = [self.logprobs(batch).flatten().index_select(0, batch.targets) for batch in batches]
+        return iter(torch.cat([empty, *found]).tolist())
 
     def frozen_logprobs(self, batch: TokenBatch) -> Tensor:
         """Returns the `logprobs` of the model under the adapters: the student before training."""
