@@ -83,8 +83,10 @@ def main() -> None:
     console = Console(width=130)
     experiments = {file.stem: tomllib.loads(file.read_text()) for file in options.experiments}
     jobs = jobs_of(experiments, options)
-    make_stores(jobs)
-    results = run_all(jobs, options.processes, console)
+    results = published(jobs, options.keep) if options.keep else {}
+    missing = [job for job in jobs if job.key not in results]
+    make_stores(missing)
+    results |= run_all(missing, options.processes, console)
     for name, experiment in experiments.items():
         runs: dict[str, dict[str, Any]] = {}
         for job, arm in ((job, arm) for job in jobs for arm in experiment["arms"]):
@@ -119,6 +121,17 @@ def run_all(jobs: Sequence[Job], processes: int, console: Console) -> dict[str, 
     return results
 
 
+def published(jobs: Sequence[Job], file: Path) -> dict[str, dict[str, Any]]:
+    """Job key -> its figures, of the jobs for which an earlier OUT.json has all that is asked for."""
+    runs = json.loads(file.read_text())["runs"]
+    found = {}
+    for job in jobs:
+        needed = {"curve"} | ({"heldout"} if job.final else set()) | ({"many"} if job.many else set())
+        if needed <= runs.get(job.key, {}).keys():
+            found[job.key] = runs[job.key]
+    return found
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("experiments", nargs="*", type=Path, default=EXPERIMENTS)
@@ -127,6 +140,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=None, help="default: all")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument(
+        "--keep", type=Path, default=None, help="an OUT.json: its runs are read, not trained again"
+    )
     return parser.parse_args()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench.evidence import EXPERIMENTS, Job
+from bench.evidence import EXPERIMENTS, Job, published
 from bench.evidence_page import MEASURES, difference
 from bench.measure import bootstrap
 
@@ -70,6 +70,21 @@ def test_a_difference_is_paired_over_seeds_and_bold_where_five_exclude_zero() ->
     assert difference(experiment, "few", "heldout") == "+0.25 [+0.20 +0.30]"
     assert difference(experiment, "base", "heldout") == ""
     assert bootstrap([0.5, 0.5, 0.5]) == (0.5, 0.5, 0.5)
+
+
+def test_kept_runs_are_those_that_have_all_that_is_asked_for(tmp_path: Path) -> None:
+    jobs = {
+        "curve": Job(layers=("guidance.k=1",), seed=0, steps=5, final=False),
+        "final": Job(layers=("guidance.k=2",), seed=0, steps=5),
+        "short": Job(layers=("guidance.k=3",), seed=0, steps=5),  # was measured without the sets at the end
+        "many": Job(layers=("guidance.k=4",), seed=0, steps=5, many=True),  # ...and without 64 samples
+        "absent": Job(layers=("guidance.k=4",), seed=1, steps=5),
+    }
+    whole = {"curve": [0.5], "heldout": 0.5}
+    runs = {"curve": {"curve": [0.5]}, "final": whole, "short": {"curve": [0.5]}, "many": whole}
+    file = tmp_path / "evidence.json"
+    file.write_text(json.dumps({"runs": {jobs[name].key: run for name, run in runs.items()}}))
+    assert set(published(list(jobs.values()), file)) == {jobs["curve"].key, jobs["final"].key}
 
 
 @pytest.mark.slow
