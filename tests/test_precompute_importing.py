@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import signal
 import subprocess
@@ -156,7 +157,7 @@ def test_conversations_of_sharegpt_are_a_question_and_its_answer(tmp_path: Path)
     assert [(t.teacher, t.text, t.verdict) for t in traces_of(tmp_path / "s")] == [
         ("r1", "\\boxed{4}", "match")
     ]
-    with pytest.raises(UserError, match="no gold answer beside 'conversations'; add a column `answer`"):
+    with pytest.raises(UserError, match=r"no gold answer beside 'conversations', .*; add a column `answer`"):
         bring(jsonl(tmp_path / "y.jsonl", [{"conversations": turns}]), tmp_path / "s", teacher="r1")
 
 
@@ -233,17 +234,20 @@ def test_a_directory_is_read_as_one_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "options", "complaint"),
     [
-        ([PLAIN | {"teacher": None, "text": "x"}], {}, r"row 1: the trace names no teacher; give --teacher"),
-        ([PLAIN | {"text": 5}], {}, "row 1: text is neither a text nor a list of messages: 5"),
+        ([PLAIN | {"teacher": None, "text": "x"}], {},
+         r"no trace: 1 left out: the trace names no teacher, e.g. .*bad.jsonl, row 1; give --teacher NAME"),
+        ([PLAIN | {"text": 5}], {}, "text is neither a text nor a list of messages, e.g. .*row 1: 5"),
         ([PLAIN | {"text": [{"content": {"a": 1}, "source": "x"}]}], {}, "text has a message that is not"),
-        ([PLAIN | {"text": "x"}, {"question": "?"}], {}, "row 2: the column 'answer' is missing"),
+        ([{"question": "?"}, {"question": "!"}], {},
+         r"no problem: 2 left out: no column 'answer'.*--answer-column.*row 1; "),
         ([PLAIN | {"words": "x"}], {}, "no column 'target_lst' or .*--text-column"),
         ([PLAIN | {"text": "x"}], {"columns": ImportColumns(teacher="who")}, r"'who' \(--teacher-column\)"),
         ([], {}, "bad.jsonl holds no row"),
         ([SUM | {"target_lst": []}], {}, "its column 'target_lst' has no response"),
         ([SUM | {"target_lst": [{"source": "a/b", "content": "x"}, {"source": "a b", "content": "x"}]}], {},
          "'a/b' and 'a b' would both be 'a-b' .* --rename a b=NAME"),
-        ([PLAIN | {"teacher": "//", "text": "x"}], {}, "'//' cannot name a teacher; give --rename //=NAME"),
+        ([PLAIN | {"teacher": "//", "text": "x"}], {},
+         "'//' cannot name a teacher, e.g. .*row 1; give --rename //=NAME"),
         ([PLAIN | {"text": "x"}], {"tokenizer": "/gone"}, "^--tokenizer: .*model '/gone': there is no dir"),
     ],
 )  # fmt: skip
@@ -254,6 +258,27 @@ def test_a_file_that_cannot_be_read_is_named_and_nothing_is_made(
         bring(jsonl(tmp_path / "bad.jsonl", *rows), tmp_path / "traces", **options)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "traces").exists()
+
+
+def test_rows_that_cannot_be_read_are_counted_by_reason_and_end_nothing(tmp_path: Path) -> None:
+    good = [json.dumps(PLAIN | {"text": f"{n}: \\boxed{{4}}"}) for n in range(2)]
+    bad = [
+        "{",
+        json.dumps({"question": "?"}),
+        json.dumps(PLAIN | {"text": 5}),
+        json.dumps(PLAIN | {"text": 6}),
+    ]
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("\n".join([bad[1], good[0], *bad, good[1]]))
+    report = bring(file, tmp_path / "traces")
+    assert [each.new for each in report.teachers] == [2]
+    assert sorted(report.left_out.counts.values()) == [1, 2, 2]
+    assert (
+        f"2 left out: text is neither a text nor a list of messages, e.g. {file}, row 5: 5"
+        in report.left_out.lines
+    )
+    (again,) = bring(file, tmp_path / "traces").teachers
+    assert (again.existing, again.new) == (2, 0)
 
 
 def test_a_tokenizer_gives_ids_and_counts(tmp_path: Path, model_dir: Path) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from precompute.config import ProblemColumns
@@ -22,7 +23,7 @@ from precompute.engines.openai_answers import behind_thought, whole_text
 from precompute.problems.data_files import Row, data_rows
 from precompute.problems.data_rows import Turn, cell_of, find_column, has_cell, thought_of, turns_of
 from precompute.problems.forms import RESPONSE_COLUMNS
-from precompute.problems.problem_files import ProblemReader
+from precompute.problems.problem_files import LeftOut, ProblemReader
 from store.errors import ProblemsError
 from store.records import Problem
 
@@ -75,37 +76,46 @@ class ForeignTrace:
 
 
 class ImportForm:
-    """The columns of one import, settled by the first row of the first file."""
+    """The columns of one import, settled by the first row that states a problem."""
 
     def __init__(self, files: Sequence[Path], columns: ImportColumns, names: TeacherNames) -> None:
+        """Raises UserErrors where no row states a problem or a column is missing."""
         self.files = tuple(files)
         self._names = names
-        file, number, row = self._first_row()
         named = ProblemColumns(question_column=columns.question, answer_column=columns.answer)
         self._problems = ProblemReader(named, options=("--question-column", "--answer-column"))
-        self._problems.problem(file, number, row)
+        left_out = LeftOut()
+        file, _, row, _ = next(self._stated(left_out), (None, 0, {}, None))
+        if file is None:
+            first = f"problem: {left_out.lines[0]}" if left_out.counts else "row"
+            raise ProblemsError(f"{self.files[0]} holds no {first}")
         self.text = find_column(file, row, columns.text, TEXT_COLUMNS, "--text-column")
         known = (columns.teacher,) if columns.teacher else TEACHER_COLUMNS
         self._teacher = next((name for name in known if has_cell(row, name)), None)
         if columns.teacher and self._teacher is None:
             find_column(file, row, columns.teacher, (), "--teacher-column")
 
-    def rows(self) -> Iterator[tuple[Problem, list[ForeignTrace]]]:
-        """Yields each row's problem and traces. Raises ProblemsError that names file and row."""
-        for file in self.files:
-            for number, row in data_rows(file):
-                problem = self._problems.problem(file, number, row)
-                try:
-                    traces = list(self._traces(row, problem))
-                except ValueError as error:
-                    raise ProblemsError(f"{file}, row {number}: {error}") from None
+    def rows(self, left_out: LeftOut) -> Iterator[tuple[Problem, list[ForeignTrace]]]:
+        """Yields each row's problem and traces; rows that cannot be read go to `left_out`."""
+        for file, number, row, problem in self._stated(left_out):
+            try:
+                traces = list(self._traces(row, problem))
+            except ValueError as error:
+                left_out.add_row(file, number, str(error))
+            else:
                 yield problem, traces
 
-    def _first_row(self) -> tuple[Path, int, Row]:
+    def _stated(self, left_out: LeftOut) -> Iterator[tuple[Path, int, Row, Problem]]:
+        """Yields the rows that state a problem, each with its file, number and problem."""
         for file in self.files:
-            for number, row in data_rows(file):
-                return file, number, row
-        raise ProblemsError(f"{self.files[0]} holds no row")
+            bad = partial(left_out.add_row, file)
+            for number, row in data_rows(file, on_bad=bad):
+                try:
+                    problem = self._problems.read(file, row)
+                except ValueError as error:
+                    bad(number, str(error))
+                else:
+                    yield file, number, row, problem
 
     def _traces(self, row: Row, problem: Problem) -> Iterator[ForeignTrace]:
         named = cell_of(row, self._teacher) if self._teacher and has_cell(row, self._teacher) else None

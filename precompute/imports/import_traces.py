@@ -28,6 +28,7 @@ from precompute.engines import Completion
 from precompute.engines.openai_answers import whole_text
 from precompute.engines.registry import load_tokenizer
 from precompute.imports.foreign_rows import ForeignTrace, ImportForm
+from precompute.problems.problem_files import LeftOut
 from precompute.problems.prompts import tokenizer_fingerprint
 from precompute.run.refilter import check_filters, filter_settings
 from precompute.run.reverify import check_verdicts
@@ -77,6 +78,8 @@ class ImportReport:
     """Number of different problems in the files."""
     teachers: tuple[TeacherImport, ...]
     seconds: float
+    left_out: LeftOut = field(default_factory=LeftOut, compare=False)
+    """Rows that hold no problem or no trace."""
 
 
 def import_traces(
@@ -92,11 +95,12 @@ def import_traces(
 
     The files are read twice, a few rows at a time; problems stay in memory, texts do not. `tokenizer`: a
     directory or hub name, for token ids and counts, without which `min_tokens` and `max_tokens` filter
-    nothing. Raises UserErrors before anything is written, except for a row that cannot be read. Whatever
-    ends it, all that was verified is written, and the same call goes on.
+    nothing. Rows that cannot be read are counted by reason and left out. Raises UserErrors before anything is
+    written. Whatever ends it, all that was verified is written, and the same call goes on.
     """
     began = time.monotonic()
-    problems, sources, total = _survey(form)
+    left_out = LeftOut()
+    problems, sources, total = _survey(form, left_out)
     with prefixed("--tokenizer", EngineError):
         loaded = load_tokenizer(TeacherConfig(name="import", model=tokenizer)) if tokenizer else None
     records = _records(form, sources, loaded, filters)
@@ -137,16 +141,17 @@ def import_traces(
         problems=len(problems),
         teachers=tuple(counts.values()),
         seconds=time.monotonic() - began,
+        left_out=left_out,
     )
 
 
-def _survey(form: ImportForm) -> tuple[dict[str, Problem], dict[str, str], int]:
+def _survey(form: ImportForm, left_out: LeftOut) -> tuple[dict[str, Problem], dict[str, str], int]:
     """Returns the problems by id, the store's name of each teacher -> the files' name, and the number of
     traces."""
     problems: dict[str, Problem] = {}
     sources: dict[str, str] = {}
     traces = filled = 0
-    for problem, row in form.rows():
+    for problem, row in form.rows(left_out):
         problems.setdefault(problem.problem_id, problem)
         for trace in row:
             known = sources.setdefault(trace.teacher, trace.source)
@@ -157,6 +162,8 @@ def _survey(form: ImportForm) -> tuple[dict[str, Problem], dict[str, str], int]:
                 )
             traces += 1
             filled += bool(trace.text.strip())
+    if not filled and left_out.counts:
+        raise ConfigError(f"{form.files[0]} holds no trace: {left_out.lines[0]}")
     if not filled:
         raise ConfigError(
             f"{form.files[0]} holds no trace: its column {form.text!r} has no response in any row; "
@@ -213,7 +220,7 @@ def _lacking(
 ) -> Iterator[tuple[ForeignTrace, int]]:
     """Yields the traces that the store lacks, each with its sample index. Counts all others."""
     seen: dict[tuple[str, str], list[bytes]] = {}
-    for _, row in form.rows():
+    for _, row in form.rows(LeftOut()):
         for trace in row:
             count, problem_id = counts[trace.teacher], trace.problem.problem_id
             count.found += 1
@@ -274,4 +281,4 @@ def import_table(report: ImportReport) -> Group:
     lines = [Text(f"{files}: {report.problems:,} problems; {totals}")]
     if mended := sum(teacher.mended for teacher in report.teachers):
         lines.append(Text(f"{mended:,} texts had lone surrogates: U+FFFD replaces each"))
-    return Group(table, *lines)
+    return Group(table, *lines, *map(Text, report.left_out.lines))

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ class LeftOut:
         """Counts one more for a reason."""
         self.counts[reason] += 1
         self._examples.setdefault(reason, example)
+
+    def add_row(self, source: str | Path, number: int, reason: str) -> None:
+        """Counts a row of a file; the example says where it is and what stands behind the reason's colon."""
+        kind = re.split("[:;]", reason)[0]
+        self.add(kind, f"{source}, row {number}{reason.removeprefix(kind)}")
 
     @property
     def lines(self) -> list[str]:
@@ -106,10 +112,7 @@ def _problems_of(files: ProblemFiles, left_out: LeftOut) -> Iterator[Problem]:
         for source in sources:
             reader = ProblemReader(files)
 
-            def bad(number: int, reason: str, source: str | Path = source) -> None:
-                kind = re.split("[:;]", reason)[0]
-                left_out.add(kind, f"{source}, row {number}{reason.removeprefix(kind)}")
-
+            bad = partial(left_out.add_row, source)
             rows = (
                 hub_rows(source)
                 if isinstance(source, str)
