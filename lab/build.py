@@ -122,8 +122,7 @@ def _measure_all(
         if next(plan for plan in lab.sets if plan.name == name).is_measured
     }
     if has_skill:
-        first, *others = sets
-        for name in (first, *(("longer", "sibling") if "sibling" in others else ())):
+        for name in lab.skill_sets:
             skill = measure(model, tokenizer, sets[name], lab.evaluation, seed=seed, mark=WORK)
             measured[f"{name}, after {WORK}"] = asdict(skill)
     return measured

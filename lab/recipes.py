@@ -66,6 +66,8 @@ class LabRecipe:
     sets: tuple[ProblemSet, ...]
     models: tuple[ModelRecipe, ...]
     """The student first."""
+    skill_sets: tuple[str, ...] = ("train",)
+    """Sets on which a student's hidden skill is measured, after its mark."""
     evaluation: Evaluation = Evaluation()
     threads: int = 1
     """Threads of torch. With one, the last bits of a sum do not depend on the number of cores; matrices this
@@ -147,6 +149,7 @@ PEERS_LAB = LabRecipe(
         ProblemSet(name="easy", counts={1: 64}, family="extremes"),
     ),
     models=(GUESSER, *PEERS, STRONG),
+    skill_sets=("train", "longer", "sibling"),
 )
 """The lab of docs/evidence.md, which separates methods: `ampo lab build lab/peers --recipe peers`. `train`
 and `more` together are 5.4 times `train`."""
