@@ -51,7 +51,7 @@ demo: $(VENV)/.base ## the main job on the bundled lab, from teachers to curves
 
 MINUTES ?= 15
 
-real: $(VENV)/.real ## AMPO, GRPO and SFT on a published model, 135M: MINUTES=15 for each arm (about 2 hours in all; goes on where it stopped)
+real: $(VENV)/.real ## AMPO, GRPO and SFT on a published model, 135M: MINUTES=15 for each arm (about 70 minutes in all; goes on where it stopped)
 	$(BIN)/ampo lab real
 	$(BIN)/ampo store import lab/real/traces.jsonl --config configs/real.toml
 	$(BIN)/python -m bench.real_model --minutes $(MINUTES) --out docs/real

@@ -69,6 +69,12 @@ class Job:
         first = next((layer for layer in self.layers if "=" not in layer), "base")
         return f"{Path(first).stem}-{content_hash(*self.layers, self.steps)[:6]}-{self.seed}"
 
+    @property
+    def is_finished(self) -> bool:
+        """True if it was trained."""
+        config = self.config()
+        return (Path(config.run.dir) / config.run.name / "result.json").exists()
+
     def config(self) -> Config:
         files = [BASE, *(layer for layer in self.layers if "=" not in layer)]
         own = [layer for layer in self.layers if "=" in layer]
@@ -85,6 +91,9 @@ def main() -> None:
     jobs = jobs_of(experiments, options)
     results = published(jobs, options.keep) if options.keep else {}
     missing = [job for job in jobs if job.key not in results]
+    if options.no_training:
+        missing = [job for job in missing if job.is_finished]
+        jobs = [job for job in jobs if job.key in results or job in missing]
     make_stores(missing)
     results |= run_all(missing, options.processes, console)
     for name, experiment in experiments.items():
@@ -140,6 +149,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=None, help="default: all")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument(
+        "--no-training", action="store_true", help="tables and plots of the runs that are finished"
+    )
     parser.add_argument(
         "--keep", type=Path, default=None, help="an OUT.json: its runs are read, not trained again"
     )

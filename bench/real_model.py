@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,7 @@ SETS = {"heldout": 1, "siblings": 4}
 
 def main() -> None:
     options = parse()
-    console = Console()
+    console = Console(width=130)
     with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=one_thread) as pool:
         console.print("supervised steps from which every arm begins")
         pool.submit(make_start).result()
@@ -76,7 +77,8 @@ def main() -> None:
     body = summary(solved, options)
     console.print(table(body))
     if options.out:
-        options.out.with_suffix(".json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(body).replace("]], ", "]],\n").replace("}, ", "},\n")
+        options.out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     print(json.dumps({"bench": "real_model", **body}))
 
 
@@ -104,6 +106,7 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def settings(name: str, *more: str) -> Config:
@@ -181,8 +184,8 @@ def summary(solved: Mapping[tuple[str, str], list[int]], options: Any) -> dict[s
         for method in rates
         if method not in ("untrained", "ampo") and "ampo" in rates
     }
-    steps = {
-        f"{name}-{seed}": len(read_metrics(FOLDER / f"{name}-{seed}"))
+    curves = {
+        f"{name}-{seed}": curve(read_metrics(FOLDER / f"{name}-{seed}"))
         for name in options.methods
         for seed in options.seeds
     }
@@ -190,10 +193,17 @@ def summary(solved: Mapping[tuple[str, str], list[int]], options: Any) -> dict[s
         "minutes": options.minutes,
         "seeds": options.seeds,
         "samples": options.samples,
-        "steps": steps,
+        "steps": {name: len(each) for name, each in curves.items()},
+        "curves": curves,
         "methods": methods,
         "lead": lead,
     }
+
+
+def curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float | None]]:
+    """(Minutes so far, share of the step's samples that are correct) of each step; None: supervised steps."""
+    minutes = np.cumsum([seconds_of(row) for row in rows]) / 60
+    return [(round(float(at), 2), row.get("accuracy")) for at, row in zip(minutes, rows, strict=True)]
 
 
 def interval(values: np.ndarray) -> list[float]:

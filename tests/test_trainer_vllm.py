@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import save_tied_student
 from proc_examples import children_of
@@ -19,6 +20,7 @@ from vllm_examples import change, forward_logprobs
 from precompute.engines import Request, Sampling
 from precompute.engines.vllm_engine import VllmEngine
 from store.errors import EngineError, TrainingError
+from store.reader import TraceStore
 from trainer.config import Config
 from trainer.method.groups import Group
 from trainer.parallel.world import World
@@ -154,6 +156,26 @@ def test_what_vllm_cannot_do_is_reported_in_its_words_and_ends_it(world: Path, m
     with pytest.raises(EngineError, match=r"vllm cannot load adapter: .*No adapter found for .*nowhere"):
         engine.load_adapter(world / "nowhere", 99)
     assert len(vllm_processes()) == len(others) - 1
+
+
+@pytest.mark.slow
+def test_vllm_samples_what_follows_a_prefix(world: Path, model: Path) -> None:
+    changes: dict[str, Any] = {
+        "guidance__insert": "prefix",
+        "guidance__place": "instead",
+        "guidance__share": (0.5,),
+    }
+    report = run(world, model, rollout__engine="vllm", run__name="prefix", train__max_steps=1, **changes)
+    (row,) = read_metrics(report.run)
+    assert row["sampling/logp_difference"] < 1e-4  # the trainer computes the same behind the same prefix
+    (rollouts,) = (report.run / "rollouts").glob("*.parquet")
+    samples = [row for row in pq.read_table(rollouts).to_pylist() if row["trace_id"]]
+    assert samples
+    with TraceStore(world / "traces") as store:
+        texts = {trace.trace_id: trace.text for trace in store.traces()}
+    for sample in samples:
+        whole = texts[sample["trace_id"]]
+        assert sample["text"].startswith(whole[: len(whole) // 4])
 
 
 # The last one: it kills the common process.
