@@ -19,10 +19,12 @@ from vllm_examples import change, forward_logprobs
 
 from precompute.engines import Request, Sampling
 from precompute.engines.vllm_engine import VllmEngine
+from precompute.verify.verifier import Verdict
 from store.errors import EngineError, TrainingError
 from store.reader import TraceStore
+from store.records import Problem
 from trainer.config import Config
-from trainer.method.groups import Group
+from trainer.method.groups import Group, Sample
 from trainer.parallel.world import World
 from trainer.sampling import samplers
 from trainer.sampling.samplers import VllmSampler, load_vllm
@@ -158,12 +160,19 @@ def test_what_vllm_cannot_do_is_reported_in_its_words_and_ends_it(world: Path, m
     assert len(vllm_processes()) == len(others) - 1
 
 
+def distinct(problem: Problem, completion: Sample, verdict: Verdict | None) -> float:
+    """A reward: number of different letters."""
+    return float(len(set(completion.text)))
+
+
 @pytest.mark.slow
 def test_vllm_samples_what_follows_a_prefix(world: Path, model: Path) -> None:
     changes: dict[str, Any] = {
         "guidance__insert": "prefix",
         "guidance__place": "instead",
         "guidance__share": (0.5,),
+        "rewards__test_trainer_vllm:distinct": 1.0,  # groups that all fail have a gradient
+        "rollout__max_prompt_length": 200,
     }
     report = run(world, model, rollout__engine="vllm", run__name="prefix", train__max_steps=1, **changes)
     (row,) = read_metrics(report.run)
@@ -172,7 +181,8 @@ def test_vllm_samples_what_follows_a_prefix(world: Path, model: Path) -> None:
     samples = [row for row in pq.read_table(rollouts).to_pylist() if row["trace_id"]]
     assert samples
     with TraceStore(world / "traces") as store:
-        texts = {trace.trace_id: trace.text for trace in store.traces()}
+        # The test tokenizer has no token for a space.
+        texts = {trace.trace_id: trace.text.replace(" ", "") for trace in store.traces()}
     for sample in samples:
         whole = texts[sample["trace_id"]]
         assert sample["text"].startswith(whole[: len(whole) // 4])
