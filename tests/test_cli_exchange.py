@@ -76,7 +76,7 @@ def test_json_and_csv_have_all_rows_or_a_line_says_how_many_are_missing(tmp_path
         ),
         (["store", "export", "nowhere", "--to", "verl", "--out", "x.jsonl"], "no trace store at"),
         (["store", "import", "nowhere.parquet"], "no data file at"),
-        (["store", "import", "STORE/manifest.json"], "row 1: this line is not JSON"),
+        (["store", "import", "STORE/manifest.json"], "left out: this line is not JSON, e.g. "),
         (["store", "import", "x.jsonl", "--rename", "ada"], "--rename ada: write OLD=NEW"),
         (["inspect", "store", "traces", "STORE", "--problem", "zz"], "--problem zz: no problem of"),
         (["inspect", "store", "traces", "STORE", "--teacher", "nope"], "its teachers: ada, bob"),

@@ -95,11 +95,10 @@ def import_traces(
 
     The files are read twice, a few rows at a time; problems stay in memory, texts do not. `tokenizer`: a
     directory or hub name, for token ids and counts, without which `min_tokens` and `max_tokens` filter
-    nothing. Rows that cannot be read are counted by reason and left out. Raises UserErrors before anything is
-    written. Whatever ends it, all that was verified is written, and the same call goes on.
+    nothing. Rows that cannot be read are left out. Raises UserErrors before anything is written. Whatever
+    ends it, all that was verified is written, and the same call goes on.
     """
-    began = time.monotonic()
-    left_out = LeftOut()
+    began, left_out = time.monotonic(), LeftOut()
     problems, sources, total = _survey(form, left_out)
     with prefixed("--tokenizer", EngineError):
         loaded = load_tokenizer(TeacherConfig(name="import", model=tokenizer)) if tokenizer else None
