@@ -133,8 +133,10 @@ def measure(task: Task) -> Measured:
 
 
 def run(task: Task) -> Measured:
-    """One pass that warms up where there are repeats, the best of these, and the errors."""
+    """The errors, in a small pass that also loads what a way imports; one pass that warms up where there are
+    repeats, and the best of these."""
     torch.set_num_threads(1)
+    hidden_error, head_error = errors(task)
     inputs = inputs_of(task, task.tokens)
     times = [timed(passes, task, inputs) for _ in range(task.repeats + (task.repeats > 1))]
     product = min(timed(bare_product, task, inputs)[1] for _ in range(2)) if times else 1.0
@@ -143,8 +145,6 @@ def run(task: Task) -> Measured:
             passes(task, inputs)
             synchronize()
     cpu_seconds, seconds = min(times, default=(0.0, 0.0))
-    del inputs
-    hidden_error, head_error = errors(task) if times else (0.0, None)
     return Measured(
         seconds=seconds,
         cpu_seconds=cpu_seconds,
