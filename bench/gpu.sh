@@ -2,7 +2,7 @@
 # What one GPU does: every part of the trainer that has to be measured on one, in at most eight minutes.
 #
 #   bench/gpu.sh            on a machine with a GPU; needs no network and no model
-#   bench/gpu.sh --small    the same parts in small, on a CPU, in a minute or two
+#   bench/gpu.sh --small    the same parts in small, on a CPU, in a few minutes
 #
 # Tables go to the terminal; $OUT (by default runs/gpu) gets NAME.txt, NAME.json and NAME.err of each part.
 # PYTHON names the interpreter (by default .venv/bin/python, else python3), LIMIT the seconds in all. A part that
