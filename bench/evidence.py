@@ -70,10 +70,10 @@ class Job:
         return f"{Path(first).stem}-{content_hash(*self.layers, self.steps)[:6]}-{self.seed}"
 
     @property
-    def is_finished(self) -> bool:
-        """True if it was trained."""
+    def result_file(self) -> Path:
+        """In the run's directory; there once it is trained."""
         config = self.config()
-        return (Path(config.run.dir) / config.run.name / "result.json").exists()
+        return Path(config.run.dir) / config.run.name / "result.json"
 
     def config(self) -> Config:
         files = [BASE, *(layer for layer in self.layers if "=" not in layer)]
@@ -92,7 +92,7 @@ def main() -> None:
     results = published(jobs, options.keep) if options.keep else {}
     missing = [job for job in jobs if job.key not in results]
     if options.no_training:
-        missing = [job for job in missing if job.is_finished]
+        missing = [job for job in missing if job.result_file.exists()]
         jobs = [job for job in jobs if job.key in results or job in missing]
     make_stores(missing)
     results |= run_all(missing, options.processes, console)
@@ -234,8 +234,7 @@ def result_of(job: Job) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
-    config = job.config()
-    file = Path(config.run.dir) / config.run.name / "result.json"
+    config, file = job.config(), job.result_file
     if not file.exists():
         train_with(config, clock(file.with_name("cpu.jsonl")))
         write(file, {})

@@ -154,13 +154,6 @@ class ProblemReader:
         self._wanted = tuple(zip(wanted, names, options, strict=True))
         self._columns: Columns | None = None
 
-    def problem(self, file: Path, number: int, row: Row) -> Problem:
-        """Returns the problem that a row states. Raises ProblemsError that names file and row."""
-        try:
-            return self.read(file, row)
-        except ValueError as error:
-            raise ProblemsError(f"{file}, row {number}: {error}") from None
-
     def read(self, file: Path | str, row: Row) -> Problem:
         """Returns the problem that a row states. ValueError that names what is wrong with the row."""
         given = self._given
